@@ -1,0 +1,42 @@
+"""The errors a user can cause, and the words they are told in."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class SparseFTError(Exception):
+    """Base of all errors that a user can mend; the command line prints them as one paragraph and exits with 2."""
+
+
+class ConfigError(SparseFTError):
+    """A setting, a name or a combination of options is wrong."""
+
+
+class DataError(SparseFTError):
+    """A data file is missing, malformed or does not fit its task."""
+
+
+class BackboneError(SparseFTError):
+    """A backbone cannot be found, read or adapted."""
+
+
+class CheckpointError(SparseFTError):
+    """A checkpoint is missing, incomplete or does not fit."""
+
+
+def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
+    """Word the message for a name that is in no table.
+
+    Args:
+        what: What the name stands for, e.g. ``"task"``.
+        name: The name as the user wrote it.
+        known: All names that would have been accepted.
+
+    Returns:
+        One paragraph: the value, the closest accepted name if one is close, and the whole list.
+    """
+    names = [str(entry) for entry in known]
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    shown = ", ".join(names[:40]) + (f", … ({len(names)} in all)" if len(names) > 40 else "")
+    return f"Unknown {what} {name!r}.{hint} Known: {shown or 'none'}."

@@ -1,0 +1,198 @@
+"""What a task is: data, labels and metric, declared in one YAML file. Knows nothing of tensors."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sparse_ft.errors import ConfigError, unknown_name
+from sparse_ft.resources import bundled_dir, bundled_names
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+Column = str | int | list[str | int]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class HubSource(_Section):
+    """A data set that the ``datasets`` library loads: a hub id, or a local folder in hub layout."""
+
+    path: str
+    """Hub id or folder."""
+    name: str | None = None
+    """Configuration of the data set."""
+    revision: str | None = None
+    splits: dict[Split, str] = Field(default_factory=dict)
+    """Our split name to the hub's, where they differ; ``validation`` may be missing on the hub."""
+    columns: dict[str, Column] | None = None
+    """Columns on the hub, where they differ from the task's ``columns``."""
+    labels: dict[str, str] | None = None
+    """Label values on the hub to names, where they differ from the task's ``labels``."""
+    label_scheme: str | None = None
+
+
+class FileSource(_Section):
+    """Local files, as published. A name may be that of the file without ``.gz``."""
+
+    format: Literal["conll", "csv", "tsv", "jsonl", "json", "cluener", "cluewsc", "parquet", "lines"]
+    root: str | None = None
+    """Folder of the files, relative to the task file; used when no ``--data`` is given."""
+    separator: str | None = None
+    """Column separator of ``conll`` (default: any white space)."""
+    header: bool = True
+    """Whether the first line of a ``csv`` or ``tsv`` names the columns."""
+    train: str | list[str] | None = None
+    """File, or several; ``file.json#key`` takes one key of a JSON object; a folder for ``lines``."""
+    validation: str | list[str] | None = None
+    """Missing: one tenth of train is cut off by a fixed seed."""
+    test: str | list[str] | None = None
+    unlabelled: list[Split] = Field(default_factory=list)
+    """Splits whose labels are hidden by the publisher."""
+
+
+class TaskSpec(_Section):
+    """A task as its YAML file declares it."""
+
+    name: str
+    kind: str
+    description: str = ""
+    language: str = "en"
+    hub: HubSource | None = None
+    files: FileSource | None = None
+    columns: dict[str, Column] = Field(default_factory=dict)
+    """Our column (``text``, ``text_pair``, ``label``, ``labels``, ``tokens``, ``tags``, ``spans``) to the source's."""
+    labels: list[str] | dict[str, str] | None = None
+    """All label names in order, or source values mapped to names. None: the names found in train, sorted."""
+    drop_labels: list[str] = Field(default_factory=list)
+    """Rows with these source labels are left out, e.g. ``-`` where annotators disagreed."""
+    out_of_scope: str | None = None
+    """The label that means "none of the others"."""
+    label_scheme: str = "iob2"
+    """How tags are written in the source: iob1, iob2, bioes, bmes."""
+    metric: str
+    """Name in METRICS, or ``evaluate:<id>``; decides early stopping and the headline."""
+    leaks: dict[Split, list[int]] = Field(default_factory=dict)
+    """0-based rows of an evaluation split whose text also occurs in train."""
+    example: str = ""
+    license: str = ""
+    source: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_labels(cls, values: Any) -> Any:
+        """Read YAML's numbers and booleans used as labels as the text that stands in the file."""
+        if isinstance(values, dict):
+            labels = values.get("labels")
+            if isinstance(labels, dict):
+                values = {**values, "labels": {_as_text(key): _as_text(name) for key, name in labels.items()}}
+            elif isinstance(labels, list):
+                values = {**values, "labels": [_as_text(name) for name in labels]}
+        return values
+
+    @property
+    def label_names(self) -> list[str] | None:
+        """All label names in order, or None while only the train split knows them."""
+        if isinstance(self.labels, dict):
+            return list(dict.fromkeys(self.labels.values()))
+        return self.labels
+
+
+def _as_text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def list_tasks() -> list[str]:
+    """List the names of the bundled tasks, e.g. ``ner`` or ``clue/tnews``."""
+    return [name for name in bundled_names("tasks") if not name.startswith("data/")]
+
+
+def task_path(name_or_path: str | Path) -> Path:
+    """Find the YAML file of a bundled task name, or of a path to one.
+
+    Raises:
+        ConfigError: If there is neither such a bundled task nor such a file.
+    """
+    given = Path(name_or_path)
+    if given.suffix in {".yaml", ".yml"}:
+        if not given.is_file():
+            raise ConfigError(f"Task file {str(given)!r} does not exist. Give the path of a YAML file, or a bundled name.")
+        return given
+    if str(name_or_path) not in list_tasks():
+        advice = " See `sparse-ft tasks`, or give the path of a YAML file."
+        raise ConfigError(unknown_name("task", str(name_or_path), list_tasks()) + advice)
+    return bundled_dir("tasks") / f"{name_or_path}.yaml"
+
+
+def load_task(name_or_path: str | Path) -> TaskSpec:
+    """Load and check a task file.
+
+    Args:
+        name_or_path: A bundled name such as ``ner`` or ``clue/tnews``, or the path of a YAML file.
+
+    Returns:
+        The task, with ``files.root`` made absolute.
+
+    Raises:
+        ConfigError: If the name is unknown or the file is not a valid task; all problems in one message.
+    """
+    path = task_path(name_or_path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"Task file {str(path)!r} is not readable YAML: {' '.join(str(error).split())}") from error
+    return parse_task(values, where=str(path), root=path.parent)
+
+
+def parse_task(values: Any, *, where: str, root: Path | None = None) -> TaskSpec:
+    """Check the content of a task file.
+
+    Args:
+        values: What YAML or JSON gave; a mapping if all is well.
+        where: The file, for messages.
+        root: Folder that a relative ``files.root`` refers to.
+
+    Raises:
+        ConfigError: With the field path of every problem.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"Task file {where!r} must hold a mapping of keys, not {type(values).__name__}.")
+    try:
+        spec = TaskSpec.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"Task file {where!r}: {explain(error, TaskSpec)}") from error
+    if root is not None and spec.files is not None and spec.files.root is not None:
+        absolute = str((root / spec.files.root).resolve())
+        spec = spec.model_copy(update={"files": spec.files.model_copy(update={"root": absolute})})
+    return spec
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """Word all problems of a pydantic validation as ``field: message``, with a suggestion for unknown keys.
+
+    Args:
+        error: What pydantic raised.
+        model: The model that was validated, whose fields are the accepted keys.
+    """
+    problems = []
+    for problem in error.errors():
+        place = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            problems.append(unknown_name("key", place, _keys(model)))
+        else:
+            problems.append(f"{place}: {problem['msg']} (got {problem['input']!r}).")
+    return " ".join(problems)
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """List all accepted keys of a model, dotted, with those of its sections."""
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        for inner in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                keys.extend(_keys(inner, f"{prefix}{name}."))
+    return keys
