@@ -55,26 +55,44 @@ def to_iob2(tags: Sequence[str], scheme: str = "iob2") -> list[str]:
     Raises:
         DataError: If a tag is not valid in the scheme.
     """
-    check_scheme(scheme)
+    invalid = first_invalid(tags, scheme)
     begins, continues = SCHEMES[scheme]
+    if invalid is not None:
+        accepted = ", ".join(f"{letter}-TYPE" for letter in begins + continues)
+        raise DataError(
+            f"Tag {tags[invalid]!r} at word {invalid + 1} is not valid in label scheme {scheme!r}. "
+            f"Expected O, {accepted}. Set label_scheme in the task file to the scheme of the data, or correct the tag."
+        )
     converted: list[str] = []
     open_type = ""
-    for position, tag in enumerate(tags):
+    for tag in tags:
         prefix, entity_type = split_tag(tag)
-        if tag == "O":
+        if not entity_type:
             converted.append("O")
             open_type = ""
             continue
-        if not entity_type or prefix not in begins + continues or len(prefix) != 1:
-            accepted = ", ".join(f"{letter}-TYPE" for letter in begins + continues)
-            raise DataError(
-                f"Tag {tag!r} at word {position + 1} is not valid in label scheme {scheme!r}. Expected O, {accepted}. "
-                "Set label_scheme in the task file to the scheme of the data, or correct the tag."
-            )
         inside = prefix in continues and entity_type == open_type
         converted.append(("I-" if inside else "B-") + entity_type)
         open_type = "" if scheme in {"bioes", "bmes"} and prefix in "SE" else entity_type
     return converted
+
+
+def first_invalid(tags: Sequence[str], scheme: str) -> int | None:
+    """Find the first tag that the scheme does not have.
+
+    Returns:
+        Its position, or None if all are valid.
+
+    Raises:
+        DataError: If the scheme is unknown.
+    """
+    check_scheme(scheme)
+    prefixes = set("".join(SCHEMES[scheme]))
+    for position, tag in enumerate(tags):
+        prefix, entity_type = split_tag(tag)
+        if tag != "O" and not (entity_type and prefix in prefixes):
+            return position
+    return None
 
 
 def spans_from_tags(tags: Sequence[str]) -> list[Span]:

@@ -119,7 +119,8 @@ def task_path(name_or_path: str | Path) -> Path:
     given = Path(name_or_path)
     if given.suffix in {".yaml", ".yml"}:
         if not given.is_file():
-            raise ConfigError(f"Task file {str(given)!r} does not exist. Give the path of a YAML file, or a bundled name.")
+            advice = "Give the path of a YAML file, or a bundled name."
+            raise ConfigError(f"Task file {str(given)!r} does not exist. {advice}")
         return given
     if str(name_or_path) not in list_tasks():
         advice = " See `sparse-ft tasks`, or give the path of a YAML file."

@@ -2,12 +2,16 @@
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 # Scripts written without spaces: every character is a word, as in all Chinese tagging corpora.
-_SINGLE = "\u2e80-\u2fff\u3005-\u3007\u3021-\u3029\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff01-\uff65\U00020000-\U0003ffff"
+_SINGLE = (
+    "\u2e80-\u2fff\u3005-\u3007\u3021-\u3029\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff01-\uff65"
+    "\U00020000-\U0003ffff"
+)
 _CHUNK = re.compile(rf"[{_SINGLE}]|[^\s{_SINGLE}]+")
-# Inside a chunk: clitics and edge punctuation are words of their own; U.S., 1996-08-22, 3.5 and mother-in-law are one word.
+# Inside a chunk: clitics and edge punctuation are words of their own; U.S., 3.5 and mother-in-law are one word.
 _WORD = re.compile(
     r"""
     (?:[^\W\d_]\.){2,}                      # U.S.  e.g.
@@ -15,7 +19,8 @@ _WORD = re.compile(
     (?:[^\W\d_]+)?                          # 5km  1st
   | (?:n['’]t|['’](?:s|re|ve|ll|d|m))(?!\w)  # clitics
   | \w+?(?=n['’]t(?!\w))                    # did|n't
-  | \w[\w\u0300-\u036f]*(?:[-&@.+_'’](?!(?:s|re|ve|ll|d|m)(?!\w))\w[\w\u0300-\u036f]*)*  # mother-in-law  O'Neil  AT&T  example.org
+  | \w[\w\u0300-\u036f]*                  # mother-in-law  O'Neil  AT&T  example.org
+    (?:[-&@.+_'’](?!(?:s|re|ve|ll|d|m)(?!\w))\w[\w\u0300-\u036f]*)*
   | (.)\1*                                  # punctuation, a run of one character together
     """,
     re.VERBOSE | re.IGNORECASE | re.DOTALL,
@@ -42,7 +47,7 @@ def split_words(text: str, language: str = "en") -> list[Word]:
     """
     if language == "zh":
         return [Word(character, place, place + 1) for place, character in enumerate(text) if not character.isspace()]
-    words = []
+    words: list[Word] = []
     for chunk in _CHUNK.finditer(text):
         words.extend(
             Word(match.group(), chunk.start() + match.start(), chunk.start() + match.end())
@@ -62,8 +67,5 @@ def cut_words(words: Sequence[Word], boundaries: set[int]) -> list[Word]:
     for word in words:
         inner = [position for position in sorted(boundaries) if word.start < position < word.end]
         edges = [word.start, *inner, word.end]
-        cut.extend(
-            Word(word.text[begin - word.start : end - word.start], begin, end)
-            for begin, end in zip(edges, edges[1:], strict=False)
-        )
+        cut.extend(Word(word.text[begin - word.start : end - word.start], begin, end) for begin, end in pairwise(edges))
     return cut

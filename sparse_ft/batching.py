@@ -1,0 +1,197 @@
+"""Which rows meet in a batch, and how they become tensors: length buckets and task mixtures."""
+
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparse_ft.encoding import Example
+
+# Exponent on the number of rows of a task; a task's share of an epoch is its power over the sum of powers.
+MIXTURES: dict[str, float] = {"proportional": 1.0, "smoothed": 0.5, "uniform": 0.0}
+
+# Rows are sorted by length within pools of this many batches: long enough that hardly anything is padding (95 % real
+# tokens on CoNLL-2003), short enough that the order stays random.
+_POOL_BATCHES = 50
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """The rows of one task inside a batch, which are adjacent."""
+
+    task: str
+    start: int
+    stop: int
+    words: tuple[Tensor, Tensor] | None
+    """Row and token of each classified word, both (words,); None where the pooled text is classified."""
+    targets: Tensor | None
+    """(rows,) or (words,) class indices, or (rows, labels) 0/1; None in prediction."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded rows of one or several tasks."""
+
+    input_ids: Tensor
+    """(rows, tokens)."""
+    attention_mask: Tensor
+    """(rows, tokens), 1 for real tokens, padding on the right."""
+    token_type_ids: Tensor | None
+    tasks: list[TaskRows]
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of real tokens."""
+        return int(self.attention_mask.sum())
+
+
+def collate(rows: Sequence[tuple[str, Example]], *, pad_id: int, device: torch.device | str = "cpu") -> Batch:
+    """Pad rows to the longest of them, those of one task side by side.
+
+    Args:
+        rows: Task name and example of each row, rows of one task adjacent.
+        pad_id: Token id for the padding, which is masked.
+        device: Where the tensors go.
+    """
+    length = max(len(example.input_ids) for _, example in rows)
+    input_ids = torch.full((len(rows), length), pad_id)
+    attention_mask = torch.zeros((len(rows), length), dtype=torch.long)
+    types = torch.zeros((len(rows), length), dtype=torch.long)
+    for place, (_, example) in enumerate(rows):
+        size = len(example.input_ids)
+        input_ids[place, :size] = torch.tensor(example.input_ids)
+        attention_mask[place, :size] = 1
+        if example.token_type_ids is not None:
+            types[place, :size] = torch.tensor(example.token_type_ids)
+    has_types = any(example.token_type_ids is not None for _, example in rows)
+    return Batch(
+        input_ids=input_ids.to(device),
+        attention_mask=attention_mask.to(device),
+        token_type_ids=types.to(device) if has_types else None,
+        tasks=list(_task_rows(rows, device)),
+    )
+
+
+def _task_rows(rows: Sequence[tuple[str, Example]], device: torch.device | str) -> Iterator[TaskRows]:
+    start = 0
+    while start < len(rows):
+        task = rows[start][0]
+        stop = start
+        while stop < len(rows) and rows[stop][0] == task:
+            stop += 1
+        examples = [example for _, example in rows[start:stop]]
+        words = None
+        if any(example.word_positions for example in examples):
+            in_rows = [start + place for place, example in enumerate(examples) for _ in example.word_positions]
+            in_tokens = [position for example in examples for position in example.word_positions]
+            words = (torch.tensor(in_rows, device=device), torch.tensor(in_tokens, device=device))
+        yield TaskRows(task, start, stop, words, _targets(examples, device))
+        start = stop
+
+
+def _targets(examples: Sequence[Example], device: torch.device | str) -> Tensor | None:
+    values = [value for example in examples for value in example.targets]
+    if not values:
+        return None
+    targets = torch.tensor(values, device=device)
+    return targets.view(len(examples), -1) if targets.is_floating_point() else targets
+
+
+def length_batches(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
+    """Group rows of similar length for evaluation and prediction, longest first.
+
+    Args:
+        lengths: Tokens of each row.
+        max_tokens: Most tokens in a batch, padding included; a longer row is a batch of its own.
+
+    Returns:
+        Row numbers, every row once.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    batches: list[list[int]] = []
+    for row in order:
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+def draw_rows(sizes: Mapping[str, int], *, mixture: str, generator: random.Random) -> list[tuple[str, int]]:
+    """Draw the rows of one epoch; it is as long as all tasks together.
+
+    A task that gets more than its size is repeated in fresh orders; one that gets less is sampled without replacement.
+
+    Args:
+        sizes: Number of rows of each task, at least 1.
+        mixture: A key of MIXTURES.
+        generator: Source of the order.
+
+    Returns:
+        Task and row of each draw, shuffled.
+    """
+    exponent = MIXTURES[mixture]
+    powers = {task: size**exponent for task, size in sizes.items()}
+    total, scale = sum(sizes.values()), sum(powers.values())
+    drawn: list[tuple[str, int]] = []
+    for task, size in sizes.items():
+        # ceil after rounding off float noise: proportional gives every row exactly once
+        wanted = math.ceil(round(total * powers[task] / scale, 6))
+        for _ in range(math.ceil(wanted / size)):
+            rows = generator.sample(range(size), size)
+            drawn.extend((task, row) for row in rows[: max(0, wanted)])
+            wanted -= size
+    generator.shuffle(drawn)
+    return drawn
+
+
+def epoch_batches(
+    lengths: Mapping[str, Sequence[int]],
+    *,
+    batch_size: int,
+    mixture: str,
+    seed: int,
+    epoch: int,
+    mix_tasks: bool = True,
+) -> list[list[tuple[str, int]]]:
+    """Plan the batches of one epoch; the plan depends on its arguments only, so that a resumed run repeats it.
+
+    Args:
+        lengths: Tokens of each row, per task.
+        batch_size: Rows per batch.
+        mixture: A key of MIXTURES.
+        seed: Of the run.
+        epoch: 0-based.
+        mix_tasks: Whether a batch may hold rows of several tasks.
+
+    Returns:
+        Batches in random order, each a list of (task, row) with the rows of a task adjacent.
+    """
+    generator = random.Random(f"{seed}/{epoch}")
+    drawn = draw_rows({task: len(rows) for task, rows in lengths.items()}, mixture=mixture, generator=generator)
+    groups = [drawn] if mix_tasks else [[pair for pair in drawn if pair[0] == task] for task in lengths]
+
+    def length(pair: tuple[str, int]) -> int:
+        return lengths[pair[0]][pair[1]]
+
+    batches: list[list[tuple[str, int]]] = []
+    for group in groups:
+        for start in range(0, len(group), batch_size * _POOL_BATCHES):
+            pool = sorted(group[start : start + batch_size * _POOL_BATCHES], key=length)
+            batches.extend(sorted(pool[place : place + batch_size]) for place in range(0, len(pool), batch_size))
+    generator.shuffle(batches)
+    return batches
+
+
+def batch_loader(
+    plan: Sequence[Sequence[tuple[str, int]]],
+    examples: Mapping[str, Sequence[Example]],
+    *,
+    collate_rows: Callable[[Sequence[tuple[str, Example]]], Batch],
+) -> Iterator[Batch]:
+    """Yield the batches of a plan one after the other."""
+    for pairs in plan:
+        yield collate_rows([(task, examples[task][row]) for task, row in pairs])

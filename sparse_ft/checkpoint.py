@@ -1,0 +1,267 @@
+"""The checkpoint: a folder with experts, heads and tasks that names its backbone but does not contain it."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import yaml
+from torch import Tensor
+
+import sparse_ft
+from sparse_ft.backbone import MINILM_ID, load_backbone
+from sparse_ft.config import RunConfig
+from sparse_ft.errors import CheckpointError
+from sparse_ft.experts import Expert
+from sparse_ft.folders import recover_folder, replace_folder, write_bytes, write_json
+from sparse_ft.kinds import find_kind
+from sparse_ft.model import SparseExpertModel
+from sparse_ft.tasks import TaskSpec, parse_task
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_PEFT_PREFIX = "base_model.model."
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint in memory, ready to run."""
+
+    path: Path
+    model: SparseExpertModel
+    tasks: dict[str, TaskSpec]
+    """Task files with all label names filled in."""
+    config: RunConfig
+    """Of the run that wrote it last."""
+    metrics: dict[str, Any]
+    """Per task: the best validation score, and the scores that were taken after training."""
+    manifest: dict[str, Any]
+
+
+def save_checkpoint(
+    path: Path,
+    *,
+    model: SparseExpertModel,
+    tasks: Mapping[str, TaskSpec],
+    config: RunConfig,
+    metrics: Mapping[str, Any],
+) -> None:
+    """Write a checkpoint; a folder that is there already is replaced as a whole, or not at all.
+
+    Raises:
+        CheckpointError: If the disk is full or not writable; what was there is untouched.
+    """
+
+    def fill(folder: Path) -> None:
+        for name in model.experts.names:
+            _save_expert(folder / "experts" / check_name(name), model.experts.get(name), model=model)
+        for task, spec in tasks.items():
+            head = {key: value.detach().cpu().contiguous() for key, value in model.head(task).state_dict().items()}
+            write_bytes(folder / "heads" / f"{check_name(task)}.safetensors", safetensors.torch.save(head))
+            write_bytes(folder / "tasks" / f"{task}.yaml", _yaml(spec.model_dump(exclude_defaults=True)))
+        write_bytes(folder / "config.yaml", _yaml(config.model_dump()))
+        write_json(folder / "metrics.json", metrics)
+        model.backbone.tokenizer.save_pretrained(folder / "tokenizer")
+        write_json(folder / MANIFEST, _manifest(folder, model=model, tasks=tasks))
+
+    replace_folder(path, fill)
+
+
+def _yaml(content: Any) -> bytes:
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120).encode()
+
+
+def _manifest(folder: Path, *, model: SparseExpertModel, tasks: Mapping[str, TaskSpec]) -> dict[str, Any]:
+    import transformers
+
+    experts = {}
+    for name in model.experts.names:
+        expert = model.experts.get(name)
+        experts[name] = {"rank": max(expert.ranks.values(), default=0), "alpha": expert.alpha, "layers": len(expert.ranks)}
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != "metrics.json")
+    return {
+        "format": FORMAT,
+        "versions": {"sparse_ft": sparse_ft.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "backbone": {
+            "name": model.backbone.name,
+            "revision": model.backbone.revision,
+            "weights_sha256": model.backbone.weights_sha256,
+        },
+        "first_block": model.first_block,
+        "pooling": model.pooling,
+        "experts": experts,
+        "tasks": {task: {"expert": model.tasks[task].expert, "kind": spec.kind} for task, spec in tasks.items()},
+        "bytes": {file.relative_to(folder).as_posix(): file.stat().st_size for file in files},
+    }
+
+
+def _save_expert(folder: Path, expert: Expert, *, model: SparseExpertModel) -> None:
+    """Write an expert as a PEFT adapter, which ``PeftModel.from_pretrained`` reads."""
+    from peft import LoraConfig
+
+    tensors: dict[str, Tensor] = {}
+    for module, (lora_a, lora_b) in expert.deltas.items():
+        tensors[f"{_PEFT_PREFIX}{module}.lora_A.weight"] = lora_a.contiguous()
+        tensors[f"{_PEFT_PREFIX}{module}.lora_B.weight"] = lora_b.contiguous()
+    rank = max(expert.ranks.values(), default=1)
+    smaller = {module: size for module, size in expert.ranks.items() if size != rank}
+    name = model.backbone.name
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=expert.alpha,  # type: ignore[arg-type]  # PEFT computes alpha / r; a float is as good
+        target_modules=sorted(expert.deltas),
+        rank_pattern=smaller,
+        alpha_pattern={module: expert.alpha for module in smaller},
+        fan_in_fan_out=any(layer.fan_in_fan_out for layer in model.experts.layers.values()),
+        base_model_name_or_path=MINILM_ID if name == "minilm" else name,
+        inference_mode=True,
+    )
+    folder.mkdir(parents=True)
+    config.save_pretrained(str(folder))
+    write_bytes(folder / "adapter_model.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"}))
+
+
+def check_name(name: str) -> str:
+    """Return a name that is safe as a file name.
+
+    Raises:
+        CheckpointError: If it is not.
+    """
+    if not _NAME.fullmatch(name):
+        raise CheckpointError(f"The name {name!r} is not allowed: use letters, digits, - and _, at most 64, not - first.")
+    return name
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read and check the manifest of a checkpoint, and that all its files are there in full.
+
+    Raises:
+        CheckpointError: If the folder is no checkpoint, is incomplete, or was written by a newer version.
+    """
+    recover_folder(path)
+    file = path / MANIFEST
+    if not path.is_dir():
+        raise CheckpointError(f"Checkpoint folder {str(path)!r} does not exist.")
+    if not file.is_file():
+        if (path / "resume").is_dir():
+            advice = f"Its training did not finish: `sparse-ft train --resume --output {path}` continues it."
+        else:
+            advice = "Give the folder that `sparse-ft train` printed."
+        raise CheckpointError(f"{str(path)!r} holds no {MANIFEST}, so it is no checkpoint. {advice}")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        written_format = int(manifest["format"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{str(file)!r} is damaged: {error!r}. Restore the folder from a copy or train again.") from error
+    if written_format > FORMAT:
+        version = manifest.get("versions", {}).get("sparse_ft", "a newer version")
+        raise CheckpointError(
+            f"Checkpoint {str(path)!r} has format {written_format}; this sparse-ft {sparse_ft.__version__} reads up to {FORMAT}. "
+            f"It was written by sparse-ft {version}: update with `pip install -U sparse-ft`."
+        )
+    for name, size in manifest["bytes"].items():
+        part = path / name
+        found = part.stat().st_size if part.is_file() else None
+        if found != size:
+            problem = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            raise CheckpointError(
+                f"Checkpoint {str(path)!r} is incomplete: {name} {problem}. Copy the folder again, or train again."
+            )
+    return dict(manifest)
+
+
+def load_checkpoint(
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    backbone: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Checkpoint:
+    """Load a checkpoint and its backbone.
+
+    Args:
+        path: Folder that ``train`` wrote.
+        device: Where to put the model.
+        backbone: Where the backbone is now, if not where the checkpoint says; the hash must agree.
+        dtype: Of the frozen weights.
+
+    Raises:
+        CheckpointError: If the folder is no complete checkpoint of a known format.
+        BackboneError: If the backbone is not found or its weights are not those it was trained on.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    named = manifest["backbone"]
+    loaded = load_backbone(
+        backbone or named["name"],
+        revision=None if backbone else named["revision"],
+        expected_sha256=named["weights_sha256"],
+        tokenizer_folder=path / "tokenizer",
+        dtype=dtype,
+    )
+    model = SparseExpertModel(loaded, pooling=manifest["pooling"])
+    config = RunConfig.model_validate(_read_yaml(path / "config.yaml"))
+    for name in manifest["experts"]:
+        model.experts.add(load_expert(path / "experts" / check_name(name), name=name))
+    tasks = {}
+    for task, entry in manifest["tasks"].items():
+        file = path / "tasks" / f"{check_name(task)}.yaml"
+        tasks[task] = parse_task(_read_yaml(file), where=str(file))
+        kind = find_kind(tasks[task].kind)
+        outputs = kind.outputs(tasks[task].label_names or [])
+        head = model.add_task(task, expert=entry["expert"], level=kind.level, num_outputs=len(outputs))
+        _load_head(head, path / "heads" / f"{task}.safetensors")
+    metrics = json.loads((path / "metrics.json").read_text(encoding="utf-8")) if (path / "metrics.json").is_file() else {}
+    return Checkpoint(path, model.to(device).eval().requires_grad_(False), tasks, config, metrics, manifest)
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{str(path)!r} is damaged: {' '.join(str(error).split())}") from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        CheckpointError: If it is missing, damaged or holds numbers that are not finite.
+    """
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except Exception as error:  # safetensors has one exception of its own and lets others through
+        raise CheckpointError(f"{str(path)!r} cannot be read: {error}. Copy the file again, or train again.") from error
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{str(path)!r} holds NaN or infinite numbers in {name!r}. Train this expert again.")
+    return tensors
+
+
+def load_expert(folder: Path, *, name: str) -> Expert:
+    """Read an expert from a PEFT adapter folder.
+
+    Args:
+        folder: With adapter_config.json and adapter_model.safetensors.
+        name: The expert's name in this model.
+    """
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    tensors = read_tensors(folder / "adapter_model.safetensors")
+    deltas = {}
+    for key, lora_a in tensors.items():
+        if key.endswith(".lora_A.weight"):
+            module = key.removeprefix(_PEFT_PREFIX).removesuffix(".lora_A.weight")
+            deltas[module] = (lora_a, tensors[key.replace(".lora_A.", ".lora_B.")])
+    return Expert(name, float(config["lora_alpha"]), deltas)
+
+
+def _load_head(head: torch.nn.Module, path: Path) -> None:
+    try:
+        head.load_state_dict(read_tensors(path))
+    except RuntimeError as error:
+        raise CheckpointError(f"{str(path)!r} does not fit the labels of its task: {' '.join(str(error).split())}") from error

@@ -1,0 +1,279 @@
+"""The columns every task has, out of the records of any source: texts, label names, tokens and IOB2 tags."""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import datasets
+
+from sparse_ft.errors import ConfigError, DataError, unknown_name
+from sparse_ft.records import Record, pick, plain_text, split_tokens
+from sparse_ft.schemes import Span, first_invalid, split_tag, tags_from_spans, to_iob2
+from sparse_ft.tasks import Column, TaskSpec
+from sparse_ft.words import cut_words, split_words
+
+logger = logging.getLogger("sparse_ft")
+
+LABEL_SEPARATOR = "|"
+"""Divides the labels of a multi-label row whose source holds one string; label names may contain commas."""
+
+_STRING = datasets.Value("string")
+_STRINGS = datasets.List(_STRING)
+_OFFSETS = datasets.List(datasets.Value("int64"))
+_FEATURES = {
+    "text": _STRING,
+    "text_pair": _STRING,
+    "label": _STRING,
+    "labels": _STRINGS,
+    "tokens": _STRINGS,
+    "tags": _STRINGS,
+    "starts": _OFFSETS,
+    "ends": _OFFSETS,
+    "row": datasets.Value("int64"),
+}
+
+
+class Reading(NamedTuple):
+    """How the records of one split become rows."""
+
+    spec: TaskSpec
+    columns: dict[str, Column]
+    """Our column to the source's."""
+    labels: dict[str, str]
+    """Source values to names; values that are not in it are names already."""
+    label_scheme: str
+    strict: bool = False
+    """Train split: every row needs a label, and one that the task declares."""
+    labelled: bool = True
+    """False: the label column may be missing."""
+
+
+def wanted_columns(spec: TaskSpec, columns: dict[str, Column]) -> dict[str, Column]:
+    """Complete the columns of a source with those that bear our own names.
+
+    Args:
+        spec: The task, whose kind decides which columns are needed.
+        columns: Our column to the source's, as far as the names differ.
+
+    Raises:
+        ConfigError: If the kind has no columns.
+    """
+    if spec.kind not in _ROWS:
+        raise ConfigError(f"Task {spec.name!r}: {unknown_name('kind', spec.kind, _ROWS)}")
+    if spec.kind == "token_classification":
+        by_spans = "spans" in columns or (spec.files is not None and spec.files.format == "cluener")
+        ours = ["text", "spans"] if by_spans else ["tokens", "tags"]
+    else:
+        ours = ["text", *(["text_pair"] if "text_pair" in columns else [])]
+        ours.append("labels" if spec.kind == "multi_label" else "label")
+    return {name: columns.get(name, name) for name in ours}
+
+
+def to_dataset(records: Sequence[Record], reading: Reading) -> datasets.Dataset:
+    """Build the Dataset of one split.
+
+    Args:
+        records: The rows of the source.
+        reading: What their columns mean.
+
+    Returns:
+        One row a record, less those left out, with our columns and ``row``.
+
+    Raises:
+        DataError: If a record does not fit; with file and line.
+    """
+    make_row = _ROWS[reading.spec.kind]
+    rows = []
+    for record in records:
+        row = make_row(record, reading)
+        if row is not None:
+            rows.append({**row, "row": record.row})
+    if not rows:
+        raise DataError(
+            f"No row of {records[0].path!r} is left: all have no words, or a label in {reading.spec.drop_labels}. "
+            "Check the file and `drop_labels` in the task file."
+        )
+    dropped = sum(row.pop("overlapping", 0) for row in rows)
+    if dropped:
+        logger.warning("%s: %d spans overlap longer or earlier ones and are left out.", records[0].path, dropped)
+    features = datasets.Features({name: _FEATURES[name] for name in rows[0]})
+    return datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
+
+
+def _texts(record: Record, reading: Reading) -> dict[str, Any]:
+    texts: dict[str, Any] = {}
+    for name in ("text", "text_pair"):
+        if name in reading.columns:
+            value = pick(record, reading.columns[name])
+            if value is None:
+                raise DataError(f"{record.place}: {name} is null. Give every row a text, or leave the row out.")
+            texts[name] = plain_text(value)
+    return texts
+
+
+def _source_label(record: Record, reading: Reading, column: str, *, empty: str | None = None) -> Any:
+    """Take the label as it stands; None if it is missing where it may be, ``empty`` for an empty string."""
+    try:
+        value = pick(record, reading.columns[column])
+    except DataError:
+        if reading.labelled:
+            raise
+        return None
+    value = empty if value == "" else value
+    if value is None:
+        if reading.strict:
+            raise DataError(f"{record.place}: a row of train has no {column}. Label it or leave it out.")
+        return None
+    return value
+
+
+def label_text(value: Any) -> str:
+    """Write a source label as the text that a task file would give for it: ``true``, ``1``, ``news``."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
+
+
+def _name(value: Any, record: Record, reading: Reading) -> str:
+    """Map a source label to its name; in train it must be one that the task declares."""
+    text = label_text(value)
+    name = reading.labels.get(text, text)
+    _check_known(name, record, reading)
+    return name
+
+
+def _check_known(name: str, record: Record, reading: Reading) -> None:
+    known = reading.spec.label_names
+    if reading.strict and known is not None and name not in known:
+        raise DataError(
+            f"{record.place}: {unknown_name('label', name, known)} Correct the row, or `labels` in the task file."
+        )
+
+
+def _classification_row(record: Record, reading: Reading) -> dict[str, Any] | None:
+    value = _source_label(record, reading, "label")
+    if value is not None and label_text(value) in reading.spec.drop_labels:
+        return None
+    return {**_texts(record, reading), "label": None if value is None else _name(value, record, reading)}
+
+
+def _multi_label_row(record: Record, reading: Reading) -> dict[str, Any]:
+    """Divide a string at LABEL_SEPARATOR; an empty string or list means no label at all, null a hidden one."""
+    value = _source_label(record, reading, "labels", empty="")
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(LABEL_SEPARATOR) if part.strip()]
+    names = None if value is None else [_name(item, record, reading) for item in value]
+    return {**_texts(record, reading), "labels": names}
+
+
+def _token_row(record: Record, reading: Reading) -> dict[str, Any] | None:
+    if "spans" in reading.columns:
+        return _span_row(record, reading)
+    value = pick(record, reading.columns["tokens"])
+    tokens = split_tokens(value) if isinstance(value, str) else [str(token) for token in value]
+    if not "".join(tokens):
+        return None
+    tags = _source_label(record, reading, "tags")
+    if tags is None:
+        return {"tokens": tokens, "tags": None}
+    tags = split_tokens(tags) if isinstance(tags, str) else tags
+    if len(tags) != len(tokens):
+        raise DataError(f"{record.place}: {len(tokens)} tokens but {len(tags)} tags. Give one tag a token.")
+    return {"tokens": tokens, "tags": _tags(tags, record, reading)}
+
+
+def _tags(source: Sequence[Any], record: Record, reading: Reading) -> list[str]:
+    """Name, check and convert the tags of one sentence to IOB2; ``labels`` of the task then map the entity types."""
+    tags = [reading.labels.get(label_text(tag), label_text(tag)) for tag in source]
+    invalid = first_invalid(tags, reading.label_scheme)
+    if invalid is not None:
+        spread = (
+            record.unit == "line" and isinstance(record.values, dict) and isinstance(record.values.get("tags"), list)
+        )
+        place = (
+            record._replace(number=record.number + invalid).place if spread else f"{record.place}, word {invalid + 1}"
+        )
+        raise DataError(
+            f"{place}: tag {tags[invalid]!r} is not valid in label scheme {reading.label_scheme!r}. "
+            "Correct it, or `label_scheme` in the task file (iob1, iob2, bioes, bmes)."
+        )
+    return [_typed(tag, record, reading) for tag in to_iob2(tags, reading.label_scheme)]
+
+
+def _typed(tag: str, record: Record, reading: Reading) -> str:
+    prefix, source_type = split_tag(tag)
+    if not source_type:
+        return tag
+    mapping = reading.spec.labels if isinstance(reading.spec.labels, dict) else {}
+    entity_type = mapping.get(source_type, source_type)
+    _check_known(entity_type, record, reading)
+    return f"{prefix}-{entity_type}"
+
+
+def _span_row(record: Record, reading: Reading) -> dict[str, Any] | None:
+    """Split a text into words whose edges include those of all its spans, so that no entity is lost."""
+    text = plain_text(pick(record, reading.columns["text"]))
+    spans = _source_spans(record, reading, text)
+    kept = _without_overlaps(spans or [])
+    edges = {edge for span in kept for edge in (span.start, span.end)}
+    words = cut_words(split_words(text, reading.spec.language), edges)
+    if not words:
+        return None
+    tags = None
+    if spans is not None:
+        tags = [
+            _typed(tag, record, reading)
+            for tag in tags_from_spans([_over_words(span, words, record) for span in kept], len(words))
+        ]
+    return {
+        "tokens": [word.text for word in words],
+        "tags": tags,
+        "text": text,
+        "starts": [word.start for word in words],
+        "ends": [word.end for word in words],
+        "overlapping": len(spans or []) - len(kept),
+    }
+
+
+def _source_spans(record: Record, reading: Reading, text: str) -> list[Span] | None:
+    value = _source_label(record, reading, "spans")
+    if value is None:
+        return None
+    spans = []
+    for span in value:
+        if not isinstance(span, dict) or not {"start", "end", "type"} <= set(span):
+            raise DataError(f"{record.place}: a span must be {{start, end, type}} with end exclusive, not {span!r}.")
+        if not 0 <= span["start"] < span["end"] <= len(text):
+            raise DataError(
+                f"{record.place}: span {span['start']} to {span['end']} is not within the {len(text)} characters of "
+                "the text. Offsets count characters from 0, end exclusive."
+            )
+        spans.append(Span(span["type"], span["start"], span["end"]))
+    return spans
+
+
+def _without_overlaps(spans: Sequence[Span]) -> list[Span]:
+    """Of overlapping spans keep the longer one, of equally long ones the earlier."""
+    kept: list[Span] = []
+    for span in sorted(spans, key=lambda span: (span.start - span.end, span.start)):
+        if all(span.end <= other.start or other.end <= span.start for other in kept):
+            kept.append(span)
+    return sorted(kept, key=lambda span: span.start)
+
+
+def _over_words(span: Span, words: Sequence[Any], record: Record) -> Span:
+    inside = [place for place, word in enumerate(words) if span.start <= word.start and word.end <= span.end]
+    if not inside:
+        raise DataError(
+            f"{record.place}: the span {span.start} to {span.end} holds white space only. Correct its offsets."
+        )
+    return Span(span.type, inside[0], inside[-1] + 1)
+
+
+_ROWS: dict[str, Callable[[Record, Reading], dict[str, Any] | None]] = {
+    "classification": _classification_row,
+    "multi_label": _multi_label_row,
+    "token_classification": _token_row,
+}

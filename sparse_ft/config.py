@@ -1,0 +1,164 @@
+"""Run configs: frozen sections whose defaults stand here and nowhere else; YAML files list differences."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sparse_ft.errors import ConfigError, unknown_name
+from sparse_ft.resources import bundled_dir, bundled_names
+from sparse_ft.tasks import explain
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ExpertConfig(_Section):
+    """The experts that are trained."""
+
+    rank: int = Field(default=8, ge=1, le=1024)
+    """Rank of the deltas."""
+    alpha: float = Field(default=16.0, gt=0)
+    """Deltas are scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """On the input of each delta."""
+    first_block: int = Field(default=0, ge=0)
+    """Lowest block with expert layers; what lies below is shared by all tasks."""
+    targets: list[str] | None = None
+    """Last parts of the names of the linears that get experts, e.g. [query, value]; null takes all linears of a block."""
+    pooling: Literal["auto", "mean", "first", "last"] = "auto"
+    """How a text becomes one vector; auto is last for causal backbones, else mean."""
+
+
+class TrainConfig(_Section):
+    """The training loop."""
+
+    epochs: int = Field(default=5, ge=1)
+    """Passes over the data; one is as long as all tasks together."""
+    min_steps: int = Field(default=300, ge=0)
+    """Small data is repeated until there are at least this many optimizer steps."""
+    batch_size: int = Field(default=32, ge=1)
+    """Rows per optimizer step."""
+    accumulation: int = Field(default=1, ge=1)
+    """Parts that a batch is computed in, to save memory."""
+    learning_rate: float = Field(default=2e-3, gt=0)
+    head_learning_rate: float | None = Field(default=None, gt=0)
+    """Of the heads; null takes learning_rate."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    warmup: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the steps over which the rate rises; it falls linearly to 0 after that."""
+    clip: float = Field(default=1.0, ge=0)
+    """Largest gradient norm of a task's parameters; 0 switches clipping off."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    head_dropout: float = Field(default=0.1, ge=0, lt=1)
+    patience: int = Field(default=3, ge=0)
+    """Evaluations without a better score, for all tasks, after which training stops; 0 never stops early."""
+    mixture: Literal["proportional", "smoothed", "uniform"] = "proportional"
+    """How often each task is drawn: by its rows, by their square root, or equally."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the frozen weights in training; auto is bf16 where the hardware computes in it."""
+    save_steps: int = Field(default=100, ge=1)
+    """Steps between the saves that --resume continues from."""
+
+
+class DataConfig(_Section):
+    """How rows are read and encoded."""
+
+    max_length: int = Field(default=256, ge=8)
+    """Tokens per row; longer texts are cut, longer tagged texts are read in windows."""
+    train_limit: int | None = Field(default=None, ge=1)
+    """Use only so many training rows of each task, drawn by the seed."""
+
+
+class RunConfig(_Section):
+    """Everything a training run depends on."""
+
+    tasks: list[str] = Field(default_factory=list)
+    """Bundled names or paths of task files."""
+    sources: dict[str, str] = Field(default_factory=dict)
+    """Task name to folder or file of its data."""
+    backbone: str = "minilm"
+    revision: str | None = None
+    """Of a backbone on the hub."""
+    output: str | None = None
+    """Folder of the checkpoint; null takes runs/<tasks>."""
+    start: str | None = None
+    """Checkpoint whose experts are kept or trained further (--from)."""
+    seed: int = Field(default=13, ge=0)
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    experts: ExpertConfig = ExpertConfig()
+    train: TrainConfig = TrainConfig()
+    data: DataConfig = DataConfig()
+
+
+def load_config(
+    name_or_path: str | Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
+) -> RunConfig:
+    """Put a run config together: defaults, then the file, then the overrides, then the given values.
+
+    Args:
+        name_or_path: Bundled name or path of a YAML file with differences from the defaults.
+        overrides: ``section.key=value`` strings; values are read as YAML.
+        values: Top-level values that win over everything, e.g. from command-line options.
+
+    Raises:
+        ConfigError: With every problem in one paragraph.
+    """
+    merged: dict[str, Any] = _read(name_or_path) if name_or_path is not None else {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {override!r} is not of the form section.key=value, e.g. train.epochs=3.")
+        _put(merged, key.strip().split("."), _parse_value(text, override), override)
+    merged.update(values or {})
+    try:
+        return RunConfig.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(f"Config: {explain(error, RunConfig)}") from error
+
+
+def _read(name_or_path: str | Path) -> dict[str, Any]:
+    path = Path(name_or_path)
+    if path.suffix not in {".yaml", ".yml"}:
+        known = bundled_names("configs")
+        if str(name_or_path) not in known:
+            raise ConfigError(unknown_name("config", str(name_or_path), known) + " Or give the path of a YAML file.")
+        path = bundled_dir("configs") / f"{name_or_path}.yaml"
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"Config file {str(path)!r} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"Config file {str(path)!r} is not readable YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"Config file {str(path)!r} must hold a mapping of keys, not {type(values).__name__}.")
+    return values
+
+
+def _parse_value(text: str, override: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not readable YAML.") from error
+    if isinstance(value, str):
+        try:  # YAML 1.1 reads 1e-3 as text, for want of a dot
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _put(target: dict[str, Any], path: Sequence[str], value: Any, override: str) -> None:
+    for part in path[:-1]:
+        inner = target.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {override!r}: {part!r} is a value, not a section.")
+        target = inner
+    target[path[-1]] = value

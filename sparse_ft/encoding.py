@@ -1,0 +1,117 @@
+"""From text to token ids: single texts, pairs, and windows over words."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sparse_ft.backbone import Backbone
+
+_LOG = logging.getLogger("sparse_ft")
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row of model input; a long tagged text gives several, one a window."""
+
+    row: int
+    """Position of the text in the list that was encoded."""
+    input_ids: list[int]
+    token_type_ids: list[int] | None = None
+    word_positions: list[int] = field(default_factory=list)
+    """Tokens whose hidden states are classified; empty where the pooled text is."""
+    word_indices: list[int] = field(default_factory=list)
+    """The words of the text that ``word_positions`` stand for."""
+    targets: list[Any] = field(default_factory=list)
+    """Class indices (one, or one a word; -100 is ignored), or 0/1 per label. Empty in prediction."""
+
+
+class Encoder:
+    """Turns texts and words into examples for one backbone.
+
+    Args:
+        backbone: Whose tokenizer is used.
+        max_length: Longest row in tokens, special tokens included; cut to what the backbone can take.
+    """
+
+    def __init__(self, backbone: Backbone, *, max_length: int) -> None:
+        self.tokenizer = backbone.tokenizer
+        self.max_length = min(max_length, backbone.max_length)
+        self.empty_id = backbone.pad_id
+        # The first piece of a word has seen the whole word only if the model looks to the right, too.
+        self.last_piece = backbone.family.causal
+        probe = self.tokenizer("a", return_special_tokens_mask=True)
+        ids, special = probe["input_ids"], probe["special_tokens_mask"]
+        first = special.index(0) if 0 in special else 0
+        last = len(special) - special[::-1].index(0) if 0 in special else 0
+        self.prefix, self.suffix = ids[:first], ids[last:]
+        self.has_types = "token_type_ids" in probe
+
+    def texts(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[Example]:
+        """Encode one example a text (or pair); what exceeds ``max_length`` tokens is cut off, from the longer of a pair.
+
+        Args:
+            texts: Any texts, also empty.
+            pairs: As many second texts.
+        """
+        if not texts:
+            return []
+        arguments = [list(texts)] if pairs is None else [list(texts), list(pairs)]
+        encoded = self.tokenizer(*arguments, truncation=True, max_length=self.max_length)
+        types = encoded["token_type_ids"] if pairs is not None and self.has_types else [None] * len(texts)
+        return [
+            Example(row, ids or [self.empty_id], token_type_ids=type_ids or None)
+            for row, (ids, type_ids) in enumerate(zip(encoded["input_ids"], types, strict=True))
+        ]
+
+    def words(self, rows: Sequence[Sequence[str]]) -> list[Example]:
+        """Encode lists of words; a row that exceeds ``max_length`` becomes overlapping windows.
+
+        Every word belongs to exactly one window, the one that shows most of what surrounds it. A word that the
+        tokenizer drops (a lone control character, say) belongs to none.
+
+        Args:
+            rows: Words of each text; a text may have none.
+        """
+        filled = [row for row, words in enumerate(rows) if len(words)]
+        examples = [Example(row, [*self.prefix, *self.suffix] or [self.empty_id]) for row, words in enumerate(rows) if not len(words)]
+        if filled:
+            encoded = self.tokenizer([list(rows[row]) for row in filled], is_split_into_words=True, add_special_tokens=False)
+            for place, row in enumerate(filled):
+                examples.extend(self._windows(row, encoded["input_ids"][place], encoded.word_ids(place)))
+        return sorted(examples, key=_by_row)
+
+    def _windows(self, row: int, ids: list[int], word_ids: list[int]) -> list[Example]:
+        marks: dict[int, int] = {}  # word -> the piece that stands for it
+        for position, word in enumerate(word_ids):
+            if self.last_piece or word not in marks:
+                marks[word] = position
+        capacity = self.max_length - len(self.prefix) - len(self.suffix)
+        owned: dict[int, list[int]] = {}  # start of window -> its words
+        starts = _window_starts(len(ids), capacity)
+        for word, position in marks.items():
+            seen = [start for start in starts if start <= position < start + capacity]
+            best = max(seen, key=lambda start: min(position - start, start + capacity - 1 - position))
+            owned.setdefault(best, []).append(word)
+        return [
+            Example(
+                row,
+                [*self.prefix, *ids[start : start + capacity], *self.suffix],
+                word_positions=[len(self.prefix) + marks[word] - start for word in owned.get(start, [])],
+                word_indices=owned.get(start, []),
+            )
+            for start in starts
+        ]
+
+
+def _by_row(example: Example) -> int:
+    return example.row
+
+
+def _window_starts(length: int, capacity: int) -> list[int]:
+    """Place windows of ``capacity`` tokens so that neighbours share at least a quarter, and the last ends at the end."""
+    if length <= capacity:
+        return [0]
+    stride = max(1, capacity - capacity // 4)
+    starts = list(range(0, length - capacity, stride))
+    return [*starts, length - capacity]

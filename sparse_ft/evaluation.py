@@ -1,0 +1,213 @@
+"""Score a checkpoint's tasks on data: what the task kind counts, and again without the rows known from training."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparse_ft.checkpoint import Checkpoint, load_checkpoint
+from sparse_ft.devices import find_device
+from sparse_ft.encoding import Encoder, Example
+from sparse_ft.errors import ConfigError, DataError, unknown_name
+from sparse_ft.inference import row_logits
+from sparse_ft.kinds import find_kind
+from sparse_ft.metrics import headline
+from sparse_ft.model import SparseExpertModel
+from sparse_ft.readers import read, rows_seen_in_train
+from sparse_ft.reports import TaskReport, report_json, report_text
+from sparse_ft.scores import Score
+from sparse_ft.tasks import SPLITS, Split, TaskSpec
+
+_LOG = logging.getLogger("sparse_ft")
+ROUTES = ("task",)
+
+
+@dataclass(frozen=True)
+class EvalData:
+    """Rows of one task with answers, encoded."""
+
+    columns: dict[str, list[Any]]
+    examples: list[Example]
+    num_words: list[int] | None
+    """Words of each row, for tasks that tag words."""
+
+    @property
+    def num_rows(self) -> int:
+        """Number of texts."""
+        return len(self.columns["row"])
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of several tasks on one split."""
+
+    checkpoint: str
+    splits: dict[str, Split]
+    """Task to the split it was scored on."""
+    route: str
+    tasks: dict[str, TaskReport]
+    experts: dict[str, str]
+    """Task to the expert that served it."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``evaluate --json`` writes."""
+        usage = {task: {self.experts[task]: 1.0} for task in self.tasks}
+        return {
+            "checkpoint": self.checkpoint,
+            "split": "/".join(dict.fromkeys(self.splits.values())),
+            "route": self.route,
+            "tasks": {task: report_json(entry.score, unseen_rows=entry.unseen_rows) for task, entry in self.tasks.items()},
+            "routing": {"accuracy": 1.0, "usage": usage},
+        }
+
+    def to_text(self) -> str:
+        """Return the classification reports of all tasks as text tables."""
+        return "\n".join(
+            report_text(entry.score, title=entry.title or task, unseen_rows=entry.unseen_rows) for task, entry in self.tasks.items()
+        )
+
+
+def prepare(columns: Mapping[str, Sequence[Any]], *, spec: TaskSpec, encoder: Encoder) -> EvalData:
+    """Encode rows with answers; rows whose answer is hidden are left out.
+
+    Args:
+        columns: As ``readers.read`` gives them.
+        spec: The task, its labels filled in.
+        encoder: Of the backbone.
+    """
+    kind = find_kind(spec.kind)
+    answers = kind.references(columns)
+    known = [place for place, answer in enumerate(answers) if answer is not None]
+    kept = {name: [values[place] for place in known] for name, values in columns.items()}
+    examples = kind.encode(kept, encoder=encoder, labels=spec.label_names or [], language=spec.language)
+    num_words = [len(tokens) for tokens in kept["tokens"]] if kind.level == "word" else None
+    return EvalData(kept, examples, num_words)
+
+
+def predict_rows(model: SparseExpertModel, spec: TaskSpec, data: EvalData) -> list[Any]:
+    """Predict every row of a task, in the form that its kind scores."""
+    logits = row_logits(model, spec.name, data.examples, num_rows=data.num_rows, num_words=data.num_words)
+    return find_kind(spec.kind).predictions(logits, labels=spec.label_names or [])
+
+
+def score_rows(spec: TaskSpec, data: EvalData, predictions: Sequence[Any], *, rows: Sequence[int] | None = None) -> Score:
+    """Score predictions, on all rows or on some places."""
+    kind = find_kind(spec.kind)
+    references = kind.references(data.columns)
+    places = range(data.num_rows) if rows is None else rows
+    chosen, guessed = [references[place] for place in places], [predictions[place] for place in places]
+    score = kind.score(chosen, guessed, labels=spec.label_names or [], out_of_scope=spec.out_of_scope)
+    if spec.metric not in score.metrics:
+        labels = kind.outputs(spec.label_names or [])
+        score.metrics[spec.metric] = headline(
+            spec.metric, references=chosen, predictions=guessed, score=score, labels=labels
+        )
+    return score
+
+
+def evaluate_task(
+    model: SparseExpertModel, spec: TaskSpec, *, split: Split, source: str | None, encoder: Encoder
+) -> TaskReport:
+    """Read a split of a task and score the model on it.
+
+    Raises:
+        DataError: If the source has no such split, or its answers are hidden.
+    """
+    found = read(spec, data=source, splits=[split])
+    if split not in found:
+        raise DataError(f"Task {spec.name!r} has no {split} split in its data. Choose another with --split.")
+    data = prepare(found[split].to_dict(), spec=spec, encoder=encoder)
+    if data.num_rows == 0:
+        raise DataError(
+            f"The {split} split of task {spec.name!r} has no answers (its publisher hides them). Use --split validation."
+        )
+    predictions = predict_rows(model, spec, data)
+    score = score_rows(spec, data, predictions)
+    if score.unseen_labels:
+        _LOG.warning(
+            "Task %s: labels in %s that training never had, counted as errors: %s",
+            spec.name, split, ", ".join(score.unseen_labels),
+        )  # fmt: skip
+    seen = rows_seen_in_train(spec, split, data=source)
+    fresh = [place for place, row in enumerate(data.columns["row"]) if row not in seen]
+    unseen = score_rows(spec, data, predictions, rows=fresh) if seen and len(fresh) < data.num_rows else None
+    return TaskReport(score=score, title=f"{spec.name} · {split}", unseen_rows=unseen)
+
+
+def evaluate(
+    checkpoint: str | Path | Checkpoint,
+    *,
+    tasks: Sequence[str] | None = None,
+    data: str | Path | Mapping[str, str] | None = None,
+    split: Split | Mapping[str, Split] = "test",
+    route: str = "task",
+    device: str = "auto",
+    backbone: str | None = None,
+) -> Evaluation:
+    """Score a checkpoint.
+
+    Args:
+        checkpoint: A folder, or what ``load_checkpoint`` gave.
+        tasks: Some of its tasks; None scores all.
+        data: Folder or file for the one task, or task name to such; None takes what each was trained on.
+        split: ``train``, ``validation`` or ``test``; or task name to such.
+        route: ``task``: every row goes to the expert of its task.
+        device: ``auto``, ``cpu``, ``cuda`` …
+        backbone: Where the backbone is now, if not where the checkpoint says.
+
+    Raises:
+        ConfigError: If a name is unknown.
+        CheckpointError: If the folder is no complete checkpoint.
+        DataError: If data is missing or malformed.
+    """
+    if route not in ROUTES:
+        raise ConfigError(unknown_name("route", route, ROUTES))
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = load_checkpoint(checkpoint, device=find_device(device), backbone=backbone)
+    chosen = list(tasks or checkpoint.tasks)
+    for task in chosen:
+        checkpoint.model.head(task)
+    splits = dict(split) if isinstance(split, Mapping) else dict.fromkeys(chosen, split)
+    for name in splits.values():
+        if name not in SPLITS:
+            raise ConfigError(unknown_name("split", name, SPLITS))
+    sources = {**checkpoint.config.sources, **name_sources(data, chosen)}
+    encoder = Encoder(checkpoint.model.backbone, max_length=checkpoint.config.data.max_length)
+    reports = {
+        task: evaluate_task(checkpoint.model, checkpoint.tasks[task], split=splits[task], source=sources.get(task), encoder=encoder)
+        for task in chosen
+    }
+    experts = {task: checkpoint.model.tasks[task].expert for task in chosen}
+    return Evaluation(str(checkpoint.path), splits, route, reports, experts)
+
+
+def scored_split(spec: TaskSpec, source: str | None) -> Split:
+    """Return ``test``, or ``validation`` for a task without a test split or with hidden answers in it."""
+    found = read(spec, data=source, splits=["test"])
+    if "test" not in found:
+        return "validation"
+    answers = find_kind(spec.kind).references(found["test"].to_dict())
+    return "test" if any(answer is not None for answer in answers) else "validation"
+
+
+def name_sources(data: str | Path | Mapping[str, str] | None, tasks: Sequence[str]) -> dict[str, str]:
+    """Say which data belongs to which task.
+
+    Args:
+        data: One path, for the one task; or task name to path.
+        tasks: Names of the tasks of this call.
+
+    Raises:
+        ConfigError: If one path is given for several tasks, or a name is not among the tasks.
+    """
+    if data is None:
+        return {}
+    if isinstance(data, Mapping):
+        for task in data:
+            if task not in tasks:
+                raise ConfigError(unknown_name("task in --data", task, tasks))
+        return {task: str(Path(path).expanduser().absolute()) for task, path in data.items()}
+    if len(tasks) != 1:
+        raise ConfigError(f"--data {str(data)!r} names no task, but there are {len(tasks)}: {', '.join(tasks)}. Write --data TASK=PATH.")
+    return {tasks[0]: str(Path(data).expanduser().absolute())}

@@ -1,0 +1,292 @@
+"""Expert layers: a frozen linear plus one low-rank delta per expert.
+
+    y = W x + (alpha_e / r_e) * B_e A_e x        for the expert e of the row
+
+LoRA: Hu et al. 2021, https://arxiv.org/abs/2106.09685. Shapes: N rows, S tokens a row, I inputs, O outputs, r rank.
+"""
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sparse_ft.errors import CheckpointError, ConfigError, unknown_name
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which expert each row of a batch uses; the rows of one expert need not be adjacent."""
+
+    experts: tuple[int, ...]
+    """Expert index of each row, shape (N,)."""
+
+    @property
+    def only(self) -> int | None:
+        """The expert of every row if all rows agree, else None."""
+        return self.experts[0] if len(set(self.experts)) == 1 else None
+
+
+class RoutingSlot:
+    """Hands the routing of the running forward pass to the expert layers, which transformers' blocks cannot pass on.
+
+    One forward pass at a time may use a model; ``predict`` holds a lock for that.
+    """
+
+    def __init__(self) -> None:
+        self._routing: Routing | None = None
+
+    @contextlib.contextmanager
+    def filled(self, routing: Routing) -> Iterator[None]:
+        """Hold ``routing`` in the slot while a forward pass runs."""
+        if self._routing is not None:
+            raise RuntimeError("This model is already in a forward pass; use one model object per thread.")
+        self._routing = routing
+        try:
+            yield
+        finally:
+            self._routing = None
+
+    def read(self) -> Routing:
+        """Return the routing of the running forward pass."""
+        if self._routing is None:
+            raise RuntimeError("An expert layer was called outside SparseExpertModel.forward: no routing is set.")
+        return self._routing
+
+
+class ExpertLayer(nn.Module):
+    """A frozen linear with the LoRAs of all experts on it.
+
+    Each expert has matrices of its own, so that one can be trained, frozen, added or removed without touching another;
+    experts may differ in rank. A rank of 0 leaves this layer as the backbone has it.
+
+    Args:
+        frozen: ``nn.Linear`` or transformers' ``Conv1D``.
+        slot: Where the routing of the running forward pass is read.
+    """
+
+    def __init__(self, frozen: nn.Module, *, slot: RoutingSlot) -> None:
+        super().__init__()
+        self.frozen = frozen
+        self.slot = slot
+        self.lora_a = nn.ParameterList()  # per expert [r, I]
+        self.lora_b = nn.ParameterList()  # per expert [O, r]
+        self.scales: list[float] = []
+        self.dropout = 0.0
+        self.fan_in_fan_out = not isinstance(frozen, nn.Linear)
+        self.out_features, self.in_features = linear_shape(frozen)
+
+    def add(self, lora_a: Tensor, lora_b: Tensor, *, scale: float) -> None:
+        """Append an expert: ``lora_a`` [r, I], ``lora_b`` [O, r], ``scale`` alpha / r."""
+        weight = self.frozen.weight
+        assert isinstance(weight, Tensor)
+        device = weight.device
+        self.lora_a.append(nn.Parameter(lora_a.to(device, torch.float32)))
+        self.lora_b.append(nn.Parameter(lora_b.to(device, torch.float32)))
+        self.scales.append(scale)
+
+    def add_untouched(self, *, scale: float) -> None:
+        """Append an expert that leaves this layer as the backbone has it."""
+        self.add(torch.zeros(0, self.in_features), torch.zeros(self.out_features, 0), scale=scale)
+
+    def remove(self, index: int) -> None:
+        """Take one expert out; those behind it move up by one."""
+        for parameters in (self.lora_a, self.lora_b):
+            kept = [parameter for place, parameter in enumerate(parameters) if place != index]
+            parameters[:] = []
+            parameters.extend(kept)
+        del self.scales[index]
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, S, I] -> [N, S, O]
+        """Apply the frozen linear and add the delta of each row's expert."""
+        y = self.frozen(x)
+        routing = self.slot.read()
+        if self.training and self.dropout > 0:
+            x = functional.dropout(x, self.dropout)
+        only = routing.only
+        if only is not None:
+            return self._one_expert(x, y, only)
+        return self._expert_per_row(x, y, routing.experts)
+
+    def _one_expert(self, x: Tensor, y: Tensor, index: int) -> Tensor:
+        lora_a, lora_b = self.lora_a[index], self.lora_b[index]
+        if lora_a.shape[0] == 0:
+            return y
+        h = functional.linear(x, lora_a.to(x.dtype))  # [N, S, r]
+        return y + functional.linear(h, lora_b.to(x.dtype)) * self.scales[index]
+
+    def _expert_per_row(self, x: Tensor, y: Tensor, experts: Sequence[int]) -> Tensor:
+        present = sorted(set(experts))
+        # Padded to the largest rank present, not of all experts: an expert outside the batch changes nothing in it.
+        rank = max(self.lora_a[index].shape[0] for index in present)
+        if rank == 0:
+            return y
+        place = {index: position for position, index in enumerate(present)}
+        rows = torch.tensor([place[index] for index in experts], device=x.device)  # [N]
+        stacked_a = torch.stack([_pad(self.lora_a[index], 0, rank) for index in present])  # [P, r, I]
+        stacked_b = torch.stack([_pad(self.lora_b[index], 1, rank) * self.scales[index] for index in present])  # [P, O, r]
+        h = torch.bmm(x, stacked_a.to(x.dtype).index_select(0, rows).transpose(1, 2))  # [N, S, r]
+        return torch.baddbmm(y, h, stacked_b.to(x.dtype).index_select(0, rows).transpose(1, 2))
+
+
+def linear_shape(linear: nn.Module) -> tuple[int, int]:
+    """Return (outputs, inputs) of an ``nn.Linear``, or of a ``Conv1D``, which keeps its weight transposed."""
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    rows, columns = weight.shape
+    return (rows, columns) if isinstance(linear, nn.Linear) else (columns, rows)
+
+
+def named_generator(seed: int, name: str) -> torch.Generator:
+    """Make a generator whose numbers depend on the seed and the name only."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") % (1 << 63))
+
+
+def _pad(matrix: Tensor, axis: int, rank: int) -> Tensor:
+    """Fill up the rank axis (0 of A, 1 of B) with zeros."""
+    missing = rank - matrix.shape[axis]
+    if missing == 0:
+        return matrix
+    return functional.pad(matrix, (0, 0, 0, missing) if axis == 0 else (0, missing))
+
+
+@dataclass
+class Expert:
+    """One named set of low-rank deltas, outside any model."""
+
+    name: str
+    alpha: float
+    deltas: dict[str, tuple[Tensor, Tensor]]
+    """Full module name to (A [r, I], B [O, r])."""
+    ranks: dict[str, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ranks = {module: lora_a.shape[0] for module, (lora_a, _) in self.deltas.items()}
+
+
+class Experts:
+    """The named experts on a backbone, and the layers that hold them.
+
+    A linear becomes an expert layer when the first expert that changes it is added; below the lowest of them the
+    backbone is shared by all tasks and needs no backward pass.
+
+    Args:
+        model: The backbone's model, whose linears are replaced in place.
+        linears: Full module name to linear: all that experts may change.
+        slot: Read by every layer.
+    """
+
+    def __init__(self, model: nn.Module, linears: Mapping[str, nn.Module], *, slot: RoutingSlot) -> None:
+        self.names: list[str] = []
+        self.layers: dict[str, ExpertLayer] = {}
+        self.alphas: dict[str, float] = {}
+        self._model = model
+        self._linears = dict(linears)
+        self._slot = slot
+
+    def _wrap(self, name: str) -> None:
+        layer = ExpertLayer(self._linears[name], slot=self._slot)
+        for expert in self.names:
+            layer.add_untouched(scale=self.alphas[expert])
+        parent, _, attribute = name.rpartition(".")
+        setattr(self._model.get_submodule(parent), attribute, layer)
+        self.layers[name] = layer
+
+    def index(self, name: str) -> int:
+        """Return the place of an expert.
+
+        Raises:
+            ConfigError: If there is no such expert.
+        """
+        if name not in self.names:
+            raise ConfigError(unknown_name("expert", name, self.names))
+        return self.names.index(name)
+
+    def create(self, name: str, *, modules: Sequence[str], rank: int, alpha: float, seed: int) -> None:
+        """Add a fresh expert: A uniform as in PEFT, B zero, so that it starts as the bare backbone.
+
+        The numbers depend on ``seed`` and ``name`` only, not on which experts are there already.
+        """
+        generator = named_generator(seed, f"expert/{name}")
+        deltas = {}
+        for module in modules:
+            out_features, in_features = linear_shape(self._linears[module])
+            # kaiming_uniform_(a=sqrt(5)) of LoRA's authors, i.e. uniform within 1 / sqrt(I):
+            # https://github.com/microsoft/LoRA/blob/c4593f060e6a368d7bb5af5273b8e42810cdef90/loralib/layers.py#L119-L124
+            bound = 1 / math.sqrt(in_features)
+            lora_a = torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
+            deltas[module] = (lora_a, torch.zeros(out_features, rank))
+        self.add(Expert(name, alpha, deltas))
+
+    def add(self, expert: Expert) -> None:
+        """Add an expert; no other expert's numbers change.
+
+        Raises:
+            CheckpointError: If the name is taken, or a delta does not fit this backbone.
+        """
+        if expert.name in self.names:
+            raise CheckpointError(f"There is an expert named {expert.name!r} already: {', '.join(self.names)}. Rename one.")
+        for module, (lora_a, lora_b) in expert.deltas.items():
+            if module not in self._linears:
+                raise CheckpointError(
+                    f"Expert {expert.name!r} changes the layer {module!r}, which this backbone does not have in its blocks. "
+                    "It was trained on another backbone."
+                )
+            shape = linear_shape(self._linears[module])
+            if (lora_b.shape[0], lora_a.shape[1]) != shape or lora_a.shape[0] != lora_b.shape[1]:
+                raise CheckpointError(
+                    f"Expert {expert.name!r} has A {tuple(lora_a.shape)} and B {tuple(lora_b.shape)} for the layer {module!r} "
+                    f"of {shape[1]} inputs and {shape[0]} outputs. It belongs to another backbone."
+                )
+            if module not in self.layers:
+                self._wrap(module)
+        for module, layer in self.layers.items():
+            if module in expert.deltas:
+                lora_a, lora_b = expert.deltas[module]
+                layer.add(lora_a, lora_b, scale=expert.alpha / lora_a.shape[0])
+            else:
+                layer.add_untouched(scale=expert.alpha)
+        self.names.append(expert.name)
+        self.alphas[expert.name] = expert.alpha
+
+    def remove(self, name: str) -> None:
+        """Remove an expert; no other expert's numbers change."""
+        index = self.index(name)
+        for layer in self.layers.values():
+            layer.remove(index)
+        del self.names[index], self.alphas[name]
+
+    def get(self, name: str) -> Expert:
+        """Copy an expert out of the layers, without those it does not touch."""
+        index = self.index(name)
+        deltas = {
+            module: (layer.lora_a[index].detach().cpu().clone(), layer.lora_b[index].detach().cpu().clone())
+            for module, layer in self.layers.items()
+            if layer.lora_a[index].shape[0]
+        }
+        return Expert(name, self.alphas[name], deltas)
+
+    def parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """Return an expert's trainable tensors by ``<module>.lora_A`` and ``<module>.lora_B``."""
+        index = self.index(name)
+        found = {}
+        for module, layer in self.layers.items():
+            found[f"{module}.lora_A"] = layer.lora_a[index]
+            found[f"{module}.lora_B"] = layer.lora_b[index]
+        return found
+
+    def train_only(self, names: Sequence[str]) -> None:
+        """Let gradients flow into these experts and freeze all others."""
+        for name in self.names:
+            for parameter in self.parameters(name).values():
+                parameter.requires_grad_(name in names)
+
+    def set_dropout(self, probability: float) -> None:
+        """Set the dropout on the input of every delta, used in training only."""
+        for layer in self.layers.values():
+            layer.dropout = probability

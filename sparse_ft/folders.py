@@ -1,0 +1,112 @@
+"""Write folders so that a reader sees the old one or the new one, never a half: staged beside, synced, renamed."""
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sparse_ft.errors import CheckpointError
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file and wait until the disk has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, indented, and wait until the disk has it."""
+    write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
+    """Fill a new folder and put it in the place of ``target``.
+
+    Args:
+        target: Folder to create or replace; its parent is created.
+        fill: Writes the content into the empty folder it is given.
+
+    Raises:
+        CheckpointError: If the disk is full or the place is not writable; ``target`` is then as it was.
+    """
+    with explain_os_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        recover_folder(target)
+        staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.new-", dir=target.parent))
+        try:
+            staged.chmod(0o755)
+            fill(staged)
+            _sync_folder(staged)
+            _swap(staged, target)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+
+
+def recover_folder(target: Path) -> None:
+    """Put the old folder back if a save was killed between moving it away and moving the new one in."""
+    old = _old_path(target)
+    if old.is_dir() and not target.exists():
+        old.rename(target)
+
+
+def _old_path(target: Path) -> Path:
+    return target.parent / f".{target.name}.old"
+
+
+def _swap(staged: Path, target: Path) -> None:
+    old = _old_path(target)
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    staged.rename(target)
+    _sync_folder(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class explain_os_errors:  # noqa: N801  (a context manager reads like a function)
+    """Turn the operating system's refusals while ``path`` is written into a CheckpointError.
+
+    Args:
+        path: What is being written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        """Do nothing."""
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Raise a CheckpointError in place of an OSError."""
+        if not isinstance(error, OSError):
+            return
+        where = f"{str(self.path)!r} cannot be written"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(_existing_parent(self.path)).free // 2**20
+            raise CheckpointError(f"{where}: no space left on the disk ({free} MiB free). Free some and try again.") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise CheckpointError(f"{where}: no write permission ({error.filename or self.path}). Choose another folder.") from error
+        if error.errno in (errno.ENOTDIR, errno.EEXIST):
+            raise CheckpointError(f"{where}: {error.filename or self.path} is a file, not a folder. Choose another folder.") from error
+        raise CheckpointError(f"{where}: {error.strerror or error}.") from error
+
+
+def _existing_parent(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path

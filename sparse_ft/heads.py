@@ -1,0 +1,52 @@
+"""One head per task: from hidden states to the task's outputs, always in float32."""
+
+import torch
+from torch import Tensor, nn
+
+from sparse_ft.experts import named_generator
+
+
+class Head(nn.Module):
+    """A linear layer over pooled texts or over words, with dropout before it.
+
+    Args:
+        hidden_size: Width of the hidden states.
+        num_outputs: Number of labels, or of tags.
+        dropout: Probability in training, 0 to 1.
+    """
+
+    def __init__(self, hidden_size: int, num_outputs: int, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(hidden_size, num_outputs)
+
+    def initialise(self, *, seed: int, name: str) -> None:
+        """Fill the weights from ``seed`` and the task's name only, with BERT's standard deviation of 0.02."""
+        generator = named_generator(seed, f"head/{name}")
+        with torch.no_grad():
+            self.linear.weight.normal_(0.0, 0.02, generator=generator)
+            self.linear.bias.zero_()
+
+    def forward(self, hidden: Tensor) -> Tensor:  # [rows or words, hidden] -> [rows or words, outputs]
+        """Return one logit per output, float32."""
+        return self.linear(self.dropout(hidden.float()))
+
+
+def pool(hidden: Tensor, attention_mask: Tensor, how: str) -> Tensor:
+    """Reduce the hidden states of each row to one vector; padding never counts.
+
+    Args:
+        hidden: [N, S, hidden].
+        attention_mask: [N, S], 1 for real tokens, at least one a row, padding on the right.
+        how: ``mean``, ``first`` or ``last`` real token.
+
+    Returns:
+        [N, hidden] in float32.
+    """
+    if how == "first":
+        return hidden[:, 0].float()
+    if how == "last":
+        last = attention_mask.sum(1) - 1  # [N]
+        return hidden[torch.arange(len(hidden), device=hidden.device), last].float()
+    weights = attention_mask.unsqueeze(-1).float()  # [N, S, 1]
+    return (hidden.float() * weights).sum(1) / weights.sum(1)

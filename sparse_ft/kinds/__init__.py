@@ -1,0 +1,24 @@
+"""The task kinds, by the name that task files use."""
+
+from sparse_ft.errors import ConfigError, unknown_name
+from sparse_ft.kinds.classification import Classification
+from sparse_ft.kinds.kind import TaskKind
+from sparse_ft.kinds.multi_label import MultiLabel
+from sparse_ft.kinds.token_classification import TokenClassification
+
+KINDS: dict[str, TaskKind] = {
+    "classification": Classification(),
+    "multi_label": MultiLabel(),
+    "token_classification": TokenClassification(),
+}
+
+
+def find_kind(name: str) -> TaskKind:
+    """Return the task kind of this name.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    if name not in KINDS:
+        raise ConfigError(unknown_name("kind", name, KINDS))
+    return KINDS[name]

@@ -1,0 +1,58 @@
+"""One label a text, or a pair of texts."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
+from torch.nn import functional
+
+from sparse_ft.encoding import Encoder, Example
+from sparse_ft.kinds.kind import Columns
+
+if TYPE_CHECKING:
+    from sparse_ft.scores import Score
+
+IGNORED = -100
+
+
+class Classification:
+    """Exactly one of the labels is right."""
+
+    level: Literal["text", "word"] = "text"
+
+    def outputs(self, labels: Sequence[str]) -> list[str]:
+        """One output a label."""
+        return list(labels)
+
+    def encode(self, columns: Columns, *, encoder: Encoder, labels: Sequence[str], language: str) -> list[Example]:
+        """Encode one example a row; the target is the label's index, or -100 where it is hidden or was never trained."""
+        examples = encoder.texts(columns["text"], columns.get("text_pair"))
+        if "label" not in columns:
+            return examples
+        index = {label: place for place, label in enumerate(labels)}
+        return [replace(example, targets=[index.get(columns["label"][example.row], IGNORED)]) for example in examples]
+
+    def loss(self, logits: Tensor, targets: Tensor, *, label_smoothing: float) -> Tensor:
+        """Cross-entropy of ``logits`` [rows, labels] against ``targets`` [rows]."""
+        return functional.cross_entropy(logits, targets, ignore_index=IGNORED, label_smoothing=label_smoothing)
+
+    def predictions(self, logits: Sequence[Tensor], *, labels: Sequence[str]) -> list[str]:
+        """The label with the highest logit."""
+        return [labels[int(row.argmax())] for row in logits]
+
+    def references(self, columns: Columns) -> list[Any]:
+        """The ``label`` column."""
+        return list(columns["label"])
+
+    def score(self, references: Sequence[Any], predictions: Sequence[Any], *, labels: Sequence[str], out_of_scope: str | None) -> "Score":
+        """Accuracy, F1 averages, report and confusion matrix."""
+        from sparse_ft.scores import score_classification  # seconds to import, and prediction does not need it
+
+        return score_classification(references, predictions, labels=labels, out_of_scope=out_of_scope)
+
+    def answer(self, logits: Tensor, *, text: str, labels: Sequence[str], language: str) -> dict[str, Any]:
+        """Return ``{"label", "score"}``; the score is the softmax probability, 0 to 1."""
+        probabilities = logits.softmax(-1)
+        best = int(probabilities.argmax())
+        return {"label": labels[best], "score": float(probabilities[best])}

@@ -1,0 +1,55 @@
+"""What every task kind can do."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from torch import Tensor
+
+from sparse_ft.encoding import Encoder, Example
+
+if TYPE_CHECKING:
+    from sparse_ft.scores import Score
+
+Columns = Mapping[str, Sequence[Any]]
+
+
+class TaskKind(Protocol):
+    """How the rows of a kind of task are encoded, learnt, decoded and scored."""
+
+    level: Literal["text", "word"]
+    """Whether the head reads one vector a text or one a word."""
+
+    def outputs(self, labels: Sequence[str]) -> list[str]:
+        """Name the head's outputs for these labels."""
+        ...
+
+    def encode(self, columns: Columns, *, encoder: Encoder, labels: Sequence[str], language: str) -> list[Example]:
+        """Encode rows; with targets where ``columns`` holds the answers.
+
+        Args:
+            columns: The reader's columns; in prediction only ``text`` (and ``text_pair``).
+            encoder: Of the backbone.
+            labels: All label names of the task, in the order of the head.
+            language: Of the task; decides how raw text is split into words.
+        """
+        ...
+
+    def loss(self, logits: Tensor, targets: Tensor, *, label_smoothing: float) -> Tensor:
+        """Return the mean loss over rows or words, float32."""
+        ...
+
+    def predictions(self, logits: Sequence[Tensor], *, labels: Sequence[str]) -> list[Any]:
+        """Turn the logits of each row into what ``score`` compares with ``references``."""
+        ...
+
+    def references(self, columns: Columns) -> list[Any]:
+        """Return the true answers in the form of ``predictions``; None where they are hidden."""
+        ...
+
+    def score(self, references: Sequence[Any], predictions: Sequence[Any], *, labels: Sequence[str], out_of_scope: str | None) -> "Score":
+        """Compare predictions with the truth."""
+        ...
+
+    def answer(self, logits: Tensor, *, text: str, labels: Sequence[str], language: str) -> dict[str, Any]:
+        """Turn the logits of one text into its entry in ``predict --json``."""
+        ...

@@ -1,0 +1,77 @@
+"""Entities: one tag a word."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
+from torch.nn import functional
+
+from sparse_ft.encoding import Encoder, Example
+from sparse_ft.kinds.classification import IGNORED
+from sparse_ft.kinds.kind import Columns
+from sparse_ft.schemes import spans_from_tags
+from sparse_ft.words import split_words
+
+if TYPE_CHECKING:
+    from sparse_ft.scores import Score
+
+
+class TokenClassification:
+    """Each word is outside or in an entity of one type; tags are IOB2."""
+
+    level: Literal["text", "word"] = "word"
+
+    def outputs(self, labels: Sequence[str]) -> list[str]:
+        """``O``, then ``B-`` and ``I-`` of each entity type."""
+        return ["O", *(f"{prefix}-{label}" for label in labels for prefix in "BI")]
+
+    def encode(self, columns: Columns, *, encoder: Encoder, labels: Sequence[str], language: str) -> list[Example]:
+        """Encode given words, or raw text split into words; long rows become windows; one target a word."""
+        if "tokens" in columns:
+            words = columns["tokens"]
+        else:
+            words = [[word.text for word in split_words(text, language)] for text in columns["text"]]
+        examples = encoder.words(words)
+        if "tags" not in columns:
+            return examples
+        index = {tag: place for place, tag in enumerate(self.outputs(labels))}
+        return [
+            replace(example, targets=[index.get(columns["tags"][example.row][word], IGNORED) for word in example.word_indices])
+            for example in examples
+        ]
+
+    def loss(self, logits: Tensor, targets: Tensor, *, label_smoothing: float) -> Tensor:
+        """Cross-entropy of ``logits`` [words, tags] against ``targets`` [words]."""
+        return functional.cross_entropy(logits, targets, ignore_index=IGNORED, label_smoothing=label_smoothing)
+
+    def predictions(self, logits: Sequence[Tensor], *, labels: Sequence[str]) -> list[list[str]]:
+        """The best tag of each word."""
+        tags = self.outputs(labels)
+        return [[tags[place] for place in row.argmax(-1).tolist()] for row in logits]
+
+    def references(self, columns: Columns) -> list[Any]:
+        """The ``tags`` column."""
+        return list(columns["tags"])
+
+    def score(self, references: Sequence[Any], predictions: Sequence[Any], *, labels: Sequence[str], out_of_scope: str | None) -> "Score":
+        """Entity scores as conlleval counts them, and token scores with ``O``."""
+        from sparse_ft.scores import score_tagging  # seconds to import, and prediction does not need it
+
+        return score_tagging(references, predictions, labels=self.outputs(labels))
+
+    def answer(self, logits: Tensor, *, text: str, labels: Sequence[str], language: str) -> dict[str, Any]:
+        """Return ``{"entities": [{"type", "text", "start", "end", "score"}, …]}``.
+
+        ``start`` and ``end`` count characters of the text as given; the score is the mean probability of its tags.
+        """
+        words = split_words(text, language)
+        best = logits.softmax(-1).max(-1) if len(words) else None
+        tags = self.predictions([logits], labels=labels)[0] if best is not None else []
+        entities = []
+        for span in spans_from_tags(tags):
+            assert best is not None
+            start, end = words[span.start].start, words[span.end - 1].end
+            score = float(best.values[span.start : span.end].mean())
+            entities.append({"type": span.type, "text": text[start:end], "start": start, "end": end, "score": score})
+        return {"entities": entities}

@@ -1,0 +1,337 @@
+"""Read the data of a task, from files or from the hub, into Datasets with the same columns whatever the source.
+
+Columns: ``text``, ``text_pair`` and ``label`` (classification), ``labels`` (multi-label), ``tokens`` and ``tags``
+(token classification, IOB2; with ``text``, ``starts`` and ``ends`` where the source marks character spans), and
+``row``. Labels are names, None where the publisher hides them. ``row`` is the 0-based row of the source, in file order
+and before any row is left out; where a split is several files, the count runs on from one to the next.
+"""
+
+import logging
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+
+from sparse_ft.columns import Reading, to_dataset, wanted_columns
+from sparse_ft.errors import DataError
+from sparse_ft.file_formats import FileOptions, mark_pronoun, named_records, read_file
+from sparse_ft.records import Record, locate, read_text
+from sparse_ft.schemes import split_tag
+from sparse_ft.tasks import SPLITS, Column, FileSource, HubSource, Split, TaskSpec
+
+logger = logging.getLogger("sparse_ft")
+
+SPLIT_SEED = 13
+"""Fixed, so that every run holds out the same rows."""
+
+# What a file of this suffix may hold. The task's own format is taken if it is there, else the first that fits its kind.
+SUFFIXES: dict[str, tuple[str, ...]] = {
+    ".csv": ("csv",),
+    ".tsv": ("tsv", "conll"),
+    ".txt": ("tsv", "conll"),
+    ".conll": ("conll",),
+    ".bio": ("conll",),
+    ".bmes": ("conll",),
+    ".jsonl": ("jsonl", "cluener", "cluewsc"),
+    ".json": ("jsonl", "json", "cluener", "cluewsc"),
+    ".parquet": ("parquet",),
+}
+
+
+def read(
+    spec: TaskSpec, *, data: str | Path | None = None, splits: Sequence[Split] = SPLITS
+) -> dict[Split, datasets.Dataset]:
+    """Read splits of a task.
+
+    Args:
+        spec: The task.
+        data: A folder with the files that the task names; or one file, which is divided 80/10/10 by a fixed seed; or
+            None for the bundled files, else the hub.
+        splits: Which splits to return.
+
+    Returns:
+        The splits that the source has. A missing validation split is a fixed tenth of train, taken out of train.
+
+    Raises:
+        DataError: If a file is missing or malformed, with its path and line; if the hub cannot be reached; or if there
+            is no source at all.
+    """
+    if data is not None and not Path(data).expanduser().is_dir():
+        return _read_single(spec, Path(data).expanduser(), splits)
+    root = _root(spec, data)
+    if root is not None and spec.files is not None:
+        return _read_folder(spec, spec.files, root, splits)
+    return _read_hub(spec, str(root) if root else None, splits)
+
+
+def label_names(spec: TaskSpec, train: datasets.Dataset) -> list[str]:
+    """List the labels that a head for this task decides between.
+
+    Args:
+        spec: The task.
+        train: Its train split, as ``read`` gives it.
+
+    Returns:
+        The task's own labels in their order, else those found in train, sorted; entity types (not tags) for token
+        classification.
+
+    Raises:
+        DataError: If train holds fewer than two classes, or no entity.
+    """
+    found = sorted(_found_labels(spec, train))
+    if spec.kind == "classification" and len(found) < 2:
+        raise DataError(
+            f"Train of task {spec.name!r} has one class only: {found}. A classifier needs rows of at least two; "
+            "check the label column and the order of the file."
+        )
+    if not found:
+        raise DataError(f"Train of task {spec.name!r} has no label at all. Check the column and the label_scheme.")
+    return spec.label_names or found
+
+
+def _found_labels(spec: TaskSpec, dataset: datasets.Dataset) -> set[str]:
+    if spec.kind == "classification":
+        return {label for label in dataset["label"] if label is not None}
+    if spec.kind == "multi_label":
+        return {label for labels in dataset["labels"] for label in labels or []}
+    return {split_tag(tag)[1] for tags in dataset["tags"] for tag in tags or [] if tag != "O"}
+
+
+def rows_seen_in_train(spec: TaskSpec, split: Split, *, data: str | Path | None = None) -> set[int]:
+    """Name the rows of an evaluation split whose text also occurs in train, as the task file lists them.
+
+    Args:
+        spec: The task.
+        split: An evaluation split.
+        data: As for ``read``. The list is made from the published files: for a single file and for the hub, whose order
+            may differ, nothing is known.
+
+    Returns:
+        Values of the column ``row``.
+    """
+    from_folder = data is not None and Path(data).expanduser().is_dir()
+    if from_folder or (data is None and spec.files is not None and spec.files.root is not None):
+        return set(spec.leaks.get(split, []))
+    return set()
+
+
+def _root(spec: TaskSpec, data: str | Path | None) -> Path | None:
+    """Find the folder to read from; None stands for the hub."""
+    if data is not None:
+        return Path(data).expanduser()
+    root = Path(spec.files.root) if spec.files is not None and spec.files.root is not None else None
+    if root is not None and (root.is_dir() or spec.hub is None):
+        return root
+    if spec.hub is None:
+        raise DataError(
+            f"Task {spec.name!r} comes without data. Name the folder that holds its files, or one file, with --data."
+        )
+    return None
+
+
+def _read_folder(
+    spec: TaskSpec, files: FileSource, root: Path, splits: Sequence[Split]
+) -> dict[Split, datasets.Dataset]:
+    columns = wanted_columns(spec, spec.columns)
+    options = FileOptions(columns, separator=files.separator, header=files.header)
+    named = {split: getattr(files, split) for split in SPLITS}
+    records: dict[Split, list[Record]] = {}
+    for split in _needed(splits, has_validation=named["validation"] is not None):
+        rows: list[Record] = []
+        hidden = split in files.unlabelled and files.format in {"conll", "lines"}
+        rest = options._replace(columns=_without_labels(columns)) if hidden else options
+        for name in [named[split]] if isinstance(named[split], str) else named[split] or []:
+            found = read_file(root, name, format=files.format, options=rest)
+            rows += [record._replace(row=record.row + len(rows)) for record in found]
+        if rows:
+            records[split] = rows
+    if named["validation"] is None:
+        _cut_validation(spec, records)
+    reading = Reading(spec, _record_columns(files.format, columns), _source_labels(spec), spec.label_scheme)
+    return _datasets(records, reading, splits=splits, unlabelled=files.unlabelled)
+
+
+def _without_labels(columns: dict[str, Column]) -> dict[str, Column]:
+    return {name: column for name, column in columns.items() if name not in {"label", "labels", "tags"}}
+
+
+def _record_columns(format: str, columns: dict[str, Column]) -> dict[str, Column]:
+    """Name the columns of records: where a reader has picked or written ours already, they bear our names."""
+    renamed = {"conll": set(columns), "cluener": set(columns), "cluewsc": {"text"}}.get(format, set())
+    return {name: name if name in renamed else column for name, column in columns.items()}
+
+
+def _source_labels(spec: TaskSpec) -> dict[str, str]:
+    """Map source values to names; not for tagging, where the task's labels are entity types inside tags."""
+    return spec.labels if isinstance(spec.labels, dict) and spec.kind != "token_classification" else {}
+
+
+def _needed(splits: Sequence[Split], *, has_validation: bool) -> list[Split]:
+    """Add train where validation must be cut from it."""
+    return [
+        split
+        for split in SPLITS
+        if split in splits or (split == "train" and "validation" in splits and not has_validation)
+    ]
+
+
+def _cut_validation(spec: TaskSpec, records: dict[Split, list[Record]]) -> None:
+    """Move a fixed tenth of train to validation."""
+    if "train" not in records:
+        return
+    parts = _divide(records["train"], tenths=(9, 1))
+    records["train"], records["validation"] = parts
+    logger.info(
+        "Task %s has no validation split: %d of the %d rows of train are held out for it (seed %d).",
+        spec.name,
+        len(parts[1]),
+        len(parts[0]) + len(parts[1]),
+        SPLIT_SEED,
+    )
+
+
+def _divide(records: Sequence[Record], *, tenths: Sequence[int]) -> list[list[Record]]:
+    """Divide records by chance but always alike; every part keeps the order of the source.
+
+    Args:
+        records: At least as many as there are parts.
+        tenths: Share of each part; the first takes the remainder, the others have one row or more.
+    """
+    if len(records) < len(tenths):
+        raise DataError(
+            f"{records[0].path!r} has {len(records)} rows, too few to hold some out for validation and test. "
+            f"Expected at least {len(tenths)}."
+        )
+    order = list(range(len(records)))
+    random.Random(SPLIT_SEED).shuffle(order)
+    parts = []
+    for share in reversed(tenths[1:]):
+        size = max(1, len(records) * share // 10)
+        parts.append([records[place] for place in sorted(order[:size])])
+        order = order[size:]
+    return [[records[place] for place in sorted(order)], *reversed(parts)]
+
+
+def _datasets(
+    records: dict[Split, list[Record]], reading: Reading, *, splits: Sequence[Split], unlabelled: Sequence[Split] = ()
+) -> dict[Split, datasets.Dataset]:
+    """Turn the records of the wanted splits into Datasets; only train must have known labels throughout."""
+    return {
+        split: to_dataset(records[split], reading._replace(strict=split == "train", labelled=split not in unlabelled))
+        for split in SPLITS
+        if split in splits and split in records
+    }
+
+
+def _read_single(spec: TaskSpec, path: Path, splits: Sequence[Split]) -> dict[Split, datasets.Dataset]:
+    """Read one file and divide it 80/10/10; its columns may bear the source's names or ours."""
+    columns = wanted_columns(spec, spec.columns)
+    file = locate(path.parent, path.name.partition("#")[0])
+    format = _single_format(spec, file)
+    if format == "conll":
+        positions = {"tokens": 0, "tags": -1} if spec.kind == "token_classification" else {}
+        columns = {
+            name: column if isinstance(column, int) else positions.get(name, column) for name, column in columns.items()
+        }
+    separator = _separator(spec, file) if format == "conll" else None
+    found = read_file(
+        path.parent, path.name, format=format, options=FileOptions(columns, separator=separator, header=None)
+    )
+    parts: dict[Split, list[Record]] = dict(zip(SPLITS, _divide(found, tenths=(8, 1, 1)), strict=True))
+    logger.info(
+        "%s is one file: its %d rows are divided into %d for train, %d for validation and %d for test (seed %d).",
+        path,
+        len(found),
+        *(len(parts[split]) for split in SPLITS),
+        SPLIT_SEED,
+    )
+    fitting = _fitting_columns(_record_columns(format, columns), found[0])
+    return _datasets(parts, Reading(spec, fitting, _source_labels(spec), spec.label_scheme), splits=splits)
+
+
+def _single_format(spec: TaskSpec, file: Path) -> str:
+    """Tell the format of a file by its suffix and by the task, and where both leave it open by its first line."""
+    suffix = Path(file.name.removesuffix(".gz")).suffix.lower()
+    own = spec.files.format if spec.files is not None else None
+    known = SUFFIXES.get(suffix, ())
+    if known == ("parquet",):
+        return "parquet"
+    first_line = read_text(file).partition("\n")[0] if known or own else ""
+    if not known and (own in {None, "lines", "parquet"} or "\0" in first_line):
+        raise DataError(
+            f"The format of {str(file)!r} cannot be told by its suffix {suffix!r}. "
+            f"Expected one of {', '.join(SUFFIXES)} (each also with .gz). "
+            "Rename the file, or give a folder and name its format in the task file."
+        )
+    if not known:
+        return str(own)
+    if suffix == ".json" and own != "json" and first_line.lstrip().startswith("["):
+        return "json"
+    tagging = spec.kind == "token_classification"
+    if tagging and "conll" in known and not {"tokens", "text"} & set(first_line.strip().split("\t")):
+        return "conll"
+    return own if own in known and own != "conll" else known[0]
+
+
+def _separator(spec: TaskSpec, file: Path) -> str | None:
+    """Take the task's separator if the first line with columns has it, a tab if that has one, else any white space."""
+    lines = (line for line in read_text(file).split("\n") if line.strip() and not line.startswith("-DOCSTART-"))
+    first_line = next(lines, "")
+    own = spec.files.separator if spec.files is not None else None
+    return next((separator for separator in (own, "\t") if separator is not None and separator in first_line), None)
+
+
+def _fitting_columns(columns: dict[str, Column], record: Record) -> dict[str, Column]:
+    """Take our own names where the file does not have the task's, and spans or tokens as the file has them."""
+    if not isinstance(record.values, dict):
+        return columns
+    there = record.values
+    if "tokens" in columns and "tokens" not in there and "spans" in there:
+        columns = {"text": "text", "spans": "spans"}
+    if "spans" in columns and "spans" not in there and "tokens" in there:
+        columns = {"tokens": "tokens", "tags": "tags"}
+    fitting: dict[str, Column] = {}
+    for name, column in columns.items():
+        parts = column if isinstance(column, list) else [column]
+        fitting[name] = name if name in there and not all(part in there for part in parts) else column
+    return fitting
+
+
+def _read_hub(spec: TaskSpec, folder: str | None, splits: Sequence[Split]) -> dict[Split, datasets.Dataset]:
+    """Read from the hub, or from a local folder in hub layout."""
+    hub = spec.hub or HubSource(path=str(folder))
+    if folder is not None:
+        hub = hub.model_copy(update={"path": folder, "name": None, "revision": None})
+    loaded = _load_hub(hub)
+    theirs = {split: hub.splits.get(split, split) for split in SPLITS}
+    has_validation = theirs["validation"] in loaded
+    columns = wanted_columns(spec, spec.columns if hub.columns is None else hub.columns)
+    records: dict[Split, list[Record]] = {}
+    for split in _needed(splits, has_validation=has_validation):
+        if theirs[split] in loaded:
+            found = named_records(loaded[theirs[split]], f"{hub.path} ({theirs[split]})")
+            marked = spec.files is not None and spec.files.format == "cluewsc"
+            records[split] = [mark_pronoun(record) if marked else record for record in found]
+    if not records:
+        raise DataError(
+            f"Data set {hub.path!r} has the splits {', '.join(loaded)}, not {', '.join(splits)}. Set `hub.splits`."
+        )
+    if not has_validation:
+        _cut_validation(spec, records)
+    labels = _source_labels(spec) if hub.labels is None else hub.labels
+    reading = Reading(spec, columns, labels, hub.label_scheme or spec.label_scheme)
+    return _datasets(records, reading, splits=splits)
+
+
+def _load_hub(hub: HubSource) -> datasets.DatasetDict:
+    try:
+        loaded = datasets.load_dataset(hub.path, hub.name, revision=hub.revision)
+    except Exception as error:  # the library raises a dozen kinds, from httpx, huggingface_hub, pyarrow and its own
+        reason = " ".join(str(error).split()).rstrip(".")
+        config = f" ({hub.name})" if hub.name else ""
+        raise DataError(
+            f"Data set {hub.path!r}{config} could not be loaded from the hub: {reason}. Check the network and the id, "
+            "or download the files and name their folder with --data FOLDER."
+        ) from error
+    return loaded

@@ -1,0 +1,132 @@
+r"""A row of any source, and how files are found and read.
+
+Text is split into lines at ``\n`` only: U+2028, U+0085 and the like occur inside texts and as tokens.
+"""
+
+import difflib
+import gzip
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sparse_ft.errors import DataError
+from sparse_ft.tasks import Column
+
+_BOM = b"\xef\xbb\xbf"
+_REST = re.compile(r"(\d+)\.\.")
+
+
+class Record(NamedTuple):
+    """One row of a source, and where it stands for messages."""
+
+    values: dict[str, Any] | list[Any]
+    """Values by column name, or by position where the source has no names."""
+    path: str
+    number: int
+    """1-based line, record or row, as ``unit`` says."""
+    unit: str = "line"
+    row: int = 0
+    """0-based position among the rows of its split, before anything is left out."""
+
+    @property
+    def place(self) -> str:
+        """The file and the line, for messages."""
+        return f"{self.path!r}, {self.unit} {self.number}"
+
+
+def locate(folder: Path, name: str) -> Path:
+    """Find a file by its name, compressed or not.
+
+    Raises:
+        DataError: With the full paths that were tried.
+    """
+    for path in (folder / name, folder / f"{name}.gz"):
+        if path.is_file():
+            return path
+    raise DataError(
+        f"Data file {str(folder / name)!r} does not exist, nor does {name + '.gz'!r} beside it. "
+        "Give the folder that holds it with --data, or name another file in the task file."
+    )
+
+
+def read_text(path: Path) -> str:
+    """Read a whole UTF-8 file, unzipping ``.gz``; a byte-order mark is removed.
+
+    Raises:
+        DataError: If the file cannot be read, is a broken gzip or is not UTF-8.
+    """
+    try:
+        data = path.read_bytes()
+        if path.suffix == ".gz":
+            data = gzip.decompress(data)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(
+            f"Data file {str(path)!r} is not a whole gzip file ({error}). Fetch it again, or unzip it and drop the .gz."
+        ) from error
+    except OSError as error:
+        raise DataError(
+            f"Data file {str(path)!r} cannot be read: {error.strerror}. Check the path and its rights."
+        ) from error
+    offset = len(_BOM) if data.startswith(_BOM) else 0
+    try:
+        return data[offset:].decode("utf-8")
+    except UnicodeDecodeError as error:
+        position = error.start + offset
+        raise DataError(
+            f"Data file {str(path)!r} is not UTF-8: byte {position} is 0x{data[position]:02x}. "
+            "Convert the file to UTF-8, e.g. `iconv -f GB18030 -t UTF-8` for many Chinese files."
+        ) from error
+
+
+def pick(record: Record, column: Column) -> Any:
+    """Take the value of a column.
+
+    Args:
+        record: A record.
+        column: A name; a position (negative from the end); ``"1.."`` for position 1 and all after it, joined by a
+            space; or a list of columns, joined by a space.
+
+    Raises:
+        DataError: If there is no such column; names those there are.
+    """
+    if isinstance(column, list):
+        return " ".join(plain_text(pick(record, part)) for part in column)
+    values = record.values
+    if isinstance(column, str) and isinstance(values, dict) and column in values:
+        return values[column]
+    in_order = list(values.values()) if isinstance(values, dict) else values
+    rest = _REST.fullmatch(column) if isinstance(column, str) else None
+    if rest and int(rest[1]) < len(in_order):
+        return " ".join(plain_text(value) for value in in_order[int(rest[1]) :])
+    if isinstance(column, int) and -len(in_order) <= column < len(in_order):
+        return in_order[column]
+    raise DataError(_missing_column(record, column))
+
+
+def _missing_column(record: Record, column: str | int) -> str:
+    if isinstance(record.values, dict):
+        close = difflib.get_close_matches(str(column), record.values, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        there = "The columns are: " + ", ".join(record.values) + "."
+    else:
+        hint, there = "", f"There are {len(record.values)} columns, without names."
+    return f"No column {column!r} in {record.place}.{hint} {there} Name the columns in the task file under `columns`."
+
+
+def plain_text(value: Any) -> str:
+    """Write a value as text; the items of a list are joined by one space."""
+    return " ".join(str(item) for item in value) if isinstance(value, list) else str(value)
+
+
+def split_tokens(line: str, separator: str | None = None) -> list[str]:
+    """Split at the separator, by default at runs of spaces and tabs; other Unicode white space may be a token."""
+    return line.split(separator) if separator else re.split(r"[ \t]+", line.strip(" \t"))
+
+
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield 1-based line numbers and lines without their end."""
+    lines = read_text(path).split("\n")
+    for number, line in enumerate(lines[:-1] if not lines[-1] else lines, start=1):
+        yield number, line.removesuffix("\r")

@@ -1,0 +1,154 @@
+"""What a training run needs to go on where it was killed: safetensors, JSON and YAML in ``<output>/resume``."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import yaml
+from torch import Tensor, nn
+
+from sparse_ft.checkpoint import read_tensors
+from sparse_ft.config import RunConfig
+from sparse_ft.encoding import Example
+from sparse_ft.errors import CheckpointError, ConfigError
+from sparse_ft.folders import recover_folder, replace_folder, write_bytes, write_json
+
+
+@dataclass
+class Progress:
+    """Where a run stands; plain values only."""
+
+    epoch: int = 0
+    batch: int = 0
+    """Batches of this epoch that are done."""
+    step: int = 0
+    """Optimizer steps done."""
+    tokens: int = 0
+    """Real tokens trained on."""
+    seconds: float = 0.0
+    """Spent in training steps, over all sessions of the run."""
+    best: dict[str, float] = field(default_factory=dict)
+    """Best validation score of each task."""
+    stale: dict[str, int] = field(default_factory=dict)
+    """Evaluations since the best one."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """Loss and scores of each epoch."""
+    losses: dict[str, float] = field(default_factory=dict)
+    """Sum of the task losses of this epoch."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """Number of batches in ``losses``."""
+
+
+def fingerprint(examples: Mapping[str, Sequence[Example]]) -> str:
+    """Hash what is trained on, so that a run is not continued on other data."""
+    digest = hashlib.sha256()
+    for task, rows in examples.items():
+        digest.update(f"{task}:{len(rows)}".encode())
+        for row in rows:
+            digest.update(repr((row.input_ids, row.targets)).encode())
+    return digest.hexdigest()
+
+
+def save_resume(
+    output: Path,
+    *,
+    config: RunConfig,
+    data: str,
+    progress: Progress,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    best: Mapping[str, Tensor],
+) -> None:
+    """Write the state of a run in place of the last one.
+
+    Args:
+        output: Folder of the run; the state goes to ``output/resume``.
+        config: The run's config, which --resume takes over.
+        data: ``fingerprint`` of the training rows.
+        progress: Where the run stands.
+        parameters: All trainable tensors by name.
+        optimizer: AdamW over these.
+        best: The best tensors so far, by the same names.
+    """
+    tensors = {f"now/{name}": parameter.detach().cpu() for name, parameter in parameters.items()}
+    tensors.update({f"best/{name}": tensor.cpu() for name, tensor in best.items()})
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"adam/{key}/{name}"] = value.detach().cpu()
+    tensors["rng/cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["rng/cuda"] = torch.cuda.get_rng_state()
+
+    def fill(folder: Path) -> None:
+        contiguous = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+        write_bytes(folder / "state.safetensors", safetensors.torch.save(contiguous))
+        write_bytes(folder / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False).encode())
+        write_json(folder / "progress.json", {"data": data, **asdict(progress)})
+
+    replace_folder(output / "resume", fill)
+
+
+def find_resume(output: Path) -> RunConfig:
+    """Return the config of the unfinished run in a folder.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    folder = output / "resume"
+    recover_folder(folder)
+    if not (folder / "progress.json").is_file():
+        done = " It holds a finished checkpoint." if (output / "manifest.json").is_file() else ""
+        raise ConfigError(
+            f"There is no unfinished run in {str(output)!r} to resume.{done} "
+            "Give --output with the folder of the interrupted run, or leave --resume out."
+        )
+    return RunConfig.model_validate(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+
+
+def load_resume(
+    output: Path, *, data: str, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> tuple[Progress, dict[str, Tensor]]:
+    """Put parameters, optimizer and random numbers back to where the run was.
+
+    Returns:
+        Where it stood, and the best tensors so far.
+
+    Raises:
+        CheckpointError: If the state is damaged or the training rows have changed since.
+    """
+    folder = output / "resume"
+    tensors = read_tensors(folder / "state.safetensors")
+    values = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+    if values.pop("data") != data:
+        raise CheckpointError(
+            f"The training rows are not those of the interrupted run in {str(output)!r}: the data or the tokenizer has "
+            "changed. Put the old data back, or start anew in another --output."
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[f"now/{name}"])
+            optimizer.state[parameter] = {
+                key: _like_adam(key, tensors[f"adam/{key}/{name}"], parameter)
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"adam/{key}/{name}" in tensors
+            }
+    torch.set_rng_state(tensors["rng/cpu"])
+    if "rng/cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["rng/cuda"])
+    best = {name.removeprefix("best/"): tensor for name, tensor in tensors.items() if name.startswith("best/")}
+    return Progress(**values), best
+
+
+def _like_adam(key: str, value: Tensor, parameter: nn.Parameter) -> Tensor:
+    return value.to(parameter.device, value.dtype if key == "step" else parameter.dtype)
+
+
+def drop_resume(output: Path) -> None:
+    """Remove the state of a finished run."""
+    shutil.rmtree(output / "resume", ignore_errors=True)

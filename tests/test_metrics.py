@@ -1,0 +1,432 @@
+import random
+import runpy
+import socket
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
+
+import evaluate
+import numpy as np
+import pytest
+import seqeval.metrics
+from sklearn import metrics as sklearn_metrics
+from sklearn.preprocessing import MultiLabelBinarizer
+
+import sparse_ft.metrics
+from sparse_ft.errors import ConfigError
+from sparse_ft.metrics import (
+    METRICS,
+    Accuracy,
+    MacroF1,
+    headline,
+    load_metric,
+    score_classification,
+    score_multi_label,
+    score_tagging,
+)
+
+TYPES = ["PER", "LOC", "ORG-NOM"]
+TAGS = ["O", *(f"{prefix}-{name}" for name in TYPES for prefix in "BI")]
+
+
+def iob2_sentence(rng):
+    tags = []
+    while len(tags) < rng.randint(0, 12):
+        name = rng.choice(TYPES)
+        tags += rng.choice([["O"], [f"B-{name}"] + [f"I-{name}"] * rng.randint(0, 3)])
+    return tags
+
+
+def iob1_sentence(rng):
+    """I- begins an entity, B- only where it touches one of the same type."""
+    tags, last = [], None
+    for _ in range(rng.randint(0, 6)):
+        name = rng.choice([*TYPES, None, None])
+        if name is None:
+            tags.append("O")
+        else:
+            tags += [f"{'B' if name == last else 'I'}-{name}"] + [f"I-{name}"] * rng.randint(0, 2)
+        last = name
+    return tags
+
+
+def any_sentence(rng):
+    return [rng.choice(TAGS) for _ in range(rng.randint(0, 12))]
+
+
+def disturbed(tags, rng, share):
+    return [rng.choice(TAGS) if rng.random() < share else tag for tag in tags]
+
+
+def tagged(make_sentence, seed, num_sentences=1000):
+    rng = random.Random(seed)
+    references = [make_sentence(rng) for _ in range(num_sentences)]
+    return references, [disturbed(tags, rng, 0.3) for tags in references]
+
+
+def conlleval(references, predictions):
+    """Transcribe conlleval.pl: walk over both columns at once, with its tables of chunk starts and ends."""
+
+    def ends(prior, tag, prior_type, name):
+        table = prior + tag in {"BB", "BO", "IB", "IO"}
+        return table or (prior != "O" and prior_type != name)
+
+    def starts(prior, tag, prior_type, name):
+        table = tag == "B" or prior + tag == "OI"
+        return table or (tag != "O" and prior_type != name)
+
+    right = support = predicted = 0
+    for tags, guesses in zip(references, predictions, strict=True):
+        in_correct = False
+        last, last_guess = ("O", ""), ("O", "")
+        for tag, guess in zip([*tags, "O"], [*guesses, "O"], strict=True):
+            now, now_guess = (tag[0], tag[2:]), (guess[0], guess[2:])
+            end = ends(last[0], now[0], last[1], now[1])
+            end_guess = ends(last_guess[0], now_guess[0], last_guess[1], now_guess[1])
+            if in_correct:
+                if end and end_guess and last[1] == last_guess[1]:
+                    in_correct = False
+                    right += 1
+                elif end != end_guess or now[1] != now_guess[1]:
+                    in_correct = False
+            start = starts(last[0], now[0], last[1], now[1])
+            start_guess = starts(last_guess[0], now_guess[0], last_guess[1], now_guess[1])
+            if start and start_guess and now[1] == now_guess[1]:
+                in_correct = True
+            support += start
+            predicted += start_guess
+            last, last_guess = now, now_guess
+    precision, recall = right / predicted, right / support
+    return {"precision": precision, "recall": recall, "f1": 2 * precision * recall / (precision + recall)}
+
+
+def assert_reports_equal(report, expected):
+    assert report.keys() == expected.keys()
+    for name, figures in expected.items():
+        assert report[name] == pytest.approx(figures, abs=1e-12), name
+
+
+@pytest.mark.parametrize("make_sentence", [iob2_sentence, iob1_sentence, any_sentence])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_entity_figures_equal_seqeval_and_conlleval(make_sentence, seed):
+    references, predictions = tagged(make_sentence, seed)
+    score = score_tagging(references, predictions, labels=TAGS)
+    entity_metrics = {name: score.metrics[name] for name in ("f1", "precision", "recall")}
+    assert entity_metrics == pytest.approx(
+        {
+            "f1": seqeval.metrics.f1_score(references, predictions),
+            "precision": seqeval.metrics.precision_score(references, predictions),
+            "recall": seqeval.metrics.recall_score(references, predictions),
+        },
+        abs=1e-12,
+    )
+    assert entity_metrics == pytest.approx(conlleval(references, predictions), abs=1e-12)
+    assert_reports_equal(score.report, seqeval.metrics.classification_report(references, predictions, output_dict=True))
+    assert score.metrics["macro_f1"] == score.report["macro avg"]["f1-score"]
+    assert score.n == len(references)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_entity_report_of_few_sentences_equals_seqeval(seed):
+    rng = random.Random(seed)
+    references = [["B-PER"], *(any_sentence(rng) for _ in range(2))]
+    predictions = [[rng.choice(TAGS) for _ in tags] for tags in references]
+    expected = seqeval.metrics.classification_report(references, predictions, output_dict=True, zero_division=0)
+    assert_reports_equal(score_tagging(references, predictions, labels=TAGS).report, expected)
+
+
+def test_token_figures_equal_scikit_learn():
+    references, predictions = tagged(iob2_sentence, seed=3)
+    score = score_tagging(references, predictions, labels=TAGS)
+    words, guesses = list(chain(*references)), list(chain(*predictions))
+    expected = sklearn_metrics.classification_report(words, guesses, output_dict=True, zero_division=0)
+    assert_reports_equal(score.token_report, expected)
+    assert score.metrics["token_accuracy"] == pytest.approx(sklearn_metrics.accuracy_score(words, guesses))
+    for average in ("macro", "micro", "weighted"):
+        f1 = sklearn_metrics.f1_score(words, guesses, average=average)
+        assert score.metrics[f"token_{average}_f1"] == pytest.approx(f1)
+    assert list(score.token_report)[: len(TAGS)] == TAGS
+
+
+def test_tagging_without_any_entity_scores_zero():
+    score = score_tagging([["O", "O"], []], [["O", "O"], []], labels=["O"])
+    assert (score.metrics["f1"], score.metrics["macro_f1"], score.metrics["token_accuracy"]) == (0.0, 0.0, 1.0)
+    assert score.report["weighted avg"] == {"precision": 0.0, "recall": 0.0, "f1-score": 0.0, "support": 0}
+
+
+def test_tagging_with_no_entity_predicted_scores_zero():
+    score = score_tagging([["B-PER", "O"]], [["O", "O"]], labels=["O", "B-PER"])
+    assert score.metrics["precision"] == score.metrics["f1"] == 0.0
+    assert score.report["PER"]["support"] == 1
+
+
+def test_tagging_names_tags_unseen_in_training():
+    score = score_tagging([["B-FAC", "I-FAC"]], [["O", "O"]], labels=["O", "B-PER", "I-PER"])
+    assert score.unseen_labels == ["B-FAC", "I-FAC"]
+    assert score.token_report["B-FAC"]["support"] == 1
+
+
+def test_tagging_refuses_sentences_of_different_length():
+    with pytest.raises(ValueError, match="2 references and 1 predictions in sentence 2"):
+        score_tagging([["O"], ["O", "O"]], [["O"], ["O"]], labels=["O"])
+
+
+@pytest.mark.filterwarnings("ignore:A single label was found")
+@pytest.mark.parametrize("num_labels", [1, 2, 5, 150])
+def test_classification_figures_equal_scikit_learn(num_labels):
+    rng = random.Random(num_labels)
+    labels = [f"label {number}" for number in range(num_labels)]
+    references = [rng.choice(labels) for _ in range(500)]
+    predictions = [label if rng.random() < 0.7 else rng.choice(labels) for label in references]
+    score = score_classification(references, predictions, labels=labels[::-1])
+    expected = sklearn_metrics.classification_report(references, predictions, output_dict=True, zero_division=0)
+    assert_reports_equal(score.report, expected)
+    assert score.metrics["accuracy"] == pytest.approx(sklearn_metrics.accuracy_score(references, predictions))
+    for average in ("macro", "micro", "weighted"):
+        f1 = sklearn_metrics.f1_score(references, predictions, average=average, zero_division=0)
+        assert score.metrics[f"{average}_f1"] == pytest.approx(f1)
+    matrix = sklearn_metrics.confusion_matrix(references, predictions, labels=score.confusion.labels)
+    assert score.confusion.matrix == matrix.tolist()
+    assert score.confusion.labels == [label for label in labels[::-1] if label in expected]
+
+
+def test_many_labels_on_few_rows_give_no_warning():
+    labels = [f"intent {number}" for number in range(60)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert score_classification(labels, labels, labels=labels).metrics["macro_f1"] == 1.0
+
+
+def test_out_of_scope_by_hand():
+    references = ["a", "a", "b", "oos", "oos", "oos", "b", "a"]
+    predictions = ["a", "b", "b", "oos", "oos", "a", "oos", "a"]
+    metrics = score_classification(references, predictions, labels=["a", "b", "oos"], out_of_scope="oos").metrics
+    assert metrics["oos_precision"] == pytest.approx(2 / 3)
+    assert metrics["oos_recall"] == pytest.approx(2 / 3)
+    assert metrics["in_scope_accuracy"] == pytest.approx(3 / 5)
+    assert metrics["accuracy"] == pytest.approx(5 / 8)
+
+
+def test_out_of_scope_label_that_never_occurs():
+    metrics = score_classification(["a"], ["a"], labels=["a", "oos"], out_of_scope="oos").metrics
+    assert (metrics["oos_precision"], metrics["oos_recall"], metrics["in_scope_accuracy"]) == (0.0, 0.0, 1.0)
+
+
+def test_label_unseen_in_training_counts_as_error_and_is_named():
+    score = score_classification(["a", "b", "new"], ["a", "b", "a"], labels=["b", "a"])
+    assert score.unseen_labels == ["new"]
+    assert score.metrics["accuracy"] == pytest.approx(2 / 3)
+    assert score.report["new"] == {"precision": 0.0, "recall": 0.0, "f1-score": 0.0, "support": 1}
+    assert score.confusion.labels == ["b", "a", "new"]
+
+
+@pytest.mark.parametrize("score", [score_classification, score_multi_label, score_tagging])
+def test_no_rows_score_zero(score):
+    result = score([], [], labels=["a"])
+    assert result.n == 0
+    assert set(result.metrics.values()) == {0.0}
+
+
+def test_classification_refuses_missing_predictions():
+    with pytest.raises(ValueError, match="2 references and 1 predictions"):
+        score_classification(["a", "b"], ["a"], labels=["a", "b"])
+
+
+@pytest.mark.parametrize("num_labels", [2, 6])
+def test_multi_label_figures_equal_scikit_learn(num_labels):
+    rng = random.Random(num_labels)
+    labels = [f"label {number}" for number in range(num_labels)]
+    references = [rng.sample(labels, rng.randint(0, num_labels)) for _ in range(300)]
+    predictions = [rng.sample(labels, rng.randint(0, num_labels)) for _ in references]
+    score = score_multi_label(references, predictions, labels=labels)
+    indicator = MultiLabelBinarizer().fit([labels])
+    right, given = indicator.transform(references), indicator.transform(predictions)
+    expected = sklearn_metrics.classification_report(
+        right, given, target_names=labels, output_dict=True, zero_division=0
+    )
+    assert_reports_equal(score.report, expected)
+    assert score.metrics["accuracy"] == pytest.approx(sklearn_metrics.accuracy_score(right, given))
+    for average in ("macro", "micro", "weighted", "samples"):
+        f1 = sklearn_metrics.f1_score(right, given, average=average, zero_division=0)
+        assert score.metrics[f"{average}_f1"] == pytest.approx(f1)
+
+
+def test_multi_label_rows_without_labels():
+    score = score_multi_label([[], ["new"], ["a", "a"]], [[], [], ["a"]], labels=["a"])
+    assert score.metrics["accuracy"] == pytest.approx(2 / 3)
+    assert score.unseen_labels == ["new"]
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_metric_is_named_as_its_result_and_takes_no_rows(name):
+    metric = load_metric(name)
+    assert isinstance(metric, evaluate.Metric)
+    assert metric.name == name
+    assert metric.compute(predictions=[], references=[]) == {name: 0.0}
+
+
+@pytest.mark.parametrize("name", ["f1", "precision", "recall", "token_accuracy", "token_macro_f1"])
+def test_tag_metrics_equal_the_score(name):
+    references, predictions = tagged(any_sentence, seed=5, num_sentences=200)
+    score = score_tagging(references, predictions, labels=TAGS)
+    computed = load_metric(name).compute(predictions=predictions, references=references)
+    assert computed[name] == pytest.approx(score.metrics[name])
+
+
+@pytest.mark.parametrize("name", ["accuracy", "macro_f1", "micro_f1", "weighted_f1"])
+@pytest.mark.parametrize(
+    ("references", "predictions"), [(["a", "b", "a"], ["a", "a", "b"]), ([0, 1, 0], [0, 0, 1])], ids=["text", "numbers"]
+)
+def test_label_metrics_equal_scikit_learn(name, references, predictions):
+    expected = (
+        sklearn_metrics.accuracy_score(references, predictions)
+        if name == "accuracy"
+        else sklearn_metrics.f1_score(references, predictions, average=name.removesuffix("_f1"))
+    )
+    assert load_metric(name).compute(predictions=predictions, references=references)[name] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["accuracy", "macro_f1", "micro_f1", "weighted_f1", "samples_f1"])
+def test_label_metrics_take_label_lists(name):
+    references, predictions = [["a", "b"], [], ["b"]], [["a"], [], ["a", "b"]]
+    score = score_multi_label(references, predictions, labels=["a", "b"])
+    computed = load_metric(name).compute(predictions=predictions, references=references)
+    assert computed[name] == pytest.approx(score.metrics[name])
+
+
+def test_metrics_combine_and_take_batches():
+    combined = evaluate.combine([Accuracy(), MacroF1()])
+    combined.add_batch(predictions=["a", "b"], references=["a", "a"])
+    combined.add(prediction="b", reference="b")
+    assert combined.compute() == pytest.approx({"accuracy": 2 / 3, "macro_f1": 2 / 3})
+    assert combined.compute(predictions=["a"], references=["a"]) == {"accuracy": 1.0, "macro_f1": 1.0}
+
+
+def test_metrics_compute_at_the_same_time():
+    def accuracy(number):
+        references = ["a"] * 100
+        return Accuracy().compute(predictions=["a"] * number + ["b"] * (100 - number), references=references)
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(accuracy, range(20)))
+    assert [result["accuracy"] for result in results] == pytest.approx([number / 100 for number in range(20)])
+
+
+def test_metrics_use_neither_network_nor_home(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError(f"network used: {args}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    fresh = runpy.run_path(sparse_ft.metrics.__file__)
+    for name, metric in fresh["METRICS"].items():
+        assert metric().compute(predictions=[["O"]], references=[["O"]]).keys() == {name}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_metric_gets_a_suggestion():
+    with pytest.raises(ConfigError, match=r"Unknown metric 'acuracy'\. Did you mean 'accuracy'\?"):
+        load_metric("acuracy")
+
+
+def test_metric_that_cannot_be_loaded_is_named(monkeypatch):
+    def offline(*args, **kwargs):
+        raise ConnectionError("Couldn't reach the hub")
+
+    monkeypatch.setattr(evaluate, "load", offline)
+    with pytest.raises(ConfigError, match=r"'evaluate:rouge' could not be loaded: Couldn't reach the hub\..*network"):
+        load_metric("evaluate:rouge")
+
+
+def test_missing_local_metric_folder_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="local folder"):
+        load_metric(f"evaluate:{tmp_path / 'nothing'}")
+
+
+SCRIPT = """
+import datasets
+import evaluate
+
+class LocalMetric(evaluate.Metric):
+    def _info(self):
+        value = datasets.Value({dtype!r})
+        features = datasets.Features({{"predictions": value, "references": value}})
+        return evaluate.MetricInfo(description="", citation="", features=features)
+
+    def _compute(self, predictions, references):
+        right = sum(a == b for a, b in zip(predictions, references))
+        return {result}
+"""
+
+
+@pytest.fixture
+def local_metric(tmp_path, monkeypatch):
+    """Write a metric script in its own folder; evaluate's copy of it, which it imports, is kept in tmp_path too."""
+    monkeypatch.setattr(evaluate.loading, "init_hf_modules", lambda _=None: str(tmp_path / "modules"))
+    monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", tmp_path / "cache")
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    for module in [name for name in sys.modules if name.partition(".")[0] == "evaluate_modules"]:
+        monkeypatch.delitem(sys.modules, module)
+
+    def write(name, *, result, dtype="string"):
+        folder = Path(tmp_path) / name
+        folder.mkdir()
+        (folder / f"{name}.py").write_text(SCRIPT.format(dtype=dtype, result=result), encoding="utf-8")
+        return f"evaluate:{folder}"
+
+    return write
+
+
+def headline_of(name, references=("b", "a", "new"), predictions=("b", "b", "a")):
+    score = score_classification(references, predictions, labels=["a", "b"])
+    return headline(name, references=references, predictions=predictions, score=score, labels=["a", "b"])
+
+
+def test_headline_is_the_computed_figure():
+    assert headline_of("accuracy") == pytest.approx(1 / 3)
+
+
+def test_headline_refuses_a_metric_of_another_kind():
+    with pytest.raises(
+        ConfigError, match=r"Unknown metric of this task 'f1'.*Known: accuracy, macro_f1.*evaluate:<id>"
+    ):
+        headline_of("f1")
+
+
+def test_headline_of_a_local_metric(local_metric):
+    assert headline_of(local_metric("right_rows", result="{'right': right}")) == 1.0
+
+
+def test_headline_numbers_the_labels_for_a_metric_that_wants_numbers(local_metric):
+    name = local_metric("label_codes", dtype="int32", result="{'total': sum(references) + 10 * sum(predictions)}")
+    assert headline_of(name) == 1 + 0 + 2 + 10 * (1 + 1 + 0)
+
+
+def test_headline_picks_one_of_several_figures(local_metric):
+    name = local_metric("several", result="{'right': right, 'rows': len(references), 'names': []}")
+    assert headline_of(f"{name}#rows") == 3.0
+    with pytest.raises(ConfigError, match=r"gave no single figure 'several'; it gave right, rows\. Write evaluate:"):
+        headline_of(name)
+
+
+def test_headline_names_a_metric_that_fails(local_metric):
+    with pytest.raises(ConfigError, match="could not be computed: division by zero"):
+        headline_of(local_metric("failing", result="{'right': 1 / 0}"))
+
+
+def test_scores_are_plain_numbers():
+    score = score_classification(["a", "b"], ["a", "a"], labels=["a", "b"])
+    assert not any(isinstance(value, np.generic) for value in score.metrics.values())
+    assert type(score.report["a"]["support"]) is int
+    assert type(score.report["accuracy"]) is float
+
+
+def test_score_of_many_words():
+    references = [["B-PER", "I-PER", "O", "O", "O", "O", "O", "O", "O", "B-LOC"]] * 20_000
+    score = score_tagging(references, references, labels=TAGS)
+    assert score.metrics["f1"] == 1.0
+    assert score.report["micro avg"]["support"] == 40_000

@@ -1,0 +1,691 @@
+"""Readers on small files written here; the published data sets are in test_public_data.py."""
+
+import gzip
+import json
+import logging
+from pathlib import Path
+
+import datasets
+import pytest
+
+from sparse_ft.errors import ConfigError, DataError
+from sparse_ft.file_formats import FORMATS
+from sparse_ft.readers import label_names, read, rows_seen_in_train
+from sparse_ft.schemes import Span, spans_from_tags
+from sparse_ft.tasks import TaskSpec
+
+CSV = {"format": "csv", "train": "train.csv", "validation": "dev.csv", "test": "test.csv"}
+CONLL = {"format": "conll", "train": "train.txt", "validation": "dev.txt", "test": "test.txt"}
+
+
+def classification(**changes):
+    values = {"name": "toy", "kind": "classification", "metric": "accuracy", "files": CSV, **changes}
+    return TaskSpec.model_validate(values)
+
+
+def tagging(**changes):
+    values = {"name": "toy", "kind": "token_classification", "metric": "f1", "files": CONLL, **changes}
+    return TaskSpec.model_validate({"columns": {"tokens": 0, "tags": -1}, **values})
+
+
+def write(folder: Path, **files: str) -> Path:
+    """Write files; a double underscore in a name stands for the dot."""
+    for name, content in files.items():
+        path = folder / name.replace("__", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+    return folder
+
+
+def one(spec, folder, split="test"):
+    return read(spec, data=folder, splits=[split])[split]
+
+
+def message(spec, data, split="test") -> str:
+    with pytest.raises(DataError) as caught:
+        read(spec, data=data, splits=[split])
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+# CSV and TSV
+
+
+def test_csv_fields_may_hold_commas_quotes_and_line_breaks(tmp_path):
+    write(tmp_path, test__csv='text,label\r\n"a, ""b""\nc",x\r\nd,y\r\n')
+    assert one(classification(), tmp_path).to_dict() == {
+        "text": ['a, "b"\nc', "d"],
+        "label": ["x", "y"],
+        "row": [0, 1],
+    }
+
+
+def test_tsv_knows_no_quotes(tmp_path):
+    spec = classification(files={"format": "tsv", "test": "test.tsv"})
+    write(tmp_path, test__tsv='text\tlabel\n"open\tx\nsays "hi"\ty\n')
+    assert one(spec, tmp_path)["text"] == ['"open', 'says "hi"']
+
+
+def test_columns_by_position_list_and_rest(tmp_path):
+    files = {**CSV, "header": False}
+    write(tmp_path, test__csv="1,title,body\n2,t,b\n", dev__csv="1,both\n")
+    rest = classification(files=files, columns={"text": "1..", "label": 0})
+    assert one(rest, tmp_path)["text"] == ["title body", "t b"]
+    assert one(rest, tmp_path, "validation")["text"] == ["both"]
+    listed = classification(files=files, columns={"text": [2, 1], "label": -3})
+    assert one(listed, tmp_path)["text"] == ["body title", "b t"]
+    assert one(listed, tmp_path)["label"] == ["1", "2"]
+
+
+def test_ragged_row_is_named(tmp_path):
+    write(tmp_path, test__csv="text,label\na,x\nb,c,y\n")
+    text = message(classification(), tmp_path)
+    assert "test.csv', line 3: expected 2 columns as in the first line, found 3" in text
+
+
+def test_line_number_after_a_field_with_line_breaks(tmp_path):
+    write(tmp_path, test__csv='text,label\n"a\nb\nc",x\nd\n')
+    assert "line 5: expected 2 columns" in message(classification(), tmp_path)
+
+
+def test_unclosed_quote(tmp_path):
+    write(tmp_path, test__csv='text,label\n"a,x\nb,y\n')
+    assert "line 2: not valid CSV" in message(classification(), tmp_path)
+
+
+def test_header_naming_a_column_twice(tmp_path):
+    write(tmp_path, test__csv="text,text\na,x\n")
+    assert "names column 'text' twice" in message(classification(), tmp_path)
+
+
+def test_missing_column_is_suggested(tmp_path):
+    write(tmp_path, test__csv="txet,label\na,x\n")
+    text = message(classification(), tmp_path)
+    assert "No column 'text'" in text
+    assert "Did you mean 'txet'?" in text
+    assert "The columns are: txet, label." in text
+
+
+def test_missing_position(tmp_path):
+    write(tmp_path, test__csv="a,x\n")
+    spec = classification(files={**CSV, "header": False}, columns={"text": 0, "label": 2})
+    assert "No column 2" in message(spec, tmp_path)
+    assert "There are 2 columns" in message(spec, tmp_path)
+
+
+# Files
+
+
+def test_gz_is_found_by_itself(tmp_path):
+    write(tmp_path, test__csv__gz=gzip.compress(b"text,label\na,x\n"))
+    assert one(classification(), tmp_path)["text"] == ["a"]
+
+
+def test_broken_gzip(tmp_path):
+    write(tmp_path, test__csv__gz=gzip.compress(b"text,label\na,x\n" * 100)[:-12])
+    assert "test.csv.gz' is not a whole gzip file" in message(classification(), tmp_path)
+    write(tmp_path, test__csv__gz=b"text,label\n")
+    assert "is not a whole gzip file" in message(classification(), tmp_path)
+
+
+def test_missing_file_names_both_paths(tmp_path):
+    text = message(classification(), tmp_path)
+    assert f"{str(tmp_path / 'test.csv')!r} does not exist" in text
+    assert "'test.csv.gz'" in text
+    assert "--data" in text
+
+
+def test_data_that_does_not_exist(tmp_path):
+    assert "nowhere' does not exist" in message(classification(), tmp_path / "nowhere")
+
+
+def test_byte_order_mark_is_accepted(tmp_path):
+    write(tmp_path, test__csv=b"\xef\xbb\xbftext,label\na,x\n")
+    assert one(classification(), tmp_path)["text"] == ["a"]
+
+
+def test_wrong_encoding_names_the_byte(tmp_path):
+    write(tmp_path, test__csv="text,label\nécole,x\n".encode("latin-1"))
+    text = message(classification(), tmp_path)
+    assert "test.csv' is not UTF-8: byte 11 is 0xe9" in text
+    assert "Convert the file to UTF-8" in text
+
+
+@pytest.mark.parametrize("content", ["", "text,label\n", "\n\n"])
+def test_no_rows(tmp_path, content):
+    write(tmp_path, test__csv=content)
+    assert "test.csv' has no rows" in message(classification(), tmp_path)
+
+
+# JSON
+
+
+def test_json_lines_end_at_newlines_only(tmp_path):
+    spec = classification(files={"format": "jsonl", "test": "t.jsonl"})
+    write(tmp_path, t__jsonl='{"text": "a\u2028b\u0085c", "label": 1}\r\n\n{"text": ["k", "l"], "label": true}\n')
+    assert one(spec, tmp_path).to_dict() == {
+        "text": ["a\u2028b\u0085c", "k l"],
+        "label": ["1", "true"],
+        "row": [0, 1],
+    }
+
+
+def test_broken_json_names_the_line(tmp_path):
+    spec = classification(files={"format": "jsonl", "test": "t.jsonl"})
+    write(tmp_path, t__jsonl='{"text": "a", "label": 1}\n{"text": "b", \n')
+    assert "t.jsonl', line 2: broken JSON" in message(spec, tmp_path)
+    write(tmp_path, t__jsonl='"text"\n')
+    assert "row 1: expected a JSON object or list, found 'text'" in message(spec, tmp_path)
+
+
+def test_json_key_selects_a_list_of_lists(tmp_path):
+    files = {"format": "json", "train": ["d.json#train", "d.json#extra"], "test": "d.json#nothing"}
+    spec = classification(files=files, columns={"text": 0, "label": 1})
+    content = {"train": [[f"t{place}", "a"] for place in range(9)], "extra": [["o", "oos"]]}
+    write(tmp_path, d__json=json.dumps(content))
+    both = read(spec, data=tmp_path, splits=["train", "validation"])
+    assert sorted([*both["train"]["row"], *both["validation"]["row"]]) == list(range(10))
+    assert "has no key 'nothing'. Its keys: train, extra" in message(spec, tmp_path)
+    assert "Choose one: d.json#KEY" in message(spec, tmp_path / "d.json")
+
+
+def test_null_text_is_refused(tmp_path):
+    spec = classification(files={"format": "jsonl", "test": "t.jsonl"})
+    write(tmp_path, t__jsonl='{"text": null, "label": 1}\n')
+    assert "line 1: text is null" in message(spec, tmp_path)
+
+
+# Labels
+
+
+def test_mapping_gives_names_and_accepts_them(tmp_path):
+    write(tmp_path, test__csv="text,label\na,0\nb,good\nc,7\n")
+    spec = classification(labels={"0": "bad", "1": "good"})
+    assert one(spec, tmp_path)["label"] == ["bad", "good", "7"]
+
+
+def test_unknown_label_in_train_is_refused_with_a_suggestion(tmp_path):
+    write(tmp_path, train__csv="text,label\na,good\nb,goood\n", dev__csv="text,label\nc,goood\n")
+    spec = classification(labels=["bad", "good"])
+    text = message(spec, tmp_path, "train")
+    assert "train.csv', line 3: Unknown label 'goood'. Did you mean 'good'? Known: bad, good." in text
+    assert one(spec, tmp_path, "validation")["label"] == ["goood"]
+
+
+def test_empty_label(tmp_path):
+    write(tmp_path, train__csv="text,label\na,x\nb,\n", test__csv="text,label\na,x\nb,\n")
+    assert "line 3: a row of train has no label" in message(classification(), tmp_path, "train")
+    assert one(classification(), tmp_path)["label"] == ["x", None]
+
+
+def test_dropped_labels_keep_the_row_numbers(tmp_path):
+    write(tmp_path, test__csv="text,label\na,-\nb,x\n")
+    spec = classification(drop_labels=["-"], leaks={"test": [1]})
+    assert one(spec, tmp_path).to_dict() == {"text": ["b"], "label": ["x"], "row": [1]}
+    assert rows_seen_in_train(spec, "test", data=tmp_path) == {1}
+    assert rows_seen_in_train(spec, "test", data=tmp_path / "test.csv") == set()
+    assert rows_seen_in_train(spec, "test") == set()
+    write(tmp_path, test__csv="text,label\na,-\n")
+    assert "No row" in message(spec, tmp_path)
+
+
+def test_hidden_labels(tmp_path):
+    spec = classification(files={**CSV, "unlabelled": ["test"]})
+    write(tmp_path, test__csv="text\na\n")
+    assert one(spec, tmp_path)["label"] == [None]
+    assert "No column 'label'" in message(classification(), tmp_path)
+
+
+def test_one_class_only(tmp_path):
+    write(tmp_path, train__csv="text,label\na,x\nb,x\n")
+    spec = classification()
+    with pytest.raises(DataError, match=r"one class only: \['x'\]"):
+        label_names(spec, one(spec, tmp_path, "train"))
+
+
+def test_label_names_of_the_task_come_first(tmp_path):
+    write(tmp_path, train__csv="text,label\na,z\nb,y\n")
+    train = one(classification(), tmp_path, "train")
+    assert label_names(classification(), train) == ["y", "z"]
+    assert label_names(classification(labels=["z", "y", "x"]), train) == ["z", "y", "x"]
+
+
+def test_pairs(tmp_path):
+    spec = classification(columns={"text": "q1", "text_pair": "q2"})
+    write(tmp_path, test__csv="q1,q2,label\na,b,x\n")
+    assert one(spec, tmp_path).to_dict() == {"text": ["a"], "text_pair": ["b"], "label": ["x"], "row": [0]}
+
+
+def test_multi_label(tmp_path):
+    spec = classification(kind="multi_label", labels={"s": "sport", "n": "news"})
+    write(tmp_path, train__csv="text,labels\na,s|n\nb,\nc, news \n", test__csv="text,labels\na,q\n")
+    train = one(spec, tmp_path, "train")
+    assert train["labels"] == [["sport", "news"], [], ["news"]]
+    assert label_names(spec, train) == ["sport", "news"]
+    assert label_names(spec.model_copy(update={"labels": None}), train) == ["news", "sport"]
+    assert one(spec, tmp_path)["labels"] == [["q"]]
+    listed = spec.model_copy(update={"files": spec.files.model_copy(update={"format": "jsonl", "test": "t.jsonl"})})
+    write(tmp_path, t__jsonl='{"text": "a", "labels": ["s"]}\n{"text": "b", "labels": null}\n')
+    assert one(listed, tmp_path)["labels"] == [["sport"], None]
+
+
+def test_unknown_kind(tmp_path):
+    with pytest.raises(ConfigError, match=r"Unknown kind 'clasification'. Did you mean 'classification'"):
+        read(classification(kind="clasification"), data=tmp_path)
+
+
+# CoNLL columns
+
+
+def test_conll_sentences_docstart_and_negative_columns(tmp_path):
+    write(
+        tmp_path,
+        test__txt="-DOCSTART- -X- O\n\nAda NN B-PER\nsings VB O\n\n\nBo  NN\tB-PER\r\n\r\n-DOCSTART- O O\nx X O",
+    )
+    assert one(tagging(), tmp_path).to_dict() == {
+        "tokens": [["Ada", "sings"], ["Bo"], ["x"]],
+        "tags": [["B-PER", "O"], ["B-PER"], ["O"]],
+        "row": [0, 1, 2],
+    }
+
+
+def test_conll_token_may_be_unicode_white_space(tmp_path):
+    write(tmp_path, test__txt="a O\n\u3000 O\n\u2028 O\n")
+    assert one(tagging(), tmp_path)["tokens"] == [["a", "\u3000", "\u2028"]]
+
+
+def test_conll_schemes_agree(tmp_path):
+    words = ["a", "b", "c", "d"]
+    written = {
+        "iob1": ["I-X", "B-X", "I-X", "O"],
+        "iob2": ["B-X", "B-X", "I-X", "O"],
+        "bioes": ["S-X", "B-X", "E-X", "O"],
+        "bmes": ["S-X", "B-X", "E-X", "O"],
+    }
+    for scheme, tags in written.items():
+        write(tmp_path, test__txt="".join(f"{word} {tag}\n" for word, tag in zip(words, tags, strict=True)))
+        assert one(tagging(label_scheme=scheme), tmp_path)["tags"] == [["B-X", "B-X", "I-X", "O"]], scheme
+
+
+def test_conll_short_line(tmp_path):
+    write(tmp_path, test__txt="a O\nb\n")
+    text = message(tagging(), tmp_path)
+    assert "Line 2 of" in text
+    assert "test.txt' has 1 columns, 2 are needed: 'b'" in text
+
+
+def test_conll_invalid_tag_names_its_line(tmp_path):
+    write(tmp_path, test__txt="a O\n\nb B-PER\nc S-PER\n")
+    text = message(tagging(), tmp_path)
+    assert "test.txt', line 4: tag 'S-PER' is not valid in label scheme 'iob2'" in text
+
+
+def test_conll_column_by_name(tmp_path):
+    write(tmp_path, test__txt="a O\n")
+    assert "must be a position" in message(tagging(columns={"tokens": "word"}), tmp_path)
+
+
+def test_hidden_tags(tmp_path):
+    write(tmp_path, test__txt="a\nb\n")
+    spec = tagging(files={**CONLL, "unlabelled": ["test"]})
+    assert one(spec, tmp_path).to_dict() == {"tokens": [["a", "b"]], "tags": [None], "row": [0]}
+
+
+def test_entity_types_are_mapped_and_checked(tmp_path):
+    write(tmp_path, train__txt="a B-NAME\nb I-NAME\n", test__txt="a B-CITY\n")
+    spec = tagging(labels={"NAME": "PER"})
+    train = one(spec, tmp_path, "train")
+    assert train["tags"] == [["B-PER", "I-PER"]]
+    assert label_names(spec, train) == ["PER"]
+    assert label_names(spec.model_copy(update={"labels": None}), train) == ["PER"]
+    assert one(spec, tmp_path)["tags"] == [["B-CITY"]]
+    assert "Unknown label 'NAME'" in message(tagging(labels=["PER"]), tmp_path, "train")
+
+
+def test_no_entity_in_train(tmp_path):
+    write(tmp_path, train__txt="a O\n")
+    spec = tagging()
+    with pytest.raises(DataError, match="has no label at all"):
+        label_names(spec, one(spec, tmp_path, "train"))
+
+
+# Line-parallel files
+
+
+def test_line_parallel_files(tmp_path):
+    write(tmp_path / "test", seq__in="to rome\nhi\n", seq__out="O B-city\nO\n", label="go\ngreet\n")
+    slots = tagging(files={"format": "lines", "test": "test"}, columns={"tokens": "seq.in", "tags": "seq.out"})
+    intent = classification(files={"format": "lines", "test": "test"}, columns={"text": "seq.in"})
+    assert one(slots, tmp_path).to_dict() == {
+        "tokens": [["to", "rome"], ["hi"]],
+        "tags": [["O", "B-city"], ["O"]],
+        "row": [0, 1],
+    }
+    assert one(intent, tmp_path)["label"] == ["go", "greet"]
+    write(tmp_path / "test", label="go\n")
+    assert "line counts differ: seq.in 2, label 1" in message(intent, tmp_path)
+    write(tmp_path / "test", seq__out="O\nO\n")
+    assert "line 1: 2 tokens but 1 tags" in message(slots, tmp_path)
+
+
+# Character spans
+
+
+def spans_task(**changes):
+    return tagging(columns={"text": "text", "spans": "spans"}, files={"format": "jsonl", "test": "t.jsonl"}, **changes)
+
+
+def test_spans_cut_words_and_survive(tmp_path):
+    row = {
+        "text": "Ask Müller-Meier, 3x.",
+        "spans": [{"start": 4, "end": 10, "type": "PER"}, {"start": 18, "end": 19, "type": "NUM"}],
+    }
+    write(tmp_path, t__jsonl=json.dumps(row))
+    read_row = one(spans_task(), tmp_path)[0]
+    assert read_row["text"] == row["text"]
+    for token, start, end in zip(read_row["tokens"], read_row["starts"], read_row["ends"], strict=True):
+        assert row["text"][start:end] == token
+    found = [
+        (read_row["starts"][span.start], read_row["ends"][span.end - 1], span.type)
+        for span in spans_from_tags(read_row["tags"])
+    ]
+    assert found == [(4, 10, "PER"), (18, 19, "NUM")]
+
+
+def test_longer_span_wins_and_the_loss_is_told(tmp_path, caplog):
+    row = {
+        "text": "Bank of Rome",
+        "spans": [{"start": 8, "end": 12, "type": "LOC"}, {"start": 0, "end": 12, "type": "ORG"}],
+    }
+    write(tmp_path, t__jsonl=json.dumps(row))
+    with caplog.at_level(logging.WARNING, logger="sparse_ft"):
+        assert one(spans_task(), tmp_path)["tags"] == [["B-ORG", "I-ORG", "I-ORG"]]
+    assert "1 spans overlap" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("span", "said"),
+    [
+        ({"start": 0, "end": 9, "type": "X"}, "span 0 to 9 is not within the 3 characters"),
+        ({"start": 2, "end": 2, "type": "X"}, "span 2 to 2 is not within"),
+        ({"start": 1, "end": 2, "type": "X"}, "holds white space only"),
+        ({"start": 1, "type": "X"}, "a span must be {start, end, type}"),
+    ],
+)
+def test_bad_spans(tmp_path, span, said):
+    write(tmp_path, t__jsonl=json.dumps({"text": "a b", "spans": [span]}))
+    assert said in message(spans_task(), tmp_path)
+
+
+def test_cluener_offsets_are_inclusive(tmp_path):
+    rows = [{"text": "去罗马玩", "label": {"city": {"罗马": [[1, 2]]}}}, {"text": "好"}]
+    write(tmp_path, t__json="\n".join(json.dumps(row) for row in rows))
+    spec = tagging(columns={}, language="zh", files={"format": "cluener", "test": "t.json", "unlabelled": ["test"]})
+    dataset = one(spec, tmp_path)
+    assert dataset["tags"] == [["O", "B-city", "I-city", "O"], None]
+    write(tmp_path, t__json=json.dumps({"text": "去罗马玩", "label": {"city": {"罗马": [[0, 1]]}}}))
+    assert "'罗马' should stand at character 0, but '去罗' does" in message(spec, tmp_path)
+
+
+def test_cluewsc_marks_candidate_and_pronoun(tmp_path):
+    spec = classification(files={"format": "cluewsc", "test": "t.json"})
+    row = {
+        "text": "小王走了，他累",
+        "label": "true",
+        "target": {"span1_text": "小王", "span1_index": 0, "span2_text": "他", "span2_index": 5},
+    }
+    turned = {**row, "target": {"span1_text": "他", "span1_index": 5, "span2_text": "小王", "span2_index": 0}}
+    write(tmp_path, t__json=json.dumps(row) + "\n" + json.dumps(turned))
+    assert one(spec, tmp_path)["text"] == ["_小王_走了，[他]累", "[小王]走了，_他_累"]
+    row["target"]["span1_index"] = 1
+    write(tmp_path, t__json=json.dumps(row))
+    assert "should stand at character 1" in message(spec, tmp_path)
+
+
+# Splits
+
+
+def test_validation_is_a_fixed_tenth_of_train(tmp_path, caplog):
+    spec = classification(files={"format": "csv", "train": "train.csv"})
+    write(tmp_path, train__csv="text,label\n" + "".join(f"t{place},{place % 2}\n" for place in range(50)))
+    with caplog.at_level(logging.INFO, logger="sparse_ft"):
+        both = read(spec, data=tmp_path)
+    assert "5 of the 50 rows of train are held out" in caplog.text
+    assert set(both) == {"train", "validation"}
+    train, validation = both["train"]["row"], both["validation"]["row"]
+    assert (len(train), len(validation)) == (45, 5)
+    assert sorted([*train, *validation]) == list(range(50))
+    assert train == sorted(train)
+    assert one(spec, tmp_path, "train")["row"] == train
+    assert one(spec, tmp_path, "validation")["row"] == validation
+    assert read(spec, data=tmp_path, splits=["test"]) == {}
+
+
+def test_too_few_rows_to_cut(tmp_path):
+    spec = classification(files={"format": "csv", "train": "train.csv"})
+    write(tmp_path, train__csv="text,label\na,x\n")
+    assert "has 1 rows, too few to hold some out" in message(spec, tmp_path, "train")
+
+
+def test_rows_of_several_files_are_counted_on(tmp_path):
+    spec = classification(files={"format": "csv", "test": ["a.csv", "b.csv"]})
+    write(tmp_path, a__csv="text,label\na,x\nb,x\n", b__csv="text,label\nc,oos\n")
+    assert one(spec, tmp_path).to_dict() == {"text": ["a", "b", "c"], "label": ["x", "x", "oos"], "row": [0, 1, 2]}
+
+
+def test_bundled_root_is_used_without_data(tmp_path):
+    write(tmp_path, test__csv="text,label\na,x\n")
+    spec = classification(files={**CSV, "root": str(tmp_path)}, leaks={"test": [0]})
+    assert read(spec, splits=["test"])["test"]["text"] == ["a"]
+    assert rows_seen_in_train(spec, "test") == {0}
+    gone = classification(files={**CSV, "root": str(tmp_path / "gone")})
+    with pytest.raises(DataError, match=r"gone/test\.csv' does not exist"):
+        read(gone, splits=["test"])
+
+
+def test_no_source_at_all():
+    with pytest.raises(DataError, match=r"Task 'toy' comes without data.* --data"):
+        read(classification())
+
+
+# One file
+
+
+def single(spec, path):
+    return {split: dataset.to_dict() for split, dataset in read(spec, data=path).items()}
+
+
+def all_rows(parts, column):
+    rows = [pair for part in parts.values() for pair in zip(part["row"], part[column], strict=True)]
+    return [value for _, value in sorted(rows)]
+
+
+def test_one_file_is_divided_alike_every_time(tmp_path, caplog):
+    write(tmp_path, mine__csv="text,label\n" + "".join(f"t{place},{place % 2}\n" for place in range(30)))
+    with caplog.at_level(logging.INFO, logger="sparse_ft"):
+        parts = single(classification(), tmp_path / "mine.csv")
+    assert "30 rows are divided into 24 for train, 3 for validation and 3 for test (seed 13)" in caplog.text
+    assert {split: len(part["row"]) for split, part in parts.items()} == {"train": 24, "validation": 3, "test": 3}
+    assert all_rows(parts, "text") == [f"t{place}" for place in range(30)]
+    assert single(classification(), tmp_path / "mine.csv") == parts
+    assert one(classification(), tmp_path / "mine.csv").to_dict() == parts["test"]
+
+
+def test_one_file_needs_three_rows(tmp_path):
+    write(tmp_path, mine__csv="text,label\na,x\nb,y\n")
+    assert "has 2 rows, too few" in message(classification(), tmp_path / "mine.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("m.csv", "label,text\nx,a\ny,b\nx,c\n"),
+        ("m.tsv", "sentence\tlabel\na\tx\nb\ty\nc\tx\n"),
+        ("m.txt", "text\tlabel\na\tx\nb\ty\nc\tx\n"),
+        ("m.jsonl", '{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n{"text": "c", "label": "x"}\n'),
+        ("m.json", '[{"text": "a", "label": "x"}, {"text": "b", "label": "y"}, {"text": "c", "label": "x"}]'),
+    ],
+)
+@pytest.mark.parametrize("files", [None, {"format": "csv", "header": False}, {"format": "tsv"}, {"format": "jsonl"}])
+def test_one_file_of_another_format_for_classification(tmp_path, name, content, files):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    parts = single(classification(files=files, columns={"text": "sentence", "label": "label"}), tmp_path / name)
+    assert all_rows(parts, "text") == ["a", "b", "c"]
+    assert all_rows(parts, "label") == ["x", "y", "x"]
+
+
+def test_positions_of_the_task_give_way_to_a_header_with_our_names(tmp_path):
+    spec = classification(files={"format": "csv", "header": False}, columns={"text": "1..", "label": 0})
+    write(tmp_path, with__csv="text,label\na,x\nb,y\nc,x\n", without__csv="x,a\ny,b\nx,c\n")
+    assert all_rows(single(spec, tmp_path / "with.csv"), "text") == ["a", "b", "c"]
+    assert all_rows(single(spec, tmp_path / "without.csv"), "text") == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("m.txt", "Ada B-PER\nran O\n\nBo B-PER\n\nhi O\n"),
+        ("m.conll", "Ada NN B-PER\nran VB O\n\nBo NN B-PER\n\nhi X O\n"),
+        ("m.tsv", "Ada\tB-PER\nran\tO\n\nBo\tB-PER\n\nhi\tO\n"),
+        ("m.tsv", "tokens\ttags\nAda ran\tB-PER O\nBo\tB-PER\nhi\tO\n"),
+        ("m.csv", "tokens,tags\nAda ran,B-PER O\nBo,B-PER\nhi,O\n"),
+        (
+            "m.jsonl",
+            '{"tokens": ["Ada", "ran"], "tags": ["B-PER", "O"]}\n{"tokens": ["Bo"], "tags": ["B-PER"]}\n'
+            '{"tokens": ["hi"], "tags": ["O"]}\n',
+        ),
+        (
+            "m.jsonl",
+            '{"text": "Ada ran", "spans": [{"start": 0, "end": 3, "type": "PER"}]}\n'
+            '{"text": "Bo", "spans": [{"start": 0, "end": 2, "type": "PER"}]}\n{"text": "hi", "spans": []}\n',
+        ),
+    ],
+)
+@pytest.mark.parametrize("separator", [" ", None])
+def test_one_file_of_another_format_for_tagging(tmp_path, name, content, separator):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    tags = -1 if name == "m.conll" else 1
+    spec = tagging(files={**CONLL, "separator": separator}, columns={"tokens": 0, "tags": tags})
+    parts = single(spec, tmp_path / name)
+    assert all_rows(parts, "tokens") == [["Ada", "ran"], ["Bo"], ["hi"]]
+    assert all_rows(parts, "tags") == [["B-PER", "O"], ["B-PER"], ["O"]]
+
+
+def test_one_file_of_unknown_format(tmp_path):
+    write(tmp_path, mine__xlsx=b"PK\x03\x04\x00\x00")
+    for files in (None, CSV):
+        text = message(classification(files=files), tmp_path / "mine.xlsx")
+        assert "mine.xlsx' cannot be told by its suffix '.xlsx'. Expected one of .csv, .tsv" in text
+
+
+def test_one_file_with_the_publishers_suffix_has_the_tasks_format(tmp_path):
+    (tmp_path / "eng.testa").write_text("a O\n\nb B-X\n\nc O\n", encoding="utf-8")
+    assert all_rows(single(tagging(), tmp_path / "eng.testa"), "tokens") == [["a"], ["b"], ["c"]]
+
+
+# Parquet and hub layout
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write_hub(folder: Path, features: datasets.Features, **splits: dict) -> Path:
+    (folder / "data").mkdir(parents=True)
+    for split, columns in splits.items():
+        dataset = datasets.Dataset.from_dict(columns, features=features)
+        dataset.to_parquet(str(folder / "data" / f"{split}-00000-of-00001.parquet"))
+    return folder
+
+
+REVIEWS = datasets.Features({"sentence": datasets.Value("string"), "y": datasets.ClassLabel(names=["good", "bad"])})
+
+
+def test_hub_classification(tmp_path, hub_cache):
+    rows = {"sentence": [f"s{place}" for place in range(20)], "y": [place % 2 for place in range(20)]}
+    folder = write_hub(tmp_path / "hub", REVIEWS, train=rows, test={"sentence": ["t"], "y": [-1]})
+    hub = {
+        "path": str(folder),
+        "columns": {"text": "sentence", "label": "y"},
+        "labels": {"good": "positive", "bad": "negative"},
+    }
+    spec = classification(hub=hub, labels=["negative", "positive"], columns={"text": 5})
+    parts = read(spec)
+    assert {split: len(part) for split, part in parts.items()} == {"train": 18, "validation": 2, "test": 1}
+    assert parts["test"][0] == {"text": "t", "label": None, "row": 0}
+    for row in parts["train"]:
+        assert row["label"] == ("positive" if row["row"] % 2 == 0 else "negative")
+
+
+def test_hub_split_names(tmp_path, hub_cache):
+    folder = write_hub(
+        tmp_path / "hub", REVIEWS, train={"sentence": ["a", "b"], "y": [0, 1]}, test={"sentence": ["t"], "y": [1]}
+    )
+    hub = {"path": str(folder), "columns": {"text": "sentence", "label": "y"}, "splits": {"validation": "test"}}
+    parts = read(classification(hub=hub), splits=["validation", "train"])
+    assert parts["validation"]["label"] == ["bad"]
+    assert len(parts["train"]) == 2
+    none = classification(hub={**hub, "splits": {"test": "nothing"}})
+    with pytest.raises(DataError, match=r"has the splits train, test, not test"):
+        read(none, splits=["test"])
+
+
+@pytest.mark.parametrize("names", [["O", "B-PER", "I-PER", "B-LOC"], ["B-LOC", "I-PER", "O", "B-PER"]])
+def test_hub_tags_are_names_whatever_their_order(tmp_path, hub_cache, names):
+    features = datasets.Features(
+        {"tokens": datasets.List(datasets.Value("string")), "ner": datasets.List(datasets.ClassLabel(names=names))}
+    )
+    tags = ["B-PER", "I-PER", "O", "B-LOC"]
+    rows = {"tokens": [list("abcd")], "ner": [[names.index(tag) for tag in tags]]}
+    folder = write_hub(tmp_path / "hub", features, test=rows, validation={"tokens": [["a"]], "ner": [[-1]]})
+    parts = read(tagging(hub={"path": str(folder), "columns": {"tags": "ner"}}), splits=["validation", "test"])
+    assert parts["test"]["tags"] == [tags]
+    assert parts["validation"]["tags"] == [None]
+    assert spans_from_tags(parts["test"]["tags"][0]) == [Span("PER", 0, 2), Span("LOC", 3, 4)]
+
+
+def test_hub_tags_without_names_are_mapped(tmp_path, hub_cache):
+    features = datasets.Features(
+        {"tokens": datasets.List(datasets.Value("string")), "tags": datasets.List(datasets.Value("int64"))}
+    )
+    folder = write_hub(tmp_path / "hub", features, test={"tokens": [["a", "b"]], "tags": [[1, 0]]})
+    hub = {"path": str(folder), "columns": {}, "labels": {"0": "O", "1": "S-PER"}, "label_scheme": "bioes"}
+    assert read(tagging(hub=hub), splits=["test"])["test"]["tags"] == [["B-PER", "O"]]
+
+
+def test_folder_in_hub_layout_for_a_task_without_files(tmp_path, hub_cache):
+    folder = write_hub(tmp_path / "hub", REVIEWS, test={"sentence": ["t"], "y": [1]})
+    spec = classification(files=None, columns={"text": "sentence", "label": "y"})
+    assert one(spec, folder)["label"] == ["bad"]
+
+
+def test_parquet_files(tmp_path):
+    folder = write_hub(tmp_path / "hub", REVIEWS, test={"sentence": ["t", "u", "v"], "y": [1, 0, 1]})
+    name = "test-00000-of-00001.parquet"
+    spec = classification(files={"format": "parquet", "test": name}, columns={"text": "sentence", "label": "y"})
+    assert one(spec, folder / "data")["label"] == ["bad", "good", "bad"]
+    assert all_rows(single(spec, folder / "data" / name), "label") == ["bad", "good", "bad"]
+    write(tmp_path, test__parquet="no parquet")
+    broken = classification(files={"format": "parquet", "test": "test.parquet"})
+    assert "test.parquet' is not readable Parquet" in message(broken, tmp_path)
+
+
+def test_hub_that_cannot_be_reached(monkeypatch):
+    def unreachable(path, name=None, *, revision=None):
+        raise ConnectionError("Couldn't reach the Hub\nafter 5 tries.")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    spec = classification(hub={"path": "some/set", "name": "part"})
+    with pytest.raises(DataError) as caught:
+        read(spec)
+    assert str(caught.value) == (
+        "Data set 'some/set' (part) could not be loaded from the hub: Couldn't reach the Hub after 5 tries. "
+        "Check the network and the id, or download the files and name their folder with --data FOLDER."
+    )
+
+
+def test_every_format_of_the_task_schema_has_a_reader():
+    formats = TaskSpec.model_fields["files"].annotation.__args__[0].model_fields["format"].annotation.__args__
+    assert set(formats) == set(FORMATS)

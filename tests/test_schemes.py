@@ -1,0 +1,71 @@
+import itertools
+
+import pytest
+
+from sparse_ft.errors import DataError
+from sparse_ft.schemes import SCHEMES, Span, first_invalid, spans_from_tags, split_tag, tags_from_spans, to_iob2
+
+
+def test_split_tag_keeps_dashes_of_the_type():
+    assert split_tag("B-from-loc.city") == ("B", "from-loc.city")
+    assert split_tag("O") == ("O", "")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "tags", "expected"),
+    [
+        ("iob1", "I-X I-X B-X I-Y O I-X", "B-X I-X B-X B-Y O B-X"),
+        ("iob2", "B-X I-X B-X B-Y O B-X", "B-X I-X B-X B-Y O B-X"),
+        ("iob2", "I-X I-X O I-Y I-X", "B-X I-X O B-Y B-X"),
+        ("bioes", "B-X E-X S-X S-Y O S-X", "B-X I-X B-X B-Y O B-X"),
+        ("bmes", "B-X M-X E-X S-X O B-Y E-Y", "B-X I-X I-X B-X O B-Y I-Y"),
+        ("bmes", "B-X M-X O M-X E-X E-X", "B-X I-X O B-X I-X B-X"),
+        ("bmes", "B-X B-X E-Y", "B-X B-X B-Y"),
+    ],
+)
+def test_to_iob2(scheme, tags, expected):
+    assert to_iob2(tags.split(), scheme) == expected.split()
+
+
+def test_conversion_to_iob2_is_idempotent_and_keeps_the_spans():
+    for tags in itertools.product(["O", "B-X", "I-X", "B-Y", "I-Y"], repeat=4):
+        once = to_iob2(tags)
+        assert to_iob2(once) == once
+        assert spans_from_tags(once) == spans_from_tags(tags)
+
+
+def test_spans_and_tags_are_inverse():
+    for tags in itertools.product(["O", "B-X", "I-X", "B-Y", "I-Y"], repeat=4):
+        iob2 = to_iob2(tags)
+        assert tags_from_spans(spans_from_tags(iob2), len(iob2)) == iob2
+
+
+def test_spans_as_conlleval_reads_them():
+    assert spans_from_tags(["I-X", "I-X", "B-X", "O", "I-Y", "I-X"]) == [
+        Span("X", 0, 2),
+        Span("X", 2, 3),
+        Span("Y", 4, 5),
+        Span("X", 5, 6),
+    ]
+    assert spans_from_tags([]) == []
+
+
+def test_of_overlapping_spans_the_first_given_wins():
+    assert tags_from_spans([Span("X", 1, 3), Span("Y", 2, 4)], 4) == ["O", "B-X", "I-X", "O"]
+
+
+@pytest.mark.parametrize("tag", ["S-X", "X", "B-", "b-X", "", "O-X", "BI-X"])
+def test_invalid_tag_is_named_with_the_scheme(tag):
+    assert first_invalid(["O", tag], "iob2") == 1
+    with pytest.raises(DataError, match=r"at word 2 is not valid in label scheme 'iob2'. Expected O, B-TYPE, I-TYPE"):
+        to_iob2(["O", tag])
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_outside_is_valid_everywhere(scheme):
+    assert first_invalid(["O"], scheme) is None
+
+
+def test_unknown_scheme():
+    with pytest.raises(DataError, match=r"Unknown label_scheme 'iob3'.*Known: iob1, iob2, bioes, bmes"):
+        to_iob2(["O"], "iob3")
