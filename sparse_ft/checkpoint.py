@@ -1,7 +1,6 @@
 """The checkpoint: a folder with experts, heads and tasks that names its backbone but does not contain it."""
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +16,13 @@ from sparse_ft.backbone import MINILM_ID, load_backbone
 from sparse_ft.config import RunConfig
 from sparse_ft.errors import CheckpointError
 from sparse_ft.experts import Expert
-from sparse_ft.folders import recover_folder, replace_folder, write_bytes, write_json
+from sparse_ft.folders import replace_folder, write_bytes, write_json
 from sparse_ft.kinds import find_kind
+from sparse_ft.manifest import FORMAT, MANIFEST, check_name, read_manifest, read_metrics, read_yaml
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.tasks import TaskSpec, parse_task
 
-FORMAT = 1
-MANIFEST = "manifest.json"
 _PEFT_PREFIX = "base_model.model."
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
 @dataclass
@@ -82,11 +79,19 @@ def _manifest(folder: Path, *, model: SparseExpertModel, tasks: Mapping[str, Tas
     experts = {}
     for name in model.experts.names:
         expert = model.experts.get(name)
-        experts[name] = {"rank": max(expert.ranks.values(), default=0), "alpha": expert.alpha, "layers": len(expert.ranks)}
+        experts[name] = {
+            "rank": max(expert.ranks.values(), default=0),
+            "alpha": expert.alpha,
+            "layers": len(expert.ranks),
+        }
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != "metrics.json")
     return {
         "format": FORMAT,
-        "versions": {"sparse_ft": sparse_ft.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "sparse_ft": sparse_ft.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
         "backbone": {
             "name": model.backbone.name,
             "revision": model.backbone.revision,
@@ -116,7 +121,7 @@ def _save_expert(folder: Path, expert: Expert, *, model: SparseExpertModel) -> N
         lora_alpha=expert.alpha,  # type: ignore[arg-type]  # PEFT computes alpha / r; a float is as good
         target_modules=sorted(expert.deltas),
         rank_pattern=smaller,
-        alpha_pattern={module: expert.alpha for module in smaller},
+        alpha_pattern=dict.fromkeys(smaller, expert.alpha),
         fan_in_fan_out=any(layer.fan_in_fan_out for layer in model.experts.layers.values()),
         base_model_name_or_path=MINILM_ID if name == "minilm" else name,
         inference_mode=True,
@@ -124,55 +129,6 @@ def _save_expert(folder: Path, expert: Expert, *, model: SparseExpertModel) -> N
     folder.mkdir(parents=True)
     config.save_pretrained(str(folder))
     write_bytes(folder / "adapter_model.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"}))
-
-
-def check_name(name: str) -> str:
-    """Return a name that is safe as a file name.
-
-    Raises:
-        CheckpointError: If it is not.
-    """
-    if not _NAME.fullmatch(name):
-        raise CheckpointError(f"The name {name!r} is not allowed: use letters, digits, - and _, at most 64, not - first.")
-    return name
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Read and check the manifest of a checkpoint, and that all its files are there in full.
-
-    Raises:
-        CheckpointError: If the folder is no checkpoint, is incomplete, or was written by a newer version.
-    """
-    recover_folder(path)
-    file = path / MANIFEST
-    if not path.is_dir():
-        raise CheckpointError(f"Checkpoint folder {str(path)!r} does not exist.")
-    if not file.is_file():
-        if (path / "resume").is_dir():
-            advice = f"Its training did not finish: `sparse-ft train --resume --output {path}` continues it."
-        else:
-            advice = "Give the folder that `sparse-ft train` printed."
-        raise CheckpointError(f"{str(path)!r} holds no {MANIFEST}, so it is no checkpoint. {advice}")
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        written_format = int(manifest["format"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{str(file)!r} is damaged: {error!r}. Restore the folder from a copy or train again.") from error
-    if written_format > FORMAT:
-        version = manifest.get("versions", {}).get("sparse_ft", "a newer version")
-        raise CheckpointError(
-            f"Checkpoint {str(path)!r} has format {written_format}; this sparse-ft {sparse_ft.__version__} reads up to {FORMAT}. "
-            f"It was written by sparse-ft {version}: update with `pip install -U sparse-ft`."
-        )
-    for name, size in manifest["bytes"].items():
-        part = path / name
-        found = part.stat().st_size if part.is_file() else None
-        if found != size:
-            problem = "is missing" if found is None else f"has {found} bytes instead of {size}"
-            raise CheckpointError(
-                f"Checkpoint {str(path)!r} is incomplete: {name} {problem}. Copy the folder again, or train again."
-            )
-    return dict(manifest)
 
 
 def load_checkpoint(
@@ -205,26 +161,19 @@ def load_checkpoint(
         dtype=dtype,
     )
     model = SparseExpertModel(loaded, pooling=manifest["pooling"])
-    config = RunConfig.model_validate(_read_yaml(path / "config.yaml"))
+    config = RunConfig.model_validate(read_yaml(path / "config.yaml"))
     for name in manifest["experts"]:
         model.experts.add(load_expert(path / "experts" / check_name(name), name=name))
     tasks = {}
     for task, entry in manifest["tasks"].items():
         file = path / "tasks" / f"{check_name(task)}.yaml"
-        tasks[task] = parse_task(_read_yaml(file), where=str(file))
+        tasks[task] = parse_task(read_yaml(file), where=str(file))
         kind = find_kind(tasks[task].kind)
         outputs = kind.outputs(tasks[task].label_names or [])
         head = model.add_task(task, expert=entry["expert"], level=kind.level, num_outputs=len(outputs))
         _load_head(head, path / "heads" / f"{task}.safetensors")
-    metrics = json.loads((path / "metrics.json").read_text(encoding="utf-8")) if (path / "metrics.json").is_file() else {}
+    metrics = read_metrics(path)
     return Checkpoint(path, model.to(device).eval().requires_grad_(False), tasks, config, metrics, manifest)
-
-
-def _read_yaml(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{str(path)!r} is damaged: {' '.join(str(error).split())}") from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -264,4 +213,6 @@ def _load_head(head: torch.nn.Module, path: Path) -> None:
     try:
         head.load_state_dict(read_tensors(path))
     except RuntimeError as error:
-        raise CheckpointError(f"{str(path)!r} does not fit the labels of its task: {' '.join(str(error).split())}") from error
+        raise CheckpointError(
+            f"{str(path)!r} does not fit the labels of its task: {' '.join(str(error).split())}"
+        ) from error

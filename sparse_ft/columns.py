@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import datasets
 
 from sparse_ft.errors import ConfigError, DataError, unknown_name
-from sparse_ft.records import Record, pick, plain_text, split_tokens
+from sparse_ft.records import SENTENCE, Record, pick, plain_text, split_tokens
 from sparse_ft.schemes import Span, first_invalid, split_tag, tags_from_spans, to_iob2
 from sparse_ft.tasks import Column, TaskSpec
 from sparse_ft.words import cut_words, split_words
@@ -189,12 +189,9 @@ def _tags(source: Sequence[Any], record: Record, reading: Reading) -> list[str]:
     tags = [reading.labels.get(label_text(tag), label_text(tag)) for tag in source]
     invalid = first_invalid(tags, reading.label_scheme)
     if invalid is not None:
-        spread = (
-            record.unit == "line" and isinstance(record.values, dict) and isinstance(record.values.get("tags"), list)
-        )
-        place = (
-            record._replace(number=record.number + invalid).place if spread else f"{record.place}, word {invalid + 1}"
-        )
+        place = f"{record.place}, word {invalid + 1}"
+        if record.unit == SENTENCE:
+            place = record._replace(number=record.number + invalid, unit="line").place
         raise DataError(
             f"{place}: tag {tags[invalid]!r} is not valid in label scheme {reading.label_scheme!r}. "
             "Correct it, or `label_scheme` in the task file (iob1, iob2, bioes, bmes)."

@@ -28,7 +28,7 @@ class ExpertConfig(_Section):
     first_block: int = Field(default=0, ge=0)
     """Lowest block with expert layers; what lies below is shared by all tasks."""
     targets: list[str] | None = None
-    """Last parts of the names of the linears that get experts, e.g. [query, value]; null takes all linears of a block."""
+    """Last parts of the names of the linears that get experts, e.g. [query, value]; null takes all of a block."""
     pooling: Literal["auto", "mean", "first", "last"] = "auto"
     """How a text becomes one vector; auto is last for causal backbones, else mean."""
 

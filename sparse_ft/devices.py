@@ -26,7 +26,9 @@ def find_device(name: str) -> torch.device:
     }
     if not available.get(device.type, False):
         present = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-        raise ConfigError(f"Device {name!r} is not available here. Present: {', '.join(present)}. Use --device auto or cpu.")
+        raise ConfigError(
+            f"Device {name!r} is not available here. Present: {', '.join(present)}. Use --device auto or cpu."
+        )
     return device
 
 

@@ -48,7 +48,7 @@ class Encoder:
         self.has_types = "token_type_ids" in probe
 
     def texts(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[Example]:
-        """Encode one example a text (or pair); what exceeds ``max_length`` tokens is cut off, from the longer of a pair.
+        """Encode one example a text (or pair); what exceeds ``max_length`` tokens is cut, from the longer of a pair.
 
         Args:
             texts: Any texts, also empty.
@@ -74,9 +74,15 @@ class Encoder:
             rows: Words of each text; a text may have none.
         """
         filled = [row for row, words in enumerate(rows) if len(words)]
-        examples = [Example(row, [*self.prefix, *self.suffix] or [self.empty_id]) for row, words in enumerate(rows) if not len(words)]
+        examples = [
+            Example(row, [*self.prefix, *self.suffix] or [self.empty_id])
+            for row, words in enumerate(rows)
+            if not len(words)
+        ]
         if filled:
-            encoded = self.tokenizer([list(rows[row]) for row in filled], is_split_into_words=True, add_special_tokens=False)
+            encoded = self.tokenizer(
+                [list(rows[row]) for row in filled], is_split_into_words=True, add_special_tokens=False
+            )
             for place, row in enumerate(filled):
                 examples.extend(self._windows(row, encoded["input_ids"][place], encoded.word_ids(place)))
         return sorted(examples, key=_by_row)
@@ -109,7 +115,7 @@ def _by_row(example: Example) -> int:
 
 
 def _window_starts(length: int, capacity: int) -> list[int]:
-    """Place windows of ``capacity`` tokens so that neighbours share at least a quarter, and the last ends at the end."""
+    """Place windows of ``capacity`` tokens so that neighbours share a quarter at least and the last ends at the end."""
     if length <= capacity:
         return [0]
     stride = max(1, capacity - capacity // 4)

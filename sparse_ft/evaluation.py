@@ -57,14 +57,17 @@ class Evaluation:
             "checkpoint": self.checkpoint,
             "split": "/".join(dict.fromkeys(self.splits.values())),
             "route": self.route,
-            "tasks": {task: report_json(entry.score, unseen_rows=entry.unseen_rows) for task, entry in self.tasks.items()},
+            "tasks": {
+                task: report_json(entry.score, unseen_rows=entry.unseen_rows) for task, entry in self.tasks.items()
+            },
             "routing": {"accuracy": 1.0, "usage": usage},
         }
 
     def to_text(self) -> str:
         """Return the classification reports of all tasks as text tables."""
         return "\n".join(
-            report_text(entry.score, title=entry.title or task, unseen_rows=entry.unseen_rows) for task, entry in self.tasks.items()
+            report_text(entry.score, title=entry.title or task, unseen_rows=entry.unseen_rows)
+            for task, entry in self.tasks.items()
         )
 
 
@@ -91,7 +94,9 @@ def predict_rows(model: SparseExpertModel, spec: TaskSpec, data: EvalData) -> li
     return find_kind(spec.kind).predictions(logits, labels=spec.label_names or [])
 
 
-def score_rows(spec: TaskSpec, data: EvalData, predictions: Sequence[Any], *, rows: Sequence[int] | None = None) -> Score:
+def score_rows(
+    spec: TaskSpec, data: EvalData, predictions: Sequence[Any], *, rows: Sequence[int] | None = None
+) -> Score:
     """Score predictions, on all rows or on some places."""
     kind = find_kind(spec.kind)
     references = kind.references(data.columns)
@@ -120,7 +125,7 @@ def evaluate_task(
     data = prepare(found[split].to_dict(), spec=spec, encoder=encoder)
     if data.num_rows == 0:
         raise DataError(
-            f"The {split} split of task {spec.name!r} has no answers (its publisher hides them). Use --split validation."
+            f"The {split} split of task {spec.name!r} has no answers; its publisher hides them. Use --split validation."
         )
     predictions = predict_rows(model, spec, data)
     score = score_rows(spec, data, predictions)
@@ -175,7 +180,9 @@ def evaluate(
     sources = {**checkpoint.config.sources, **name_sources(data, chosen)}
     encoder = Encoder(checkpoint.model.backbone, max_length=checkpoint.config.data.max_length)
     reports = {
-        task: evaluate_task(checkpoint.model, checkpoint.tasks[task], split=splits[task], source=sources.get(task), encoder=encoder)
+        task: evaluate_task(
+            checkpoint.model, checkpoint.tasks[task], split=splits[task], source=sources.get(task), encoder=encoder
+        )
         for task in chosen
     }
     experts = {task: checkpoint.model.tasks[task].expert for task in chosen}
@@ -209,5 +216,8 @@ def name_sources(data: str | Path | Mapping[str, str] | None, tasks: Sequence[st
                 raise ConfigError(unknown_name("task in --data", task, tasks))
         return {task: str(Path(path).expanduser().absolute()) for task, path in data.items()}
     if len(tasks) != 1:
-        raise ConfigError(f"--data {str(data)!r} names no task, but there are {len(tasks)}: {', '.join(tasks)}. Write --data TASK=PATH.")
+        raise ConfigError(
+            f"--data {str(data)!r} names no task, but there are {len(tasks)}: {', '.join(tasks)}. "
+            "Write --data TASK=PATH."
+        )
     return {tasks[0]: str(Path(data).expanduser().absolute())}

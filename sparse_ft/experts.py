@@ -95,10 +95,9 @@ class ExpertLayer(nn.Module):
 
     def remove(self, index: int) -> None:
         """Take one expert out; those behind it move up by one."""
-        for parameters in (self.lora_a, self.lora_b):
+        for name, parameters in (("lora_a", self.lora_a), ("lora_b", self.lora_b)):
             kept = [parameter for place, parameter in enumerate(parameters) if place != index]
-            parameters[:] = []
-            parameters.extend(kept)
+            setattr(self, name, nn.ParameterList(kept))
         del self.scales[index]
 
     def forward(self, x: Tensor) -> Tensor:  # [N, S, I] -> [N, S, O]
@@ -128,7 +127,9 @@ class ExpertLayer(nn.Module):
         place = {index: position for position, index in enumerate(present)}
         rows = torch.tensor([place[index] for index in experts], device=x.device)  # [N]
         stacked_a = torch.stack([_pad(self.lora_a[index], 0, rank) for index in present])  # [P, r, I]
-        stacked_b = torch.stack([_pad(self.lora_b[index], 1, rank) * self.scales[index] for index in present])  # [P, O, r]
+        stacked_b = torch.stack(
+            [_pad(self.lora_b[index], 1, rank) * self.scales[index] for index in present]
+        )  # [P, O, r]
         h = torch.bmm(x, stacked_a.to(x.dtype).index_select(0, rows).transpose(1, 2))  # [N, S, r]
         return torch.baddbmm(y, h, stacked_b.to(x.dtype).index_select(0, rows).transpose(1, 2))
 
@@ -230,18 +231,20 @@ class Experts:
             CheckpointError: If the name is taken, or a delta does not fit this backbone.
         """
         if expert.name in self.names:
-            raise CheckpointError(f"There is an expert named {expert.name!r} already: {', '.join(self.names)}. Rename one.")
+            raise CheckpointError(
+                f"There is an expert named {expert.name!r} already: {', '.join(self.names)}. Rename one."
+            )
         for module, (lora_a, lora_b) in expert.deltas.items():
             if module not in self._linears:
                 raise CheckpointError(
-                    f"Expert {expert.name!r} changes the layer {module!r}, which this backbone does not have in its blocks. "
-                    "It was trained on another backbone."
+                    f"Expert {expert.name!r} changes the layer {module!r}, which this backbone does not have in its "
+                    "blocks. It was trained on another backbone."
                 )
             shape = linear_shape(self._linears[module])
             if (lora_b.shape[0], lora_a.shape[1]) != shape or lora_a.shape[0] != lora_b.shape[1]:
                 raise CheckpointError(
-                    f"Expert {expert.name!r} has A {tuple(lora_a.shape)} and B {tuple(lora_b.shape)} for the layer {module!r} "
-                    f"of {shape[1]} inputs and {shape[0]} outputs. It belongs to another backbone."
+                    f"Expert {expert.name!r} has A {tuple(lora_a.shape)} and B {tuple(lora_b.shape)} for the layer "
+                    f"{module!r} of {shape[1]} inputs and {shape[0]} outputs. It belongs to another backbone."
                 )
             if module not in self.layers:
                 self._wrap(module)

@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 
 from sparse_ft.errors import DataError
-from sparse_ft.records import Record, locate, pick, read_text, split_tokens, text_lines
+from sparse_ft.records import SENTENCE, Record, locate, pick, read_text, split_tokens, text_lines
 from sparse_ft.tasks import Column
 
 
@@ -64,7 +64,7 @@ def _read_conll(path: Path, options: FileOptions) -> Iterator[Record]:
         fields = split_tokens(line, options.separator)
         if not line.strip(" \t") or fields[0] == "-DOCSTART-":
             if start:
-                yield Record(sentence, str(path), start)
+                yield Record(sentence, str(path), start, SENTENCE)
                 sentence, start = {name: [] for name in wanted}, 0
             continue
         if len(fields) < needed:
@@ -77,7 +77,7 @@ def _read_conll(path: Path, options: FileOptions) -> Iterator[Record]:
         for name, place in wanted.items():
             sentence[name].append(fields[place])
     if start:
-        yield Record(sentence, str(path), start)
+        yield Record(sentence, str(path), start, SENTENCE)
 
 
 def _position(name: str, column: Column) -> int:

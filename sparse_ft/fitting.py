@@ -101,7 +101,9 @@ class _Loop:
         self.accelerator = accelerator
         model.requires_grad_(False)
         self.groups = {task: model.trainable(task) for task in tasks}
-        self.parameters = {f"{task}/{name}": value for task, group in self.groups.items() for name, value in group.items()}
+        self.parameters = {
+            f"{task}/{name}": value for task, group in self.groups.items() for name, value in group.items()
+        }
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
         self.optimizer = accelerator.prepare(_optimizer(self.parameters, run))
@@ -168,7 +170,7 @@ class _Loop:
             loss = mean * (share[part.task] / whole[part.task])
             # Each task weighs as its rows do: a batch is worth the mean over its rows, whatever the mixture.
             total = total + loss * (sum(task == part.task for task, _ in pairs) / num_rows)
-            losses[part.task] = float(loss)
+            losses[part.task] = loss.item()
         self.accelerator.backward(total)
         return losses
 
@@ -176,17 +178,19 @@ class _Loop:
         """Score each task on its validation rows, keep its best state, and move on to the next epoch."""
         self.model.eval()
         progress = self.progress
-        entry = {"epoch": progress.epoch + 1, "step": progress.step, "loss": _mean_losses(progress), "validation": {}}
+        scores: dict[str, float] = {}
         for name, task in self.tasks.items():
             predictions = predict_rows(self.model, task.spec, task.validation)
             score = score_rows(task.spec, task.validation, predictions).metrics[task.spec.metric]
-            entry["validation"][name] = score
+            scores[name] = score
             progress.stale[name] = progress.stale.get(name, 0) + 1
             if score > progress.best.get(name, -math.inf):
                 progress.best[name], progress.stale[name] = score, 0
                 for part, parameter in self.groups[name].items():
                     self.best[f"{name}/{part}"] = parameter.detach().clone()
-        progress.history.append(entry)
+        progress.history.append(
+            {"epoch": progress.epoch + 1, "step": progress.step, "loss": _mean_losses(progress), "validation": scores}
+        )
         progress.epoch, progress.batch = progress.epoch + 1, 0
         progress.losses, progress.counts = {}, {}
 

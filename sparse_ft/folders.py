@@ -78,7 +78,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-class explain_os_errors:  # noqa: N801  (a context manager reads like a function)
+class explain_os_errors:
     """Turn the operating system's refusals while ``path`` is written into a CheckpointError.
 
     Args:
@@ -98,11 +98,17 @@ class explain_os_errors:  # noqa: N801  (a context manager reads like a function
         where = f"{str(self.path)!r} cannot be written"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(_existing_parent(self.path)).free // 2**20
-            raise CheckpointError(f"{where}: no space left on the disk ({free} MiB free). Free some and try again.") from error
+            raise CheckpointError(
+                f"{where}: no space left on the disk ({free} MiB free). Free some and try again."
+            ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise CheckpointError(f"{where}: no write permission ({error.filename or self.path}). Choose another folder.") from error
+            raise CheckpointError(
+                f"{where}: no write permission ({error.filename or self.path}). Choose another folder."
+            ) from error
         if error.errno in (errno.ENOTDIR, errno.EEXIST):
-            raise CheckpointError(f"{where}: {error.filename or self.path} is a file, not a folder. Choose another folder.") from error
+            raise CheckpointError(
+                f"{where}: {error.filename or self.path} is a file, not a folder. Choose another folder."
+            ) from error
         raise CheckpointError(f"{where}: {error.strerror or error}.") from error
 
 

@@ -18,7 +18,12 @@ _NEVER = -1e4
 
 @torch.no_grad()
 def row_logits(
-    model: SparseExpertModel, task: str, examples: Sequence[Example], *, num_rows: int, num_words: Sequence[int] | None = None
+    model: SparseExpertModel,
+    task: str,
+    examples: Sequence[Example],
+    *,
+    num_rows: int,
+    num_words: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """Compute the logits of one task for each text.
 

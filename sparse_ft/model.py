@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +96,9 @@ class SparseExpertModel(nn.Module):
         """
         experts = [self.experts.index(self.tasks[rows.task].expert) for rows in batch.tasks]
         if self.backbone.family.routes_rows or len(set(experts)) == 1:
-            per_row = [expert for expert, rows in zip(experts, batch.tasks, strict=True) for _ in range(rows.start, rows.stop)]
+            per_row = [
+                expert for expert, rows in zip(experts, batch.tasks, strict=True) for _ in range(rows.start, rows.stop)
+            ]
             hidden = self._hidden(batch, 0, len(per_row), per_row)
             return {rows.task: self._head_logits(rows, hidden, batch, 0) for rows in batch.tasks}
         logits = {}
@@ -105,9 +108,12 @@ class SparseExpertModel(nn.Module):
         return logits
 
     def _hidden(self, batch: Batch, start: int, stop: int, experts: Sequence[int]) -> Tensor:
-        inputs = {"input_ids": batch.input_ids[start:stop], "attention_mask": batch.attention_mask[start:stop]}
+        inputs: dict[str, Any] = {
+            "input_ids": batch.input_ids[start:stop],
+            "attention_mask": batch.attention_mask[start:stop],
+        }
         if batch.token_type_ids is not None:
-            inputs["token_type_ids"] = batch.token_type_ids[start:stop]
+            inputs["token_type_ids"] = batch.token_type_ids[rows]
         if self.backbone.family.causal:
             inputs["use_cache"] = False
         with self.slot.filled(Routing(tuple(experts))):

@@ -16,6 +16,8 @@ from sparse_ft.tasks import Column
 
 _BOM = b"\xef\xbb\xbf"
 _REST = re.compile(r"(\d+)\.\.")
+SENTENCE = "sentence at line"
+"""Unit of a record whose words stand one a line, from line ``number`` on."""
 
 
 class Record(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sparse_ft.backbone import load_backbone, set_attention
-from sparse_ft.checkpoint import MANIFEST, check_name, load_checkpoint, save_checkpoint
+from sparse_ft.checkpoint import load_checkpoint, save_checkpoint
 from sparse_ft.config import RunConfig, load_config
 from sparse_ft.devices import find_device, find_dtype, is_out_of_memory
 from sparse_ft.encoding import Encoder
@@ -19,6 +19,7 @@ from sparse_ft.fitting import TrainingTask, fit
 from sparse_ft.folders import explain_os_errors, write_json
 from sparse_ft.kinds import find_kind
 from sparse_ft.kinds.classification import IGNORED
+from sparse_ft.manifest import MANIFEST, check_name
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.readers import label_names, read
 from sparse_ft.reports import report_json
@@ -38,6 +39,8 @@ class TrainResult:
     """Scores of the checkpoint as read back from disk, on test; on validation where a task's test has no answers."""
     history: list[dict[str, Any]]
     """Loss and validation scores of each epoch."""
+    tasks: dict[str, TaskSpec]
+    """The tasks that were trained, all labels filled in."""
     tokens_per_second: float
     """Real tokens, without padding, over the training steps."""
 
@@ -108,7 +111,9 @@ def _resumed_config(run: RunConfig, output: str | Path | None) -> RunConfig:
     saved = find_resume(folder)
     asked = run.model_dump(exclude_defaults=True)
     kept = saved.model_dump()
-    different = [key for key, value in _flat(asked) if key not in ("output", "sources") and dict(_flat(kept)).get(key) != value]
+    different = [
+        key for key, value in _flat(asked) if key not in ("output", "sources") and dict(_flat(kept)).get(key) != value
+    ]
     if different:
         raise ConfigError(
             f"The interrupted run in {str(folder)!r} has other settings: {', '.join(different)}. --resume continues it "
@@ -139,9 +144,13 @@ def _free_output(output: str | Path | None, names: Sequence[str]) -> Path:
         return folder.absolute()
     folder = Path(output).expanduser().absolute()
     if (folder / MANIFEST).exists():
-        raise ConfigError(f"{str(output)!r} holds a checkpoint already. Choose another --output, or move the old one away.")
+        raise ConfigError(
+            f"{str(output)!r} holds a checkpoint already. Choose another --output, or move the old one away."
+        )
     if (folder / "resume").exists():
-        raise ConfigError(f"{str(output)!r} holds an unfinished run. Add --resume to continue it, or choose another --output.")
+        raise ConfigError(
+            f"{str(output)!r} holds an unfinished run. Add --resume to continue it, or choose another --output."
+        )
     if folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"{str(output)!r} is not empty and no checkpoint. Choose another --output.")
     return folder
@@ -160,16 +169,18 @@ def _train(run: RunConfig, specs: Sequence[TaskSpec], *, resume: bool) -> TrainR
     with explain_os_errors(output):
         output.mkdir(parents=True, exist_ok=True)
     progress = _fit(model, ready, run=run, output=output, resume=resume)
-    all_specs = {**kept, **{name: task.spec for name, task in ready.items()}}
+    trained = {name: task.spec for name, task in ready.items()}
     metrics.update({task: {"validation": score} for task, score in progress.best.items()})
     # The new folder takes the place of the old one with its resume/, which is done with.
-    save_checkpoint(output, model=model, tasks=all_specs, config=run, metrics=metrics)
+    save_checkpoint(output, model=model, tasks={**kept, **trained}, config=run, metrics=metrics)
     evaluation = _evaluate(output, ready, run=run)
-    for task, entry in evaluation.tasks.items():
-        metrics[task].update({"split": evaluation.splits[task], **report_json(entry.score, unseen_rows=entry.unseen_rows)})
+    for name, entry in evaluation.tasks.items():
+        metrics[name].update(
+            {"split": evaluation.splits[name], **report_json(entry.score, unseen_rows=entry.unseen_rows)}
+        )
     write_json(output / "metrics.json", metrics)
     rate = progress.tokens / progress.seconds if progress.seconds else 0.0
-    return TrainResult(output, evaluation, progress.history, rate)
+    return TrainResult(output, evaluation, progress.history, trained, rate)
 
 
 def _start_model(run: RunConfig, device: torch.device) -> tuple[SparseExpertModel, dict[str, TaskSpec], dict[str, Any]]:
@@ -216,7 +227,9 @@ def _prepare_task(spec: TaskSpec, *, run: RunConfig, encoder: Encoder, before: T
     examples = [example for example in examples if any(target != IGNORED for target in example.targets)]
     validation = prepare(found["validation"].to_dict(), spec=spec, encoder=encoder)
     if not examples or validation.num_rows == 0:
-        raise DataError(f"Task {spec.name!r} has {len(examples)} training and {validation.num_rows} validation rows with answers.")
+        raise DataError(
+            f"Task {spec.name!r} has {len(examples)} training and {validation.num_rows} validation rows with answers."
+        )
     return TrainingTask(spec, examples, validation)
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 # Scripts written without spaces: every character is a word, as in all Chinese tagging corpora.
 _SINGLE = (
-    "\u2e80-\u2fff\u3005-\u3007\u3021-\u3029\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff01-\uff65"
+    "\u2e80-\u2fff\u3005-\u3007\u3021-\u3029\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff64\uff65"
     "\U00020000-\U0003ffff"
 )
 _CHUNK = re.compile(rf"[{_SINGLE}]|[^\s{_SINGLE}]+")

@@ -321,6 +321,12 @@ def test_conll_invalid_tag_names_its_line(tmp_path):
     assert "test.txt', line 4: tag 'S-PER' is not valid in label scheme 'iob2'" in text
 
 
+def test_invalid_tag_of_a_row_names_its_word(tmp_path):
+    write(tmp_path, t__jsonl='{"tokens": ["a", "b"], "tags": ["O", "PER"]}\n')
+    spec = tagging(columns={}, files={"format": "jsonl", "test": "t.jsonl"})
+    assert "t.jsonl', line 1, word 2: tag 'PER' is not valid" in message(spec, tmp_path)
+
+
 def test_conll_column_by_name(tmp_path):
     write(tmp_path, test__txt="a O\n")
     assert "must be a position" in message(tagging(columns={"tokens": "word"}), tmp_path)

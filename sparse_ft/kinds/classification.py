@@ -26,7 +26,7 @@ class Classification:
         return list(labels)
 
     def encode(self, columns: Columns, *, encoder: Encoder, labels: Sequence[str], language: str) -> list[Example]:
-        """Encode one example a row; the target is the label's index, or -100 where it is hidden or was never trained."""
+        """Encode one example a row; the target is the label's index, -100 where it is hidden or unknown."""
         examples = encoder.texts(columns["text"], columns.get("text_pair"))
         if "label" not in columns:
             return examples
@@ -45,7 +45,9 @@ class Classification:
         """The ``label`` column."""
         return list(columns["label"])
 
-    def score(self, references: Sequence[Any], predictions: Sequence[Any], *, labels: Sequence[str], out_of_scope: str | None) -> "Score":
+    def score(
+        self, references: Sequence[Any], predictions: Sequence[Any], *, labels: Sequence[str], out_of_scope: str | None
+    ) -> "Score":
         """Accuracy, F1 averages, report and confusion matrix."""
         from sparse_ft.scores import score_classification  # seconds to import, and prediction does not need it
 

@@ -46,7 +46,9 @@ class TaskKind(Protocol):
         """Return the true answers in the form of ``predictions``; None where they are hidden."""
         ...
 
-    def score(self, references: Sequence[Any], predictions: Sequence[Any], *, labels: Sequence[str], out_of_scope: str | None) -> "Score":
+    def score(
+        self, references: Sequence[Any], predictions: Sequence[Any], *, labels: Sequence[str], out_of_scope: str | None
+    ) -> "Score":
         """Compare predictions with the truth."""
         ...
 

@@ -39,13 +39,17 @@ class MultiLabel:
 
     def predictions(self, logits: Sequence[Tensor], *, labels: Sequence[str]) -> list[list[str]]:
         """The labels whose probability is at least one half."""
-        return [[labels[place] for place in (row.sigmoid() >= THRESHOLD).nonzero().flatten().tolist()] for row in logits]
+        return [
+            [labels[place] for place in (row.sigmoid() >= THRESHOLD).nonzero().flatten().tolist()] for row in logits
+        ]
 
     def references(self, columns: Columns) -> list[Any]:
         """The ``labels`` column."""
         return list(columns["labels"])
 
-    def score(self, references: Sequence[Any], predictions: Sequence[Any], *, labels: Sequence[str], out_of_scope: str | None) -> "Score":
+    def score(
+        self, references: Sequence[Any], predictions: Sequence[Any], *, labels: Sequence[str], out_of_scope: str | None
+    ) -> "Score":
         """F1 averages over labels and over rows, and the share of rows that are right altogether."""
         from sparse_ft.scores import score_multi_label  # seconds to import, and prediction does not need it
 

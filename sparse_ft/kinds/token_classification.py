@@ -37,7 +37,10 @@ class TokenClassification:
             return examples
         index = {tag: place for place, tag in enumerate(self.outputs(labels))}
         return [
-            replace(example, targets=[index.get(columns["tags"][example.row][word], IGNORED) for word in example.word_indices])
+            replace(
+                example,
+                targets=[index.get(columns["tags"][example.row][word], IGNORED) for word in example.word_indices],
+            )
             for example in examples
         ]
 
@@ -54,7 +57,9 @@ class TokenClassification:
         """The ``tags`` column."""
         return list(columns["tags"])
 
-    def score(self, references: Sequence[Any], predictions: Sequence[Any], *, labels: Sequence[str], out_of_scope: str | None) -> "Score":
+    def score(
+        self, references: Sequence[Any], predictions: Sequence[Any], *, labels: Sequence[str], out_of_scope: str | None
+    ) -> "Score":
         """Entity scores as conlleval counts them, and token scores with ``O``."""
         from sparse_ft.scores import score_tagging  # seconds to import, and prediction does not need it
 

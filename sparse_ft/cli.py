@@ -1,0 +1,228 @@
+"""The command line: parse, call one plain function, print. Heavy imports stand inside the commands."""
+
+import json
+import logging
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from sparse_ft import __version__
+from sparse_ft.errors import ConfigError, SparseFTError
+
+app = typer.Typer(
+    name="sparse-ft",
+    help="One frozen backbone, one LoRA-sized expert per task.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+)
+
+TaskOption = Annotated[
+    list[str] | None, typer.Option("--task", help="Bundled name, or path of a task file. Repeatable.")
+]
+DataOption = Annotated[
+    list[str] | None, typer.Option("--data", help="PATH, or TASK=PATH with several tasks: folder or file of the data.")
+]
+DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+BackboneOption = Annotated[
+    str | None, typer.Option(help="Where the backbone is now, if not where the checkpoint says; same weights.")
+]
+CheckpointArgument = Annotated[Path, typer.Argument(help="Folder that `train` wrote.")]
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one paragraph on stderr and exit code 2, anything else exit code 1."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logging.getLogger("sparse_ft").addHandler(handler)
+    logging.getLogger("sparse_ft").setLevel(logging.INFO)
+    try:
+        app(args=arguments, prog_name="sparse-ft")
+    except SparseFTError as error:
+        if debug:
+            raise
+        typer.echo(f"Error: {error}", err=True)
+        sys.exit(2)
+    except BrokenPipeError:  # `sparse-ft predict … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if debug:
+            raise
+        typer.echo(f"Unexpected error: {type(error).__name__}: {error}. Run again with --debug to see where.", err=True)
+        sys.exit(1)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sparse-ft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """One frozen backbone, one LoRA-sized expert per task."""
+
+
+@app.command()
+def tasks(name: Annotated[str | None, typer.Argument(help="Bundled name, or path of a task file.")] = None) -> None:
+    """List the bundled tasks, or show one with its data source, labels and example."""
+    from sparse_ft.listing import describe_task, describe_tasks
+
+    typer.echo(describe_task(name) if name else describe_tasks())
+
+
+@app.command()
+def train(
+    task: TaskOption = None,
+    data: DataOption = None,
+    backbone: Annotated[str | None, typer.Option(help="minilm, a folder, or a hub id.")] = None,
+    config: Annotated[str | None, typer.Option(help="Bundled name, or path of a YAML file with differences.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one setting. Repeatable.")
+    ] = None,
+    from_: Annotated[
+        Path | None, typer.Option("--from", metavar="CHECKPOINT", help="Start from a checkpoint and keep its experts.")
+    ] = None,
+    stage: Annotated[Literal["experts"], typer.Option(help="What to train.")] = "experts",
+    output: Annotated[Path | None, typer.Option(help="Folder to write; default runs/<tasks>.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in --output.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    device: DeviceOption = None,
+) -> None:
+    """Train one expert per task on a frozen backbone, and print the classification report."""
+    from sparse_ft.training import train as train_experts
+
+    result = train_experts(
+        task or [],
+        data=_sources(data),
+        output=output,
+        backbone=backbone,
+        config=config,
+        overrides=set_ or [],
+        from_checkpoint=from_,
+        resume=resume,
+        seed=seed,
+        device=device,
+    )
+    typer.echo(result.evaluation.to_text())
+    shown = _shown_path(result.path)
+    example = next(iter(result.tasks.values())).example or "Your text here."
+    typer.echo(f"\nTrained on {result.tokens_per_second:,.0f} tokens per second. Checkpoint: {shown}")
+    typer.echo(f"Next: sparse-ft predict {shown} {shlex.quote(example)}")
+
+
+@app.command()
+def evaluate(
+    checkpoint: CheckpointArgument,
+    task: TaskOption = None,
+    data: DataOption = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    route: Annotated[str, typer.Option(help="task: each row goes to its task's expert.")] = "task",
+    json_: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the scores as JSON.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write report.txt, report.md and report.json.")
+    ] = None,
+    device: DeviceOption = None,
+    backbone: BackboneOption = None,
+) -> None:
+    """Score a checkpoint and print the classification report of each task."""
+    from sparse_ft.evaluation import evaluate as evaluate_checkpoint
+    from sparse_ft.folders import explain_os_errors, write_json
+    from sparse_ft.reports import write_report
+
+    result = evaluate_checkpoint(
+        checkpoint,
+        tasks=task,
+        data=_sources(data),
+        split=split,  # type: ignore[arg-type]  # checked there
+        route=route,
+        device=device or "auto",
+        backbone=backbone,
+    )
+    typer.echo(result.to_text())
+    content = result.to_dict()
+    if json_ is not None:
+        with explain_os_errors(json_):
+            write_json(json_, content)
+    if report is not None:
+        about = {key: content[key] for key in ("checkpoint", "split", "route")}
+        write_report(report, result.tasks, about=about, routing=content["routing"])
+
+
+@app.command()
+def predict(
+    checkpoint: CheckpointArgument,
+    text: Annotated[
+        list[str] | None, typer.Argument(help="Texts; without any, and without --file, standard input.")
+    ] = None,
+    file: Annotated[str | None, typer.Option(help="File with one text a line, or - for standard input.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option("--task", help="Task name, or all (the default). Repeatable.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object a text.")] = False,
+    device: DeviceOption = None,
+    backbone: BackboneOption = None,
+) -> None:
+    """Answer tasks for texts, one line a text (a tab separates the two texts of a pair)."""
+    from sparse_ft.lines import format_prediction, read_texts
+
+    if text and file is not None:
+        raise ConfigError("Texts and --file are both given. Choose one.")
+    texts = iter(text) if text else read_texts(file or "-")
+    from sparse_ft.prediction import load
+
+    model = load(checkpoint, device=device or "auto", backbone=backbone)
+    wanted: Any = "all" if not task or task == ["all"] else task
+    pairs = any(
+        "text_pair" in model.tasks[name].columns
+        for name in (model.tasks if wanted == "all" else wanted)
+        if name in model.tasks
+    )
+    rows: Any = ((tuple(line.split("\t", 1)) if "\t" in line else line) for line in texts) if pairs else texts
+    for prediction in model.stream(rows, wanted):
+        line = json.dumps(prediction.to_dict(), ensure_ascii=False) if json_ else format_prediction(prediction)
+        typer.echo(line)
+
+
+@app.command()
+def inspect(checkpoint: CheckpointArgument) -> None:
+    """Show the experts, sizes, tasks and scores of a checkpoint."""
+    from sparse_ft.listing import describe_checkpoint
+
+    typer.echo(describe_checkpoint(checkpoint))
+
+
+def _sources(data: list[str] | None) -> str | dict[str, str] | None:
+    """Read ``--data PATH`` and ``--data TASK=PATH``."""
+    if not data:
+        return None
+    named = {}
+    for entry in data:
+        task, equals, path = entry.partition("=")
+        if equals and "/" not in task:
+            named[task] = path
+        elif len(data) == 1:
+            return entry
+        else:
+            raise ConfigError(f"--data {entry!r} names no task. With several --data write TASK=PATH each time.")
+    return named
+
+
+def _shown_path(path: Path) -> str:
+    """Show a path below the current folder as the user would type it."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

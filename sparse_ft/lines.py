@@ -1,0 +1,63 @@
+"""Texts in, answers out, one a line."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparse_ft.errors import DataError
+
+if TYPE_CHECKING:
+    from sparse_ft.prediction import Prediction
+
+
+def read_texts(source: str) -> Iterator[str]:
+    r"""Yield the lines of a file, or of standard input for ``-``, without their line ends.
+
+    Only ``\n`` (and ``\r\n``) ends a line: texts may hold U+2028 and its kin. An empty line is an empty text.
+
+    Raises:
+        DataError: If the file is missing, or a line is not UTF-8.
+    """
+    if source == "-":
+        yield from _lines(sys.stdin.buffer, "standard input")
+        return
+    path = Path(source)
+    if not path.is_file():
+        raise DataError(f"File {source!r} does not exist. Give a file with one text a line, or - for standard input.")
+    try:
+        with path.open("rb") as stream:
+            yield from _lines(stream, repr(source))
+    except PermissionError as error:
+        raise DataError(f"File {source!r} may not be read: {error.strerror}.") from error
+
+
+def _lines(stream: Any, name: str) -> Iterator[str]:
+    for number, line in enumerate(stream, start=1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"Line {number} of {name} is not UTF-8 (byte {error.start}). Convert the file to UTF-8."
+            ) from error
+        yield text.removesuffix("\n").removesuffix("\r")
+
+
+def format_prediction(prediction: "Prediction") -> str:
+    """Show the answers to one text for people: the text, then a line a task."""
+    lines = [prediction.text if prediction.text_pair is None else f"{prediction.text}\t{prediction.text_pair}"]
+    width = max(len(task) for task in prediction.tasks)
+    lines.extend(f"  {task:<{width}}  {_format_answer(answer)}" for task, answer in prediction.tasks.items())
+    return "\n".join(lines)
+
+
+def _format_answer(answer: dict[str, Any]) -> str:
+    if "label" in answer:
+        return f"{answer['label']} ({answer['score']:.2f})"
+    if "labels" in answer:
+        return ", ".join(f"{entry['label']} ({entry['score']:.2f})" for entry in answer["labels"]) or "none"
+    entities = [
+        f"{entry['text']} [{entry['type']} {entry['start']}-{entry['end']}] ({entry['score']:.2f})"
+        for entry in answer["entities"]
+    ]
+    return ", ".join(entities) or "no entities"

@@ -1,0 +1,122 @@
+"""Descriptions for people: the bundled tasks, one task, one checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+from sparse_ft.manifest import read_manifest, read_metrics, read_yaml
+from sparse_ft.tasks import FileSource, HubSource, TaskSpec, list_tasks, load_task, parse_task
+
+
+def describe_tasks() -> str:
+    """List the bundled tasks, those that bring their data first."""
+    specs = {name: load_task(name) for name in list_tasks()}
+    order = sorted(specs, key=lambda name: (not _brings_data(specs[name]), name))
+    rows = [
+        [name, specs[name].kind, specs[name].language, _num_labels(specs[name]), _where(specs[name])] for name in order
+    ]
+    table = _columns([["task", "kind", "language", "labels", "data"], *rows])
+    return f"{table}\n\n`sparse-ft tasks NAME` shows one; `--task ./my.yaml` takes your own."
+
+
+def describe_task(name: str) -> str:
+    """Show one task: what it is, where its data comes from, its labels and an example."""
+    spec = load_task(name)
+    lines = [
+        f"{spec.name}: {spec.description}".rstrip(": "),
+        f"kind:     {spec.kind} ({spec.language}), scored by {spec.metric}",
+        f"data:     {_where(spec)}",
+    ]
+    if spec.files is not None:
+        lines.append(f"files:    {_files(spec.files)}")
+    if spec.hub is not None:
+        lines.append(f"hub:      {_hub(spec.hub)}")
+    labels = ", ".join(spec.label_names or []) or "those found in train"
+    lines.append(f"labels:   {labels}")
+    facts = {"out of scope": spec.out_of_scope, "example": spec.example, "license": spec.license, "source": spec.source}
+    lines.extend(f"{key + ':':<9} {value}" for key, value in facts.items() if value)
+    return "\n".join(lines)
+
+
+def describe_checkpoint(path: Path) -> str:
+    """Show the backbone, the experts with their sizes, and the tasks with their scores."""
+    manifest, metrics = read_manifest(path), read_metrics(path)
+    backbone = manifest["backbone"]
+    lines = [
+        f"checkpoint: {path} (format {manifest['format']}, sparse-ft {manifest['versions']['sparse_ft']})",
+        f"backbone:   {backbone['name']} (sha256 {backbone['weights_sha256'][:12]}…), "
+        f"experts from block {manifest['first_block']}, {manifest['pooling']} pooling",
+        "routing:    by task; this checkpoint has no gate",
+        "",
+        _columns([["expert", "rank", "alpha", "layers", "MB"], *_expert_rows(manifest)]),
+        "",
+        _columns([["task", "expert", "kind", "labels", "MB", "scores"], *_task_rows(path, manifest, metrics)]),
+    ]
+    return "\n".join(lines)
+
+
+def _expert_rows(manifest: dict[str, Any]) -> list[list[str]]:
+    return [
+        [
+            name,
+            str(entry["rank"]),
+            f"{entry['alpha']:g}",
+            str(entry["layers"]),
+            _megabytes(manifest, f"experts/{name}/"),
+        ]
+        for name, entry in manifest["experts"].items()
+    ]
+
+
+def _task_rows(path: Path, manifest: dict[str, Any], metrics: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for name, entry in manifest["tasks"].items():
+        spec = parse_task(read_yaml(path / "tasks" / f"{name}.yaml"), where=name)
+        scores = metrics.get(name, {})
+        shown = [f"{key} {value:.3f}" for key, value in list(scores.get("metrics", {}).items())[:2]]
+        split = f" on {scores['split']} ({scores['n']} rows)" if shown else ""
+        rows.append(
+            [
+                name,
+                entry["expert"],
+                entry["kind"],
+                _num_labels(spec),
+                _megabytes(manifest, f"heads/{name}."),
+                "  ".join(shown) + split,
+            ]
+        )
+    return rows
+
+
+def _megabytes(manifest: dict[str, Any], prefix: str) -> str:
+    size = sum(size for name, size in manifest["bytes"].items() if name.startswith(prefix))
+    return f"{size / 1e6:.2f}"
+
+
+def _num_labels(spec: TaskSpec) -> str:
+    return str(len(spec.label_names)) if spec.label_names else "-"
+
+
+def _brings_data(spec: TaskSpec) -> bool:
+    return spec.files is not None and spec.files.root is not None
+
+
+def _where(spec: TaskSpec) -> str:
+    if _brings_data(spec):
+        return "bundled sample"
+    return "hub, or --data FOLDER" if spec.hub is not None else "--data FOLDER"
+
+
+def _files(files: FileSource) -> str:
+    parts = [f"{split} {getattr(files, split)}" for split in ("train", "validation", "test") if getattr(files, split)]
+    return f"{files.format}: " + "; ".join(parts)
+
+
+def _hub(hub: HubSource) -> str:
+    return hub.path + (f" ({hub.name})" if hub.name else "") + (f" @ {hub.revision}" if hub.revision else "")
+
+
+def _columns(rows: list[list[str]]) -> str:
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )

@@ -1,0 +1,93 @@
+"""The manifest of a checkpoint: what the folder must hold. Needs no torch, so that `inspect` answers at once."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sparse_ft import __version__
+from sparse_ft.errors import CheckpointError
+from sparse_ft.folders import recover_folder
+
+FORMAT = 1
+"""Of the folder; a reader refuses a higher one."""
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+
+def check_name(name: str) -> str:
+    """Return a name that is safe as a file name.
+
+    Raises:
+        CheckpointError: If it is not.
+    """
+    if not _NAME.fullmatch(name):
+        raise CheckpointError(
+            f"The name {name!r} is not allowed: use letters, digits, - and _, at most 64, not - first."
+        )
+    return name
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read and check the manifest of a checkpoint, and that all its files are there in full.
+
+    Raises:
+        CheckpointError: If the folder is no checkpoint, is incomplete, or was written by a newer version.
+    """
+    recover_folder(path)
+    file = path / MANIFEST
+    if not path.is_dir():
+        raise CheckpointError(f"Checkpoint folder {str(path)!r} does not exist.")
+    if not file.is_file():
+        if (path / "resume").is_dir():
+            advice = f"Its training did not finish: `sparse-ft train --resume --output {path}` continues it."
+        else:
+            advice = "Give the folder that `sparse-ft train` printed."
+        raise CheckpointError(f"{str(path)!r} holds no {MANIFEST}, so it is no checkpoint. {advice}")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        written_format = int(manifest["format"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{str(file)!r} is damaged: {error!r}. Restore the folder from a copy or train again."
+        ) from error
+    if written_format > FORMAT:
+        version = manifest.get("versions", {}).get("sparse_ft", "a newer version")
+        raise CheckpointError(
+            f"Checkpoint {str(path)!r} has format {written_format}; this sparse-ft {__version__} reads up to {FORMAT}. "
+            f"It was written by sparse-ft {version}: update with `pip install -U sparse-ft`."
+        )
+    for name, size in manifest["bytes"].items():
+        part = path / name
+        found = part.stat().st_size if part.is_file() else None
+        if found != size:
+            problem = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            raise CheckpointError(
+                f"Checkpoint {str(path)!r} is incomplete: {name} {problem}. Copy the folder again, or train again."
+            )
+    return dict(manifest)
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file of a checkpoint.
+
+    Raises:
+        CheckpointError: If it is damaged.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{str(path)!r} is damaged: {' '.join(str(error).split())}") from error
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """Read the scores that were taken when the checkpoint was written, by task; empty without any."""
+    file = path / "metrics.json"
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise CheckpointError(f"{str(file)!r} is damaged: {error}. Delete it; it holds scores only.") from error
