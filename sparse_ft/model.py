@@ -108,10 +108,8 @@ class SparseExpertModel(nn.Module):
         return logits
 
     def _hidden(self, batch: Batch, start: int, stop: int, experts: Sequence[int]) -> Tensor:
-        inputs: dict[str, Any] = {
-            "input_ids": batch.input_ids[start:stop],
-            "attention_mask": batch.attention_mask[start:stop],
-        }
+        rows = slice(start, stop)
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids[rows], "attention_mask": batch.attention_mask[rows]}
         if batch.token_type_ids is not None:
             inputs["token_type_ids"] = batch.token_type_ids[rows]
         if self.backbone.family.causal:
