@@ -31,6 +31,8 @@ class Family:
     """Whether a token sees only what stands left of it."""
     routes_rows: bool = True
     """Whether every expert layer gets one row per text; DeBERTa also projects its relative positions, once a batch."""
+    keeps_trunk: bool = True
+    """Whether a pass can start from the hidden states that enter a block; large DeBERTas convolve after the first one."""
 
 
 # Keys are transformers' `config.model_type`.
@@ -38,7 +40,7 @@ FAMILIES: dict[str, Family] = {
     "bert": Family("encoder.layer"),
     "roberta": Family("encoder.layer"),
     "electra": Family("encoder.layer"),
-    "deberta-v2": Family("encoder.layer", routes_rows=False),
+    "deberta-v2": Family("encoder.layer", routes_rows=False, keeps_trunk=False),
     "distilbert": Family("transformer.layer"),
     "modernbert": Family("layers"),
     "gpt2": Family("h", causal=True),
@@ -61,9 +63,14 @@ class Backbone:
     family: Family
     linears: dict[str, nn.Module]
     """Full module name to ``nn.Linear`` or ``Conv1D``: every linear inside the blocks, in the order of the model."""
-    num_blocks: int
+    blocks: nn.ModuleList
     pad_id: int
     """Token id that fills short rows; always masked."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of transformer blocks."""
+        return len(self.blocks)
 
     @property
     def config(self) -> Any:
@@ -155,6 +162,7 @@ def load_backbone(
     model = _load_model(folder, name, dtype)
     tokenizer = _load_tokenizer(tokenizer_folder or folder, name)
     blocks = model.get_submodule(family.blocks)
+    assert isinstance(blocks, nn.ModuleList)
     prefix = f"{family.blocks}."
     pad_id = next(
         (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) if i is not None), 0
@@ -167,7 +175,7 @@ def load_backbone(
         tokenizer=tokenizer,
         family=family,
         linears={prefix + name: module for name, module in blocks.named_modules() if _is_linear(module)},
-        num_blocks=len(blocks),  # type: ignore[arg-type]
+        blocks=blocks,
         pad_id=pad_id,
     )
 

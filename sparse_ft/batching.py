@@ -41,6 +41,8 @@ class Batch:
     """(rows, tokens), 1 for real tokens, padding on the right."""
     token_type_ids: Tensor | None
     tasks: list[TaskRows]
+    trunk: Tensor | None = None
+    """(rows, tokens, hidden) kept hidden states, if every row has them."""
 
     @property
     def num_tokens(self) -> int:
@@ -72,7 +74,18 @@ def collate(rows: Sequence[tuple[str, Example]], *, pad_id: int, device: torch.d
         attention_mask=attention_mask.to(device),
         token_type_ids=types.to(device) if has_types else None,
         tasks=list(_task_rows(rows, device)),
+        trunk=_pad_trunk([example.trunk for _, example in rows], length),
     )
+
+
+def _pad_trunk(kept: Sequence[Tensor | None], length: int) -> Tensor | None:
+    present = [hidden for hidden in kept if hidden is not None]
+    if len(present) < len(kept):
+        return None
+    padded = present[0].new_zeros(len(present), length, present[0].shape[-1])
+    for row, hidden in zip(padded, present, strict=True):
+        row[: len(hidden)] = hidden
+    return padded
 
 
 def _task_rows(rows: Sequence[tuple[str, Example]], device: torch.device | str) -> Iterator[TaskRows]:

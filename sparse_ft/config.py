@@ -60,6 +60,8 @@ class TrainConfig(_Section):
     """How often each task is drawn: by its rows, by their square root, or equally."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the frozen weights in training; auto is bf16 where the hardware computes in it."""
+    trunk_memory: int = Field(default=1024, ge=0)
+    """MiB that the hidden states entering experts.first_block may take; they are kept over the epochs if they fit."""
     save_steps: int = Field(default=100, ge=1)
     """Steps between the saves that --resume continues from."""
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from sparse_ft.backbone import Backbone
 
 _LOG = logging.getLogger("sparse_ft")
@@ -24,6 +26,8 @@ class Example:
     """The words of the text that ``word_positions`` stand for."""
     targets: list[Any] = field(default_factory=list)
     """Class indices (one, or one a word; -100 is ignored), or 0/1 per label. Empty in prediction."""
+    trunk: Tensor | None = None
+    """Hidden states (tokens, hidden) that enter the lowest block with experts, if they are kept; see trunk.py."""
 
 
 class Encoder:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from sparse_ft.kinds.classification import IGNORED
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.resume import Progress, fingerprint, load_resume, save_resume
 from sparse_ft.tasks import TaskSpec
+from sparse_ft.trunk import keep_trunk, trunk_bytes
 
 Pairs = Sequence[tuple[str, int]]
 
@@ -97,7 +98,8 @@ class _Loop:
         output: Path,
         accelerator: Accelerator,
     ) -> None:
-        self.model, self.tasks, self.run, self.output = model, tasks, run, output
+        self.model, self.run, self.output = model, run, output
+        self.tasks = _keep_trunks(model, tasks, limit=run.train.trunk_memory * 2**20)
         self.accelerator = accelerator
         model.requires_grad_(False)
         self.groups = {task: model.trainable(task) for task in tasks}
@@ -217,6 +219,31 @@ class _Loop:
             self.output, data=self.data, parameters=self.parameters, optimizer=self.optimizer
         )
         self.best = {name: tensor.to(self.model.device) for name, tensor in best.items()}
+
+
+def _keep_trunks(
+    model: SparseExpertModel, tasks: Mapping[str, TrainingTask], *, limit: int
+) -> Mapping[str, TrainingTask]:
+    """Run all rows through what lies below the experts, once, if the result fits into ``limit`` bytes."""
+    backbone, first_block = model.backbone, model.first_block
+    if first_block == 0 or not backbone.family.keeps_trunk:
+        return tasks
+    rows = [example for task in tasks.values() for example in (*task.examples, *task.validation.examples)]
+    dtype = next(backbone.model.parameters()).dtype
+    if trunk_bytes(rows, hidden_size=backbone.hidden_size, dtype=dtype) > limit:
+        return tasks
+
+    def keep(examples: list[Example]) -> list[Example]:
+        return keep_trunk(backbone.model, backbone.blocks, examples, first_block=first_block, pad_id=backbone.pad_id)
+
+    return {
+        name: replace(
+            task,
+            examples=keep(task.examples),
+            validation=replace(task.validation, examples=keep(task.validation.examples)),
+        )
+        for name, task in tasks.items()
+    }
 
 
 def _optimizer(parameters: Mapping[str, nn.Parameter], run: RunConfig) -> torch.optim.AdamW:

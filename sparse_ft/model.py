@@ -1,5 +1,6 @@
 """The model: a frozen backbone, experts on its linears, and one head per task."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from sparse_ft.batching import Batch, TaskRows
 from sparse_ft.errors import ConfigError, unknown_name
 from sparse_ft.experts import Experts, Routing, RoutingSlot
 from sparse_ft.heads import Head, pool
+from sparse_ft.trunk import skipping_trunk
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,11 @@ class SparseExpertModel(nn.Module):
             inputs["token_type_ids"] = batch.token_type_ids[rows]
         if self.backbone.family.causal:
             inputs["use_cache"] = False
-        with self.slot.filled(Routing(tuple(experts))):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.slot.filled(Routing(tuple(experts))))
+            if batch.trunk is not None:
+                kept = batch.trunk[rows]
+                stack.enter_context(skipping_trunk(self.backbone.blocks, first_block=self.first_block, hidden=kept))
             return self.encoder(**inputs).last_hidden_state  # [N, S, hidden]
 
     def _head_logits(self, rows: TaskRows, hidden: Tensor, batch: Batch, offset: int) -> Tensor:

@@ -1,0 +1,109 @@
+"""Training throughput on CoNLL-2003: `sparse-ft` with its defaults against PEFT with Trainer's defaults, side by side.
+
+    python benchmarks/throughput.py --data-root DATA
+
+Both train on the same sentences for the same epochs from the same backbone; the sides take turns, round by round.
+Counted are real tokens (no padding) per second of the whole training call, without reading data and without
+validation. PEFT: LoRA of rank 8 on query and value (its default for BERT), batch 8, random order, padding to the
+longest row of a batch: what a user gets who changes nothing.
+"""
+
+import argparse
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+from peft import LoraConfig, TaskType, get_peft_model
+
+from sparse_ft.backbone import load_backbone, set_attention
+from sparse_ft.config import load_config
+from sparse_ft.encoding import Encoder
+from sparse_ft.evaluation import prepare
+from sparse_ft.fitting import TrainingTask, fit
+from sparse_ft.kinds import find_kind
+from sparse_ft.kinds.classification import IGNORED
+from sparse_ft.model import SparseExpertModel
+from sparse_ft.readers import label_names, read
+from sparse_ft.resources import packaged_minilm_dir
+from sparse_ft.tasks import load_task
+
+
+def time_peft(examples, *, num_labels, epochs, seed):
+    rows = []
+    for example in examples:
+        labels = [IGNORED] * len(example.input_ids)
+        for position, target in zip(example.word_positions, example.targets, strict=True):
+            labels[position] = target
+        rows.append({"input_ids": example.input_ids, "attention_mask": [1] * len(labels), "labels": labels})
+    torch.manual_seed(seed)
+    folder = packaged_minilm_dir()
+    model = transformers.AutoModelForTokenClassification.from_pretrained(folder, num_labels=num_labels)
+    model = get_peft_model(model, LoraConfig(task_type=TaskType.TOKEN_CLS))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    with tempfile.TemporaryDirectory() as output:
+        trainer = transformers.Trainer(
+            model=model,
+            args=transformers.TrainingArguments(
+                output_dir=output, num_train_epochs=epochs, save_strategy="no", report_to=[], disable_tqdm=True, seed=seed
+            ),
+            train_dataset=datasets.Dataset.from_list(rows),
+            data_collator=transformers.DataCollatorForTokenClassification(tokenizer),
+        )
+        started = time.perf_counter()
+        trainer.train()
+        return time.perf_counter() - started
+
+
+def time_ours(spec, examples, validation, *, epochs, seed):
+    run = load_config(overrides=[f"train.epochs={epochs}", "train.min_steps=0"], values={"seed": seed})
+    model = SparseExpertModel(load_backbone("minilm"))
+    set_attention(model.backbone, "eager")
+    modules = model.backbone.select_linears(first_block=run.experts.first_block)
+    model.experts.create(spec.name, modules=modules, rank=run.experts.rank, alpha=run.experts.alpha, seed=seed)
+    kind = find_kind(spec.kind)
+    model.add_task(spec.name, expert=spec.name, level=kind.level, num_outputs=len(kind.outputs(spec.label_names)))
+    task = TrainingTask(spec, list(examples), validation)
+    with tempfile.TemporaryDirectory() as output:
+        started = time.perf_counter()
+        fit(model, {spec.name: task}, run=run, output=Path(output), resume=False)
+        return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data-root", type=Path, required=True)
+    parser.add_argument("--rows", type=int, default=800)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    transformers.logging.set_verbosity_error()
+
+    spec = load_task("conll2003")
+    found = read(spec, data=options.data_root / "conll2003", splits=["train", "validation"])
+    spec = spec.model_copy(update={"labels": label_names(spec, found["train"])})
+    encoder = Encoder(load_backbone("minilm"), max_length=256)
+    columns = found["train"].to_dict()
+    every = find_kind(spec.kind).encode(columns, encoder=encoder, labels=spec.label_names, language="en")
+    one_row = prepare(found["validation"].select([0]).to_dict(), spec=spec, encoder=encoder)
+    num_labels = len(find_kind(spec.kind).outputs(spec.label_names))
+    ratios, ours, peft = [], [], []
+    for number in range(options.rounds):
+        rows = random.Random(number).sample(every, options.rows)
+        tokens = sum(len(row.input_ids) for row in rows) * options.epochs
+        peft.append(tokens / time_peft(rows, num_labels=num_labels, epochs=options.epochs, seed=number))
+        ours.append(tokens / time_ours(spec, rows, one_row, epochs=options.epochs, seed=number))
+        ratios.append(ours[-1] / peft[-1])
+        print(f"round {number + 1}: PEFT {peft[-1]:,.0f} tok/s, sparse-ft {ours[-1]:,.0f} tok/s, ratio {ratios[-1]:.2f}")
+    shown = [f"{statistics.median(values):,.0f}" for values in (peft, ours)]
+    print(f"median of {options.rounds}: PEFT {shown[0]}, sparse-ft {shown[1]}, ratio {statistics.median(ratios):.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""The trunk: what lies below the lowest expert layer. It is the same for all tasks and never changes in training, so its
+output is computed once and kept, and later passes start from there.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_ft.batching import collate, length_batches
+from sparse_ft.encoding import Example
+
+_MAX_TOKENS = 4096
+
+
+class _Reached(Exception):
+    """Carries the hidden states out of a forward pass that need not go on."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+def trunk_bytes(examples: Sequence[Example], *, hidden_size: int, dtype: torch.dtype) -> int:
+    """Say how much memory the kept hidden states of these rows take."""
+    return sum(len(example.input_ids) for example in examples) * hidden_size * dtype.itemsize
+
+
+@torch.no_grad()
+def keep_trunk(
+    encoder: nn.Module, blocks: nn.ModuleList, examples: Sequence[Example], *, first_block: int, pad_id: int
+) -> list[Example]:
+    """Run the trunk over rows and keep what enters block ``first_block``.
+
+    The batches depend on the rows only, so that a resumed run gets the same numbers bit for bit.
+
+    Args:
+        encoder: The backbone's model, in evaluation mode.
+        blocks: Its blocks.
+        examples: Rows of model input.
+        first_block: Lowest block with expert layers, at least 1.
+        pad_id: Token id for padding.
+
+    Returns:
+        The same rows with ``trunk`` filled.
+    """
+    device = next(encoder.parameters()).device
+    kept = list(examples)
+    with _stopping_before(blocks[first_block]):
+        for members in length_batches([len(example.input_ids) for example in examples], max_tokens=_MAX_TOKENS):
+            batch = collate([("", examples[member]) for member in members], pad_id=pad_id, device=device)
+            inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+            if batch.token_type_ids is not None:
+                inputs["token_type_ids"] = batch.token_type_ids
+            try:
+                encoder(**inputs)
+            except _Reached as reached:
+                for member, hidden in zip(members, reached.hidden, strict=True):
+                    size = len(examples[member].input_ids)
+                    kept[member] = replace(examples[member], trunk=hidden[:size].clone())
+    return kept
+
+
+@contextlib.contextmanager
+def _stopping_before(block: nn.Module) -> Iterator[None]:
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Reached(args[0] if args else kwargs["hidden_states"])
+
+    handle = block.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def skipping_trunk(blocks: nn.ModuleList, *, first_block: int, hidden: Tensor) -> Iterator[None]:
+    """Let the blocks below ``first_block`` hand on ``hidden`` [rows, tokens, hidden] in place of computing it."""
+
+    def hand_on(*args: Any, **kwargs: Any) -> Tensor:
+        return hidden
+
+    skipped = list(blocks)[:first_block]
+    for block in skipped:
+        block.forward = hand_on  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for block in skipped:
+            del block.forward

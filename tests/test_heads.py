@@ -1,0 +1,59 @@
+import pytest
+import torch
+
+from sparse_ft.heads import Head, pool
+
+
+def ragged(dtype=torch.float32):
+    """Hidden states of rows of 5, 1 and 3 real tokens, with rubbish where the padding is."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 5, 8, generator=generator).to(dtype)
+    lengths = [5, 1, 3]
+    mask = torch.tensor([[1] * length + [0] * (5 - length) for length in lengths])
+    return hidden, mask, lengths
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("how", ["mean", "first", "last"])
+def test_pool_reads_the_real_tokens_of_each_row(how, dtype):
+    hidden, mask, lengths = ragged(dtype)
+    got = pool(hidden, mask, how)
+    rows = [row[:length].float() for row, length in zip(hidden, lengths, strict=True)]
+    expected = torch.stack([{"mean": row.mean(0), "first": row[0], "last": row[-1]}[how] for row in rows])
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, expected)
+    rubbish = torch.where(mask[..., None].bool(), hidden, torch.full_like(hidden, 1e4))
+    torch.testing.assert_close(pool(rubbish, mask, how), got)
+
+
+def test_initial_weights_depend_on_seed_and_name_only():
+    def filled(seed, name):
+        head = Head(64, 30)
+        head.initialise(seed=seed, name=name)
+        return head.linear
+
+    torch.manual_seed(0)
+    first = filled(3, "ner")
+    torch.manual_seed(1)
+    again = filled(3, "ner")
+    assert torch.equal(first.weight, again.weight)
+    assert not first.bias.any()
+    assert abs(first.weight.std() / 0.02 - 1) < 0.05
+    assert not torch.equal(first.weight, filled(4, "ner").weight)
+    assert not torch.equal(first.weight, filled(3, "mood").weight)
+
+
+def test_a_head_is_a_float32_linear_with_dropout_in_training_only():
+    head = Head(16, 4, dropout=0.5)
+    head.initialise(seed=0, name="x")
+    hidden = torch.randn(6, 16).bfloat16()
+    head.eval()
+    got = head(hidden)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, hidden.float() @ head.linear.weight.T + head.linear.bias)
+    head.train()
+    assert not torch.equal(head(hidden), head(hidden))
+
+
+def test_a_head_answers_no_rows_at_all():
+    assert Head(16, 4)(torch.zeros(0, 16)).shape == (0, 4)

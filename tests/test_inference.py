@@ -1,0 +1,108 @@
+import random
+
+import pytest
+import torch
+
+from sparse_ft.encoding import Encoder
+from sparse_ft.inference import row_logits
+
+WORDS = "Ada met Charles Babbage in London and Lisbon on 1996-08-22 , antidisestablishmentarianism".split()
+
+
+def random_rows(count, *, longest, seed=0):
+    generator = random.Random(seed)
+    return [generator.choices(WORDS, k=generator.randint(1, longest)) for _ in range(count)]
+
+
+@pytest.fixture(params=["bert", "gpt2", "llama"])
+def model(request, make_model):
+    return make_model(request.param, {"names": ("word", 5), "mood": ("text", 3)}, first_block={"names": 0, "mood": 1})
+
+
+def tag(model, rows, *, max_length=24):
+    examples = Encoder(model.backbone, max_length=max_length).words(rows)
+    return row_logits(model, "names", examples, num_rows=len(rows), num_words=[len(row) for row in rows])
+
+
+def classify(model, texts):
+    examples = Encoder(model.backbone, max_length=64).texts(texts)
+    return row_logits(model, "mood", examples, num_rows=len(texts))
+
+
+def assert_same(got, expected):
+    assert len(got) == len(expected)
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 60, 10**6])
+def test_texts_answer_the_same_in_any_order_and_any_batch(model, monkeypatch, max_tokens):
+    texts = [" ".join(words) for words in random_rows(20, longest=15)] + ["", "Ada"]
+    expected = [classify(model, [text])[0] for text in texts]
+    assert len({tuple(row.tolist()) for row in expected}) > 15
+    monkeypatch.setattr("sparse_ft.inference.MAX_TOKENS", max_tokens)
+    order = random.Random(1).sample(range(len(texts)), k=len(texts))
+    got = classify(model, [texts[place] for place in order])
+    assert_same(got, [expected[place] for place in order])
+    assert all(row.shape == (3,) and row.dtype == torch.float32 and not row.requires_grad for row in got)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 60, 10**6])
+def test_words_answer_the_same_in_any_order_and_any_batch(model, monkeypatch, max_tokens):
+    rows = [*random_rows(12, longest=40), [], ["Ada"]]
+    expected = [tag(model, [row])[0] for row in rows]
+    monkeypatch.setattr("sparse_ft.inference.MAX_TOKENS", max_tokens)
+    order = random.Random(1).sample(range(len(rows)), k=len(rows))
+    got = tag(model, [rows[place] for place in order])
+    assert_same(got, [expected[place] for place in order])
+    assert [tuple(row.shape) for row in got] == [(len(rows[place]), 5) for place in order]
+
+
+def test_windows_are_stitched_word_by_word(model):
+    rows = random_rows(6, longest=60, seed=2)
+    encoder = Encoder(model.backbone, max_length=24)
+    examples = encoder.words(rows)
+    assert len(examples) > 2 * len(rows)
+    got = tag(model, rows)
+    seen = 0
+    for example in examples:
+        ids = torch.tensor([example.input_ids])
+        num_words = len(example.word_indices)
+        if not num_words:
+            continue
+        [window] = row_logits(model, "names", [_first_row(example)], num_rows=1, num_words=[num_words])
+        assert ids.shape[1] <= 24
+        torch.testing.assert_close(got[example.row][example.word_indices], window, atol=1e-5, rtol=1e-5)
+        seen += num_words
+    assert seen == sum(map(len, rows))
+
+
+def _first_row(example):
+    from dataclasses import replace
+
+    return replace(example, row=0, word_indices=list(range(len(example.word_indices))))
+
+
+def test_a_row_that_fits_is_the_same_with_and_without_windows_allowed(model):
+    rows = [WORDS[:4], WORDS[4:7]]
+    assert_same(tag(model, rows, max_length=48), tag(model, rows, max_length=96))
+
+
+def test_a_word_that_the_tokenizer_drops_is_o_with_certainty_and_changes_no_other(make_model):
+    model = make_model("bert", {"names": ("word", 5)})
+    [plain] = tag(model, [["Ada", "met", "Charles"]])
+    [logits] = tag(model, [["Ada", "\u200b", "met", "\x00", "Charles"]])
+    torch.testing.assert_close(logits[[0, 2, 4]], plain)
+    for dropped in (1, 3):
+        probabilities = logits[dropped].softmax(-1)
+        assert probabilities[0] == 1
+        assert probabilities.isfinite().all()
+    [nothing] = tag(model, [["\x00"]])
+    assert nothing.argmax(-1).tolist() == [0]
+
+
+def test_no_texts_at_all(model):
+    assert classify(model, []) == []
+    assert tag(model, []) == []
+    [empty] = tag(model, [[]])
+    assert empty.shape == (0, 5)

@@ -1,0 +1,310 @@
+import random
+
+import pytest
+import torch
+from conftest import CAUSAL, FAMILIES, add_random_expert
+
+from sparse_ft.backbone import load_backbone
+from sparse_ft.batching import collate
+from sparse_ft.encoding import Encoder
+from sparse_ft.errors import ConfigError
+from sparse_ft.model import SparseExpertModel
+
+# Heads of different size and level, experts of different rank and depth.
+HEADS = {"mood": ("text", 3), "names": ("word", 7), "topic": ("text", 12)}
+FIRST_BLOCK = {"mood": 1, "names": 0, "topic": 2}
+RANK = {"mood": 4, "names": 2, "topic": 8}
+TEXTS = [
+    "Book a table for two in Lisbon",
+    "Ada",
+    "I really loved this film , but the second half was boring and much too long .",
+    "Charles Babbage designed the engine",
+]
+
+
+@pytest.fixture
+def three_tasks(make_model):
+    """Return ``three_tasks(family)``: a model with the tasks above."""
+
+    def make(family, **settings):
+        return make_model(family, HEADS, first_block=FIRST_BLOCK, rank=RANK, **settings)
+
+    return make
+
+
+def rows_of(model, task, texts=TEXTS):
+    encoder = Encoder(model.backbone, max_length=64)
+    if model.tasks[task].level == "word":
+        return [(task, example) for example in encoder.words([text.split() for text in texts])]
+    return [(task, example) for example in encoder.texts(texts)]
+
+
+def run(model, rows):
+    return model(collate(rows, pad_id=model.backbone.pad_id))
+
+
+@torch.no_grad()
+def one_by_one(model, task):
+    return torch.cat([run(model, [row])[task] for row in rows_of(model, task)])
+
+
+def assert_same_answers(got, expected):
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(got.argmax(-1), expected.argmax(-1))
+
+
+# Same text, same answer.
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_mixed_batch_and_a_batch_of_one_give_the_same_logits(three_tasks, family):
+    model = three_tasks(family)
+    alone = {task: one_by_one(model, task) for task in HEADS}
+    with torch.no_grad():
+        for tasks in (["mood", "names"], ["topic", "names", "mood"]):
+            mixed = run(model, [row for task in tasks for row in rows_of(model, task)])
+            assert list(mixed) == tasks
+            for task in tasks:
+                assert_same_answers(mixed[task], alone[task])
+    num_words = sum(len(text.split()) for text in TEXTS)
+    assert {task: tuple(logits.shape) for task, logits in alone.items()} == {
+        "mood": (4, 3),
+        "names": (num_words, 7),
+        "topic": (4, 12),
+    }
+    assert all(logits.std(0).min() > 1e-3 for logits in alone.values())  # the texts do differ
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "modernbert", "deberta-v2"])
+def test_any_order_and_any_company_give_the_same_logits(three_tasks, family):
+    model = three_tasks(family)
+    expected = one_by_one(model, "topic")
+    generator = random.Random(0)
+    rows = rows_of(model, "topic")
+    company = {"mood": rows_of(model, "mood"), "names": rows_of(model, "names", ["fox " * 30, "in London", "a"])}
+    for _ in range(6):
+        order = generator.choices(range(len(rows)), k=generator.randint(1, 6))
+        tasks = generator.sample(list(company), k=generator.randint(0, 2))
+        before = [row for task in tasks[:1] for row in generator.sample(company[task], k=2)]
+        after = [row for task in tasks[1:] for row in generator.sample(company[task], k=3)]
+        with torch.no_grad():
+            got = run(model, [*before, *(rows[place] for place in order), *after])["topic"]
+        assert_same_answers(got, expected[order])
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_one_thread_and_two_give_the_same_answers(three_tasks, family):
+    model = three_tasks(family)
+    rows = [row for task in HEADS for row in rows_of(model, task, TEXTS * 8)]
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            with torch.no_grad():
+                found.append(run(model, rows))
+    finally:
+        torch.set_num_threads(1)
+    for task in HEADS:
+        assert_same_answers(found[1][task], found[0][task])
+
+
+@pytest.mark.parametrize(
+    ("family", "tokenizer"),
+    [("bert", "bert"), ("electra", "electra"), ("deberta-v2", "deberta-v2"), ("roberta", "roberta"),
+     # BertTokenizer, which gives token types, beside models that know none, e.g. uer/gpt2-chinese-cluecorpussmall.
+     ("distilbert", "bert"), ("modernbert", "bert"), ("gpt2", "bert"), ("llama", "bert")],
+)  # fmt: skip
+def test_pairs_beside_single_texts_answer_as_alone(tiny_folder, family, tokenizer):
+    backbone = load_backbone(str(tiny_folder(family)), tokenizer_folder=tiny_folder(tokenizer))
+    model = SparseExpertModel(backbone).eval()
+    encoder = Encoder(backbone, max_length=64)
+    for task in ("single", "pair"):
+        add_random_expert(model, task)
+        model.add_task(task, expert=task, level="text", num_outputs=4)
+    rows = {
+        "single": [("single", example) for example in encoder.texts(TEXTS)],
+        "pair": [("pair", example) for example in encoder.texts(TEXTS, TEXTS[::-1])],
+    }
+    with torch.no_grad():
+        mixed = run(model, rows["single"] + rows["pair"])
+        for task, own in rows.items():
+            assert_same_answers(mixed[task], torch.cat([run(model, [row])[task] for row in own]))
+
+
+def test_two_tasks_may_share_an_expert(make_model):
+    model = make_model("bert", {"mood": ("text", 3)})
+    model.add_task("topic", expert="mood", level="text", num_outputs=9)
+    mixed = run(model, [*rows_of(model, "mood"), *rows_of(model, "topic")])
+    assert_same_answers(mixed["mood"], one_by_one(model, "mood"))
+    assert_same_answers(mixed["topic"], one_by_one(model, "topic"))
+    assert set(model.trainable("mood")) == set(model.trainable("topic"))
+
+
+def test_deberta_runs_a_mixed_batch_expert_by_expert_and_tracks_gradients(three_tasks):
+    model = three_tasks("deberta-v2")
+    assert not model.backbone.family.routes_rows
+
+    def gradients(batches):
+        model.zero_grad()
+        for rows in batches:
+            sum(logits.square().sum() for logits in run(model, rows).values()).backward()
+        return {name: value.grad.clone() for task in HEADS for name, value in model.trainable(task).items()}
+
+    rows = {task: rows_of(model, task) for task in HEADS}
+    together, apart = gradients([sum(rows.values(), [])]), gradients(rows.values())
+    for name, gradient in together.items():
+        torch.testing.assert_close(gradient, apart[name], atol=1e-4, rtol=1e-4)
+
+
+# Heads.
+
+
+@pytest.mark.parametrize("name", ["type", "keys", "training", "forward", "pop", "_modules", "weight", "T_destination"])
+def test_a_task_may_be_called_like_an_attribute_of_a_module(make_model, name):
+    model = make_model("bert", {name: ("text", 3), "other": ("word", 5)})
+    assert one_by_one(model, name).shape == (4, 3)
+    mixed = run(model.train(), [*rows_of(model, name), *rows_of(model, "other")])
+    (mixed[name].sum() + mixed["other"].sum()).backward()
+    assert all(parameter.grad is not None for parameter in model.trainable(name).values())
+    model.eval().to(torch.float32)
+    assert set(model.tasks) == {name, "other"}
+
+
+def test_a_batch_of_texts_without_a_word_has_no_word_logits(make_model):
+    model = make_model("bert", {"names": ("word", 5), "mood": ("text", 3)})
+    mixed = run(model, [*rows_of(model, "names", ["", ""]), *rows_of(model, "mood")])
+    assert mixed["names"].shape == (0, 5)
+    assert_same_answers(mixed["mood"], one_by_one(model, "mood"))
+    mixed["names"].sum().backward()
+
+
+def test_unknown_names_are_refused_with_the_closest_one(make_model):
+    model = make_model("bert", {"mood": ("text", 3), "topic": ("text", 3)})
+    with pytest.raises(
+        ConfigError, match=r"Unknown task in this model 'topics'\. Did you mean 'topic'\? Known: mood, topic\."
+    ):
+        model.head("topics")
+    with pytest.raises(ConfigError, match=r"Unknown expert 'modd'\. Did you mean 'mood'\?"):
+        model.add_task("new", expert="modd", level="text", num_outputs=2)
+    assert set(model.tasks) == {"mood", "topic"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_auto_pooling_is_the_last_token_for_causal_backbones_else_the_mean(three_tasks, family):
+    expected = "last" if family in CAUSAL else "mean"
+    automatic, chosen = three_tasks(family), three_tasks(family, pooling=expected)
+    assert automatic.pooling == expected
+    assert torch.equal(one_by_one(automatic, "mood"), one_by_one(chosen, "mood"))
+    first = one_by_one(three_tasks(family, pooling="first"), "mood")
+    assert not torch.allclose(first, one_by_one(automatic, "mood"), atol=1e-3)
+
+
+# Training.
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_flows_into_expert_and_head_only_and_reaches_all_of_both(three_tasks, family):
+    model = three_tasks(family).train()
+    for task in HEADS:
+        model.zero_grad()
+        run(model, rows_of(model, task))[task].square().sum().backward()
+        trainable = model.trainable(task)
+        assert sum(name.startswith("head.") for name in trainable) == 2
+        assert sum(name.startswith("expert.") for name in trainable) == 2 * len(
+            model.backbone.select_linears(first_block=FIRST_BLOCK[task])
+        )
+        unreached = [
+            name for name, parameter in trainable.items() if parameter.grad is None or not parameter.grad.any()
+        ]
+        assert not unreached
+        own = {id(parameter) for parameter in trainable.values()}
+        assert all(id(parameter) in own for parameter in model.parameters() if parameter.grad is not None)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_the_gradient_of_a_mixed_batch_is_that_of_its_tasks_alone(three_tasks, family):
+    model = three_tasks(family)
+    rows = {task: rows_of(model, task) for task in HEADS}
+    sum(logits.square().mean() for logits in run(model, sum(rows.values(), [])).values()).backward()
+    for task in HEADS:
+        mixed = {name: parameter.grad.clone() for name, parameter in model.trainable(task).items()}
+        model.zero_grad()
+        run(model, rows[task])[task].square().mean().backward()
+        for name, parameter in model.trainable(task).items():
+            torch.testing.assert_close(mixed[name], parameter.grad, atol=1e-5, rtol=1e-4)
+        for other in HEADS:
+            if other > task:  # its gradients of the mixed batch are compared later
+                model.zero_grad()
+                sum(logits.square().mean() for logits in run(model, sum(rows.values(), [])).values()).backward()
+
+
+def test_the_backbones_own_dropout_stays_off_in_training(make_model):
+    model = make_model("bert", {"mood": ("text", 3)})
+    assert model.backbone.config.hidden_dropout_prob > 0
+    expected = one_by_one(model, "mood")
+    model.train()
+    assert_same_answers(run(model, rows_of(model, "mood"))["mood"], expected)
+    model.experts.set_dropout(0.5)
+    rows = rows_of(model, "mood")
+    assert not torch.equal(run(model, rows)["mood"], run(model, rows)["mood"])
+    assert not any(module.training for module in model.eval().modules())
+    assert torch.equal(run(model, rows)["mood"], run(model, rows)["mood"])
+
+
+def test_a_bf16_backbone_answers_and_learns_in_float32(three_tasks):
+    model, exact = three_tasks("bert", dtype=torch.bfloat16), three_tasks("bert")
+    rows = [row for task in HEADS for row in rows_of(exact, task)]
+    got, expected = run(model.train(), rows), run(exact, rows)
+    for task in HEADS:
+        assert got[task].dtype == torch.float32
+        scale = expected[task].abs().max()
+        assert (got[task] - expected[task]).abs().max() < 0.1 * scale  # 8 bits, through three blocks
+        model.zero_grad(), exact.zero_grad()
+    sum(logits.sum() for logits in run(model, rows).values()).backward()
+    for task in HEADS:
+        for name, parameter in model.trainable(task).items():
+            assert parameter.dtype == parameter.grad.dtype == torch.float32, name
+
+
+def test_a_failed_forward_pass_does_not_lock_the_model(make_model):
+    model = make_model("bert", {"mood": ("text", 3)})
+    expected = one_by_one(model, "mood")
+    batch = collate(rows_of(model, "mood"), pad_id=0)
+    batch.input_ids[0, 0] = 10**6
+    with pytest.raises(IndexError):
+        model(batch)
+    assert_same_answers(one_by_one(model, "mood"), expected)
+
+
+# Real weights.
+
+
+def test_minilm_answers_the_same_in_any_company(minilm):
+    model = SparseExpertModel(load_backbone(minilm)).eval()
+    for task, (level, outputs) in HEADS.items():
+        add_random_expert(model, task, first_block=FIRST_BLOCK[task], rank=RANK[task])
+        model.add_task(task, expert=task, level=level, num_outputs=outputs).initialise(seed=0, name=task)
+    with torch.no_grad():
+        mixed = run(model, [row for task in HEADS for row in rows_of(model, task)])
+    for task in HEADS:
+        assert_same_answers(mixed[task], one_by_one(model, task))
+
+
+def test_stories260k_learns_to_tell_two_kinds_of_text_apart(stories260k):
+    model = SparseExpertModel(load_backbone(str(stories260k)))
+    model.experts.create("mood", modules=model.backbone.select_linears(first_block=3), rank=4, alpha=8.0, seed=0)
+    model.add_task("mood", expert="mood", level="text", num_outputs=2).initialise(seed=0, name="mood")
+    happy = ["Lily was happy and played outside.", "They laughed and had fun.", "Mom smiled and gave him a big hug."]
+    sad = ["Lily was sad and cried at home.", "They were angry and scared.", "Mom was upset and he lost his toy."]
+    rows, targets = rows_of(model, "mood", happy + sad), torch.tensor([0, 0, 0, 1, 1, 1])
+    optimizer = torch.optim.AdamW(model.trainable("mood").values(), lr=5e-3)
+    model.train()
+    losses = []
+    for _ in range(25):
+        loss = torch.nn.functional.cross_entropy(run(model, rows)["mood"], targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < 0.1 * losses[0]
+    assert one_by_one(model.eval(), "mood").shape[0] == len(TEXTS)

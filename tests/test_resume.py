@@ -1,0 +1,340 @@
+"""Runs that are killed, in processes of their own, and end where the uninterrupted run ends."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_training import run, settings, tensors, write_rows, write_toy
+
+import sparse_ft
+from sparse_ft import folders
+from sparse_ft.errors import CheckpointError, ConfigError
+from sparse_ft.folders import recover_folder, replace_folder
+from sparse_ft.resume import find_resume
+
+# Three epochs of 7 steps, a save every second step; dropout makes every step depend on the random state.
+OPTIONS = {
+    "train__epochs": 3,
+    "train__batch_size": 8,
+    "train__save_steps": 2,
+    "train__head_dropout": 0.2,
+    "experts__dropout": 0.1,
+    "train__patience": 9,
+}
+
+# Runs `train` and kills itself, as `kill -9` would, when the moment has come.
+SCRIPT = """
+import json, os, signal, sys
+import torch
+torch.set_num_threads(1)
+from sparse_ft import checkpoint, fitting, folders, resume, training
+
+task_files, backbone, output, overrides, moment, number = json.loads(sys.argv[1])
+count = 0
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def at_call(function, before=False):
+    def wrapped(*args, **kwargs):
+        global count
+        count += 1
+        if before and count == number:
+            die()
+        result = function(*args, **kwargs)
+        if count == number:
+            die()
+        return result
+    return wrapped
+
+def half_written(path, content):
+    global count
+    count += 1
+    if count == number:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content[: len(content) // 2])
+        die()
+    return written(path, content)
+
+written = folders.write_bytes
+if moment == "step":
+    fitting._Loop.step = at_call(fitting._Loop.step)
+elif moment == "save":
+    resume.write_bytes = folders.write_bytes = half_written
+elif moment == "end of epoch":
+    fitting._Loop.end_epoch = at_call(fitting._Loop.end_epoch)
+elif moment == "before the final save":
+    training.save_checkpoint = at_call(training.save_checkpoint, before=True)
+elif moment == "final save":
+    checkpoint.write_bytes = half_written
+elif moment in ("between renames", "between final renames"):
+    swap = folders._swap
+    def dying_swap(staged, target):
+        global count
+        count += 1
+        final = moment == "between final renames"
+        if (target.name == "resume") != final and (final or count == number):
+            target.rename(folders._old_path(target))
+            die()
+        swap(staged, target)
+    folders._swap = dying_swap
+training.train(task_files, backbone=backbone, output=output, overrides=overrides, device="cpu")
+"""
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, tiny_bert):
+    """Task files, and the files of the run that nobody killed."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    tasks = [write_toy(folder, name, sizes=(size, 8, 8)) for name, size in (("mood", 36), ("names", 20))]
+    return tasks, run(tasks, tiny_bert, folder / "out", **OPTIONS).path
+
+
+def killed_run(tasks, backbone: Path, output: Path, moment: str, number: int = 1) -> None:
+    arguments = json.dumps([tasks, str(backbone), str(output), settings(**OPTIONS), moment, number])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, arguments], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def assert_same_end(path: Path, expected: Path) -> None:
+    files = sorted(file.relative_to(expected) for file in expected.rglob("*.safetensors"))
+    assert files
+    assert sorted(file.relative_to(path) for file in path.rglob("*.safetensors")) == files
+    for file in files:
+        assert (path / file).read_bytes() == (expected / file).read_bytes(), file
+    assert json.loads((path / "metrics.json").read_text()) == json.loads((expected / "metrics.json").read_text())
+    assert not (path / "resume").exists()
+    assert not [entry.name for entry in path.iterdir() if entry.name.startswith(".")]
+
+
+MOMENTS = [
+    ("step", 5),  # one step after a save
+    ("step", 17),  # in the last epoch
+    ("save", 4),  # while the second save writes its tensors: 3 files a save
+    ("end of epoch", 1),
+    ("between renames", 2),
+    ("before the final save", 1),
+    ("final save", 3),
+    ("between final renames", 1),
+]
+
+
+@pytest.mark.parametrize(("moment", "number"), MOMENTS, ids=[f"{moment} {number}" for moment, number in MOMENTS])
+def test_a_killed_run_ends_where_the_uninterrupted_one_ends(tmp_path, tiny_bert, uninterrupted, moment, number):
+    tasks, expected = uninterrupted
+    output = tmp_path / "out"
+    killed_run(tasks, tiny_bert, output, moment, number)
+    assert not (output / "manifest.json").exists()
+    result = sparse_ft.train(output=output, resume=True)
+    assert_same_end(result.path, expected)
+    assert len(result.history) == 3
+
+
+def test_a_run_killed_twice_ends_there_too(tmp_path, tiny_bert, uninterrupted, monkeypatch):
+    tasks, expected = uninterrupted
+    output = tmp_path / "out"
+    killed_run(tasks, tiny_bert, output, "step", 3)
+    interrupt(monkeypatch, after=10, start=lambda: sparse_ft.train(output=output, resume=True))
+    assert_same_end(sparse_ft.train(output=output, resume=True).path, expected)
+
+
+class Interrupted(BaseException):
+    pass
+
+
+def interrupt(monkeypatch, *, after: int, start) -> None:
+    """Stop a run of this process after some steps."""
+    from sparse_ft import fitting
+
+    step, count = fitting._Loop.step, 0
+
+    def stopping(self, pairs):
+        nonlocal count
+        step(self, pairs)
+        count += 1
+        if count == after:
+            raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting._Loop, "step", stopping)
+        with pytest.raises(Interrupted):
+            start()
+
+
+@pytest.fixture
+def interrupted(tmp_path, tiny_bert, monkeypatch):
+    """A run of one task, stopped after 5 steps of 6: its task file and its folder."""
+    task = write_toy(tmp_path / "data", "mood", sizes=(24, 8, 8))
+    options = {"train__batch_size": 8, "train__save_steps": 1}
+    interrupt(monkeypatch, after=5, start=lambda: run([task], tiny_bert, tmp_path / "out", seed=4, **options))
+    return task, tmp_path / "out"
+
+
+def test_settings_may_be_repeated_when_resuming(interrupted, tiny_bert):
+    task, output = interrupted
+    overrides = settings(train__batch_size=8, train__save_steps=1)
+    path = sparse_ft.train(
+        [task], backbone=str(tiny_bert), output=output, overrides=overrides, seed=4, resume=True
+    ).path
+    assert (path / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize(("options", "named"), [
+    ({"overrides": ["train.batch_size=9"]}, "train.batch_size"),
+    ({"overrides": ["experts.rank=2", "data.max_length=64"]}, "experts.rank, data.max_length"),
+    ({"seed": 5}, "seed"),
+    ({"backbone": "minilm2"}, "backbone"),
+    ({"tasks": ["ner"]}, "tasks"),
+    # Settings that happen to be the defaults are settings, too.
+    ({"overrides": ["train.batch_size=32"]}, "train.batch_size"),
+    ({"seed": 13}, "seed"),
+    ({"backbone": "minilm"}, "backbone"),
+    ({"from_checkpoint": "elsewhere"}, "start"),
+    ({"data": "elsewhere"}, "sources"),
+])  # fmt: skip
+def test_other_settings_are_refused_by_name(interrupted, options, named):
+    _, output = interrupted
+    before = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
+    with pytest.raises(ConfigError, match=rf"has other settings: {named}\. --resume continues it unchanged"):
+        sparse_ft.train(output=output, resume=True, **options)
+    assert {file: file.read_bytes() for file in output.rglob("*") if file.is_file()} == before
+
+
+def test_nothing_to_resume_is_said(tmp_path, uninterrupted):
+    with pytest.raises(ConfigError, match=r"no unfinished run in '.*nothing' to resume\. Give --output"):
+        sparse_ft.train(output=tmp_path / "nothing", resume=True)
+    with pytest.raises(ConfigError, match="It holds a finished checkpoint"):
+        sparse_ft.train(output=uninterrupted[1], resume=True)
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_changed_training_rows_are_refused(interrupted, tmp_path):
+    _, output = interrupted
+    rows = tmp_path / "data/mood/train.jsonl"
+    lines = rows.read_text().splitlines()
+    rows.write_text("\n".join([*lines[1:], json.dumps({"text": "the table", "label": "bad"})]))
+    with pytest.raises(CheckpointError, match=r"not those of the interrupted run in .*Put the old data back"):
+        sparse_ft.train(output=output, resume=True)
+    assert (output / "resume/progress.json").is_file()
+
+
+def test_changed_validation_rows_are_refused(interrupted, tmp_path):
+    _, output = interrupted
+    write_rows(tmp_path / "data/mood/validation.jsonl", [{"text": "the table", "label": "bad"}])
+    with pytest.raises(CheckpointError, match="not those of the interrupted run"):
+        sparse_ft.train(output=output, resume=True)
+
+
+def test_an_unfinished_run_is_not_overwritten(interrupted, tiny_bert):
+    task, output = interrupted
+    with pytest.raises(ConfigError, match=r"holds an unfinished run\. Add --resume to continue it"):
+        run([task], tiny_bert, output)
+
+
+def test_a_run_stopped_between_renames_is_not_overwritten_either(interrupted, tiny_bert):
+    task, output = interrupted
+    (output / "resume").rename(output / ".resume.old")
+    with pytest.raises(ConfigError, match=r"holds an unfinished run\. Add --resume to continue it"):
+        run([task], tiny_bert, output)
+
+
+def test_a_run_stopped_between_the_last_renames_is_not_overwritten_either(interrupted, tiny_bert):
+    task, output = interrupted
+    output.rename(output.with_name(".out.old"))
+    with pytest.raises(ConfigError, match=r"holds an unfinished run\. Add --resume to continue it"):
+        run([task], tiny_bert, output)
+
+
+def test_a_damaged_state_is_named(interrupted):
+    _, output = interrupted
+    state = output / "resume/state.safetensors"
+    state.write_bytes(state.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match=r"state\.safetensors' cannot be read"):
+        sparse_ft.train(output=output, resume=True)
+
+
+def test_the_state_holds_no_pickle_and_names_the_config(interrupted):
+    task, output = interrupted
+    assert sorted(file.name for file in (output / "resume").iterdir()) == [
+        "config.yaml",
+        "progress.json",
+        "state.safetensors",
+    ]
+    saved = find_resume(output)
+    assert (saved.seed, saved.train.batch_size, saved.tasks) == (4, 8, [task])
+
+
+# Folders
+
+
+def fill_with(text: str):
+    return lambda folder: folders.write_bytes(folder / "file", text.encode())
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    target = tmp_path / "deep/target"
+    replace_folder(target, fill_with("one"))
+    (target / "more").write_text("x")
+    replace_folder(target, fill_with("two"))
+    assert [file.name for file in target.iterdir()] == ["file"]
+    assert (target / "file").read_text() == "two"
+    assert [entry.name for entry in target.parent.iterdir()] == ["target"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("x"), KeyboardInterrupt()])
+def test_a_fill_that_fails_changes_nothing(tmp_path, error):
+    target = tmp_path / "target"
+    replace_folder(target, fill_with("one"))
+
+    def failing(folder):
+        (folder / "file").write_text("half")
+        raise error
+
+    with pytest.raises(type(error)):
+        replace_folder(target, failing)
+    assert (target / "file").read_text() == "one"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["target"]
+
+
+@pytest.mark.parametrize("kill_at", [1, 2])
+def test_a_kill_between_the_renames_is_recovered(tmp_path, monkeypatch, kill_at):
+    target = tmp_path / "target"
+    replace_folder(target, fill_with("one"))
+    rename, count = Path.rename, 0
+
+    def dying(self, other):
+        nonlocal count
+        count += 1
+        if count == kill_at:
+            raise Interrupted
+        return rename(self, other)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", dying)
+        patch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # a killed process does not clean up
+        with pytest.raises(Interrupted):
+            replace_folder(target, fill_with("two"))
+    assert target.exists() == (kill_at == 1)
+    recover_folder(target)
+    assert (target / "file").read_text() == "one"
+    replace_folder(target, fill_with("three"))
+    assert (target / "file").read_text() == "three"
+
+
+def test_resumed_tensors_are_not_those_of_a_new_run(interrupted, tiny_bert, tmp_path):
+    """The state counts: without it, the last step would start from fresh experts."""
+    task, output = interrupted
+    resumed = tensors(sparse_ft.train(output=output, resume=True).path)
+    whole = tensors(run([task], tiny_bert, tmp_path / "whole", seed=4, train__batch_size=8).path)
+    short = tensors(run([task], tiny_bert, tmp_path / "short", seed=4, train__batch_size=8, train__epochs=1).path)
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert not all(torch.equal(resumed[name], short[name]) for name in whole)

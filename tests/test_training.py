@@ -1,0 +1,542 @@
+"""Training on toy tasks whose answer hangs on a few words, with tiny backbones."""
+
+import functools
+import json
+import random
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import yaml
+
+import sparse_ft
+from sparse_ft.backbone import load_backbone, set_attention
+from sparse_ft.checkpoint import load_checkpoint
+from sparse_ft.config import RunConfig, load_config
+from sparse_ft.encoding import Encoder
+from sparse_ft.errors import ConfigError, DataError, SparseFTError
+from sparse_ft.evaluation import predict_rows, prepare
+from sparse_ft.inference import row_logits
+from sparse_ft.kinds.classification import Classification
+from sparse_ft.readers import read
+
+# Words of the corpus that conftest's tokenizers are built on: fillers, then one group an answer.
+FILLERS = [
+    "the",
+    "first",
+    "second",
+    "half",
+    "of",
+    "table",
+    "company",
+    "weather",
+    "analytical",
+    "engine",
+    "three",
+    "and",
+    "then",
+    "at",
+    "six",
+]
+GOOD, BAD = ["loved"], ["boring"]
+PERSONS = [["Ada", "Lovelace"], ["Charles", "Babbage"], ["Mozart"]]
+PLACES = [["London"], ["Lisbon"], ["Geneva"], ["Chelsea"]]
+KINDS = {
+    "mood": "classification",
+    "reply": "classification",
+    "about": "multi_label",
+    "names": "token_classification",
+}
+"""The toy tasks; ``reply`` is one on pairs."""
+COLUMNS = {
+    "mood": {"text": "text", "label": "label"},
+    "reply": {"text": "text", "text_pair": "text_pair", "label": "label"},
+    "about": {"text": "text", "labels": "labels"},
+    "names": {"tokens": "tokens", "tags": "tags"},
+}
+EXAMPLES = {"mood": "the weather loved", "reply": "the table\tthe film", "names": "Ada met Mozart in Lisbon"}
+
+
+def toy_row(name: str, generator: random.Random) -> dict:
+    """Make one row of a toy task."""
+    words = generator.choices(FILLERS, k=generator.randint(2, 5))
+    good = generator.random() < 0.5
+    cue = generator.choice(GOOD if good else BAD)
+    place = generator.randrange(len(words) + 1)
+    if name == "mood":
+        return {"text": " ".join([*words[:place], cue, *words[place:]]), "label": "good" if good else "bad"}
+    if name == "reply":  # the first text never tells
+        second = " ".join([*words[:place], cue, *words[place:]])
+        return {"text": " ".join(generator.choices(FILLERS, k=2)), "text_pair": second, "label": "yn"[not good]}
+    if name == "about":
+        labels = [label for label in ("music", "football") if generator.random() < 0.5]
+        for label in labels:
+            words.insert(generator.randrange(len(words) + 1), label)
+        return {"text": " ".join(words), "labels": labels}
+    tags = ["O"] * len(words)
+    for entity_type, entities in (("PER", PERSONS), ("LOC", PLACES)):
+        free = [spot for spot in range(len(words) + 1) if spot == len(words) or not tags[spot].startswith("I")]
+        spot, entity = generator.choice(free), generator.choice(entities)
+        words[spot:spot] = entity
+        tags[spot:spot] = [f"B-{entity_type}"] + [f"I-{entity_type}"] * (len(entity) - 1)
+    return {"tokens": words, "tags": tags}
+
+
+def toy_rows(name: str, number: int, *, seed: int = 0) -> list[dict]:
+    generator = random.Random(f"{name}/{seed}")
+    return [toy_row(name, generator) for _ in range(number)]
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_toy(folder: Path, name: str, *, sizes: tuple = (96, 32, 32), as_name: str = "", **changes) -> str:
+    """Write a toy task with its data; return the path of its task file."""
+    called = as_name or name
+    for seed, (split, size) in enumerate(zip(("train", "validation", "test"), sizes, strict=True)):
+        write_rows(folder / called / f"{split}.jsonl", toy_rows(name, size, seed=seed))
+    files = {
+        "format": "jsonl",
+        "root": called,
+        **{split: f"{split}.jsonl" for split in ("train", "validation", "test")},
+    }
+    content = {
+        "name": called,
+        "kind": KINDS[name],
+        "files": files,
+        "columns": COLUMNS[name],
+        "metric": "f1" if name == "names" else "accuracy",
+        "example": EXAMPLES.get(name, ""),
+    }
+    path = folder / f"{called}.yaml"
+    path.write_text(yaml.safe_dump({**content, **changes}, sort_keys=False), encoding="utf-8")
+    return str(path)
+
+
+def settings(**changes) -> list[str]:
+    """Overrides for a run of seconds; a double underscore stands for the dot."""
+    values = {
+        "train__epochs": 2,
+        "train__min_steps": 0,
+        "train__batch_size": 16,
+        "train__learning_rate": 0.01,
+        "train__precision": "fp32",
+        "train__patience": 0,
+        "train__head_dropout": 0.0,
+    }
+    return [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in {**values, **changes}.items()]
+
+
+def run(tasks: list[str], backbone: str | Path | None, output: Path, *, seed: int | None = None, **changes):
+    """Train on the CPU with ``settings(**changes)``."""
+    return sparse_ft.train(
+        tasks,
+        backbone=None if backbone is None else str(backbone),
+        output=output,
+        overrides=settings(**changes),
+        device="cpu",
+        seed=seed,
+    )
+
+
+@functools.cache
+def trained_toys(tmp_path_factory, backbone: Path) -> Path:
+    """Train all toy tasks into one checkpoint, once a session; nobody may change it."""
+    folder = tmp_path_factory.mktemp("toys")
+    tasks = [write_toy(folder, name) for name in KINDS]
+    return run(tasks, backbone, folder / "checkpoint", train__epochs=6, train__learning_rate=0.02).path
+
+
+@functools.cache
+def trained_minilm(tmp_path_factory) -> Path:
+    """Train two toy tasks on the real MiniLM, once a session; nobody may change it."""
+    folder = tmp_path_factory.mktemp("minilm-toys")
+    tasks = [write_toy(folder, name, sizes=(48, 8, 24)) for name in ("mood", "names")]
+    options = {"train__epochs": 3, "train__learning_rate": 0.004, "experts__first_block": 3}
+    return run(tasks, "minilm", folder / "checkpoint", **options).path
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Read all tensors of the experts and heads."""
+    return {
+        f"{file.relative_to(checkpoint).as_posix()}:{name}": tensor
+        for file in sorted(checkpoint.rglob("*.safetensors"))
+        for name, tensor in safetensors.torch.load_file(file).items()
+    }
+
+
+def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.fixture
+def caught_model(monkeypatch):
+    """The model as it is when the checkpoint is written."""
+    from sparse_ft import training
+
+    caught, save = [], training.save_checkpoint
+
+    def catch(path, *, model, **rest):
+        caught.append(model)
+        save(path, model=model, **rest)
+
+    monkeypatch.setattr(training, "save_checkpoint", catch)
+    return caught
+
+
+def logits_of(model, task: str, texts: list[str]) -> list[torch.Tensor]:
+    """Compute logits of single texts or of words without the code of prediction.py."""
+    encoder = Encoder(model.backbone, max_length=256)
+    if model.tasks[task].level == "word":
+        words = [text.split() for text in texts]
+        return row_logits(model, task, encoder.words(words), num_rows=len(texts), num_words=[len(row) for row in words])
+    return row_logits(model, task, encoder.texts(texts), num_rows=len(texts))
+
+
+# What is learnt
+
+
+@pytest.mark.parametrize(("name", "metric", "least"), [
+    ("mood", "accuracy", 0.85),
+    ("reply", "accuracy", 0.85),
+    ("about", "micro_f1", 0.85),
+    ("names", "f1", 0.6),
+])  # fmt: skip
+def test_every_kind_learns_a_task_that_can_be_learnt(tmp_path, tiny_bert, name, metric, least):
+    result = run([write_toy(tmp_path, name)], tiny_bert, tmp_path / "out", train__epochs=7, train__batch_size=8)
+    assert result.scores[name][metric] >= least
+    assert result.history[-1]["loss"][name] < result.history[0]["loss"][name] / 2
+    assert result.evaluation.splits == {name: "test"}
+
+
+def test_minilm_learns_two_tasks_at_once(tmp_path_factory, minilm):
+    scores = sparse_ft.evaluate(trained_minilm(tmp_path_factory), device="cpu").tasks
+    assert scores["mood"].score.metrics["accuracy"] > 0.8
+    assert scores["names"].score.metrics["f1"] > 0.6
+
+
+@pytest.mark.parametrize("name", ["mood", "names"])
+def test_pretrained_decoder_learns(tmp_path, stories260k, name):
+    result = run([write_toy(tmp_path, name)], stories260k, tmp_path / "out", train__epochs=5, train__batch_size=8)
+    assert result.scores[name]["accuracy" if name == "mood" else "f1"] > 0.6
+    example = "the table boring" if name == "mood" else "the table in London"
+    answer = sparse_ft.load(result.path, device="cpu")(example).tasks[name]
+    assert answer["label"] == "bad" if name == "mood" else isinstance(answer["entities"], list)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "deberta-v2", "llama"])
+@pytest.mark.parametrize("name", ["mood", "names"])
+def test_every_family_trains_and_comes_back_the_same(tmp_path, tiny_folder, caught_model, family, name):
+    task = write_toy(tmp_path, name, sizes=(16, 4, 4))
+    path = run([task], tiny_folder(family), tmp_path / "out", train__epochs=1, train__batch_size=8).path
+    texts = ["the table loved", "", "Ada Lovelace in London and then a weather of at six", "half"]
+    loaded = load_checkpoint(path)
+    set_attention(loaded.model.backbone, caught_model[0].backbone.config._attn_implementation)
+    now, then = logits_of(loaded.model, name, texts), logits_of(caught_model[0], name, texts)
+    assert all(torch.equal(left, right) for left, right in zip(now, then, strict=True))
+    assert not any(torch.equal(row[:1], now[0][:1]) for row in now[2:])  # the logits depend on the text
+    for expert in [loaded.model.experts.get(name)]:
+        assert any(lora_b.abs().max() > 0 for _, lora_b in expert.deltas.values())
+
+
+# What is touched and what is not
+
+
+def test_tasks_of_one_run_have_an_expert_and_a_head_each(tmp_path, tiny_bert, caught_model):
+    tasks = [write_toy(tmp_path, name, sizes=(16, 4, 4)) for name in KINDS]
+    path = run(tasks, tiny_bert, tmp_path / "out", train__epochs=1).path
+    assert sorted(file.name for file in (path / "experts").iterdir()) == sorted(KINDS)
+    assert sorted(file.stem for file in (path / "heads").iterdir()) == sorted(KINDS)
+    deltas = [load_checkpoint(path).model.experts.get(name).deltas for name in KINDS]
+    module = next(iter(deltas[0]))
+    for place, one in enumerate(deltas):
+        assert one.keys() == deltas[0].keys()
+        assert one[module][1].abs().max() > 0
+        assert not any(torch.equal(one[module][1], other[module][1]) for other in deltas[:place])
+    trained = {name.replace(".frozen.", "."): tensor for name, tensor in caught_model[0].encoder.named_parameters()}
+    for name, tensor in load_backbone(str(tiny_bert)).model.named_parameters():
+        assert torch.equal(trained[name], tensor), name
+
+
+def test_a_new_task_leaves_the_kept_ones_as_they_were(tmp_path, tiny_bert):
+    old = run([write_toy(tmp_path, "mood", sizes=(16, 8, 8))], tiny_bert, tmp_path / "old", train__epochs=1).path
+    new = sparse_ft.train(
+        [write_toy(tmp_path, "names", sizes=(16, 8, 8))],
+        from_checkpoint=old,
+        output=tmp_path / "new",
+        overrides=settings(train__epochs=1, experts__rank=4),
+        device="cpu",
+    ).path
+    for name in ("experts/mood/adapter_model.safetensors", "experts/mood/adapter_config.json",
+                 "heads/mood.safetensors", "tasks/mood.yaml"):  # fmt: skip
+        assert (old / name).read_bytes() == (new / name).read_bytes(), name
+    texts = ["the table loved", "boring", "at six " * 30]
+    before, after = sparse_ft.load(old, device="cpu"), sparse_ft.load(new, device="cpu")
+    assert torch.equal(before.logits(texts, "mood"), after.logits(texts, "mood"))
+    assert list(after.tasks) == ["mood", "names"]
+    assert (
+        json.loads((new / "metrics.json").read_text())["mood"] == json.loads((old / "metrics.json").read_text())["mood"]
+    )
+    assert after.checkpoint.manifest["experts"]["names"]["rank"] == 4
+
+
+def test_a_kept_task_is_trained_further_when_it_is_named(tmp_path, tiny_bert):
+    tasks = [write_toy(tmp_path, name, sizes=(16, 8, 8)) for name in ("mood", "about")]
+    old = run(tasks, tiny_bert, tmp_path / "old", train__epochs=1).path
+    new = sparse_ft.train(
+        tasks[:1], from_checkpoint=old, output=tmp_path / "new", overrides=settings(train__epochs=1), device="cpu"
+    ).path
+    before, after = tensors(old), tensors(new)
+    assert before.keys() == after.keys()
+    same = {name.split("/")[1].partition(".")[0] for name in before if torch.equal(before[name], after[name])}
+    changed = {name.split("/")[1].partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert "about" in same
+    assert changed == {"mood"}
+
+
+def test_a_kept_head_is_not_stretched_to_new_labels(tmp_path, tiny_bert):
+    old = run([write_toy(tmp_path, "mood", sizes=(16, 8, 8))], tiny_bert, tmp_path / "old", train__epochs=1).path
+    task = write_toy(tmp_path / "other", "mood", sizes=(16, 8, 8))
+    write_rows(tmp_path / "other/mood/train.jsonl", [{"text": "a", "label": "good"}, {"text": "b", "label": "sad"}])
+    with pytest.raises(DataError, match=r"has no label 'sad'\. Its head was trained on: bad, good\. Rename the task"):
+        sparse_ft.train([task], from_checkpoint=old, output=tmp_path / "new", device="cpu")
+    assert not (tmp_path / "new").exists()
+
+
+def test_first_block_and_targets_decide_which_layers_are_experts(tmp_path, tiny_bert):
+    task = write_toy(tmp_path, "mood", sizes=(16, 8, 8))
+    path = run(
+        [task],
+        tiny_bert,
+        tmp_path / "out",
+        train__epochs=1,
+        experts__first_block=1,
+        experts__targets=["query", "value"],
+    ).path
+    names = [f"encoder.layer.{block}.attention.self.{target}" for block in (1, 2) for target in ("query", "value")]
+    assert sorted(load_checkpoint(path).model.experts.layers) == sorted(names)
+
+
+# The same numbers again
+
+
+def test_the_seed_decides_every_bit(tmp_path, tiny_bert):
+    task = write_toy(tmp_path, "mood", sizes=(24, 8, 8))
+    options = {"train__head_dropout": 0.3, "experts__dropout": 0.2, "train__batch_size": 8}
+    first, again, other = (
+        tensors(run([task], tiny_bert, tmp_path / name, seed=seed, **options).path)
+        for name, seed in (("first", 1), ("again", 1), ("other", 2))
+    )
+    assert equal(first, again)
+    assert first.keys() == other.keys()
+    assert not any(torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("name", ["mood", "names"])
+def test_accumulation_changes_no_result(tmp_path, tiny_bert, name):
+    task = write_toy(tmp_path, name, sizes=(30, 8, 8))
+    whole, parts = (
+        tensors(run([task], tiny_bert, tmp_path / str(number), train__epochs=1, train__accumulation=number).path)
+        for number in (1, 3)
+    )
+    for key, tensor in whole.items():
+        torch.testing.assert_close(parts[key], tensor, atol=1e-5, rtol=0, msg=key)
+
+
+@pytest.mark.parametrize("mixture", ["proportional", "smoothed", "uniform"])
+def test_every_mixture_trains_every_task(tmp_path, tiny_bert, mixture):
+    tasks = [write_toy(tmp_path, name, sizes=(size, 4, 4)) for name, size in (("mood", 40), ("about", 4))]
+    result = run(tasks, tiny_bert, tmp_path / "out", train__mixture=mixture, train__epochs=1, train__batch_size=8)
+    assert set(result.history[0]["loss"]) == set(result.history[0]["validation"]) == {"mood", "about"}
+    assert result.history[0]["step"] in (6, 7)  # an epoch is as long as all tasks together, whatever the mixture
+    for name in ("mood", "about"):
+        assert load_checkpoint(result.path).model.experts.get(name).deltas
+
+
+# When to stop, and what to keep
+
+
+def test_training_stops_when_no_task_gets_better(tmp_path, tiny_bert):
+    task = write_toy(tmp_path, "mood", sizes=(16, 8, 8))
+    result = run([task], tiny_bert, tmp_path / "out", train__learning_rate=1e-12, train__epochs=9, train__patience=2)
+    assert len(result.history) == 3  # the first is the best, two more are no better
+    assert len({entry["validation"]["mood"] for entry in result.history}) == 1
+
+
+def test_patience_waits_for_every_task(tmp_path, tiny_bert, monkeypatch):
+    from sparse_ft import fitting
+
+    scores = {"mood": iter([0.9, 0.1, 0.1, 0.1, 0.1, 0.1]), "about": iter([0.1, 0.2, 0.3, 0.2, 0.2, 0.2])}
+    score_rows = fitting.score_rows
+
+    def scripted(spec, data, predictions):
+        score = score_rows(spec, data, predictions)
+        score.metrics[spec.metric] = next(scores[spec.name])
+        return score
+
+    monkeypatch.setattr(fitting, "score_rows", scripted)
+    tasks = [write_toy(tmp_path, name, sizes=(8, 4, 4)) for name in ("mood", "about")]
+    result = run(tasks, tiny_bert, tmp_path / "out", train__epochs=6, train__patience=2)
+    assert [entry["validation"]["about"] for entry in result.history] == [0.1, 0.2, 0.3, 0.2, 0.2]
+
+
+def test_each_task_keeps_its_best_state(tmp_path, tiny_bert, monkeypatch):
+    from sparse_ft import fitting
+
+    scores = {"mood": [0.1, 0.9, 0.5], "about": [0.7, 0.2, 0.7]}
+    states, predict = {"mood": [], "about": []}, fitting.predict_rows
+    score_rows = fitting.score_rows
+
+    def watching(model, spec, data):
+        states[spec.name].append({name: value.detach().clone() for name, value in model.trainable(spec.name).items()})
+        return predict(model, spec, data)
+
+    def scripted(spec, data, predictions):
+        score = score_rows(spec, data, predictions)
+        score.metrics[spec.metric] = scores[spec.name][len(states[spec.name]) - 1]
+        return score
+
+    monkeypatch.setattr(fitting, "predict_rows", watching)
+    monkeypatch.setattr(fitting, "score_rows", scripted)
+    tasks = [write_toy(tmp_path, name, sizes=(16, 4, 4)) for name in scores]
+    path = run(tasks, tiny_bert, tmp_path / "out", train__epochs=3).path
+    saved = load_checkpoint(path).model
+    for name, best in (("mood", 1), ("about", 0)):  # of equal scores the first
+        assert equal(dict(saved.trainable(name)), states[name][best])
+        assert not equal(states[name][best], states[name][2])
+    assert json.loads((path / "metrics.json").read_text())["mood"]["validation"] == 0.9
+
+
+def test_the_best_score_is_that_of_the_saved_checkpoint(tmp_path, tiny_bert):
+    tasks = [write_toy(tmp_path, name, sizes=(64, 40, 8)) for name in ("mood", "names")]
+    result = run(tasks, tiny_bert, tmp_path / "out", train__epochs=4)
+    again = sparse_ft.evaluate(result.path, split="validation", device="cpu")
+    metrics = json.loads((result.path / "metrics.json").read_text())
+    for name, metric in (("mood", "accuracy"), ("names", "f1")):
+        best = max(entry["validation"][name] for entry in result.history)
+        assert metrics[name]["validation"] == best == pytest.approx(again.tasks[name].score.metrics[metric], abs=1e-12)
+        assert metrics[name]["split"] == "test"
+        assert metrics[name]["metrics"] == result.scores[name]
+
+
+# Settings
+
+
+def test_train_limit_uses_so_many_rows_of_each_task(tmp_path, tiny_bert):
+    tasks = [write_toy(tmp_path, name, sizes=(40, 4, 4)) for name in ("mood", "about")]
+    result = run(tasks, tiny_bert, tmp_path / "out", data__train_limit=9, train__batch_size=6, train__epochs=2)
+    assert [entry["step"] for entry in result.history] == [3, 6]  # 2 x 9 rows, 6 a step
+
+
+def test_small_data_is_repeated_until_there_are_enough_steps(tmp_path, tiny_bert):
+    task = write_toy(tmp_path, "mood", sizes=(8, 4, 4))
+    result = run([task], tiny_bert, tmp_path / "out", train__min_steps=5, train__batch_size=4, train__epochs=1)
+    assert [entry["step"] for entry in result.history] == [2, 4, 6]
+
+
+def test_label_smoothing_bounds_the_loss_from_below(tmp_path, tiny_bert):
+    task = write_toy(tmp_path, "mood", sizes=(8, 4, 4))
+    options = {"train__epochs": 15, "train__batch_size": 8}
+    plain = run([task], tiny_bert, tmp_path / "plain", **options).history[-1]["loss"]["mood"]
+    smoothed = run([task], tiny_bert, tmp_path / "smooth", train__label_smoothing=0.4, **options)
+    target = torch.tensor([0.8, 0.2])  # 1 - 0.4 + 0.4 / 2
+    entropy = -(target * target.log()).sum().item()
+    assert plain < entropy / 2
+    assert entropy - 1e-6 <= smoothed.history[-1]["loss"]["mood"] < entropy + 0.2
+
+
+def test_bf16_backbone_trains_float32_experts(tmp_path, tiny_bert, caught_model):
+    task = write_toy(tmp_path, "mood")
+    result = run([task], tiny_bert, tmp_path / "out", train__precision="bf16", train__epochs=5, train__batch_size=8)
+    assert {value.dtype for value in caught_model[0].trainable("mood").values()} == {torch.float32}
+    assert caught_model[0].encoder.embeddings.word_embeddings.weight.dtype == torch.bfloat16
+    assert {tensor.dtype for tensor in tensors(result.path).values()} == {torch.float32}
+    assert result.history[-1]["loss"]["mood"] < 0.8 * result.history[0]["loss"]["mood"]
+
+
+def test_a_run_config_is_taken_as_it_is(tmp_path, tiny_bert):
+    task = write_toy(tmp_path, "mood", sizes=(16, 4, 4))
+    config = load_config(overrides=settings(train__epochs=3), values={"tasks": [task], "backbone": str(tiny_bert)})
+    result = sparse_ft.train(config=config, output=tmp_path / "out", device="cpu", overrides=["train.epochs=1"])
+    assert len(result.history) == 1
+    saved = RunConfig.model_validate(yaml.safe_load((result.path / "config.yaml").read_text()))
+    assert saved.train == config.train.model_copy(update={"epochs": 1})
+    assert saved.tasks == [task]
+
+
+def test_labels_are_those_of_the_task_file_in_its_order(tmp_path, tiny_bert):
+    task = write_toy(tmp_path, "mood", sizes=(16, 4, 4), labels={"good": "gut", "bad": "schlecht"})
+    result = run([task], tiny_bert, tmp_path / "out", train__epochs=1)
+    assert result.tasks["mood"].label_names == ["gut", "schlecht"]
+    model = sparse_ft.load(result.path, device="cpu")
+    assert model.logits(["a", "b"], "mood").shape == (2, 2)
+    assert model("loved").tasks["mood"]["label"] in {"gut", "schlecht"}
+    rows = read(model.tasks["mood"], splits=["test"])["test"].to_dict()
+    data = prepare(rows, spec=model.tasks["mood"], encoder=model.encoder)
+    assert set(predict_rows(model.checkpoint.model, model.tasks["mood"], data)) <= {"gut", "schlecht"}
+
+
+# What goes wrong
+
+
+def test_a_loss_that_is_not_finite_names_task_and_step(tmp_path, tiny_bert, monkeypatch):
+    monkeypatch.setattr(Classification, "loss", lambda self, logits, targets, **_: logits.sum() * float("nan"))
+    task = write_toy(tmp_path, "mood", sizes=(16, 4, 4))
+    with pytest.raises(SparseFTError, match=r"'mood' became nan at step 1\. Lower train\.learning_rate \(now 0\.01\)"):
+        run([task], tiny_bert, tmp_path / "out")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])  # fmt: skip
+def test_out_of_memory_says_what_to_lower(tmp_path, tiny_bert, monkeypatch, error):
+    def full(self, logits, targets, **_):
+        raise error
+
+    monkeypatch.setattr(Classification, "loss", full)
+    task = write_toy(tmp_path, "mood", sizes=(16, 4, 4))
+    expected = r"Out of memory on cpu with train\.batch_size=16 .*data\.max_length=256.*--set train\.accumulation=6"
+    with pytest.raises(SparseFTError, match=expected):
+        run([task], tiny_bert, tmp_path / "out", train__accumulation=3)
+
+
+def test_other_runtime_errors_are_not_called_out_of_memory(tmp_path, tiny_bert, monkeypatch):
+    def broken(self, logits, targets, **_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(Classification, "loss", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run([write_toy(tmp_path, "mood", sizes=(16, 4, 4))], tiny_bert, tmp_path / "out")
+
+
+def test_tagging_with_a_causal_backbone_warns(tmp_path, tiny_gpt2, caplog):
+    tasks = [write_toy(tmp_path, name, sizes=(8, 4, 4)) for name in ("mood", "names")]
+    run(tasks, tiny_gpt2, tmp_path / "out", train__epochs=1)
+    warned = [record.getMessage() for record in caplog.records if "causal" in record.getMessage()]
+    assert len(warned) == 1
+    assert "Task names will tag better on a BERT" in warned[0]
+
+
+def test_a_task_without_known_validation_answers_is_refused(tmp_path, tiny_bert):
+    task = write_toy(tmp_path, "mood", sizes=(16, 4, 4))
+    write_rows(tmp_path / "mood/validation.jsonl", [{"text": "a", "label": None}])
+    with pytest.raises(DataError, match="16 training and 0 validation rows with answers"):
+        run([task], tiny_bert, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_task_is_no_run(tmp_path):
+    with pytest.raises(ConfigError, match=r"No task is given\. Name at least one"):
+        sparse_ft.train([], output=tmp_path / "out")
+
+
+def test_a_failed_run_leaves_nothing_that_is_in_the_way(tmp_path, tiny_bert, monkeypatch):
+    task = write_toy(tmp_path, "mood", sizes=(16, 4, 4))
+    with monkeypatch.context() as patch:
+        patch.setattr(Classification, "loss", lambda self, logits, targets, **_: logits.sum() * float("nan"))
+        with pytest.raises(SparseFTError):
+            run([task], tiny_bert, tmp_path / "out")
+    run([task], tiny_bert, tmp_path / "out", train__epochs=1)  # the same --output may be used again
+    assert (tmp_path / "out/manifest.json").is_file()
