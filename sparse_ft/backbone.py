@@ -32,7 +32,7 @@ class Family:
     routes_rows: bool = True
     """Whether every expert layer gets one row per text; DeBERTa also projects its relative positions, once a batch."""
     keeps_trunk: bool = True
-    """Whether a pass can start from the hidden states that enter a block; large DeBERTas convolve after the first one."""
+    """Whether a pass can start from the states that enter a block; large DeBERTas convolve after the first."""
 
 
 # Keys are transformers' `config.model_type`.

@@ -1,5 +1,6 @@
-"""The trunk: what lies below the lowest expert layer. It is the same for all tasks and never changes in training, so its
-output is computed once and kept, and later passes start from there.
+"""The trunk: what lies below the lowest expert layer.
+
+It is the same for all tasks and never changes in training, so it is computed once, and later passes start from there.
 """
 
 import contextlib
@@ -85,7 +86,7 @@ def skipping_trunk(blocks: nn.ModuleList, *, first_block: int, hidden: Tensor) -
 
     skipped = list(blocks)[:first_block]
     for block in skipped:
-        block.forward = hand_on  # type: ignore[method-assign]
+        block.forward = hand_on
     try:
         yield
     finally:
