@@ -20,7 +20,7 @@ import torch
 import transformers
 from peft import LoraConfig, TaskType, get_peft_model
 
-from sparse_ft.backbone import load_backbone, set_attention
+from sparse_ft.backbone import load_backbone
 from sparse_ft.config import load_config
 from sparse_ft.encoding import Encoder
 from sparse_ft.evaluation import prepare
@@ -49,7 +49,12 @@ def time_peft(examples, *, num_labels, epochs, seed):
         trainer = transformers.Trainer(
             model=model,
             args=transformers.TrainingArguments(
-                output_dir=output, num_train_epochs=epochs, save_strategy="no", report_to=[], disable_tqdm=True, seed=seed
+                output_dir=output,
+                num_train_epochs=epochs,
+                save_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+                seed=seed,
             ),
             train_dataset=datasets.Dataset.from_list(rows),
             data_collator=transformers.DataCollatorForTokenClassification(tokenizer),
@@ -62,7 +67,6 @@ def time_peft(examples, *, num_labels, epochs, seed):
 def time_ours(spec, examples, validation, *, epochs, seed):
     run = load_config(overrides=[f"train.epochs={epochs}", "train.min_steps=0"], values={"seed": seed})
     model = SparseExpertModel(load_backbone("minilm"))
-    set_attention(model.backbone, "eager")
     modules = model.backbone.select_linears(first_block=run.experts.first_block)
     model.experts.create(spec.name, modules=modules, rank=run.experts.rank, alpha=run.experts.alpha, seed=seed)
     kind = find_kind(spec.kind)
@@ -100,7 +104,8 @@ def main() -> None:
         peft.append(tokens / time_peft(rows, num_labels=num_labels, epochs=options.epochs, seed=number))
         ours.append(tokens / time_ours(spec, rows, one_row, epochs=options.epochs, seed=number))
         ratios.append(ours[-1] / peft[-1])
-        print(f"round {number + 1}: PEFT {peft[-1]:,.0f} tok/s, sparse-ft {ours[-1]:,.0f} tok/s, ratio {ratios[-1]:.2f}")
+        shown = f"PEFT {peft[-1]:,.0f} tok/s, sparse-ft {ours[-1]:,.0f} tok/s, ratio {ratios[-1]:.2f}"
+        print(f"round {number + 1}: {shown}", flush=True)
     shown = [f"{statistics.median(values):,.0f}" for values in (peft, ours)]
     print(f"median of {options.rounds}: PEFT {shown[0]}, sparse-ft {shown[1]}, ratio {statistics.median(ratios):.2f}")
 

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +16,16 @@ MINILM_ID = "sentence-transformers/all-MiniLM-L6-v2"
 # Published on https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2/blob/main/model.safetensors
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
-_LOG = logging.getLogger("sparse_ft")
+# Files that hold a vocabulary; transformers builds an empty one where there is none.
+_VOCABULARIES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+    "spm.model",
+    "sentencepiece.bpe.model",
+)
 
 
 @dataclass(frozen=True)
@@ -164,9 +171,9 @@ def load_backbone(
     blocks = model.get_submodule(family.blocks)
     assert isinstance(blocks, nn.ModuleList)
     prefix = f"{family.blocks}."
-    pad_id = next(
-        (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) if i is not None), 0
-    )
+    num_ids = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
+    pad_id = next((number for number in candidates if number is not None and number < num_ids), 0)
     return Backbone(
         name=str(Path(name).resolve()) if Path(name).is_dir() else name,
         revision=revision,
@@ -225,7 +232,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise BackboneError(f"Backbone folder {str(folder)!r} has no readable config.json: {error}.") from error
 
 
@@ -287,7 +294,11 @@ def _load_model(folder: Path, name: str, dtype: torch.dtype) -> nn.Module:
 def _load_tokenizer(folder: Path, name: str) -> Any:
     from transformers import AutoTokenizer
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if not any((folder / file).is_file() for file in _VOCABULARIES):
+        raise BackboneError(
+            f"The tokenizer of backbone {name!r} is not in {str(folder)!r}. Expected {' or '.join(_VOCABULARIES)}. "
+            "Save the tokenizer there, too, with save_pretrained."
+        )
     try:
         # add_prefix_space: byte-level vocabularies refuse lists of words without it; others ignore it.
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, add_prefix_space=True)
@@ -297,8 +308,17 @@ def _load_tokenizer(folder: Path, name: str) -> Any:
         raise BackboneError(
             f"The tokenizer of backbone {name!r} has no fast version, which words need. Save tokenizer.json."
         )
+    _put_space_before_words(tokenizer)
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True  # we cut or window
     return tokenizer
+
+
+def _put_space_before_words(tokenizer: Any) -> None:
+    """Let a byte-level vocabulary see words of a list as in a text; the generic class ignores add_prefix_space."""
+    step = tokenizer.backend_tokenizer.pre_tokenizer
+    for part in step if type(step).__name__ == "Sequence" else [step]:
+        if getattr(part, "add_prefix_space", None) is False:
+            part.add_prefix_space = True
 
 
 def set_attention(backbone: Backbone, implementation: Literal["eager", "sdpa"]) -> None:

@@ -107,18 +107,22 @@ def train(
     """Train one expert per task on a frozen backbone, and print the classification report."""
     from sparse_ft.training import train as train_experts
 
-    result = train_experts(
-        task or [],
-        data=_sources(data),
-        output=output,
-        backbone=backbone,
-        config=config,
-        overrides=set_ or [],
-        from_checkpoint=from_,
-        resume=resume,
-        seed=seed,
-        device=device,
-    )
+    try:
+        result = train_experts(
+            task or [],
+            data=_sources(data),
+            output=output,
+            backbone=backbone,
+            config=config,
+            overrides=set_ or [],
+            from_checkpoint=from_,
+            resume=resume,
+            seed=seed,
+            device=device,
+        )
+    except KeyboardInterrupt:
+        typer.echo("\nStopped. `sparse-ft train --resume --output FOLDER` goes on from the last save.", err=True)
+        raise typer.Exit(130) from None
     typer.echo(result.evaluation.to_text())
     shown = _shown_path(result.path)
     example = next(iter(result.tasks.values())).example or "Your text here."

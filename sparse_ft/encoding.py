@@ -49,7 +49,8 @@ class Encoder:
         first = special.index(0) if 0 in special else 0
         last = len(special) - special[::-1].index(0) if 0 in special else 0
         self.prefix, self.suffix = ids[:first], ids[last:]
-        self.has_types = "token_type_ids" in probe
+        # Some tokenizers give token types to models that have none; GPT-2 would add word embeddings for them.
+        self.has_types = "token_type_ids" in probe and getattr(backbone.config, "type_vocab_size", 0) > 1
 
     def texts(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[Example]:
         """Encode one example a text (or pair); what exceeds ``max_length`` tokens is cut, from the longer of a pair.
@@ -106,7 +107,7 @@ class Encoder:
         return [
             Example(
                 row,
-                [*self.prefix, *ids[start : start + capacity], *self.suffix],
+                [*self.prefix, *ids[start : start + capacity], *self.suffix] or [self.empty_id],
                 word_positions=[len(self.prefix) + marks[word] - start for word in owned.get(start, [])],
                 word_indices=owned.get(start, []),
             )

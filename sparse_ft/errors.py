@@ -36,7 +36,8 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
         One paragraph: the value, the closest accepted name if one is close, and the whole list.
     """
     names = [str(entry) for entry in known]
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    by_lower = {entry.lower(): entry for entry in names}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
+    hint = f" Did you mean {by_lower[close[0]]!r}?" if close else ""
     shown = ", ".join(names[:40]) + (f", … ({len(names)} in all)" if len(names) > 40 else "")
     return f"Unknown {what} {name!r}.{hint} Known: {shown or 'none'}."

@@ -1,11 +1,12 @@
 """Write folders so that a reader sees the old one or the new one, never a half: staged beside, synced, renamed."""
 
+import contextlib
 import errno
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,38 +79,40 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-class explain_os_errors:
+@contextlib.contextmanager
+def explain_os_errors(path: Path) -> Iterator[None]:
     """Turn the operating system's refusals while ``path`` is written into a CheckpointError.
 
     Args:
         path: What is being written.
+
+    Raises:
+        CheckpointError: If the disk is full, the place may not be written, or a file stands in the way.
     """
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{str(path)!r} cannot be written: {_reason(error, path)}") from error
+    except Exception as error:
+        if "os error 28" not in str(error):  # the tokenizers library is written in Rust and raises a bare Exception
+            raise
+        raise CheckpointError(f"{str(path)!r} cannot be written: {_disk_full(path)}") from error
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
 
-    def __enter__(self) -> None:
-        """Do nothing."""
+def _reason(error: OSError, path: Path) -> str:
+    place = error.filename or path
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return _disk_full(path)
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"no write permission ({place}). Choose another folder."
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return f"{place} is a file, not a folder. Choose another folder."
+    return f"{error.strerror or error}."
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Raise a CheckpointError in place of an OSError."""
-        if not isinstance(error, OSError):
-            return
-        where = f"{str(self.path)!r} cannot be written"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(_existing_parent(self.path)).free // 2**20
-            raise CheckpointError(
-                f"{where}: no space left on the disk ({free} MiB free). Free some and try again."
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise CheckpointError(
-                f"{where}: no write permission ({error.filename or self.path}). Choose another folder."
-            ) from error
-        if error.errno in (errno.ENOTDIR, errno.EEXIST):
-            raise CheckpointError(
-                f"{where}: {error.filename or self.path} is a file, not a folder. Choose another folder."
-            ) from error
-        raise CheckpointError(f"{where}: {error.strerror or error}.") from error
+
+def _disk_full(path: Path) -> str:
+    free = shutil.disk_usage(_existing_parent(path)).free // 2**20
+    return f"no space left on the disk ({free} MiB free). Free some and try again."
 
 
 def _existing_parent(path: Path) -> Path:

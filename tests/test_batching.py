@@ -1,6 +1,7 @@
 import math
 import random
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def test_draws_are_shuffled_and_repeats_come_in_fresh_orders():
     rounds = [tuple(orders[start : start + 20]) for start in range(0, 200, 20)]
     assert len(set(rounds)) == 10
     tasks = [task for task, _ in draw("uniform", sizes)]
-    changes = sum(left != right for left, right in zip(tasks, tasks[1:], strict=False))
+    changes = sum(left != right for left, right in pairwise(tasks))
     assert changes > 100  # 200 expected; 1 if the tasks stood one after the other
 
 
@@ -102,7 +103,7 @@ def test_rows_of_a_task_are_adjacent_in_a_batch(lengths):
     assert any(len({task for task, _ in batch}) > 1 for batch in plan)
     for batch in plan:
         tasks = [task for task, _ in batch]
-        changes = sum(left != right for left, right in zip(tasks, tasks[1:], strict=False))
+        changes = sum(left != right for left, right in pairwise(tasks))
         assert changes == len(set(tasks)) - 1
 
 
@@ -110,7 +111,7 @@ def test_without_mixing_a_batch_holds_one_task_and_tasks_take_turns(lengths):
     plan = plan_of(lengths, mix_tasks=False)
     assert all(len({task for task, _ in batch}) == 1 for batch in plan)
     order = [batch[0][0] for batch in plan]
-    assert sum(left != right for left, right in zip(order, order[1:], strict=False)) > 10
+    assert sum(left != right for left, right in pairwise(order)) > 10
 
 
 @pytest.mark.parametrize("mixture", MIXTURES)
@@ -214,7 +215,7 @@ def test_length_batches_take_every_row_once_within_the_budget(max_tokens):
         longest = max(lengths[row] for row in batch)
         assert len(batch) == 1 or len(batch) * longest <= max_tokens
     assert [lengths[batch[0]] for batch in batches] == sorted((lengths[batch[0]] for batch in batches), reverse=True)
-    for batch, following in zip(batches, batches[1:], strict=False):  # no batch could have taken one row more
+    for batch, following in pairwise(batches):  # no batch could have taken one row more
         assert (len(batch) + 1) * lengths[batch[0]] > max_tokens
         assert min(lengths[row] for row in batch) >= max(lengths[row] for row in following)
 

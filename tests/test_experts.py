@@ -100,14 +100,10 @@ def test_rows_of_several_experts_equal_the_dense_sum_in_float64(kind, seed):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(7, 3, INPUTS, generator=generator)
     routing = torch.randint(0, len(experts), (7,), generator=generator).tolist()
-    torch.testing.assert_close(
-        call(layer, x, routing).double(), dense_float64(layer, x, routing), atol=1e-4, rtol=1e-5
-    )
+    torch.testing.assert_close(call(layer, x, routing).double(), dense_float64(layer, x, routing), atol=1e-4, rtol=1e-5)
     for expert in range(len(experts)):
         alone = [expert] * 7
-        torch.testing.assert_close(
-            call(layer, x, alone).double(), dense_float64(layer, x, alone), atol=1e-4, rtol=1e-5
-        )
+        torch.testing.assert_close(call(layer, x, alone).double(), dense_float64(layer, x, alone), atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
@@ -154,8 +150,8 @@ def test_dropout_acts_in_training_only_and_never_on_the_frozen_path(routing):
     if 1 in routing:
         torch.testing.assert_close(first[1], layer.frozen(x)[1])
     torch.manual_seed(0)
-    mean = torch.stack([call(layer, x, routing) for _ in range(4000)]).mean(0)
-    assert (mean - exact).abs().mean() < 0.05 * (exact - layer.frozen(x)).abs().mean()  # unbiased
+    mean = torch.stack([call(layer, x, routing) for _ in range(1500)]).mean(0)
+    assert (mean - exact).abs().mean() < 0.1 * (exact - layer.frozen(x)).abs().mean()  # unbiased
     with torch.no_grad():
         layer.lora_b[0].zero_()
     torch.testing.assert_close(call(layer, x, routing), layer.frozen(x))
@@ -187,7 +183,7 @@ def test_linear_shape_knows_that_conv1d_is_transposed():
 
 def test_an_expert_layer_outside_a_forward_pass_says_so():
     layer = random_layer("linear", [(4, 2.0)])
-    with pytest.raises(RuntimeError, match="outside SparseExpertModel.forward: no routing is set"):
+    with pytest.raises(RuntimeError, match=r"outside SparseExpertModel\.forward: no routing is set"):
         layer(torch.randn(1, 2, INPUTS))
 
 
@@ -233,11 +229,11 @@ def batch_of(model, tasks):
     return collate(rows, pad_id=model.backbone.pad_id)
 
 
-@torch.no_grad()
-def all_logits(model, tasks):
+def all_logits(model, tasks, *, grad=False):
     """The logits of each task alone, and of all in one mixed batch."""
-    found = {f"{task} alone": model(batch_of(model, [task]))[task] for task in tasks}
-    return found | {f"{task} mixed": logits for task, logits in model(batch_of(model, tasks)).items()}
+    with torch.set_grad_enabled(grad):
+        found = {f"{task} alone": model(batch_of(model, [task]))[task] for task in tasks}
+        return found | {f"{task} mixed": logits for task, logits in model(batch_of(model, tasks)).items()}
 
 
 def assert_bit_identical(before, after):
@@ -257,23 +253,24 @@ def assert_bit_identical(before, after):
         pytest.param(2, 4, "last", id="one layer only"),
     ],
 )
-def test_adding_and_removing_an_expert_leaves_all_others_bit_identical(make_model, family, first_block, rank, targets):
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+def test_adding_and_removing_an_expert_leaves_all_others_bit_identical(
+    make_model, family, first_block, rank, targets, grad
+):
     model = make_model(family, HEADS, first_block={"mood": 1, "names": 2}, rank={"mood": 4, "names": 3})
-    before = all_logits(model, list(HEADS))
+    before = all_logits(model, list(HEADS), grad=grad)
     ending = list(model.backbone.linears)[-1].rpartition(".")[2]
     chosen = [ending] if targets else None
     add_random_expert(model, "third", first_block=first_block, rank=rank, targets=chosen, seed=5)
-    assert_bit_identical(before, all_logits(model, list(HEADS)))
+    assert_bit_identical(before, all_logits(model, list(HEADS), grad=grad))
     model.add_task("third", expert="third", level="text", num_outputs=7)
-    assert_bit_identical(before, all_logits(model, list(HEADS)))
-    third = all_logits(model, ["third"])
+    assert_bit_identical(before, all_logits(model, list(HEADS), grad=grad))
+    left = all_logits(model, ["names", "third"], grad=grad)
     model.experts.remove("mood")  # those behind it move up
-    after = all_logits(model, ["third"])
-    assert_bit_identical(third, after)
-    names = {"names alone": model(batch_of(model, ["names"]))["names"]}
-    assert_bit_identical({"names alone": before["names alone"]}, names)
+    assert_bit_identical(left, all_logits(model, ["names", "third"], grad=grad))
+    last = all_logits(model, ["names"], grad=grad)
     model.experts.remove("third")
-    assert_bit_identical(names, {"names alone": model(batch_of(model, ["names"]))["names"]})
+    assert_bit_identical(last, all_logits(model, ["names"], grad=grad))
     assert model.experts.names == ["names"]
 
 
@@ -408,9 +405,7 @@ def test_no_graph_is_built_below_the_lowest_expert_layer(make_model, family, fir
 def test_an_unknown_expert_is_refused_with_the_closest_one(make_model):
     model = make_model("bert", HEADS)
     for ask in (model.experts.index, model.experts.get, model.experts.remove, model.experts.parameters):
-        with pytest.raises(
-            ConfigError, match=r"Unknown expert 'name'\. Did you mean 'names'\? Known: mood, names\."
-        ):
+        with pytest.raises(ConfigError, match=r"Unknown expert 'name'\. Did you mean 'names'\? Known: mood, names\."):
             ask("name")
 
 

@@ -1,6 +1,5 @@
 """Training on toy tasks whose answer hangs on a few words, with tiny backbones."""
 
-import functools
 import json
 import random
 from pathlib import Path
@@ -142,18 +141,22 @@ def run(tasks: list[str], backbone: str | Path | None, output: Path, *, seed: in
     )
 
 
-@functools.cache
 def trained_toys(tmp_path_factory, backbone: Path) -> Path:
     """Train all toy tasks into one checkpoint, once a session; nobody may change it."""
-    folder = tmp_path_factory.mktemp("toys")
+    folder = tmp_path_factory.getbasetemp() / f"toys-{backbone.name}"
+    if (folder / "checkpoint").is_dir():
+        return folder / "checkpoint"
+    folder.mkdir()
     tasks = [write_toy(folder, name) for name in KINDS]
-    return run(tasks, backbone, folder / "checkpoint", train__epochs=6, train__learning_rate=0.02).path
+    return run(tasks, backbone, folder / "checkpoint", train__epochs=6).path
 
 
-@functools.cache
 def trained_minilm(tmp_path_factory) -> Path:
     """Train two toy tasks on the real MiniLM, once a session; nobody may change it."""
-    folder = tmp_path_factory.mktemp("minilm-toys")
+    folder = tmp_path_factory.getbasetemp() / "toys-minilm"
+    if (folder / "checkpoint").is_dir():
+        return folder / "checkpoint"
+    folder.mkdir()
     tasks = [write_toy(folder, name, sizes=(48, 8, 24)) for name in ("mood", "names")]
     options = {"train__epochs": 3, "train__learning_rate": 0.004, "experts__first_block": 3}
     return run(tasks, "minilm", folder / "checkpoint", **options).path

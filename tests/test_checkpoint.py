@@ -1,0 +1,378 @@
+"""What a checkpoint holds, that it comes back bit by bit, and what a damaged one says."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from test_training import KINDS, run, settings, trained_minilm, trained_toys, write_toy
+
+import sparse_ft
+from sparse_ft import checkpoint as checkpoint_module
+from sparse_ft import folders
+from sparse_ft.backbone import load_backbone, set_attention
+from sparse_ft.checkpoint import load_checkpoint, save_checkpoint
+from sparse_ft.errors import BackboneError, CheckpointError, ConfigError
+from sparse_ft.experts import Routing
+from sparse_ft.listing import describe_checkpoint
+from sparse_ft.manifest import FORMAT, check_name, read_manifest
+
+TEXTS = ["the table loved", "", "Ada Lovelace met Mozart in London", "at six " * 60]
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory, tiny_bert):
+    return trained_toys(tmp_path_factory, tiny_bert)
+
+
+@pytest.fixture
+def copied(toys, tmp_path):
+    """A checkpoint that a test may damage."""
+    return Path(shutil.copytree(toys, tmp_path / "checkpoint"))
+
+
+def all_files(folder: Path) -> dict[str, bytes]:
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def change_manifest(folder: Path, **changes) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+# What is in it
+
+
+def test_the_set_of_files(toys):
+    experts = [f"experts/{name}/adapter_{part}" for name in KINDS for part in ("config.json", "model.safetensors")]
+    files = ["manifest.json", "config.yaml", "metrics.json", *experts]
+    files += [f"heads/{name}.safetensors" for name in KINDS] + [f"tasks/{name}.yaml" for name in KINDS]
+    found = all_files(toys)
+    assert sorted(name for name in found if not name.startswith("tokenizer/")) == sorted(files)
+    assert {"tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"} <= set(found)
+    assert [entry.name for entry in toys.parent.iterdir() if entry.name.startswith(".")] == []
+
+
+def test_nothing_is_pickled_and_the_backbone_is_not_in_it(toys, tiny_bert):
+    for name, content in all_files(toys).items():
+        assert Path(name).suffix in {".json", ".yaml", ".safetensors", ".txt", ".jinja"}, name
+        assert not content.startswith((b"\x80", b"PK")), name
+        if name.endswith(".safetensors"):
+            assert b"embeddings" not in content
+    size = sum(len(content) for name, content in all_files(toys).items() if name.startswith("experts/mood/"))
+    assert size < (tiny_bert / "model.safetensors").stat().st_size
+
+
+def test_the_manifest_is_written_last_and_lists_the_rest(toys, tmp_path, monkeypatch):
+    loaded = load_checkpoint(toys)
+    present, write = [], checkpoint_module.write_json
+
+    def watching(path, content):
+        if path.name == "manifest.json":
+            present.append(set(all_files(path.parent)))
+        write(path, content)
+
+    monkeypatch.setattr(checkpoint_module, "write_json", watching)
+    target = tmp_path / "out"
+    save_checkpoint(target, model=loaded.model, tasks=loaded.tasks, config=loaded.config, metrics=loaded.metrics)
+    assert present == [set(all_files(target)) - {"manifest.json"}]
+    listed = json.loads((target / "manifest.json").read_text())["bytes"]
+    assert set(listed) == present[0] - {"metrics.json"}
+    assert listed == {name: len(content) for name, content in all_files(target).items() if name in listed}
+
+
+def test_saving_what_was_loaded_gives_the_same_bytes(toys, tmp_path):
+    loaded = load_checkpoint(toys)
+    save_checkpoint(
+        tmp_path / "out", model=loaded.model, tasks=loaded.tasks, config=loaded.config, metrics=loaded.metrics
+    )
+    assert all_files(tmp_path / "out") == all_files(toys)
+
+
+def test_the_manifest_refers_to_the_backbone(toys, tiny_bert):
+    manifest = read_manifest(toys)
+    backbone = load_backbone(str(tiny_bert))
+    assert manifest["backbone"] == {
+        "name": str(tiny_bert.resolve()), "revision": None, "weights_sha256": backbone.weights_sha256
+    }  # fmt: skip
+    assert manifest["format"] == FORMAT
+    assert manifest["versions"]["sparse_ft"] == sparse_ft.__version__
+    assert manifest["tasks"] == {name: {"expert": name, "kind": kind} for name, kind in KINDS.items()}
+
+
+# It comes back
+
+
+LOGITS_SCRIPT = """
+import json, sys, torch, safetensors.torch, sparse_ft
+torch.set_num_threads(1)
+texts, paths = json.loads(sys.argv[1]), sys.argv[2:]
+for path in paths:
+    model = sparse_ft.load(path, device="cpu")
+    found = {"mood": model.logits(texts, "mood")}
+    found.update({f"names/{place}": row for place, row in enumerate(model.logits(texts, "names"))})
+    sys.stdout.buffer.write(safetensors.torch.save(found).hex().encode() + b"\\n")
+"""
+
+
+def test_a_new_process_computes_the_same_logits(toys, tmp_path_factory, minilm):
+    paths = [toys, trained_minilm(tmp_path_factory)]
+    done = subprocess.run(
+        [sys.executable, "-c", LOGITS_SCRIPT, json.dumps(TEXTS), *map(str, paths)],
+        check=True, stdout=subprocess.PIPE, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    for path, line in zip(paths, done.stdout.split(), strict=True):
+        there, model = safetensors.torch.load(bytes.fromhex(line)), sparse_ft.load(path, device="cpu")
+        assert torch.equal(there["mood"], model.logits(TEXTS, "mood"))
+        for place, row in enumerate(model.logits(TEXTS, "names")):
+            assert torch.equal(there[f"names/{place}"], row)
+
+
+@pytest.mark.parametrize(("family", "options"), [
+    ("bert", {}),
+    ("bert", {"experts__first_block": 1}),
+    ("bert", {"experts__targets": ["query", "dense"], "experts__rank": 3, "experts__alpha": 5}),
+    ("gpt2", {}),
+    ("gpt2", {"experts__first_block": 2, "experts__targets": ["c_attn"]}),
+    ("minilm", {}),
+])  # fmt: skip
+def test_an_expert_is_a_peft_adapter(tmp_path, tmp_path_factory, tiny_folder, request, family, options):
+    from peft import PeftModel
+    from transformers import AutoModel
+
+    if family == "minilm":
+        request.getfixturevalue("minilm")
+        path = trained_minilm(tmp_path_factory)
+    else:
+        task = write_toy(tmp_path, "mood", sizes=(16, 4, 4))
+        path = run([task], tiny_folder(family), tmp_path / "out", train__epochs=1, **options).path
+    ours = load_checkpoint(path).model
+    set_attention(ours.backbone, "eager")
+    from sparse_ft.resources import packaged_minilm_dir
+
+    folder = packaged_minilm_dir() if family == "minilm" else tiny_folder(family)
+    plain = AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
+    inputs = {"input_ids": torch.tensor([[2, 11, 12, 13, 14, 3], [2, 20, 21, 22, 23, 3]])}
+    with torch.no_grad():
+        bare = plain(**inputs).last_hidden_state
+        theirs = PeftModel.from_pretrained(plain, path / "experts/mood").eval()(**inputs).last_hidden_state
+        with ours.slot.filled(Routing((0, 0))):
+            found = ours.encoder(**inputs).last_hidden_state
+    assert torch.equal(found, theirs)
+    assert not torch.equal(found, bare)
+
+
+def test_the_backbone_may_have_moved(copied, tiny_bert, tmp_path):
+    moved = shutil.copytree(tiny_bert, tmp_path / "moved")
+    manifest = read_manifest(copied)
+    change_manifest(copied, backbone={**manifest["backbone"], "name": str(tmp_path / "gone")})
+    with pytest.raises(BackboneError, match="gone"):
+        sparse_ft.load(copied, device="cpu")
+    there = sparse_ft.load(copied, device="cpu", backbone=str(moved))
+    assert there.predict(["the table loved"], ["mood"])[0].tasks["mood"]["label"] in {"good", "bad"}
+
+
+# A damaged one says so
+
+
+def damaged(folder: Path, error=CheckpointError) -> str:
+    with pytest.raises(error) as caught:
+        load_checkpoint(folder)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("name", ["experts/mood/adapter_model.safetensors", "experts/names/adapter_config.json",
+                                  "heads/about.safetensors", "tasks/reply.yaml", "config.yaml",
+                                  "tokenizer/tokenizer.json"])  # fmt: skip
+def test_a_missing_or_cut_file_is_named(copied, name):
+    content = (copied / name).read_bytes()
+    (copied / name).unlink()
+    assert f"is incomplete: {name} is missing. Copy the folder again" in damaged(copied)
+    (copied / name).write_bytes(content[:-1])
+    assert f"{name} has {len(content) - 1} bytes instead of {len(content)}" in damaged(copied)
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"format": 1,', "[]", "null", '{"format": "x"}', '{"format": 1}'])
+def test_a_broken_manifest_is_named(copied, content):
+    (copied / "manifest.json").write_text(content)
+    assert "manifest.json' is damaged" in damaged(copied)
+
+
+def test_a_newer_format_asks_for_an_update(copied):
+    change_manifest(copied, format=FORMAT + 1, versions={"sparse_ft": "9.8.7"})
+    text = damaged(copied)
+    assert f"has format {FORMAT + 1}; this sparse-ft {sparse_ft.__version__} reads up to {FORMAT}" in text
+    assert "written by sparse-ft 9.8.7: update with `pip install -U sparse-ft`" in text
+
+
+def test_another_backbone_is_refused(copied, tiny_folder):
+    other = tiny_folder("bert", seed=1)
+    with pytest.raises(BackboneError, match=r"sha256 [0-9a-f]{64}, which is not that of the checkpoint's backbone"):
+        load_checkpoint(copied, backbone=str(other))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["experts/mood/adapter_model.safetensors", "heads/mood.safetensors"])
+def test_numbers_that_are_not_finite_are_refused(copied, name, value):
+    from safetensors import safe_open
+
+    file = copied / name
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    found = safetensors.torch.load_file(file)
+    first = sorted(found)[0]
+    found[first].view(-1)[0] = value
+    file.write_bytes(safetensors.torch.save(found, metadata=metadata))
+    text = damaged(copied)
+    assert f"{name}' holds NaN or infinite numbers in {first!r}. Train this expert again." in text
+
+
+def test_a_head_for_other_labels_is_refused(copied):
+    (copied / "heads/mood.safetensors").write_bytes((copied / "heads/names.safetensors").read_bytes())
+    sizes = read_sizes(copied)
+    change_manifest(copied, bytes={**sizes, "heads/mood.safetensors": sizes["heads/names.safetensors"]})
+    assert "mood.safetensors' does not fit the labels of its task" in damaged(copied)
+
+
+def read_sizes(folder: Path) -> dict[str, int]:
+    return json.loads((folder / "manifest.json").read_text())["bytes"]
+
+
+def test_an_adapter_config_that_is_no_json_is_named(copied):
+    file = copied / "experts/mood/adapter_config.json"
+    file.write_bytes(b"{" * file.stat().st_size)
+    assert "adapter_config.json" in damaged(copied)
+
+
+@pytest.mark.parametrize("name", ["../evil", "/etc/evil", "a/b", "..", "", "-x", "a" * 65, "a.b", "a\nb"])
+def test_a_name_is_no_path(name):
+    with pytest.raises(CheckpointError, match="is not allowed: use letters, digits, - and _"):
+        check_name(name)
+
+
+@pytest.mark.parametrize(("read", "section"), [
+    (load_checkpoint, "experts"), (load_checkpoint, "tasks"), (describe_checkpoint, "tasks"),
+])  # fmt: skip
+def test_a_name_from_a_manifest_never_becomes_a_path_unchecked(copied, section, read):
+    manifest = json.loads((copied / "manifest.json").read_text())
+    shutil.copytree(copied / "experts/mood", copied.parent / "evil")
+    shutil.copy(copied / "tasks/mood.yaml", copied / "evil.yaml")
+    change_manifest(copied, **{section: {**manifest[section], "../evil": manifest[section]["mood"]}})
+    with pytest.raises(CheckpointError, match=r"The name '\.\./evil' is not allowed"):
+        read(copied)
+
+
+def test_what_is_no_checkpoint_is_said(tmp_path):
+    with pytest.raises(CheckpointError, match=r"Checkpoint folder '.*nothing' does not exist"):
+        load_checkpoint(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match=r"holds no manifest\.json, so it is no checkpoint\. Give the folder"):
+        load_checkpoint(tmp_path)
+
+
+def test_an_unfinished_run_says_how_to_finish_it(tmp_path):
+    folder = tmp_path / "unfinished"
+    (folder / "resume").mkdir(parents=True)
+    assert f"did not finish: `sparse-ft train --resume --output {folder}` continues it" in damaged(folder)
+
+
+def test_damaged_scores_say_that_they_may_be_deleted(copied):
+    (copied / "metrics.json").write_text("{")
+    assert "metrics.json' is damaged" in damaged(copied)
+    (copied / "metrics.json").unlink()
+    assert load_checkpoint(copied).metrics == {}
+
+
+# Saves that fail
+
+
+def save_again(path: Path, source: Path) -> None:
+    loaded = load_checkpoint(source)
+    save_checkpoint(path, model=loaded.model, tasks=loaded.tasks, config=loaded.config, metrics={"changed": True})
+
+
+@pytest.mark.parametrize(("code", "message"), [
+    (errno.ENOSPC, r"cannot be written: no space left on the disk \(\d+ MiB free\)\. Free some and try again"),
+    (errno.EDQUOT, "no space left on the disk"),
+    (errno.EACCES, "no write permission .*Choose another folder"),
+    (errno.EIO, "cannot be written"),
+])  # fmt: skip
+@pytest.mark.parametrize("number", [1, 3, 16])  # the last is that of the staged folder
+def test_a_save_that_fails_leaves_the_old_checkpoint_whole(toys, copied, monkeypatch, code, message, number):
+    before, calls = all_files(copied), []
+
+    def failing(descriptor):
+        calls.append(descriptor)
+        if len(calls) == number:
+            raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folders.os, "fsync", failing)
+        with pytest.raises(CheckpointError, match=message):
+            save_again(copied, toys)
+    assert all_files(copied) == before
+    assert [entry.name for entry in copied.parent.iterdir()] == ["checkpoint"]
+    load_checkpoint(copied)
+
+
+def test_a_save_without_space_for_a_new_checkpoint_leaves_nothing(toys, tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_module, "write_bytes", full)
+    with pytest.raises(CheckpointError, match="no space left"):
+        save_again(tmp_path / "deep/out", toys)
+    assert not (tmp_path / "deep/out").exists()
+    assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(toys, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(CheckpointError, match=r"file is a file, not a folder\. Choose another folder"):
+        save_again(tmp_path / "file/out", toys)
+    assert (tmp_path / "file").read_text() == "kept"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written_is_named(toys, tmp_path):
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o555)
+    with pytest.raises(CheckpointError, match="no write permission"):
+        save_again(locked / "out", toys)
+    assert list(locked.iterdir()) == []
+
+
+def test_a_full_disk_at_the_very_end_leaves_a_checkpoint_that_loads(tmp_path, tiny_bert, monkeypatch):
+    """The scores on test are added to metrics.json after the checkpoint is complete."""
+    from sparse_ft import training
+
+    def full(path, content):
+        path.write_bytes(b"{")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    task = write_toy(tmp_path, "mood", sizes=(16, 4, 4))
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "write_bytes", full)  # what write_json of training.py uses
+        patch.setattr(checkpoint_module, "write_json", lambda path, content: path.write_text(json.dumps(content)))
+        patch.setattr("sparse_ft.resume.write_json", lambda path, content: path.write_text(json.dumps(content)))
+        assert training.write_json is folders.write_json
+        with pytest.raises(CheckpointError, match="no space left"):
+            run([task], tiny_bert, tmp_path / "out", train__epochs=1)
+    assert load_checkpoint(tmp_path / "out").metrics["mood"]["validation"] >= 0
+
+
+def test_an_existing_checkpoint_is_never_trained_over(copied, tiny_bert, tmp_path):
+    before = all_files(copied)
+    task = write_toy(tmp_path, "mood", sizes=(16, 4, 4))
+    with pytest.raises(ConfigError, match=r"holds a checkpoint already\. Choose another --output"):
+        sparse_ft.train([task], backbone=str(tiny_bert), output=copied, overrides=settings(), device="cpu")
+    assert all_files(copied) == before

@@ -1,0 +1,265 @@
+"""Scores of checkpoints against scikit-learn and seqeval on predictions made one text at a time."""
+
+import json
+import logging
+import sys
+from itertools import chain
+from pathlib import Path
+
+import evaluate as evaluate_library
+import pytest
+import sklearn.metrics
+import yaml
+from seqeval.metrics import f1_score as entity_f1
+from seqeval.metrics import precision_score as entity_precision
+from seqeval.metrics import recall_score as entity_recall
+from test_training import KINDS, run, toy_rows, trained_toys, write_rows, write_toy
+
+import sparse_ft
+from sparse_ft.checkpoint import load_checkpoint
+from sparse_ft.errors import ConfigError, DataError
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory, tiny_bert):
+    return trained_toys(tmp_path_factory, tiny_bert)
+
+
+@pytest.fixture(scope="module")
+def evaluation(toys):
+    return sparse_ft.evaluate(toys, device="cpu")
+
+
+def rows_of(name: str) -> list[dict]:
+    """The rows of the test split."""
+    return toy_rows(name, 32, seed=2)
+
+
+# The figures
+
+
+@pytest.mark.parametrize("name", ["mood", "reply"])
+def test_classification_equals_scikit_learn(toys, evaluation, name):
+    model, rows = sparse_ft.load(toys, device="cpu"), rows_of(name)
+    texts = [(row["text"], row["text_pair"]) if name == "reply" else row["text"] for row in rows]
+    gold = [row["label"] for row in rows]
+    found = [model.predict([text], [name])[0].tasks[name]["label"] for text in texts]
+    score = evaluation.tasks[name].score
+    assert score.n == 32
+    assert score.metrics["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(gold, found))
+    for average in ("macro", "micro", "weighted"):
+        expected = sklearn.metrics.f1_score(gold, found, average=average)
+        assert score.metrics[f"{average}_f1"] == pytest.approx(expected)
+    assert score.report == sklearn.metrics.classification_report(gold, found, output_dict=True, zero_division=0)
+    assert score.confusion.matrix == sklearn.metrics.confusion_matrix(gold, found).tolist()
+
+
+def test_multi_label_equals_scikit_learn(toys, evaluation):
+    model, rows = sparse_ft.load(toys, device="cpu"), rows_of("about")
+    answers = [model.predict([row["text"]], ["about"])[0].tasks["about"]["labels"] for row in rows]
+    found = [{entry["label"] for entry in answer} for answer in answers]
+    gold, guess = (
+        [[int(label in labels) for label in ("football", "music")] for labels in column]
+        for column in ([row["labels"] for row in rows], found)
+    )
+    metrics = evaluation.tasks["about"].score.metrics
+    assert metrics["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(gold, guess))
+    for average in ("macro", "micro", "weighted", "samples"):
+        expected = sklearn.metrics.f1_score(gold, guess, average=average, zero_division=0)
+        assert metrics[f"{average}_f1"] == pytest.approx(expected)
+
+
+def test_tagging_equals_seqeval_and_scikit_learn(toys, evaluation):
+    model, rows = sparse_ft.load(toys, device="cpu"), rows_of("names")
+    tags = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
+    gold = [row["tags"] for row in rows]
+    found = [[tags[place] for place in model.logits([" ".join(row["tokens"])], "names")[0].argmax(-1)] for row in rows]
+    metrics = evaluation.tasks["names"].score.metrics
+    assert metrics["f1"] == pytest.approx(entity_f1(gold, found))
+    assert metrics["precision"] == pytest.approx(entity_precision(gold, found))
+    assert metrics["recall"] == pytest.approx(entity_recall(gold, found))
+    assert metrics["f1"] > 0
+    flat_gold, flat_found = list(chain(*gold)), list(chain(*found))
+    assert metrics["token_accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(flat_gold, flat_found))
+    expected = sklearn.metrics.f1_score(flat_gold, flat_found, average="macro", zero_division=0)
+    assert metrics["token_macro_f1"] == pytest.approx(expected)
+
+
+def test_the_entities_of_predict_are_those_that_are_scored(toys, evaluation):
+    model, rows = sparse_ft.load(toys, device="cpu"), rows_of("names")
+    predicted = [model.predict([" ".join(row["tokens"])], ["names"])[0].tasks["names"]["entities"] for row in rows]
+    report = evaluation.tasks["names"].score.report
+    right = round(report["micro avg"]["recall"] * report["micro avg"]["support"])
+    assert sum(map(len, predicted)) == round(right / report["micro avg"]["precision"])
+
+
+def test_no_entity_is_lost_to_the_window(tmp_path, tiny_bert):
+    task = write_toy(tmp_path, "names", sizes=(24, 4, 4))
+    long = []
+    for start in range(0, 30, 10):
+        parts = toy_rows("names", 30, seed=7)[start : start + 10]
+        long.append({key: [item for part in parts for item in part[key]] for key in ("tokens", "tags")})
+    write_rows(tmp_path / "names/test.jsonl", long)
+    path = run([task], tiny_bert, tmp_path / "out", train__epochs=1, data__max_length=16).path
+    score = sparse_ft.evaluate(path, device="cpu").tasks["names"].score
+    tags = [tag for row in long for tag in row["tags"]]
+    assert score.n == 3
+    assert score.report["micro avg"]["support"] == sum(tag.startswith("B-") for tag in tags) == 60
+    assert score.token_report["weighted avg"]["support"] == len(tags)
+    for tag in set(tags):
+        assert score.token_report[tag]["support"] == tags.count(tag)
+
+
+# Labels and answers that are not as in train
+
+
+def test_a_label_that_train_never_had_is_an_error_and_named(tmp_path, tiny_bert, caplog):
+    task = write_toy(tmp_path, "mood", sizes=(16, 4, 4))
+    rows = [{"text": "the table loved", "label": label} for label in ("odd", "odd", "good", "bad")]
+    write_rows(tmp_path / "mood/test.jsonl", rows)
+    path = run([task], tiny_bert, tmp_path / "out", train__epochs=1).path
+    caplog.clear()
+    score = sparse_ft.evaluate(path, device="cpu").tasks["mood"].score
+    assert score.unseen_labels == ["odd"]
+    assert score.metrics["accuracy"] == 0.25  # one text, so one answer: right for one row of four
+    assert score.report["odd"] == {"precision": 0.0, "recall": 0.0, "f1-score": 0.0, "support": 2}
+    assert any("labels in test that training never had, counted as errors: odd" in text for text in caplog.messages)
+
+
+def test_an_entity_type_that_train_never_had_is_an_error(tmp_path, tiny_bert, caplog):
+    task = write_toy(tmp_path, "names", sizes=(16, 4, 4))
+    write_rows(tmp_path / "names/test.jsonl", [{"tokens": ["Ada", "in", "Geneva"], "tags": ["B-GOD", "O", "B-LOC"]}])
+    path = run([task], tiny_bert, tmp_path / "out", train__epochs=1).path
+    score = sparse_ft.evaluate(path, device="cpu").tasks["names"].score
+    assert score.report["GOD"]["support"] == 1
+    assert score.metrics["recall"] <= 0.5
+    assert any("B-GOD" in text for text in caplog.messages)
+
+
+def test_hidden_answers_are_refused_and_validation_is_scored_instead(tmp_path, tiny_bert):
+    task = write_toy(tmp_path, "mood", sizes=(16, 4, 4))
+    write_rows(tmp_path / "mood/test.jsonl", [{"text": "the table", "label": None}] * 3)
+    result = run([task], tiny_bert, tmp_path / "out", train__epochs=1)
+    assert result.evaluation.splits == {"mood": "validation"}
+    assert json.loads((result.path / "metrics.json").read_text())["mood"]["split"] == "validation"
+    with pytest.raises(
+        DataError, match=r"test split of task 'mood' has no answers; its publisher hides them\. Use --sp"
+    ):
+        sparse_ft.evaluate(result.path, device="cpu")
+    write_rows(tmp_path / "mood/test.jsonl", [{"text": "the table", "label": label} for label in (None, "bad")])
+    assert sparse_ft.evaluate(result.path, device="cpu").tasks["mood"].score.n == 1
+
+
+def test_a_split_that_the_data_lacks_is_refused(tmp_path, tiny_bert):
+    task = Path(write_toy(tmp_path, "mood", sizes=(16, 4, 4)))
+    content = yaml.safe_load(task.read_text())
+    del content["files"]["test"]
+    task.write_text(yaml.safe_dump(content))
+    result = run([str(task)], tiny_bert, tmp_path / "out", train__epochs=1)
+    assert result.evaluation.splits == {"mood": "validation"}
+    with pytest.raises(DataError, match=r"'mood' has no test split in its data\. Choose another with --split"):
+        sparse_ft.evaluate(result.path, device="cpu")
+
+
+def test_rows_known_from_train_are_scored_apart(tmp_path, tiny_bert):
+    task = write_toy(tmp_path, "mood", sizes=(16, 4, 10), leaks={"test": [0, 3]})
+    path = run([task], tiny_bert, tmp_path / "out", train__epochs=1).path
+    result = sparse_ft.evaluate(path, device="cpu")
+    report = result.tasks["mood"]
+    assert (report.score.n, report.unseen_rows.n) == (10, 8)
+    model, rows = sparse_ft.load(path, device="cpu"), toy_rows("mood", 10, seed=2)
+    right = [model(row["text"]).tasks["mood"]["label"] == row["label"] for row in rows]
+    fresh = [answer for place, answer in enumerate(right) if place not in (0, 3)]
+    assert report.unseen_rows.metrics["accuracy"] == pytest.approx(sum(fresh) / 8)
+    assert result.to_dict()["tasks"]["mood"]["unseen_rows"]["n"] == 8
+    assert "only the 8 rows whose text is not in train" in result.to_text()
+    assert sparse_ft.evaluate(path, split="validation", device="cpu").tasks["mood"].unseen_rows is None
+
+
+# Forms and choices
+
+
+def test_the_form_of_the_json(toys, evaluation):
+    content = json.loads(json.dumps(evaluation.to_dict()))
+    assert list(content) == ["checkpoint", "split", "route", "tasks", "routing"]
+    assert (content["checkpoint"], content["split"], content["route"]) == (str(toys), "test", "task")
+    assert list(content["tasks"]) == list(KINDS)
+    for entry in content["tasks"].values():
+        assert entry["n"] == 32
+        assert {"n", "metrics", "report"} <= set(entry) <= {"n", "metrics", "report", "token_report", "confusion"}
+    assert {"accuracy", "macro_f1", "micro_f1", "weighted_f1"} <= set(content["tasks"]["mood"]["metrics"])
+    tagging = content["tasks"]["names"]
+    assert {"f1", "precision", "recall", "token_accuracy", "token_macro_f1"} <= set(tagging["metrics"])
+    assert {"PER", "LOC"} <= set(tagging["report"])
+    assert {"O", "B-PER", "I-PER", "B-LOC"} <= set(tagging["token_report"])
+    assert content["routing"] == {"accuracy": 1.0, "usage": {name: {name: 1.0} for name in KINDS}}
+
+
+def test_some_tasks_another_split_and_other_data(toys, tmp_path):
+    chosen = sparse_ft.evaluate(toys, tasks=["names", "mood"], split="validation", device="cpu")
+    assert list(chosen.tasks) == ["names", "mood"]
+    assert chosen.to_dict()["split"] == "validation"
+    write_rows(tmp_path / "test.jsonl", toy_rows("mood", 5, seed=9))
+    other = sparse_ft.evaluate(toys, tasks=["mood"], data=tmp_path, device="cpu")
+    assert other.tasks["mood"].score.n == 5
+    mapped = sparse_ft.evaluate(toys, tasks=["mood"], data={"mood": str(tmp_path)}, device="cpu")
+    assert mapped.to_dict() == other.to_dict()
+
+
+def test_a_loaded_checkpoint_or_model_is_scored_without_loading_again(toys, evaluation):
+    mood = evaluation.tasks["mood"].score
+    assert sparse_ft.evaluate(load_checkpoint(toys), tasks=["mood"]).tasks["mood"].score == mood
+    model = sparse_ft.load(toys, device="cpu")
+    assert sparse_ft.evaluate(model, tasks=["mood"]).tasks["mood"].score == mood
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"tasks": ["moood"]}, r"Unknown task in this model 'moood'\. Did you mean 'mood'\?"),
+    ({"split": "tset"}, r"Unknown split 'tset'\. Did you mean 'test'\?"),
+    ({"route": "gaet"}, r"Unknown route 'gaet'"),
+    ({"data": "here"}, r"--data 'here' names no task, but there are 4"),
+    ({"data": {"mod": "here"}}, r"Unknown task in --data 'mod'\. Did you mean 'mood'\?"),
+])  # fmt: skip
+def test_unknown_names_are_refused(toys, options, message):
+    with pytest.raises(ConfigError, match=message):
+        sparse_ft.evaluate(toys, device="cpu", **options)
+
+
+METRIC = """
+import datasets
+import evaluate
+
+class Wrong(evaluate.Metric):
+    def _info(self):
+        value = datasets.Value("string")
+        features = datasets.Features({"predictions": value, "references": value})
+        return evaluate.MetricInfo(description="", citation="", features=features)
+
+    def _compute(self, predictions, references):
+        return {"wrong": sum(a != b for a, b in zip(predictions, references)) / len(references)}
+"""
+
+
+def test_a_metric_of_the_evaluate_library_decides(tmp_path, tiny_bert, monkeypatch):
+    """The share of wrong answers as the metric: the best state is then the one that errs most."""
+    monkeypatch.setattr(evaluate_library.loading, "init_hf_modules", lambda _=None: str(tmp_path / "modules"))
+    monkeypatch.setattr(evaluate_library.config, "HF_METRICS_CACHE", tmp_path / "cache")
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    for module in [name for name in sys.modules if name.partition(".")[0] == "evaluate_modules"]:
+        monkeypatch.delitem(sys.modules, module)
+    (tmp_path / "wrong").mkdir()
+    (tmp_path / "wrong/wrong.py").write_text(METRIC)
+    metric = f"evaluate:{tmp_path / 'wrong'}"
+    task = write_toy(tmp_path, "mood", metric=metric)
+    result = run([task], tiny_bert, tmp_path / "out", train__epochs=9, train__patience=2, train__batch_size=8)
+    scores = [entry["validation"]["mood"] for entry in result.history]
+    assert len(scores) == scores.index(max(scores)) + 3 < 9  # two evaluations without a better one
+    validation = sparse_ft.evaluate(result.path, split="validation", device="cpu").tasks["mood"].score
+    assert validation.metrics[metric] == pytest.approx(max(scores))
+    assert validation.metrics[metric] == pytest.approx(1 - validation.metrics["accuracy"])
+
+
+def test_warnings_go_to_the_log_of_the_package(toys, caplog):
+    with caplog.at_level(logging.WARNING):
+        sparse_ft.evaluate(toys, tasks=["mood"], device="cpu")
+    assert caplog.messages == []

@@ -1,0 +1,292 @@
+"""Answers for raw texts: where entities stand, and that a text's company changes nothing."""
+
+import copy
+import random
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from test_training import FILLERS, run, toy_rows, trained_minilm, trained_toys, write_toy
+
+import sparse_ft
+from sparse_ft.errors import ConfigError, DataError
+from sparse_ft.prediction import CHUNK, Prediction
+from sparse_ft.words import split_words
+
+SINGLE = ["mood", "about", "names"]
+"""The toy tasks that read one text."""
+ODD_TEXTS = [
+    "",
+    " ",
+    "\n\t\n",
+    "Ada Lovelace in London",
+    "👩‍👩‍👧 Ada 😀 in 🇵🇹 Lisbon!",
+    "Ada e\u0301te\u0301 a\u0308 in Geneva, n\u0303.",
+    "Ａｄａ　ｉｎ　Ｌｏｎｄｏｎ。",
+    "Ada\tLovelace\r\n  in\n\nLondon \u2028 at\u00a0six",
+    "我们在上海住了三年 with Mozart",
+    "Ada's don't U.S. 3.5 mother-in-law (London)...",
+    "\u200bAda\ufeff Mozart\u0000 in\x07 London",
+    "\U0001d400\U0001d41d\U0001d41a met Mozart",
+]
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory, tiny_bert):
+    return trained_toys(tmp_path_factory, tiny_bert)
+
+
+@pytest.fixture(scope="module")
+def model(toys):
+    return sparse_ft.load(toys, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def eager_tagger(toys):
+    """A model that takes every word for a person of its own."""
+    loaded = sparse_ft.load(toys, device="cpu")
+    labels = loaded.tasks["names"].label_names
+    with torch.no_grad():
+        loaded.checkpoint.model.head("names").linear.bias[1 + 2 * labels.index("PER")] = 1e6
+    return loaded
+
+
+def mixed_texts(number: int) -> list[str]:
+    generator = random.Random(3)
+    texts = [" ".join(row["tokens"]) for row in toy_rows("names", number, seed=5)]
+    lengths = [generator.choice([0, 1, 5, 40, 200]) for _ in texts]
+    longer = [
+        " ".join([text, *generator.choices(FILLERS, k=length)]) for text, length in zip(texts, lengths, strict=True)
+    ]
+    return [*longer, *ODD_TEXTS]
+
+
+def assert_same(found: list[Prediction], expected: list[Prediction]) -> None:
+    """The same labels and entities; scores may differ in the last bits, as batches are padded differently."""
+    for one, other in zip(found, expected, strict=True):
+        left, right = copy.deepcopy(one.to_dict()), copy.deepcopy(other.to_dict())
+        scores = [take_scores(left), take_scores(right)]
+        assert left == right
+        assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+
+
+def take_scores(value) -> list[float]:
+    if isinstance(value, dict):
+        own = [value.pop("score")] if "score" in value else []
+        return own + [score for item in value.values() for score in take_scores(item)]
+    return [score for item in value for score in take_scores(item)] if isinstance(value, list) else []
+
+
+# Where entities stand
+
+
+@pytest.mark.parametrize("text", [*ODD_TEXTS, ("Ada Lovelace in London " * 500)[:10_000]])
+def test_offsets_are_those_of_the_text_as_given(model, text):
+    (prediction,) = model.predict([text], ["names"])
+    assert prediction.text == text
+    end = 0
+    for entity in prediction.tasks["names"]["entities"]:
+        assert entity["text"] == text[entity["start"] : entity["end"]]
+        assert entity["text"].strip() == entity["text"] != ""
+        assert end <= entity["start"] < entity["end"] <= len(text)
+        assert entity["type"] in {"PER", "LOC"}
+        assert 0 < entity["score"] <= 1
+        end = entity["end"]
+
+
+@pytest.mark.parametrize("text", [*ODD_TEXTS, ("Ada Lovelace in London " * 500)[:10_000]])
+def test_every_word_has_its_own_place(eager_tagger, text):
+    found = eager_tagger.predict([text], ["names"])[0].tasks["names"]["entities"]
+    words = [tuple(word) for word in split_words(text)]
+    places = [(entity["text"], entity["start"], entity["end"]) for entity in found]
+    assert set(places) <= set(words)
+    assert places == sorted(places, key=lambda place: place[1])
+    if text.isascii() and text.isprintable():  # the tokenizer drops no word of these
+        assert places == words
+
+
+def test_the_words_of_a_long_text_are_tagged_as_far_as_it_goes(model):
+    text = " ".join(["the weather"] * 900 + ["Ada Lovelace in London"])
+    rows = model.logits([text], "names")
+    assert rows[0].shape == (1804, 5)
+    assert all(row.abs().max() > 0 for row in rows[0])
+
+
+def test_minilm_finds_what_stands_in_the_text(tmp_path_factory, minilm):
+    model = sparse_ft.load(trained_minilm(tmp_path_factory), device="cpu")
+    text = "then  Charles Babbage\n😀 the company in Lisbon"
+    entities = model.predict([text], ["names"])[0].tasks["names"]["entities"]
+    found = [(entity["type"], entity["text"]) for entity in entities]
+    assert ("PER", "Charles Babbage") in found
+    assert ("LOC", "Lisbon") in found
+    assert model.predict(["at table loved"], "mood")[0].tasks["mood"]["label"] == "good"
+    alone = [model.predict([text], "mood")[0] for text in ODD_TEXTS]
+    assert_same(model.predict(ODD_TEXTS, "mood"), alone)
+
+
+# The company of a text
+
+
+def test_a_text_gets_the_same_answer_in_any_company(model):
+    texts = mixed_texts(40)
+    alone = [model.predict([text], SINGLE)[0] for text in texts]
+    assert_same(model.predict(texts, SINGLE), alone)
+    assert_same(model.predict(texts[::-1], SINGLE)[::-1], alone)
+    order = random.Random(1).sample(range(len(texts)), len(texts))
+    shuffled = model.predict([texts[place] for place in order], SINGLE)
+    assert_same([shuffled[order.index(place)] for place in range(len(texts))], alone)
+    assert {answer.tasks["mood"]["label"] for answer in alone} == {"good", "bad"}
+    assert any(answer.tasks["names"]["entities"] for answer in alone)
+
+
+def test_a_text_gets_the_same_answer_with_several_torch_threads(model):
+    texts = mixed_texts(20)
+    one = model.predict(texts, SINGLE)
+    torch.set_num_threads(3)
+    try:
+        assert_same(model.predict(texts, SINGLE), one)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_one_object_answers_several_threads(model):
+    texts = mixed_texts(60)
+    jobs = [SINGLE[:1], SINGLE[1:2], SINGLE[2:]] * 8
+    expected = {job[0]: model.predict(texts, job) for job in jobs[:3]}
+    with ThreadPoolExecutor(8) as pool:
+        for job, found in zip(jobs, pool.map(lambda job: model.predict(texts, job), jobs), strict=True):
+            assert_same(found, expected[job[0]])
+
+
+def test_asking_for_one_task_answers_as_asking_for_all(model):
+    texts = mixed_texts(10)
+    together = model.predict(texts, SINGLE)
+    for name in SINGLE:
+        apart = model.predict(texts, name)
+        assert [list(answer.tasks) for answer in apart] == [[name]] * len(texts)
+        assert [answer.tasks[name] for answer in apart] == [answer.tasks[name] for answer in together]
+        assert apart[0].routing == {name: 1.0}
+
+
+# Streams
+
+
+def test_a_stream_is_read_no_further_than_needed(model):
+    read = 0
+
+    def source():
+        nonlocal read
+        for place in range(10 * CHUNK):
+            read += 1
+            yield "loved" if place % 3 else "boring"
+
+    stream = model.stream(source(), "mood")
+    assert read == 0
+    first = next(stream)
+    assert first.text == "boring"
+    assert read <= CHUNK
+    for _ in range(CHUNK):
+        next(stream)
+    assert CHUNK < read <= 2 * CHUNK
+
+
+def test_a_stream_keeps_the_order(model):
+    texts = [f"{'loved ' * (place % 7)}{place}" for place in range(CHUNK + 40)]
+    found = list(model.stream(iter(texts), "mood"))
+    assert [prediction.text for prediction in found] == texts
+    assert_same(found[CHUNK - 3 : CHUNK + 3], model.predict(texts[CHUNK - 3 : CHUNK + 3], "mood"))
+    assert list(model.stream([], "mood")) == []
+
+
+# Forms
+
+
+def test_forms_of_answers(model):
+    (one,) = model.predict(["the table loved"], ["mood", "about", "names"])
+    content = one.to_dict()
+    assert list(content) == ["text", "tasks", "routing"]
+    assert content["routing"] == {"mood": 1.0, "about": 1.0, "names": 1.0}
+    assert set(content["tasks"]["mood"]) == {"label", "score"}
+    assert 0.5 <= content["tasks"]["mood"]["score"] <= 1
+    (about,) = model.predict(["music half football"], ["about"])
+    labels = about.tasks["about"]["labels"]
+    assert {entry["label"] for entry in labels} <= {"music", "football"}
+    assert [entry["score"] for entry in labels] == sorted((entry["score"] for entry in labels), reverse=True)
+    assert model.predict([], "mood") == []
+
+
+def test_a_call_answers_one_text_or_a_list(tmp_path, tiny_bert):
+    task = write_toy(tmp_path, "mood", sizes=(16, 4, 4))
+    model = sparse_ft.load(run([task], tiny_bert, tmp_path / "out", train__epochs=1).path, device="cpu")
+    assert isinstance(model("loved"), Prediction)
+    assert [type(entry) for entry in model(["loved", "boring"])] == [Prediction, Prediction]
+    assert model(["loved"])[0] == model("loved")
+    assert sparse_ft.predict(model, ["loved"]) == [model("loved")]
+    assert sparse_ft.predict(tmp_path / "out", ["loved"], device="cpu") == [model("loved")]
+
+
+def test_pairs_are_read_as_pairs(model):
+    one, other = ("the table", "half loved"), ("half loved", "the table")
+    first = model.predict([one, other], ["reply"])[0]
+    assert (first.text, first.text_pair) == one
+    assert list(first.to_dict()) == ["text", "text_pair", "tasks", "routing"]
+    logits = model.logits([one, other], "reply")
+    assert logits.shape == (2, 2)
+    assert not torch.allclose(logits[0], logits[1], atol=1e-3)
+    assert first.tasks["reply"]["label"] == "y"
+
+
+def test_shapes_of_logits(model):
+    assert model.logits(["a", "", "the table"], "mood").shape == (3, 2)
+    assert model.logits(["a", "", "the table"], "about").shape == (3, 2)
+    assert model.logits(["a"], "mood").dtype == torch.float32
+    rows = model.logits(["Ada in London", "", "the table!"], "names")
+    assert [tuple(row.shape) for row in rows] == [(3, 5), (0, 5), (3, 5)]
+    assert model.logits([], "mood").shape == (0, 2)
+    assert model.logits([], "names") == []
+    probabilities = model.logits(["the table loved"], "mood")[0].softmax(-1)
+    answer = model.predict(["the table loved"], "mood")[0].tasks["mood"]
+    assert answer["score"] == pytest.approx(probabilities.max().item())
+
+
+@pytest.mark.parametrize(("texts", "tasks", "error", "message"), [
+    (["a"], "moood", ConfigError, r"Unknown task in this model 'moood'\. Did you mean 'mood'\? Known: mood, reply"),
+    (["a"], ["mood", "x"], ConfigError, "Unknown task in this model 'x'"),
+    (["a"], [], ConfigError, 'No task is given'),
+    (["a"], "reply", DataError, r"Task 'reply' reads two texts a row, got one: 'a'"),
+    ([("a", "b")], "mood", DataError, r"Task 'mood' reads one text a row, got two: \('a', 'b'\)"),
+    ([None], "mood", DataError, "Expected a text or a pair of texts, got NoneType: None"),
+    ([b"a"], "mood", DataError, "Expected a text or a pair of texts, got bytes"),
+    ([("a", "b", "c")], "reply", DataError, "Expected a text or a pair of texts, got tuple"),
+])  # fmt: skip
+def test_what_cannot_be_answered_is_refused(model, texts, tasks, error, message):
+    with pytest.raises(error, match=message):
+        model.predict(texts, tasks)
+    with pytest.raises(error, match=message):
+        list(model.stream(texts, tasks))
+
+
+# The package
+
+
+def test_importing_the_package_loads_no_torch():
+    script = """
+import sys, sparse_ft
+public = {"train", "load", "evaluate", "predict", "SparseFTError", "TrainResult", "LoadedModel", "Prediction",
+          "Evaluation", "__version__"}
+assert public <= set(sparse_ft.__all__) == set(dir(sparse_ft)), dir(sparse_ft)
+import sparse_ft.cli
+heavy = {"torch", "transformers", "datasets", "peft", "sklearn", "accelerate"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_public_names_are_there():
+    for name in sparse_ft.__all__:
+        assert getattr(sparse_ft, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'trian'"):
+        _ = sparse_ft.trian
