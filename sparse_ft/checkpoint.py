@@ -199,14 +199,20 @@ def load_expert(folder: Path, *, name: str) -> Expert:
         folder: With adapter_config.json and adapter_model.safetensors.
         name: The expert's name in this model.
     """
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    file = folder / "adapter_config.json"
+    try:
+        alpha = float(json.loads(file.read_text(encoding="utf-8"))["lora_alpha"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{str(file)!r} is damaged: {error!r}. Restore the folder from a copy or train again."
+        ) from error
     tensors = read_tensors(folder / "adapter_model.safetensors")
     deltas = {}
     for key, lora_a in tensors.items():
         if key.endswith(".lora_A.weight"):
             module = key.removeprefix(_PEFT_PREFIX).removesuffix(".lora_A.weight")
             deltas[module] = (lora_a, tensors[key.replace(".lora_A.", ".lora_B.")])
-    return Expert(name, float(config["lora_alpha"]), deltas)
+    return Expert(name, alpha, deltas)
 
 
 def _load_head(head: torch.nn.Module, path: Path) -> None:

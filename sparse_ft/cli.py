@@ -24,14 +24,19 @@ app = typer.Typer(
 )
 
 TaskOption = Annotated[
-    list[str] | None, typer.Option("--task", help="Bundled name, or path of a task file. Repeatable.")
+    list[str] | None,
+    typer.Option("--task", metavar="NAME_OR_PATH", help="Bundled name, or path of a task file. Repeatable."),
+]
+TaskNameOption = Annotated[
+    list[str] | None, typer.Option("--task", metavar="NAME", help="A task of the checkpoint; default all. Repeatable.")
 ]
 DataOption = Annotated[
-    list[str] | None, typer.Option("--data", help="PATH, or TASK=PATH with several tasks: folder or file of the data.")
+    list[str] | None,
+    typer.Option("--data", metavar="[TASK=]PATH", help="Folder or file of the data; with TASK= for several."),
 ]
-DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+DeviceOption = Annotated[str | None, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.")]
 BackboneOption = Annotated[
-    str | None, typer.Option(help="Where the backbone is now, if not where the checkpoint says; same weights.")
+    str | None, typer.Option(metavar="FOLDER", help="Where the backbone is now, if not where the checkpoint says.")
 ]
 CheckpointArgument = Annotated[Path, typer.Argument(help="Folder that `train` wrote.")]
 
@@ -90,18 +95,20 @@ def tasks(name: Annotated[str | None, typer.Argument(help="Bundled name, or path
 def train(
     task: TaskOption = None,
     data: DataOption = None,
-    backbone: Annotated[str | None, typer.Option(help="minilm, a folder, or a hub id.")] = None,
-    config: Annotated[str | None, typer.Option(help="Bundled name, or path of a YAML file with differences.")] = None,
+    backbone: Annotated[str | None, typer.Option(metavar="NAME_OR_PATH", help="minilm, a folder, or a hub id.")] = None,
+    config: Annotated[
+        str | None, typer.Option(metavar="NAME_OR_PATH", help="Bundled name, or YAML file of differences.")
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one setting. Repeatable.")
     ] = None,
     from_: Annotated[
         Path | None, typer.Option("--from", metavar="CHECKPOINT", help="Start from a checkpoint and keep its experts.")
     ] = None,
-    stage: Annotated[Literal["experts"], typer.Option(help="What to train.")] = "experts",
-    output: Annotated[Path | None, typer.Option(help="Folder to write; default runs/<tasks>.")] = None,
+    stage: Annotated[Literal["experts"], typer.Option(help="What to train; experts is all there is yet.")] = "experts",
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder to write; default runs/<tasks>.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in --output.")] = False,
-    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Of everything random.")] = None,
     device: DeviceOption = None,
 ) -> None:
     """Train one expert per task on a frozen backbone, and print the classification report."""
@@ -125,18 +132,22 @@ def train(
         raise typer.Exit(130) from None
     typer.echo(result.evaluation.to_text())
     shown = _shown_path(result.path)
-    example = next(iter(result.tasks.values())).example or "Your text here."
+    spec = next(iter(result.tasks.values()))
+    example = spec.example or "Your text here."
+    if "text_pair" in spec.columns and "\t" not in example:
+        example = "Your first text here.\tYour second."
     typer.echo(f"\nTrained on {result.tokens_per_second:,.0f} tokens per second. Checkpoint: {shown}")
-    typer.echo(f"Next: sparse-ft predict {shown} {shlex.quote(example)}")
+    dashes = "-- " if example.startswith("-") else ""
+    typer.echo(f"Next: sparse-ft predict {shlex.quote(shown)} {dashes}{shlex.quote(example)}")
 
 
 @app.command()
 def evaluate(
     checkpoint: CheckpointArgument,
-    task: TaskOption = None,
+    task: TaskNameOption = None,
     data: DataOption = None,
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
-    route: Annotated[str, typer.Option(help="task: each row goes to its task's expert.")] = "task",
+    split: Annotated[str, typer.Option(metavar="SPLIT", help="train, validation or test.")] = "test",
+    route: Annotated[str, typer.Option(metavar="ROUTE", help="task: each row goes to its task's expert.")] = "task",
     json_: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the scores as JSON.")] = None,
     report: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write report.txt, report.md and report.json.")
@@ -174,10 +185,10 @@ def predict(
     text: Annotated[
         list[str] | None, typer.Argument(help="Texts; without any, and without --file, standard input.")
     ] = None,
-    file: Annotated[str | None, typer.Option(help="File with one text a line, or - for standard input.")] = None,
-    task: Annotated[
-        list[str] | None, typer.Option("--task", help="Task name, or all (the default). Repeatable.")
+    file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="File with one text a line, or - for standard input.")
     ] = None,
+    task: TaskNameOption = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object a text.")] = False,
     device: DeviceOption = None,
     backbone: BackboneOption = None,

@@ -53,6 +53,8 @@ class TrainConfig(_Section):
     clip: float = Field(default=1.0, ge=0)
     """Largest gradient norm of a task's parameters; 0 switches clipping off."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    backbone_dropout: bool = False
+    """Whether the frozen backbone's own dropout is on in training; it slows a step by a quarter or more."""
     head_dropout: float = Field(default=0.1, ge=0, lt=1)
     patience: int = Field(default=3, ge=0)
     """Evaluations without a better score, for all tasks, after which training stops; 0 never stops early."""
@@ -98,7 +100,7 @@ class RunConfig(_Section):
 
 
 def load_config(
-    name_or_path: str | Path | None = None,
+    base: str | Path | RunConfig | None = None,
     *,
     overrides: Sequence[str] = (),
     values: Mapping[str, Any] | None = None,
@@ -106,14 +108,18 @@ def load_config(
     """Put a run config together: defaults, then the file, then the overrides, then the given values.
 
     Args:
-        name_or_path: Bundled name or path of a YAML file with differences from the defaults.
+        base: Bundled name, path of a YAML file with differences from the defaults, or a config.
         overrides: ``section.key=value`` strings; values are read as YAML.
         values: Top-level values that win over everything, e.g. from command-line options.
 
     Raises:
         ConfigError: With every problem in one paragraph.
     """
-    merged: dict[str, Any] = _read(name_or_path) if name_or_path is not None else {}
+    merged: dict[str, Any] = {}
+    if isinstance(base, RunConfig):
+        merged = base.model_dump(exclude_unset=True)
+    elif base is not None:
+        merged = _read(base)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:

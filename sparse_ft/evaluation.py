@@ -14,6 +14,7 @@ from sparse_ft.inference import row_logits
 from sparse_ft.kinds import find_kind
 from sparse_ft.metrics import headline
 from sparse_ft.model import SparseExpertModel
+from sparse_ft.prediction import LoadedModel
 from sparse_ft.readers import read, rows_seen_in_train
 from sparse_ft.reports import TaskReport, report_json, report_text
 from sparse_ft.scores import Score
@@ -141,7 +142,7 @@ def evaluate_task(
 
 
 def evaluate(
-    checkpoint: str | Path | Checkpoint,
+    checkpoint: str | Path | Checkpoint | LoadedModel,
     *,
     tasks: Sequence[str] | None = None,
     data: str | Path | Mapping[str, str] | None = None,
@@ -153,7 +154,7 @@ def evaluate(
     """Score a checkpoint.
 
     Args:
-        checkpoint: A folder, or what ``load_checkpoint`` gave.
+        checkpoint: A folder, or what ``load`` or ``load_checkpoint`` gave.
         tasks: Some of its tasks; None scores all.
         data: Folder or file for the one task, or task name to such; None takes what each was trained on.
         split: ``train``, ``validation`` or ``test``; or task name to such.
@@ -168,6 +169,8 @@ def evaluate(
     """
     if route not in ROUTES:
         raise ConfigError(unknown_name("route", route, ROUTES))
+    if isinstance(checkpoint, LoadedModel):
+        checkpoint = checkpoint.checkpoint
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = load_checkpoint(checkpoint, device=find_device(device), backbone=backbone)
     chosen = list(tasks or checkpoint.tasks)

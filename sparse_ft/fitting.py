@@ -99,9 +99,10 @@ class _Loop:
         accelerator: Accelerator,
     ) -> None:
         self.model, self.run, self.output = model, run, output
-        self.tasks = _keep_trunks(model, tasks, limit=run.train.trunk_memory * 2**20)
         self.accelerator = accelerator
         model.requires_grad_(False)
+        model.backbone_dropout = run.train.backbone_dropout
+        self.tasks = _keep_trunks(model, tasks, limit=run.train.trunk_memory * 2**20)
         self.groups = {task: model.trainable(task) for task in tasks}
         self.parameters = {
             f"{task}/{name}": value for task, group in self.groups.items() for name, value in group.items()
@@ -110,7 +111,7 @@ class _Loop:
             parameter.requires_grad_(True)
         self.optimizer = accelerator.prepare(_optimizer(self.parameters, run))
         self.lengths = {name: [len(row.input_ids) for row in task.examples] for name, task in tasks.items()}
-        self.data = fingerprint({name: task.examples for name, task in tasks.items()})
+        self.data = fingerprint({name: [*task.examples, *task.validation.examples] for name, task in tasks.items()})
         self.progress = Progress()
         self.best = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         steps_per_epoch = len(self.plan(0))
@@ -135,10 +136,12 @@ class _Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         whole = _count_targets(self.tasks, pairs)
+        # Each task weighs as its rows do: a batch is worth the mean over its rows, whatever the mixture.
+        weights = {name: sum(task == name for task, _ in pairs) / len(pairs) for name in whole}
         losses = dict.fromkeys(whole, 0.0)
         size = math.ceil(len(pairs) / settings.accumulation)
         for start in range(0, len(pairs), size):
-            for task, loss in self._backward(pairs[start : start + size], whole=whole, num_rows=len(pairs)).items():
+            for task, loss in self._backward(pairs[start : start + size], whole=whole, weights=weights).items():
                 losses[task] += loss
         for group in self.groups.values():
             if settings.clip:
@@ -158,7 +161,7 @@ class _Loop:
         progress.tokens += sum(self.lengths[task][row] for task, row in pairs)
         progress.seconds += time.perf_counter() - started
 
-    def _backward(self, pairs: Pairs, *, whole: Mapping[str, int], num_rows: int) -> dict[str, float]:
+    def _backward(self, pairs: Pairs, *, whole: Mapping[str, int], weights: Mapping[str, float]) -> dict[str, float]:
         """Add the gradients of some rows of a batch; return what they add to the mean loss of each task."""
         rows = [(task, self.tasks[task].examples[row]) for task, row in pairs]
         batch = collate(rows, pad_id=self.model.backbone.pad_id, device=self.model.device)
@@ -170,8 +173,7 @@ class _Loop:
             assert part.targets is not None
             mean = kind.loss(logits[part.task], part.targets, label_smoothing=self.run.train.label_smoothing)
             loss = mean * (share[part.task] / whole[part.task])
-            # Each task weighs as its rows do: a batch is worth the mean over its rows, whatever the mixture.
-            total = total + loss * (sum(task == part.task for task, _ in pairs) / num_rows)
+            total = total + loss * weights[part.task]
             losses[part.task] = loss.item()
         self.accelerator.backward(total)
         return losses
@@ -226,7 +228,7 @@ def _keep_trunks(
 ) -> Mapping[str, TrainingTask]:
     """Run all rows through what lies below the experts, once, if the result fits into ``limit`` bytes."""
     backbone, first_block = model.backbone, model.first_block
-    if first_block == 0 or not backbone.family.keeps_trunk:
+    if first_block == 0 or not backbone.family.keeps_trunk or model.backbone_dropout:
         return tasks
     rows = [example for task in tasks.values() for example in (*task.examples, *task.validation.examples)]
     dtype = next(backbone.model.parameters()).dtype

@@ -14,12 +14,17 @@ from sparse_ft.errors import CheckpointError
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file and wait until the disk has it."""
+    """Write a file, whole or not at all, and wait until the disk has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
+    staged = path.with_name(f".{path.name}.new")
+    try:
+        with staged.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -67,7 +72,8 @@ def _swap(staged: Path, target: Path) -> None:
     if target.exists():
         target.rename(old)
     staged.rename(target)
-    _sync_folder(target.parent)
+    with contextlib.suppress(OSError):  # the new folder is in place; that the disk has the renames is all that is left
+        _sync_folder(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -14,6 +14,7 @@ from sparse_ft.folders import recover_folder
 FORMAT = 1
 """Of the folder; a reader refuses a higher one."""
 MANIFEST = "manifest.json"
+_KEYS = ("versions", "backbone", "first_block", "pooling", "experts", "tasks", "bytes")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
@@ -59,6 +60,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"Checkpoint {str(path)!r} has format {written_format}; this sparse-ft {__version__} reads up to {FORMAT}. "
             f"It was written by sparse-ft {version}: update with `pip install -U sparse-ft`."
         )
+    lacking = [key for key in _KEYS if key not in manifest]
+    if lacking:
+        raise CheckpointError(
+            f"{str(file)!r} is damaged: it lacks {', '.join(lacking)}. Restore the folder from a copy or train again."
+        )
+    for name in (*manifest["experts"], *manifest["tasks"]):
+        check_name(name)
     for name, size in manifest["bytes"].items():
         part = path / name
         found = part.stat().st_size if part.is_file() else None

@@ -42,6 +42,7 @@ class SparseExpertModel(nn.Module):
         self.pooling = pooling if pooling != "auto" else ("last" if backbone.family.causal else "mean")
         self.heads = nn.ModuleDict()
         self.tasks: dict[str, TaskSlot] = {}
+        self.backbone_dropout = False
 
     @property
     def first_block(self) -> int:
@@ -80,9 +81,9 @@ class SparseExpertModel(nn.Module):
         return {name: parameter for name, parameter in found.items() if parameter.numel()}
 
     def train(self, mode: bool = True) -> "SparseExpertModel":
-        """Switch experts and heads to training; the frozen backbone keeps its own dropout off."""
+        """Switch experts and heads to training, and the backbone's own dropout on if ``backbone_dropout`` says so."""
         super().train(mode)
-        self.encoder.eval()
+        self.encoder.train(mode and self.backbone_dropout)
         for layer in self.experts.layers.values():
             layer.train(mode)
         return self

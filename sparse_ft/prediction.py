@@ -69,7 +69,7 @@ class LoadedModel:
         """Answer tasks for a list of texts.
 
         Args:
-            texts: Raw texts, also empty; (text, text) for tasks on pairs.
+            texts: Raw texts, also empty; (text, text) for tasks on pairs. A single string is a list of one.
             tasks: Names, or ``"all"``.
 
         Returns:
@@ -79,6 +79,7 @@ class LoadedModel:
             ConfigError: If a task is not in the checkpoint.
             DataError: If a task on pairs gets single texts, or the other way round.
         """
+        texts = [texts] if isinstance(texts, str) else texts
         names = self._task_names(tasks)
         answers = {name: self._answers(name, texts) for name in names}
         routing = {self.checkpoint.model.tasks[name].expert: 1.0 for name in names}
@@ -139,11 +140,11 @@ class LoadedModel:
         spec = self.tasks[task]
         kind = find_kind(spec.kind)
         columns = _columns(spec, texts)
-        examples = kind.encode(columns, encoder=self.encoder, labels=spec.label_names or [], language=spec.language)
         num_words = None
         if kind.level == "word":
             num_words = [len(split_words(text, spec.language)) for text in columns["text"]]
-        with self._lock:
+        with self._lock:  # over the encoding, too: a tokenizer keeps its truncation settings in itself
+            examples = kind.encode(columns, encoder=self.encoder, labels=spec.label_names or [], language=spec.language)
             return row_logits(self.checkpoint.model, task, examples, num_rows=len(texts), num_words=num_words)
 
 
@@ -155,7 +156,10 @@ def _columns(spec: TaskSpec, texts: Sequence[Text]) -> dict[str, list[str]]:
             raise DataError(f"Expected a text or a pair of texts, got {type(text).__name__}: {text!r}.")
         if isinstance(text, tuple) != wants_pairs:
             wanted, given = ("two texts a row", "one") if wants_pairs else ("one text a row", "two")
-            raise DataError(f"Task {spec.name!r} reads {wanted}, got {given}: {text!r}.")
+            raise DataError(
+                f"Task {spec.name!r} reads {wanted}, got {given}: {text!r}. "
+                "Ask only tasks that read the same (--task, or tasks=[…])."
+            )
     if wants_pairs:
         return {"text": [text[0] for text in texts], "text_pair": [text[1] for text in texts]}
     return {"text": [text for text in texts if isinstance(text, str)]}

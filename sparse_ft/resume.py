@@ -101,6 +101,7 @@ def find_resume(output: Path) -> RunConfig:
         ConfigError: If there is none.
     """
     folder = output / "resume"
+    recover_folder(output)
     recover_folder(folder)
     if not (folder / "progress.json").is_file():
         done = " It holds a finished checkpoint." if (output / "manifest.json").is_file() else ""

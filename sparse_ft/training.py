@@ -16,7 +16,7 @@ from sparse_ft.encoding import Encoder
 from sparse_ft.errors import ConfigError, DataError, SparseFTError
 from sparse_ft.evaluation import Evaluation, evaluate, name_sources, prepare, score_rows, scored_split
 from sparse_ft.fitting import TrainingTask, fit
-from sparse_ft.folders import explain_os_errors, write_json
+from sparse_ft.folders import explain_os_errors, recover_folder, write_json
 from sparse_ft.kinds import find_kind
 from sparse_ft.kinds.classification import IGNORED
 from sparse_ft.manifest import MANIFEST, check_name
@@ -87,12 +87,11 @@ def train(
         "device": device,
     }
     values = {key: value for key, value in given.items() if value is not None}
-    if isinstance(config, RunConfig):
-        run = load_config(None, overrides=overrides, values={**config.model_dump(), **values})
-    else:
-        run = load_config(config, overrides=overrides, values=values)
+    run = load_config(config, overrides=overrides, values=values)
+    if from_checkpoint is not None:
+        run = _with(run, {"start": str(Path(from_checkpoint).absolute())})
     if resume:
-        run = _resumed_config(run, output)
+        run = _resumed_config(run, output, data=data)
     specs = [load_task(task) for task in run.tasks]
     if not specs:
         raise ConfigError("No task is given. Name at least one, e.g. --task ner; `sparse-ft tasks` lists them.")
@@ -100,13 +99,8 @@ def train(
     if len(set(names)) < len(names):
         raise ConfigError(f"Two tasks have the same name: {', '.join(names)}. Give each task file its own name.")
     if not resume:
-        run = run.model_copy(
-            update={
-                "sources": {**run.sources, **name_sources(data, names)},
-                "output": str(_free_output(output or run.output, names)),
-                "start": str(Path(from_checkpoint).absolute()) if from_checkpoint else run.start,
-            }
-        )
+        sources = {**run.sources, **name_sources(data, names)}
+        run = _with(run, {"sources": sources, "output": str(_free_output(output or run.output, names))})
     return _train(run, specs, resume=resume)
 
 
@@ -115,21 +109,27 @@ def _task_reference(task: str) -> str:
     return str(Path(task).absolute()) if Path(task).suffix in {".yaml", ".yml"} else str(task)
 
 
-def _resumed_config(run: RunConfig, output: str | Path | None) -> RunConfig:
+def _with(run: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """Change fields of a config; they count as set."""
+    return RunConfig.model_validate({**run.model_dump(exclude_unset=True), **values})
+
+
+def _resumed_config(
+    run: RunConfig, output: str | Path | None, *, data: str | Path | Mapping[str, str] | None
+) -> RunConfig:
     """Take over the config of the interrupted run; refuse options that say otherwise."""
-    folder = Path(output or run.output or _default_output([load_task(task).name for task in run.tasks]))
+    folder = Path(output or run.output or _default_output([load_task(task).name for task in run.tasks])).absolute()
     saved = find_resume(folder)
-    asked = run.model_dump(exclude_defaults=True)
-    kept = saved.model_dump()
-    different = [
-        key for key, value in _flat(asked) if key not in ("output", "sources") and dict(_flat(kept)).get(key) != value
-    ]
+    names = [load_task(task).name for task in saved.tasks]
+    asked = _with(run, {"sources": {**run.sources, **name_sources(data, names)}, "output": str(folder)})
+    kept = dict(_flat(_with(saved, {"output": str(folder)}).model_dump()))
+    different = [key for key, value in _flat(asked.model_dump(exclude_unset=True)) if kept.get(key) != value]
     if different:
         raise ConfigError(
             f"The interrupted run in {str(folder)!r} has other settings: {', '.join(different)}. --resume continues it "
             "unchanged; leave these options out, or start anew in another --output."
         )
-    return saved.model_copy(update={"output": str(folder)})
+    return _with(saved, {"output": str(folder)})
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -153,6 +153,8 @@ def _free_output(output: str | Path | None, names: Sequence[str]) -> Path:
             folder = base.with_name(f"{base.name}-{number}")
         return folder.absolute()
     folder = Path(output).expanduser().absolute()
+    recover_folder(folder)
+    recover_folder(folder / "resume")
     if (folder / MANIFEST).exists():
         raise ConfigError(
             f"{str(output)!r} holds a checkpoint already. Choose another --output, or move the old one away."
@@ -175,6 +177,7 @@ def _train(run: RunConfig, specs: Sequence[TaskSpec], *, resume: bool) -> TrainR
     for name, task in ready.items():
         if name not in kept:
             _add_task(model, task.spec, run=run)
+    model.experts.set_dropout(run.experts.dropout)
     model.to(device)
     with explain_os_errors(output):
         output.mkdir(parents=True, exist_ok=True)
@@ -189,7 +192,8 @@ def _train(run: RunConfig, specs: Sequence[TaskSpec], *, resume: bool) -> TrainR
         metrics[name].update(
             {"split": evaluation.splits[name], **report_json(entry.score, unseen_rows=entry.unseen_rows)}
         )
-    write_json(output / "metrics.json", metrics)
+    with explain_os_errors(output / "metrics.json"):
+        write_json(output / "metrics.json", metrics)
     rate = progress.tokens / progress.seconds if progress.seconds else 0.0
     return TrainResult(output, evaluation, progress.history, trained, rate)
 
@@ -251,7 +255,6 @@ def _add_task(model: SparseExpertModel, spec: TaskSpec, *, run: RunConfig) -> No
     settings = run.experts
     modules = model.backbone.select_linears(first_block=settings.first_block, targets=settings.targets)
     model.experts.create(spec.name, modules=modules, rank=settings.rank, alpha=settings.alpha, seed=run.seed)
-    model.experts.set_dropout(settings.dropout)
     kind = find_kind(spec.kind)
     outputs = kind.outputs(spec.label_names or [])
     head = model.add_task(

@@ -59,7 +59,7 @@ def as_tsv(content: str | bytes, **changes) -> None:
 
 @pytest.mark.parametrize(("arguments", "said"), [
     (["train", "--task", "sentimant"], ["Unknown task 'sentimant'", "Did you mean 'sentiment'?", "path of a YAML"]),
-    (["train", "--task", "no.yaml"], ["Task file 'no.yaml' does not exist", "bundled name"]),
+    (["train", "--task", "no.yaml"], ["no.yaml' does not exist", "bundled name"]),
     (["train"], ["No task is given", "--task ner", "`sparse-ft tasks` lists them"]),
     (["tasks", "sentimant"], ["Unknown task 'sentimant'", "Did you mean 'sentiment'?"]),
     ([*TRAIN, "--backbone", "minlm"], ["Unknown backbone 'minlm'", "Did you mean 'minilm'?", "Any folder with"]),
@@ -120,7 +120,7 @@ def test_scores_that_cannot_be_written(monkeypatch, capsys, tmp_path, toys, opti
 
 
 @pytest.mark.parametrize(("changes", "said"), [
-    ({"metrik": "f1"}, ["'mood.yaml'", "Unknown key 'metrik'", "Did you mean 'metric'?"]),
+    ({"metrik": "f1"}, ["mood.yaml'", "Unknown key 'metrik'", "Did you mean 'metric'?"]),
     ({"kind": "clasification"}, ["'mood'", "Unknown kind 'clasification'", "Did you mean 'classification'?"]),
     ({"metric": "acuracy"}, ["Unknown metric", "'acuracy'", "accuracy"]),
     ({"metric": "evaluate:./nothing"}, ["Metric 'evaluate:./nothing' could not be loaded"]),
