@@ -118,18 +118,19 @@ def _resumed_config(
     run: RunConfig, output: str | Path | None, *, data: str | Path | Mapping[str, str] | None
 ) -> RunConfig:
     """Take over the config of the interrupted run; refuse options that say otherwise."""
-    folder = Path(output or run.output or _default_output([load_task(task).name for task in run.tasks])).absolute()
+    folder = Path(output or run.output or _default_output([load_task(task).name for task in run.tasks]))
     saved = find_resume(folder)
+    written = {"output": str(folder.absolute())}
     names = [load_task(task).name for task in saved.tasks]
-    asked = _with(run, {"sources": {**run.sources, **name_sources(data, names)}, "output": str(folder)})
-    kept = dict(_flat(_with(saved, {"output": str(folder)}).model_dump()))
+    asked = _with(run, {"sources": {**run.sources, **name_sources(data, names)}, **written})
+    kept = dict(_flat(_with(saved, written).model_dump()))
     different = [key for key, value in _flat(asked.model_dump(exclude_unset=True)) if kept.get(key) != value]
     if different:
         raise ConfigError(
             f"The interrupted run in {str(folder)!r} has other settings: {', '.join(different)}. --resume continues it "
             "unchanged; leave these options out, or start anew in another --output."
         )
-    return _with(saved, {"output": str(folder)})
+    return _with(saved, written)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

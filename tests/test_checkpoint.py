@@ -354,15 +354,16 @@ def test_a_folder_that_may_not_be_written_is_named(toys, tmp_path):
 def test_a_full_disk_at_the_very_end_leaves_a_checkpoint_that_loads(tmp_path, tiny_bert, monkeypatch):
     """The scores on test are added to metrics.json after the checkpoint is complete."""
 
-    def full(path, content):
-        path.write_bytes(b"{")
-        raise OSError(errno.ENOSPC, "No space left on device")
+    real = os.fsync
+
+    def full(descriptor):
+        if Path(f"/proc/self/fd/{descriptor}").readlink() == tmp_path / "out/.metrics.json.new":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
 
     task = write_toy(tmp_path, "mood", sizes=(16, 4, 4))
     with monkeypatch.context() as patch:
-        patch.setattr(folders, "write_bytes", full)  # what write_json of training.py uses
-        patch.setattr(checkpoint_module, "write_json", lambda path, content: path.write_text(json.dumps(content)))
-        patch.setattr("sparse_ft.resume.write_json", lambda path, content: path.write_text(json.dumps(content)))
+        patch.setattr(os, "fsync", full)
         with pytest.raises(CheckpointError, match="no space left"):
             run([task], tiny_bert, tmp_path / "out", train__epochs=1)
     assert load_checkpoint(tmp_path / "out").metrics["mood"]["validation"] >= 0
