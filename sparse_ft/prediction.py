@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparse_ft.checkpoint import Checkpoint, load_checkpoint
@@ -114,8 +115,6 @@ class LoadedModel:
         rows = self._row_logits(name, texts)
         if find_kind(self.tasks[name].kind).level == "word":
             return rows
-        import torch
-
         return torch.stack(rows) if rows else torch.zeros(0, self.checkpoint.model.head(name).linear.out_features)
 
     def _task_names(self, tasks: Sequence[str] | str) -> list[str]:
