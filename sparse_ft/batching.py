@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,11 +43,6 @@ class Batch:
     tasks: list[TaskRows]
     trunk: Tensor | None = None
     """(rows, tokens, hidden) kept hidden states, if every row has them."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of real tokens."""
-        return int(self.attention_mask.sum())
 
 
 def collate(rows: Sequence[tuple[str, Example]], *, pad_id: int, device: torch.device | str = "cpu") -> Batch:
@@ -197,14 +192,3 @@ def epoch_batches(
             batches.extend(sorted(pool[place : place + batch_size]) for place in range(0, len(pool), batch_size))
     generator.shuffle(batches)
     return batches
-
-
-def batch_loader(
-    plan: Sequence[Sequence[tuple[str, int]]],
-    examples: Mapping[str, Sequence[Example]],
-    *,
-    collate_rows: Callable[[Sequence[tuple[str, Example]]], Batch],
-) -> Iterator[Batch]:
-    """Yield the batches of a plan one after the other."""
-    for pairs in plan:
-        yield collate_rows([(task, examples[task][row]) for task, row in pairs])

@@ -1,6 +1,5 @@
 """From text to token ids: single texts, pairs, and windows over words."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,8 +7,6 @@ from typing import Any
 from torch import Tensor
 
 from sparse_ft.backbone import Backbone
-
-_LOG = logging.getLogger("sparse_ft")
 
 
 @dataclass(frozen=True, slots=True)
