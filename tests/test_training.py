@@ -10,6 +10,7 @@ import torch
 import yaml
 
 import sparse_ft
+from sparse_ft import fitting
 from sparse_ft.backbone import load_backbone, set_attention
 from sparse_ft.checkpoint import load_checkpoint
 from sparse_ft.config import RunConfig, load_config
@@ -206,11 +207,13 @@ def logits_of(model, task: str, texts: list[str]) -> list[torch.Tensor]:
     ("mood", "accuracy", 0.85),
     ("reply", "accuracy", 0.85),
     ("about", "micro_f1", 0.85),
-    ("names", "f1", 0.6),
+    ("names", "f1", 0.85),
 ])  # fmt: skip
 def test_every_kind_learns_a_task_that_can_be_learnt(tmp_path, tiny_bert, name, metric, least):
-    result = run([write_toy(tmp_path, name)], tiny_bert, tmp_path / "out", train__epochs=7, train__batch_size=8)
-    assert result.scores[name][metric] >= least
+    task = write_toy(tmp_path, name, sizes=(240, 48, 48))
+    options = {"train__epochs": 6, "train__batch_size": 8, "train__learning_rate": 0.005}
+    result = run([task], tiny_bert, tmp_path / "out", **options)
+    assert result.scores[name][metric] >= least  # seeds 13 to 20 score 0.94 at least
     assert result.history[-1]["loss"][name] < result.history[0]["loss"][name] / 2
     assert result.evaluation.splits == {name: "test"}
 
@@ -339,14 +342,26 @@ def test_the_seed_decides_every_bit(tmp_path, tiny_bert):
 
 
 @pytest.mark.parametrize("name", ["mood", "names"])
-def test_accumulation_changes_no_result(tmp_path, tiny_bert, name):
+def test_accumulation_changes_no_result(tmp_path, tiny_bert, monkeypatch, name):
+    # Plain descent: AdamW divides by the size of the gradient, so rounding noise on one near 0 becomes a whole step.
+    def descent(parameters, run):
+        rate = run.train.learning_rate
+        return torch.optim.SGD([{"params": list(parameters.values()), "lr": rate, "base_lr": rate}])
+
+    monkeypatch.setattr(fitting, "_optimizer", descent)
     task = write_toy(tmp_path, name, sizes=(30, 8, 8))
-    whole, parts = (
-        tensors(run([task], tiny_bert, tmp_path / str(number), train__epochs=1, train__accumulation=number).path)
-        for number in (1, 3)
-    )
+    start, whole, parts = (
+        tensors(run([task], tiny_bert, tmp_path / str(place), train__epochs=1, **changes).path)
+        for place, changes in enumerate([
+            {"train__learning_rate": 1e-12},
+            {"train__learning_rate": 0.5, "train__accumulation": 1},
+            {"train__learning_rate": 0.5, "train__accumulation": 3},
+        ])
+    )  # fmt: skip
     for key, tensor in whole.items():
         torch.testing.assert_close(parts[key], tensor, atol=1e-5, rtol=0, msg=key)
+    moved = max(float((tensor - start[key]).abs().max()) for key, tensor in whole.items())
+    assert moved > 1e-2  # a thousand times the tolerance
 
 
 @pytest.mark.parametrize("mixture", ["proportional", "smoothed", "uniform"])
