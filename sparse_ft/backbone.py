@@ -97,6 +97,12 @@ class Backbone:
         offset = self.pad_id + 1 if self.config.model_type == "roberta" else 0
         return min(positions - offset, int(self.tokenizer.model_max_length))
 
+    @property
+    def drops_case(self) -> bool:
+        """Whether the tokenizer reads capitals as small letters, as uncased models do."""
+        capital, small = (self.tokenizer(letter, add_special_tokens=False)["input_ids"] for letter in ("A", "a"))
+        return bool(capital == small)
+
     def select_linears(self, *, first_block: int, targets: list[str] | None = None) -> list[str]:
         """Name the linears of the blocks from ``first_block`` up.
 

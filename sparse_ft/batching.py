@@ -41,6 +41,8 @@ class Batch:
     """(rows, tokens), 1 for real tokens, padding on the right."""
     token_type_ids: Tensor | None
     tasks: list[TaskRows]
+    word_shapes: Tensor | None = None
+    """(rows, tokens) indices in ``word_shapes.SHAPES``, 0 outside words; None if no row has words."""
     trunk: Tensor | None = None
     """(rows, tokens, hidden) kept hidden states, if every row has them."""
 
@@ -56,19 +58,22 @@ def collate(rows: Sequence[tuple[str, Example]], *, pad_id: int, device: torch.d
     length = max(len(example.input_ids) for _, example in rows)
     input_ids = torch.full((len(rows), length), pad_id)
     attention_mask = torch.zeros((len(rows), length), dtype=torch.long)
-    types = torch.zeros((len(rows), length), dtype=torch.long)
+    types, shapes = (torch.zeros((len(rows), length), dtype=torch.long) for _ in range(2))
     for place, (_, example) in enumerate(rows):
         size = len(example.input_ids)
         input_ids[place, :size] = torch.tensor(example.input_ids)
         attention_mask[place, :size] = 1
         if example.token_type_ids is not None:
             types[place, :size] = torch.tensor(example.token_type_ids)
+        if example.word_shapes:
+            shapes[place, :size] = torch.tensor(example.word_shapes)
     has_types = any(example.token_type_ids is not None for _, example in rows)
     return Batch(
         input_ids=input_ids.to(device),
         attention_mask=attention_mask.to(device),
         token_type_ids=types.to(device) if has_types else None,
         tasks=list(_task_rows(rows, device)),
+        word_shapes=shapes.to(device) if any(example.word_shapes for _, example in rows) else None,
         trunk=_pad_trunk([example.trunk for _, example in rows], length),
     )
 

@@ -23,6 +23,7 @@ from sparse_ft.model import SparseExpertModel
 from sparse_ft.tasks import TaskSpec, parse_task
 
 _PEFT_PREFIX = "base_model.model."
+_WORD_SHAPES = "word_shapes.safetensors"
 
 
 @dataclass
@@ -129,6 +130,8 @@ def _save_expert(folder: Path, expert: Expert, *, model: SparseExpertModel) -> N
     folder.mkdir(parents=True)
     config.save_pretrained(str(folder))
     write_bytes(folder / "adapter_model.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    if expert.word_shapes is not None:  # a file of its own: PEFT has no place for it
+        write_bytes(folder / _WORD_SHAPES, safetensors.torch.save({"weight": expert.word_shapes}))
 
 
 def load_checkpoint(
@@ -212,7 +215,9 @@ def load_expert(folder: Path, *, name: str) -> Expert:
         if key.endswith(".lora_A.weight"):
             module = key.removeprefix(_PEFT_PREFIX).removesuffix(".lora_A.weight")
             deltas[module] = (lora_a, tensors[key.replace(".lora_A.", ".lora_B.")])
-    return Expert(name, alpha, deltas)
+    shapes = folder / _WORD_SHAPES
+    table = read_tensors(shapes).get("weight") if shapes.exists() else None
+    return Expert(name, alpha, deltas, table)
 
 
 def _load_head(head: torch.nn.Module, path: Path) -> None:

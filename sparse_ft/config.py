@@ -29,6 +29,8 @@ class ExpertConfig(_Section):
     """Lowest block with expert layers; what lies below is shared by all tasks."""
     targets: list[str] | None = None
     """Last parts of the names of the linears that get experts, e.g. [query, value]; null takes all of a block."""
+    word_shapes: bool | None = None
+    """Whether experts that tag words see how a word is written (capitals, digits); null: if the backbone drops case."""
     pooling: Literal["auto", "mean", "first", "last"] = "auto"
     """How a text becomes one vector; auto is last for causal backbones, else mean."""
 

@@ -7,6 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from sparse_ft.backbone import Backbone
+from sparse_ft.word_shapes import SHAPES, word_shape
+
+_NO_WORD = SHAPES.index("none")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +24,8 @@ class Example:
     """Tokens whose hidden states are classified; empty where the pooled text is."""
     word_indices: list[int] = field(default_factory=list)
     """The words of the text that ``word_positions`` stand for."""
+    word_shapes: list[int] = field(default_factory=list)
+    """How the word of each token is written, an index in ``word_shapes.SHAPES``; empty where no words are given."""
     targets: list[Any] = field(default_factory=list)
     """Class indices (one, or one a word; -100 is ignored), or 0/1 per label. Empty in prediction."""
     trunk: Tensor | None = None
@@ -86,10 +91,11 @@ class Encoder:
                 [list(rows[row]) for row in filled], is_split_into_words=True, add_special_tokens=False
             )
             for place, row in enumerate(filled):
-                examples.extend(self._windows(row, encoded["input_ids"][place], encoded.word_ids(place)))
+                shapes = [word_shape(word) for word in rows[row]]
+                examples.extend(self._windows(row, encoded["input_ids"][place], encoded.word_ids(place), shapes))
         return sorted(examples, key=_by_row)
 
-    def _windows(self, row: int, ids: list[int], word_ids: list[int]) -> list[Example]:
+    def _windows(self, row: int, ids: list[int], word_ids: list[int], shapes: list[int]) -> list[Example]:
         marks: dict[int, int] = {}  # word -> the piece that stands for it
         for position, word in enumerate(word_ids):
             if self.last_piece or word not in marks:
@@ -107,6 +113,12 @@ class Encoder:
                 [*self.prefix, *ids[start : start + capacity], *self.suffix] or [self.empty_id],
                 word_positions=[len(self.prefix) + marks[word] - start for word in owned.get(start, [])],
                 word_indices=owned.get(start, []),
+                word_shapes=[
+                    *(_NO_WORD for _ in self.prefix),
+                    *(shapes[word] for word in word_ids[start : start + capacity]),
+                    *(_NO_WORD for _ in self.suffix),
+                ]
+                or [_NO_WORD],
             )
             for start in starts
         ]

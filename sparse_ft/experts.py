@@ -8,7 +8,7 @@ LoRA: Hu et al. 2021, https://arxiv.org/abs/2106.09685. Shapes: N rows, S tokens
 import contextlib
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sparse_ft.errors import CheckpointError, ConfigError, unknown_name
+from sparse_ft.word_shapes import SHAPES, WordShapes
 
 
 @dataclass(frozen=True)
@@ -204,6 +205,8 @@ class Expert:
     alpha: float
     deltas: dict[str, tuple[Tensor, Tensor]]
     """Full module name to (A [r, I], B [O, r])."""
+    word_shapes: Tensor | None = None
+    """[shapes, hidden] added to words by how they are written (word_shapes.py), if the expert looks at that."""
     ranks: dict[str, int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -219,13 +222,25 @@ class Experts:
     Args:
         model: The backbone's model, whose linears are replaced in place.
         linears: Full module name to linear: all that experts may change.
+        block_of: Gives the 0-based block of a linear's name.
+        hidden_size: Width of the hidden states.
         slot: Read by every layer.
     """
 
-    def __init__(self, model: nn.Module, linears: Mapping[str, nn.Module], *, slot: RoutingSlot) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        linears: Mapping[str, nn.Module],
+        *,
+        block_of: Callable[[str], int],
+        hidden_size: int,
+        slot: RoutingSlot,
+    ) -> None:
         self.names: list[str] = []
         self.layers: dict[str, ExpertLayer] = {}
         self.alphas: dict[str, float] = {}
+        self.word_shapes = WordShapes(hidden_size)
+        self._block_of = block_of
         self._model = model
         self._linears = dict(linears)
         self._slot = slot
@@ -248,8 +263,10 @@ class Experts:
             raise ConfigError(unknown_name("expert", name, self.names))
         return self.names.index(name)
 
-    def create(self, name: str, *, modules: Sequence[str], rank: int, alpha: float, seed: int) -> None:
-        """Add a fresh expert: A uniform as in PEFT, B zero, so that it starts as the bare backbone.
+    def create(
+        self, name: str, *, modules: Sequence[str], rank: int, alpha: float, seed: int, word_shapes: bool = False
+    ) -> None:
+        """Add a fresh expert: A uniform as in PEFT, the rest zero, so that it starts as the bare backbone.
 
         The numbers depend on ``seed`` and ``name`` only, not on which experts are there already.
         """
@@ -262,7 +279,8 @@ class Experts:
             bound = 1 / math.sqrt(in_features)
             lora_a = torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
             deltas[module] = (lora_a, torch.zeros(out_features, rank))
-        self.add(Expert(name, alpha, deltas))
+        table = torch.zeros(len(SHAPES), self.word_shapes.hidden_size) if word_shapes else None
+        self.add(Expert(name, alpha, deltas, table))
 
     def add(self, expert: Expert) -> None:
         """Add an expert; no other expert's numbers change.
@@ -286,6 +304,12 @@ class Experts:
                     f"Expert {expert.name!r} has A {tuple(lora_a.shape)} and B {tuple(lora_b.shape)} for the layer "
                     f"{module!r} of {shape[1]} inputs and {shape[0]} outputs. It belongs to another backbone."
                 )
+        table_shape = (len(SHAPES), self.word_shapes.hidden_size)
+        if expert.word_shapes is not None and expert.word_shapes.shape != table_shape:
+            raise CheckpointError(
+                f"Expert {expert.name!r} has word shapes {tuple(expert.word_shapes.shape)}, expected {table_shape}. It "
+                "belongs to another backbone or version."
+            )
         for module in expert.deltas:
             if module not in self.layers:
                 self._wrap(module)
@@ -295,6 +319,9 @@ class Experts:
                 layer.add(lora_a, lora_b, scale=expert.alpha / lora_a.shape[0])
             else:
                 layer.add_untouched(scale=expert.alpha)
+        lowest = min((self._block_of(module) for module in expert.deltas), default=0)
+        device = next(self._model.parameters()).device
+        self.word_shapes.add(expert.word_shapes, block=lowest, device=device)
         self.names.append(expert.name)
         self.alphas[expert.name] = expert.alpha
 
@@ -303,6 +330,7 @@ class Experts:
         index = self.index(name)
         for layer in self.layers.values():
             layer.remove(index)
+        self.word_shapes.remove(index)
         del self.names[index], self.alphas[name]
 
     def get(self, name: str) -> Expert:
@@ -313,12 +341,14 @@ class Experts:
             for module, layer in self.layers.items()
             if layer.lora_a[index].shape[0]
         }
-        return Expert(name, self.alphas[name], deltas)
+        table = self.word_shapes.tables[index].detach().cpu().clone()
+        return Expert(name, self.alphas[name], deltas, table if len(table) else None)
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """Return an expert's trainable tensors by ``<module>.lora_A`` and ``<module>.lora_B``."""
+        """Return an expert's tensors by ``<module>.lora_A``, ``<module>.lora_B`` and ``word_shapes``."""
         index = self.index(name)
-        found = {}
+        table = self.word_shapes.tables[index]
+        found = {"word_shapes": table} if len(table) else {}
         for module, layer in self.layers.items():
             found[f"{module}.lora_A"] = layer.lora_a[index]
             found[f"{module}.lora_B"] = layer.lora_b[index]

@@ -1,6 +1,7 @@
 """The model: a frozen backbone, experts on its linears, and one head per task."""
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from sparse_ft.errors import ConfigError, unknown_name
 from sparse_ft.experts import Experts, Routing, RoutingSlot
 from sparse_ft.heads import Head, pool
 from sparse_ft.trunk import skipping_trunk
+from sparse_ft.word_shapes import changing_input
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,14 @@ class SparseExpertModel(nn.Module):
         self.backbone = backbone
         self.encoder = backbone.model
         self.slot = RoutingSlot()
-        self.experts = Experts(backbone.model, backbone.linears, slot=self.slot)
+        self.experts = Experts(
+            backbone.model,
+            backbone.linears,
+            block_of=backbone.block_of,
+            hidden_size=backbone.hidden_size,
+            slot=self.slot,
+        )
+        self.word_shapes = self.experts.word_shapes  # registers its tables
         self.pooling = pooling if pooling != "auto" else ("last" if backbone.family.causal else "mean")
         self.heads = nn.ModuleDict()
         self.tasks: dict[str, TaskSlot] = {}
@@ -119,6 +128,12 @@ class SparseExpertModel(nn.Module):
             inputs["use_cache"] = False
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.slot.filled(Routing(tuple(experts))))
+            if batch.word_shapes is not None:
+                for block, chosen in self.word_shapes.present(experts).items():
+                    add = functools.partial(
+                        self.word_shapes.added, shapes=batch.word_shapes[rows], experts=experts, chosen=chosen
+                    )
+                    stack.enter_context(changing_input(self.backbone.blocks[block], add))
             if batch.trunk is not None:
                 kept = batch.trunk[rows]
                 stack.enter_context(skipping_trunk(self.backbone.blocks, first_block=self.first_block, hidden=kept))

@@ -255,8 +255,16 @@ def _prepare_task(spec: TaskSpec, *, run: RunConfig, encoder: Encoder, before: T
 def _add_task(model: SparseExpertModel, spec: TaskSpec, *, run: RunConfig) -> None:
     settings = run.experts
     modules = model.backbone.select_linears(first_block=settings.first_block, targets=settings.targets)
-    model.experts.create(spec.name, modules=modules, rank=settings.rank, alpha=settings.alpha, seed=run.seed)
     kind = find_kind(spec.kind)
+    shapes = model.backbone.drops_case if settings.word_shapes is None else settings.word_shapes
+    model.experts.create(
+        spec.name,
+        modules=modules,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        seed=run.seed,
+        word_shapes=shapes and kind.level == "word",
+    )
     outputs = kind.outputs(spec.label_names or [])
     head = model.add_task(
         spec.name, expert=spec.name, level=kind.level, num_outputs=len(outputs), dropout=run.train.head_dropout

@@ -53,6 +53,7 @@ def test_the_set_of_files(toys):
     experts = [f"experts/{name}/adapter_{part}" for name in KINDS for part in ("config.json", "model.safetensors")]
     files = ["manifest.json", "config.yaml", "metrics.json", *experts]
     files += [f"heads/{name}.safetensors" for name in KINDS] + [f"tasks/{name}.yaml" for name in KINDS]
+    files += ["experts/names/word_shapes.safetensors"]  # of the one that tags words on an uncased backbone
     found = all_files(toys)
     assert sorted(name for name in found if not name.startswith("tokenizer/")) == sorted(files)
     assert {"tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"} <= set(found)

@@ -200,7 +200,6 @@ def test_the_answer_of_multi_label_lists_what_is_probable_most_probable_first():
         ("Ｌｉｓｂｏｎ（Ｒｏｍｅ）", None, ["Ｌｉｓｂｏｎ", "Ｒｏｍｅ"]),
         ("Lisbon’s U.S. trip", None, ["Lisbon", "U.S."]),
         ("Rome Rome", "B-LOC B-LOC", ["Rome", "Rome"]),
-        ("Rome Ada", "I-LOC I-PER", ["Rome", "Ada"]),
         ("", "", []),
         (" \t\n", "", []),
         ("nobody here", "O O", []),

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sparse_ft.decoding import best_legal_tags
 from sparse_ft.encoding import Encoder, Example
 from sparse_ft.kinds.classification import IGNORED
 from sparse_ft.kinds.kind import Columns
@@ -49,9 +51,9 @@ class TokenClassification:
         return functional.cross_entropy(logits, targets, ignore_index=IGNORED, label_smoothing=label_smoothing)
 
     def predictions(self, logits: Sequence[Tensor], *, labels: Sequence[str]) -> list[list[str]]:
-        """The best tag of each word."""
+        """The best tags that are legal together."""
         tags = self.outputs(labels)
-        return [[tags[place] for place in row.argmax(-1).tolist()] for row in logits]
+        return [[tags[place] for place in best_legal_tags(row, tags)] for row in logits]
 
     def references(self, columns: Columns) -> list[Any]:
         """The ``tags`` column."""
@@ -70,13 +72,12 @@ class TokenClassification:
 
         ``start`` and ``end`` count characters of the text as given; the score is the mean probability of its tags.
         """
-        words = split_words(text, language)
-        best = logits.softmax(-1).max(-1) if len(words) else None
-        tags = self.predictions([logits], labels=labels)[0] if best is not None else []
+        words, tags = split_words(text, language), self.outputs(labels)
+        places = best_legal_tags(logits, tags)
+        probabilities = logits.softmax(-1).gather(1, torch.tensor(places, dtype=torch.long).unsqueeze(1)).squeeze(1)
         entities = []
-        for span in spans_from_tags(tags):
-            assert best is not None
+        for span in spans_from_tags([tags[place] for place in places]):
             start, end = words[span.start].start, words[span.end - 1].end
-            score = float(best.values[span.start : span.end].mean())
+            score = float(probabilities[span.start : span.end].mean())
             entities.append({"type": span.type, "text": text[start:end], "start": start, "end": end, "score": score})
         return {"entities": entities}

@@ -1,0 +1,106 @@
+"""Word shapes: how a word is written, for backbones whose tokenizer drops case.
+
+An uncased backbone reads "china" and "China" as the same token. An expert that tags words may own one vector per shape;
+it is added to the hidden state of each piece of a word where that expert's lowest block begins.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+SHAPES = ("none", "number", "punctuation", "code", "lower", "upper", "letter", "title", "mixed")
+"""``none`` is no word (special tokens, padding) and always adds 0.
+
+The others, in order: 12, "!", 5km, house, NATO, J., London, McDonald.
+"""
+
+
+def word_shape(word: str) -> int:
+    """Return the index in SHAPES of how a word is written; letters without case count as lower."""
+    letters = [character for character in word if character.isalpha()]
+    digits = any(character.isdigit() for character in word)
+    if not letters:
+        return SHAPES.index("number" if digits else "punctuation")
+    if digits:
+        return SHAPES.index("code")
+    capitals = [character.isupper() for character in letters]
+    if not any(capitals):
+        return SHAPES.index("lower")
+    if all(capitals):
+        return SHAPES.index("upper" if len(letters) > 1 else "letter")
+    return SHAPES.index("title" if capitals[0] and not any(capitals[1:]) else "mixed")
+
+
+class WordShapes(nn.Module):
+    """The shape vectors of all experts; most experts have none.
+
+    Args:
+        hidden_size: Width of the hidden states.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.tables = nn.ParameterList()  # per expert [shapes, hidden], or [0, hidden]
+        self.blocks: list[int] = []
+
+    def add(self, table: Tensor | None, *, block: int, device: torch.device) -> None:
+        """Append an expert.
+
+        Args:
+            table: [shapes, hidden], or None for an expert that does not look at shapes.
+            block: The expert's lowest block, where the vectors are added.
+            device: Where the hidden states are.
+        """
+        values = torch.zeros(0, self.hidden_size) if table is None else table
+        self.tables.append(nn.Parameter(values.to(device, torch.float32)))
+        self.blocks.append(block)
+
+    def remove(self, index: int) -> None:
+        """Take one expert out; those behind it move up by one."""
+        self.tables = nn.ParameterList(table for place, table in enumerate(self.tables) if place != index)
+        del self.blocks[index]
+
+    def present(self, experts: Sequence[int]) -> dict[int, list[int]]:
+        """Return the experts among ``experts`` that have vectors, by the block where these are added."""
+        found: dict[int, list[int]] = {}
+        for index in sorted(set(experts)):
+            if len(self.tables[index]):
+                found.setdefault(self.blocks[index], []).append(index)
+        return found
+
+    def added(self, hidden: Tensor, shapes: Tensor, *, experts: Sequence[int], chosen: Sequence[int]) -> Tensor:
+        """Add the vectors of the experts ``chosen`` to the rows that they serve.
+
+        Args:
+            hidden: [N, S, hidden].
+            shapes: [N, S], indices in SHAPES.
+            experts: Expert of each row, (N,).
+            chosen: Experts with vectors; the rows of others stay as they are.
+        """
+        known = (shapes > 0).unsqueeze(-1)  # [N, S, 1]
+        for index in chosen:
+            vectors = functional.embedding(shapes, self.tables[index]).to(hidden.dtype)  # [N, S, hidden]
+            rows = torch.tensor([expert == index for expert in experts], device=hidden.device).view(-1, 1, 1)
+            hidden = torch.where(known & rows, hidden + vectors, hidden)
+        return hidden
+
+
+@contextlib.contextmanager
+def changing_input(block: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let a block see ``change(hidden)`` [N, S, hidden] in place of the hidden states that it is given."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        if args:
+            return (change(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+
+    handle = block.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
