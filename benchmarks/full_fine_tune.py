@@ -1,0 +1,175 @@
+"""The peer of quality.py: a full fine-tune of the same backbone by transformers' Trainer.
+
+Tagging is scored with legal tags only, as our experts are; the F1 of the best tag of each word is kept as ``plain_f1``.
+"""
+
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    Trainer,
+    TrainingArguments,
+)
+
+from sparse_ft.backbone import load_backbone
+from sparse_ft.config import load_config
+from sparse_ft.encoding import Encoder, Example
+from sparse_ft.evaluation import EvalData, prepare, score_rows
+from sparse_ft.kinds import find_kind
+from sparse_ft.kinds.classification import IGNORED
+from sparse_ft.readers import label_names, read
+from sparse_ft.resources import packaged_minilm_dir
+from sparse_ft.scores import Score
+from sparse_ft.tasks import TaskSpec, load_task
+
+RECIPES = {
+    "conll2003": (1e-4, 4),
+    "sst2": (1e-4, 3),
+    "ag_news": (1e-4, 3),
+    "clinc150": (1e-4, 8),
+    "banking77": (1e-4, 8),
+}
+"""Learning rate and epochs by task."""
+
+
+def run_full(task: str, source: Path, seed: int, overrides: list[str]) -> dict[str, Any]:
+    """Train on the rows that an expert would get, and score validation after each epoch and test once."""
+    limit = load_config(overrides=overrides).data.train_limit
+    backbone = load_backbone("minilm")
+    encoder = Encoder(backbone, max_length=256)
+    spec = load_task(task)
+    found = read(spec, data=source)
+    labels = label_names(spec, found["train"])
+    spec = spec.model_copy(update={"labels": spec.labels if isinstance(spec.labels, dict) else labels})
+    rows = found["train"]
+    if limit is not None and len(rows) > limit:  # the same rows as the expert's
+        rows = rows.shuffle(seed=seed).select(range(limit))
+    kind = find_kind(spec.kind)
+    train = kind.encode(rows.to_dict(), encoder=encoder, labels=spec.label_names, language=spec.language)
+    evaluated = {split: prepare(found[split].to_dict(), spec=spec, encoder=encoder) for split in ("validation", "test")}
+    torch.manual_seed(seed)
+    classifier = _Classifier(spec, pad_id=backbone.pad_id)
+    rate, epochs = RECIPES[task]
+    started = time.perf_counter()
+    best = classifier.train(train, evaluated["validation"], rate=rate, epochs=epochs, seed=seed)
+    entry = classifier.score(evaluated["test"])
+    return {
+        "metrics": entry.metrics,
+        "token_report": entry.token_report,
+        "validation": best,
+        "epochs": epochs,
+        "seconds": time.perf_counter() - started,
+        "trainable": sum(parameter.numel() for parameter in classifier.model.parameters()),
+    }
+
+
+class _Classifier:
+    """``AutoModelFor…Classification`` on the packaged MiniLM, all weights trained."""
+
+    def __init__(self, spec: TaskSpec, *, pad_id: int) -> None:
+        self.spec, self.pad_id, self.kind = spec, pad_id, find_kind(spec.kind)
+        self.words = self.kind.level == "word"
+        self.outputs = self.kind.outputs(spec.label_names or [])
+        head = AutoModelForTokenClassification if self.words else AutoModelForSequenceClassification
+        self.model = head.from_pretrained(
+            packaged_minilm_dir(), num_labels=len(self.outputs), attn_implementation="eager"
+        )
+
+    def features(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
+        rows = []
+        for example in examples:
+            row: dict[str, Any] = {"input_ids": example.input_ids, "length": len(example.input_ids)}
+            if self.words:
+                row["labels"] = [IGNORED] * len(example.input_ids)
+                for position, target in zip(example.word_positions, example.targets, strict=True):
+                    row["labels"][position] = target
+            else:
+                row["labels"] = example.targets[0]
+            rows.append(row)
+        return rows
+
+    def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        longest = max(len(row["input_ids"]) for row in rows)
+
+        def padded(values: list[int], filler: int) -> list[int]:
+            return values + [filler] * (longest - len(values))
+
+        return {
+            "input_ids": torch.tensor([padded(row["input_ids"], self.pad_id) for row in rows]),
+            "attention_mask": torch.tensor([padded([1] * len(row["input_ids"]), 0) for row in rows]),
+            "labels": torch.tensor([padded(row["labels"], IGNORED) if self.words else row["labels"] for row in rows]),
+        }
+
+    @torch.no_grad()
+    def score(self, data: EvalData) -> Score:
+        self.model.eval()
+        sizes = data.num_words or [1] * data.num_rows
+        logits = [torch.zeros(size, len(self.outputs)) for size in sizes]
+        order = np.argsort([-len(example.input_ids) for example in data.examples], kind="stable")
+        for start in range(0, len(order), 32):
+            chosen = [data.examples[place] for place in order[start : start + 32]]
+            batch = self.collate(self.features(chosen))
+            batch.pop("labels")
+            for example, row in zip(chosen, self.model(**batch).logits, strict=True):
+                if self.words:
+                    logits[example.row][example.word_indices] = row[example.word_positions]
+                else:
+                    logits[example.row] = row
+        scored = score_rows(self.spec, data, self.kind.predictions(logits, labels=self.spec.label_names or []))
+        if self.words:
+            plain = [[self.outputs[place] for place in row.argmax(-1).tolist()] for row in logits]
+            scored.metrics["plain_f1"] = score_rows(self.spec, data, plain).metrics["f1"]
+        return scored
+
+    def train(self, examples: Sequence[Example], validation: EvalData, *, rate: float, epochs: int, seed: int) -> float:
+        """Train, keep the weights of the best epoch, and return its validation score."""
+        rows = datasets.Dataset.from_list(self.features(examples))
+        with tempfile.TemporaryDirectory() as output:
+            trainer = _BestEpoch(
+                model=self.model,
+                args=TrainingArguments(
+                    output_dir=output,
+                    learning_rate=rate,
+                    num_train_epochs=epochs,
+                    per_device_train_batch_size=32,
+                    warmup_steps=0.1,
+                    weight_decay=0.01,
+                    train_sampling_strategy="group_by_length",
+                    length_column_name="length",
+                    eval_strategy="epoch",
+                    save_strategy="no",
+                    report_to=[],
+                    seed=seed,
+                    use_cpu=True,
+                    disable_tqdm=True,
+                    remove_unused_columns=False,
+                ),
+                train_dataset=rows,
+                eval_dataset=rows.select([0]),
+                data_collator=self.collate,
+            )
+            trainer.score = lambda: self.score(validation).metrics[self.spec.metric]
+            trainer.train()
+        self.model.load_state_dict(trainer.state_dict)
+        return trainer.best
+
+
+class _BestEpoch(Trainer):
+    """Scores validation after each epoch with our scorer and keeps the best weights."""
+
+    best, state_dict, score = -1.0, None, None
+
+    def evaluate(self, *args, **kwargs):
+        value = self.score()
+        if value > self.best:
+            self.best = value
+            self.state_dict = {key: tensor.clone() for key, tensor in self.model.state_dict().items()}
+        return {"eval_score": value}
