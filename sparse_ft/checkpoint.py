@@ -165,8 +165,7 @@ def load_checkpoint(
     )
     model = SparseExpertModel(loaded, pooling=manifest["pooling"])
     config = RunConfig.model_validate(read_yaml(path / "config.yaml"))
-    for name in manifest["experts"]:
-        model.experts.add(load_expert(path / "experts" / check_name(name), name=name))
+    model.experts.add(*(load_expert(path / "experts" / check_name(name), name=name) for name in manifest["experts"]))
     tasks = {}
     for task, entry in manifest["tasks"].items():
         file = path / "tasks" / f"{check_name(task)}.yaml"

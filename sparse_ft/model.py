@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from sparse_ft.backbone import Backbone
 from sparse_ft.batching import Batch, TaskRows
 from sparse_ft.errors import ConfigError, unknown_name
-from sparse_ft.experts import Experts, Routing, RoutingSlot
+from sparse_ft.experts import Experts
 from sparse_ft.heads import Head, pool
+from sparse_ft.routing import Routing, RoutingSlot
 from sparse_ft.trunk import skipping_trunk
 from sparse_ft.word_shapes import changing_input
 
@@ -126,12 +127,13 @@ class SparseExpertModel(nn.Module):
             inputs["token_type_ids"] = batch.token_type_ids[rows]
         if self.backbone.family.causal:
             inputs["use_cache"] = False
+        routing = Routing.rows(experts, device=self.device)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self.slot.filled(Routing(tuple(experts))))
+            stack.enter_context(self.slot.filled(routing))
             if batch.word_shapes is not None:
-                for block, chosen in self.word_shapes.present(experts).items():
+                for block, chosen in self.word_shapes.blocks_of(routing.present).items():
                     add = functools.partial(
-                        self.word_shapes.added, shapes=batch.word_shapes[rows], experts=experts, chosen=chosen
+                        self.word_shapes.added, shapes=batch.word_shapes[rows], routing=routing, chosen=chosen
                     )
                     stack.enter_context(changing_input(self.backbone.blocks[block], add))
             if batch.trunk is not None:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sparse_ft.routing import Routing
+
 SHAPES = ("none", "number", "punctuation", "code", "lower", "upper", "letter", "title", "mixed")
 """``none`` is no word (special tokens, padding) and always adds 0.
 
@@ -65,28 +67,28 @@ class WordShapes(nn.Module):
         self.tables = nn.ParameterList(table for place, table in enumerate(self.tables) if place != index)
         del self.blocks[index]
 
-    def present(self, experts: Sequence[int]) -> dict[int, list[int]]:
-        """Return the experts among ``experts`` that have vectors, by the block where these are added."""
+    def blocks_of(self, present: Sequence[int] | None) -> dict[int, list[int]]:
+        """Return the experts among ``present`` (None: all) that have vectors, by the block where these are added."""
         found: dict[int, list[int]] = {}
-        for index in sorted(set(experts)):
+        for index in range(len(self.tables)) if present is None else present:
             if len(self.tables[index]):
                 found.setdefault(self.blocks[index], []).append(index)
         return found
 
-    def added(self, hidden: Tensor, shapes: Tensor, *, experts: Sequence[int], chosen: Sequence[int]) -> Tensor:
-        """Add the vectors of the experts ``chosen`` to the rows that they serve.
+    def added(self, hidden: Tensor, shapes: Tensor, *, routing: Routing, chosen: Sequence[int]) -> Tensor:
+        """Add the vectors of the experts ``chosen``, by the weight that they have in each row or token.
 
         Args:
             hidden: [N, S, hidden].
             shapes: [N, S], indices in SHAPES.
-            experts: Expert of each row, (N,).
-            chosen: Experts with vectors; the rows of others stay as they are.
+            routing: Of these rows.
+            chosen: Experts with vectors.
         """
-        known = (shapes > 0).unsqueeze(-1)  # [N, S, 1]
+        known = (shapes > 0).to(hidden.dtype)  # [N, S]
         for index in chosen:
+            weights = routing.weights_of(index).to(hidden.dtype)  # [N, 1] or [N, S]
             vectors = functional.embedding(shapes, self.tables[index]).to(hidden.dtype)  # [N, S, hidden]
-            rows = torch.tensor([expert == index for expert in experts], device=hidden.device).view(-1, 1, 1)
-            hidden = torch.where(known & rows, hidden + vectors, hidden)
+            hidden = hidden + (known * weights).unsqueeze(-1) * vectors
         return hidden
 
 

@@ -19,9 +19,9 @@ from sparse_ft import folders
 from sparse_ft.backbone import load_backbone, set_attention
 from sparse_ft.checkpoint import load_checkpoint, save_checkpoint
 from sparse_ft.errors import BackboneError, CheckpointError, ConfigError
-from sparse_ft.experts import Routing
 from sparse_ft.listing import describe_checkpoint
 from sparse_ft.manifest import FORMAT, check_name, read_manifest
+from sparse_ft.routing import Routing
 
 TEXTS = ["the table loved", "", "Ada Lovelace met Mozart in London", "at six " * 60]
 
@@ -164,7 +164,7 @@ def test_an_expert_is_a_peft_adapter(tmp_path, tmp_path_factory, tiny_folder, re
     with torch.no_grad():
         bare = plain(**inputs).last_hidden_state
         theirs = PeftModel.from_pretrained(plain, path / "experts/mood").eval()(**inputs).last_hidden_state
-        with ours.slot.filled(Routing((0, 0))):
+        with ours.slot.filled(Routing.rows([0, 0])):
             found = ours.encoder(**inputs).last_hidden_state
     assert torch.equal(found, theirs)
     assert not torch.equal(found, bare)
