@@ -13,10 +13,12 @@ from torch import Tensor
 
 import sparse_ft
 from sparse_ft.backbone import MINILM_ID, load_backbone
+from sparse_ft.choosing import Choice
 from sparse_ft.config import RunConfig
 from sparse_ft.errors import CheckpointError
 from sparse_ft.experts import Expert
 from sparse_ft.folders import replace_folder, write_bytes, write_json
+from sparse_ft.gates import TEXT_GATES, SequenceGate
 from sparse_ft.kinds import find_kind
 from sparse_ft.manifest import FORMAT, MANIFEST, check_name, read_manifest, read_metrics, read_yaml
 from sparse_ft.model import SparseExpertModel
@@ -24,6 +26,8 @@ from sparse_ft.tasks import TaskSpec, parse_task
 
 _PEFT_PREFIX = "base_model.model."
 _WORD_SHAPES = "word_shapes.safetensors"
+_GATE = "gate.safetensors"
+_CHOICE = ("top_k", "temperature", "min_confidence")
 
 
 @dataclass
@@ -62,6 +66,9 @@ def save_checkpoint(
             head = {key: value.detach().cpu().contiguous() for key, value in model.head(task).state_dict().items()}
             write_bytes(folder / "heads" / f"{check_name(task)}.safetensors", safetensors.torch.save(head))
             write_bytes(folder / "tasks" / f"{task}.yaml", _yaml(spec.model_dump(exclude_defaults=True)))
+        if model.gate is not None:
+            gate = {key: value.detach().cpu().contiguous() for key, value in model.gate.state_dict().items()}
+            write_bytes(folder / _GATE, safetensors.torch.save(gate))
         write_bytes(folder / "config.yaml", _yaml(config.model_dump()))
         write_json(folder / "metrics.json", metrics)
         model.backbone.tokenizer.save_pretrained(folder / "tokenizer")
@@ -102,8 +109,34 @@ def _manifest(folder: Path, *, model: SparseExpertModel, tasks: Mapping[str, Tas
         "pooling": model.pooling,
         "experts": experts,
         "tasks": {task: {"expert": model.tasks[task].expert, "kind": spec.kind} for task, spec in tasks.items()},
+        "gate": None if model.gate is None else _describe_gate(model.gate),
         "bytes": {file.relative_to(folder).as_posix(): file.stat().st_size for file in files},
     }
+
+
+def _describe_gate(gate: SequenceGate) -> dict[str, Any]:
+    kind = next(name for name, known in TEXT_GATES.items() if type(gate) is known)
+    return {
+        "type": kind,
+        "experts": gate.names,
+        "block": gate.block,
+        **{key: getattr(gate.choice, key) for key in _CHOICE},
+    }
+
+
+def _load_gate(path: Path, manifest: Mapping[str, Any], hidden_size: int) -> SequenceGate | None:
+    described = manifest.get("gate")
+    if described is None:
+        return None
+    try:
+        choice = Choice(**{key: described[key] for key in _CHOICE})
+        gate = TEXT_GATES[described["type"]](described["experts"], hidden_size, block=described["block"], choice=choice)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{str(path / MANIFEST)!r} describes a gate that this version does not know: {error!r}. Update sparse-ft."
+        ) from error
+    _load_into(gate, path / _GATE, what="the experts that it chooses among")
+    return gate
 
 
 def _save_expert(folder: Path, expert: Expert, *, model: SparseExpertModel) -> None:
@@ -166,14 +199,10 @@ def load_checkpoint(
     model = SparseExpertModel(loaded, pooling=manifest["pooling"])
     config = RunConfig.model_validate(read_yaml(path / "config.yaml"))
     model.experts.add(*(load_expert(path / "experts" / check_name(name), name=name) for name in manifest["experts"]))
-    tasks = {}
-    for task, entry in manifest["tasks"].items():
-        file = path / "tasks" / f"{check_name(task)}.yaml"
-        tasks[task] = parse_task(read_yaml(file), where=str(file))
-        kind = find_kind(tasks[task].kind)
-        outputs = kind.outputs(tasks[task].label_names or [])
-        head = model.add_task(task, expert=entry["expert"], level=kind.level, num_outputs=len(outputs))
-        _load_head(head, path / "heads" / f"{task}.safetensors")
+    tasks = {
+        task: load_task_into(model, path, task, expert=entry["expert"]) for task, entry in manifest["tasks"].items()
+    }
+    model.gate = _load_gate(path, manifest, loaded.hidden_size)
     metrics = read_metrics(path)
     return Checkpoint(path, model.to(device).eval().requires_grad_(False), tasks, config, metrics, manifest)
 
@@ -219,10 +248,29 @@ def load_expert(folder: Path, *, name: str) -> Expert:
     return Expert(name, alpha, deltas, table)
 
 
-def _load_head(head: torch.nn.Module, path: Path) -> None:
+def load_task_into(
+    model: SparseExpertModel, path: Path, task: str, *, expert: str, as_name: str | None = None
+) -> TaskSpec:
+    """Give a model a task of a checkpoint, with its head.
+
+    Args:
+        model: Has the expert already.
+        path: The checkpoint.
+        task: Its name there.
+        expert: Serves it in ``model``.
+        as_name: Its name in ``model``, if another.
+    """
+    file = path / "tasks" / f"{check_name(task)}.yaml"
+    spec = parse_task(read_yaml(file), where=str(file)).model_copy(update={"name": as_name or task})
+    kind = find_kind(spec.kind)
+    outputs = kind.outputs(spec.label_names or [])
+    head = model.add_task(spec.name, expert=expert, level=kind.level, num_outputs=len(outputs))
+    _load_into(head, path / "heads" / f"{task}.safetensors", what="the labels of its task")
+    return spec
+
+
+def _load_into(module: torch.nn.Module, path: Path, *, what: str) -> None:
     try:
-        head.load_state_dict(read_tensors(path))
+        module.load_state_dict(read_tensors(path))
     except RuntimeError as error:
-        raise CheckpointError(
-            f"{str(path)!r} does not fit the labels of its task: {' '.join(str(error).split())}"
-        ) from error
+        raise CheckpointError(f"{str(path)!r} does not fit {what}: {' '.join(str(error).split())}") from error

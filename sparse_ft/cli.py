@@ -28,7 +28,7 @@ TaskOption = Annotated[
     typer.Option("--task", metavar="NAME_OR_PATH", help="Bundled name, or path of a task file. Repeatable."),
 ]
 TaskNameOption = Annotated[
-    list[str] | None, typer.Option("--task", metavar="NAME", help="A task of the checkpoint; default all. Repeatable.")
+    list[str] | None, typer.Option("--task", metavar="NAME", help="A task of the checkpoint. Repeatable.")
 ]
 DataOption = Annotated[
     list[str] | None,
@@ -105,7 +105,10 @@ def train(
     from_: Annotated[
         Path | None, typer.Option("--from", metavar="CHECKPOINT", help="Start from a checkpoint and keep its experts.")
     ] = None,
-    stage: Annotated[Literal["experts"], typer.Option(help="What to train; experts is all there is yet.")] = "experts",
+    stage: Annotated[
+        Literal["experts", "gate"],
+        typer.Option(help="experts and the gate among them, or only the gate of --from."),
+    ] = "experts",
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder to write; default runs/<tasks>.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in --output.")] = False,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Of everything random.")] = None,
@@ -126,6 +129,7 @@ def train(
             resume=resume,
             seed=seed,
             device=device,
+            stage=stage,
         )
     except KeyboardInterrupt:
         typer.echo("\nStopped. `sparse-ft train --resume --output FOLDER` goes on from the last save.", err=True)
@@ -136,7 +140,8 @@ def train(
     example = spec.example or "Your text here."
     if "text_pair" in spec.columns and "\t" not in example:
         example = "Your first text here.\tYour second."
-    typer.echo(f"\nTrained on {result.tokens_per_second:,.0f} tokens per second. Checkpoint: {shown}")
+    speed = f"Trained on {result.tokens_per_second:,.0f} tokens per second. " if result.history else ""
+    typer.echo(f"\n{speed}Checkpoint: {shown}")
     dashes = "-- " if example.startswith("-") else ""
     typer.echo(f"Next: sparse-ft predict {shlex.quote(shown)} {dashes}{shlex.quote(example)}")
 
@@ -147,7 +152,9 @@ def evaluate(
     task: TaskNameOption = None,
     data: DataOption = None,
     split: Annotated[str, typer.Option(metavar="SPLIT", help="train, validation or test.")] = "test",
-    route: Annotated[str, typer.Option(metavar="ROUTE", help="task: each row goes to its task's expert.")] = "task",
+    route: Annotated[
+        str, typer.Option(metavar="ROUTE", help="task: each row goes to its task's expert; gate; or an expert.")
+    ] = "task",
     json_: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the scores as JSON.")] = None,
     report: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write report.txt, report.md and report.json.")
@@ -188,7 +195,10 @@ def predict(
     file: Annotated[
         str | None, typer.Option(metavar="FILE", help="File with one text a line, or - for standard input.")
     ] = None,
-    task: TaskNameOption = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option("--task", metavar="NAME", help="A task, or all; without, the gate decides. Repeatable."),
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object a text.")] = False,
     device: DeviceOption = None,
     backbone: BackboneOption = None,
@@ -202,10 +212,10 @@ def predict(
     from sparse_ft.prediction import load
 
     model = load(checkpoint, device=device or "auto", backbone=backbone)
-    wanted: Any = "all" if not task or task == ["all"] else task
+    wanted: Any = None if not task else "all" if task == ["all"] else task
     pairs = any(
         "text_pair" in model.tasks[name].columns
-        for name in (model.tasks if wanted == "all" else wanted)
+        for name in (task if task and wanted != "all" else model.tasks)
         if name in model.tasks
     )
     rows: Any = ((tuple(line.split("\t", 1)) if "\t" in line else line) for line in texts) if pairs else texts
@@ -220,6 +230,73 @@ def inspect(checkpoint: CheckpointArgument) -> None:
     from sparse_ft.listing import describe_checkpoint
 
     typer.echo(describe_checkpoint(checkpoint))
+
+
+@app.command()
+def edit(
+    checkpoint: CheckpointArgument,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write; must not hold anything.")],
+    remove: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Remove an expert and its tasks. Repeatable.")
+    ] = None,
+    rename: Annotated[
+        list[str] | None,
+        typer.Option(metavar="OLD=NEW", help="Rename an expert; its tasks keep their names. Repeatable."),
+    ] = None,
+    copy: Annotated[
+        list[str] | None, typer.Option(metavar="OLD=NEW", help="Copy an expert and its task. Repeatable.")
+    ] = None,
+    add: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]PATH",
+            help="Add the experts of a checkpoint, one of them (CHECKPOINT/experts/NAME), or PEFT's LoRA. Repeatable.",
+        ),
+    ] = None,
+    prune: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=RANK", help="Lower the rank of an expert. Repeatable.")
+    ] = None,
+    backbone: BackboneOption = None,
+) -> None:
+    """Remove, rename, copy, add and prune experts, in this order, and write a new checkpoint."""
+    from sparse_ft.editing import edit as edit_checkpoint
+
+    result = edit_checkpoint(
+        checkpoint,
+        output=output,
+        remove=remove or [],
+        rename=[_two_names("--rename", entry) for entry in rename or []],
+        copy=[_two_names("--copy", entry) for entry in copy or []],
+        add=[_named_path(entry) for entry in add or []],
+        prune=[_named_rank(entry) for entry in prune or []],
+        backbone=backbone,
+    )
+    for line in result.changes:
+        typer.echo(line)
+    shown = _shown_path(result.path)
+    typer.echo(f"\nCheckpoint: {shown}\nNext: sparse-ft inspect {shlex.quote(shown)}")
+
+
+def _two_names(option: str, entry: str) -> tuple[str, str]:
+    """Read ``OLD=NEW``."""
+    old, _, new = entry.partition("=")
+    if not old or not new:
+        raise ConfigError(f"{option} {entry!r} is not of the form OLD=NEW. Write e.g. {option} ner=names.")
+    return old, new
+
+
+def _named_path(entry: str) -> tuple[str | None, str]:
+    """Read ``PATH`` or ``NAME=PATH``."""
+    name, equals, path = entry.partition("=")
+    return (name, path) if equals and "/" not in name else (None, entry)
+
+
+def _named_rank(entry: str) -> tuple[str, int]:
+    """Read ``NAME=RANK``."""
+    name, _, rank = entry.partition("=")
+    if not name or not rank.isdecimal():
+        raise ConfigError(f"--prune {entry!r} is not of the form NAME=RANK. Write e.g. --prune ner=4.")
+    return name, int(rank)
 
 
 def _sources(data: list[str] | None) -> str | dict[str, str] | None:

@@ -70,6 +70,21 @@ class TrainConfig(_Section):
     """Steps between the saves that --resume continues from."""
 
 
+class GateConfig(_Section):
+    """The gate that decides which expert a text goes to when no task is named."""
+
+    type: Literal["sequence", "prototype"] = "sequence"
+    """sequence learns a linear classifier over whole texts; prototype takes the nearest mean of each expert's texts."""
+    top_k: int = Field(default=1, ge=1)
+    """Experts that a text is sent through, their deltas weighted by the gate."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Above 1 the weights of several experts come closer to each other."""
+    min_confidence: float = Field(default=0.0, ge=0, le=1)
+    """Texts that look less familiar than all but this share of the training texts are answered with unknown."""
+    rows: int = Field(default=2000, ge=2)
+    """Training rows of each expert that the gate is fitted on."""
+
+
 class DataConfig(_Section):
     """How rows are read and encoded."""
 
@@ -98,6 +113,7 @@ class RunConfig(_Section):
     """auto, cpu, cuda, cuda:1, mps."""
     experts: ExpertConfig = ExpertConfig()
     train: TrainConfig = TrainConfig()
+    gate: GateConfig = GateConfig()
     data: DataConfig = DataConfig()
 
 

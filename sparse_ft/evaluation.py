@@ -10,18 +10,20 @@ from sparse_ft.checkpoint import Checkpoint, load_checkpoint
 from sparse_ft.devices import find_device
 from sparse_ft.encoding import Encoder, Example
 from sparse_ft.errors import ConfigError, DataError, unknown_name
-from sparse_ft.inference import row_logits
+from sparse_ft.inference import row_logits, text_routing
 from sparse_ft.kinds import find_kind
 from sparse_ft.metrics import headline
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.prediction import LoadedModel
 from sparse_ft.readers import read, rows_seen_in_train
 from sparse_ft.reports import TaskReport, report_json, report_text
+from sparse_ft.routing import Routing
+from sparse_ft.routing_report import RoutingReport, report_routing
 from sparse_ft.scores import Score
 from sparse_ft.tasks import SPLITS, Split, TaskSpec
 
 _LOG = logging.getLogger("sparse_ft")
-ROUTES = ("task",)
+ROUTES = ("task", "gate")
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,10 @@ class Evaluation:
     """Task to the split it was scored on."""
     route: str
     tasks: dict[str, TaskReport]
-    experts: dict[str, str]
-    """Task to the expert that served it."""
+    routing: RoutingReport
 
     def to_dict(self) -> dict[str, Any]:
         """Return what ``evaluate --json`` writes."""
-        usage = {task: {self.experts[task]: 1.0} for task in self.tasks}
         return {
             "checkpoint": self.checkpoint,
             "split": "/".join(dict.fromkeys(self.splits.values())),
@@ -61,15 +61,16 @@ class Evaluation:
             "tasks": {
                 task: report_json(entry.score, unseen_rows=entry.unseen_rows) for task, entry in self.tasks.items()
             },
-            "routing": {"accuracy": 1.0, "usage": usage},
+            "routing": self.routing.to_dict(),
         }
 
     def to_text(self) -> str:
         """Return the classification reports of all tasks as text tables."""
-        return "\n".join(
+        parts = [
             report_text(entry.score, title=entry.title or task, unseen_rows=entry.unseen_rows)
             for task, entry in self.tasks.items()
-        )
+        ]
+        return "\n".join(parts + ([self.routing.to_text()] if self.route != "task" else []))
 
 
 def prepare(columns: Mapping[str, Sequence[Any]], *, spec: TaskSpec, encoder: Encoder) -> EvalData:
@@ -89,9 +90,20 @@ def prepare(columns: Mapping[str, Sequence[Any]], *, spec: TaskSpec, encoder: En
     return EvalData(kept, examples, num_words)
 
 
-def predict_rows(model: SparseExpertModel, spec: TaskSpec, data: EvalData) -> list[Any]:
-    """Predict every row of a task, in the form that its kind scores."""
-    logits = row_logits(model, spec.name, data.examples, num_rows=data.num_rows, num_words=data.num_words)
+def predict_rows(
+    model: SparseExpertModel, spec: TaskSpec, data: EvalData, *, routing: Routing | None = None
+) -> list[Any]:
+    """Predict every row of a task, in the form that its kind scores.
+
+    Args:
+        model: In evaluation mode.
+        spec: One of its tasks.
+        data: The rows.
+        routing: Of ``data.examples``; None takes the task's expert.
+    """
+    logits = row_logits(
+        model, spec.name, data.examples, num_rows=data.num_rows, num_words=data.num_words, routing=routing
+    )
     return find_kind(spec.kind).predictions(logits, labels=spec.label_names or [])
 
 
@@ -113,9 +125,18 @@ def score_rows(
 
 
 def evaluate_task(
-    model: SparseExpertModel, spec: TaskSpec, *, split: Split, source: str | None, encoder: Encoder
-) -> TaskReport:
+    model: SparseExpertModel,
+    spec: TaskSpec,
+    *,
+    split: Split,
+    source: str | None,
+    encoder: Encoder,
+    route: str = "task",
+) -> tuple[TaskReport, Routing]:
     """Read a split of a task and score the model on it.
+
+    Returns:
+        The scores, and how each example was routed.
 
     Raises:
         DataError: If the source has no such split, or its answers are hidden.
@@ -128,7 +149,8 @@ def evaluate_task(
         raise DataError(
             f"The {split} split of task {spec.name!r} has no answers; its publisher hides them. Use --split validation."
         )
-    predictions = predict_rows(model, spec, data)
+    routing = _route(model, data.examples, route=route, expert=model.tasks[spec.name].expert)
+    predictions = predict_rows(model, spec, data, routing=routing)
     score = score_rows(spec, data, predictions)
     if score.unseen_labels:
         _LOG.warning(
@@ -138,7 +160,14 @@ def evaluate_task(
     seen = rows_seen_in_train(spec, split, data=source)
     fresh = [place for place, row in enumerate(data.columns["row"]) if row not in seen]
     unseen = score_rows(spec, data, predictions, rows=fresh) if seen and len(fresh) < data.num_rows else None
-    return TaskReport(score=score, title=f"{spec.name} · {split}", unseen_rows=unseen)
+    return TaskReport(score=score, title=f"{spec.name} · {split}", unseen_rows=unseen), routing
+
+
+def _route(model: SparseExpertModel, examples: Sequence[Example], *, route: str, expert: str) -> Routing:
+    if route == "gate":
+        return text_routing(model, examples)
+    index = model.experts.index(expert if route == "task" else route)
+    return Routing.rows([index] * len(examples), device=model.device)
 
 
 def evaluate(
@@ -158,7 +187,8 @@ def evaluate(
         tasks: Some of its tasks; None scores all.
         data: Folder or file for the one task, or task name to such; None takes what each was trained on.
         split: ``train``, ``validation`` or ``test``; or task name to such.
-        route: ``task``: every row goes to the expert of its task.
+        route: ``task``: every row goes to the expert of its task; ``gate``: the gate chooses for each row; the name of
+            an expert: all rows go there. The head is that of the task each time.
         device: ``auto``, ``cpu``, ``cuda`` …
         backbone: Where the backbone is now, if not where the checkpoint says.
 
@@ -167,12 +197,15 @@ def evaluate(
         CheckpointError: If the folder is no complete checkpoint.
         DataError: If data is missing or malformed.
     """
-    if route not in ROUTES:
-        raise ConfigError(unknown_name("route", route, ROUTES))
     if isinstance(checkpoint, LoadedModel):
         checkpoint = checkpoint.checkpoint
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = load_checkpoint(checkpoint, device=find_device(device), backbone=backbone)
+    model = checkpoint.model
+    if route == "gate":
+        model.text_gate()
+    elif route not in ROUTES and route not in model.experts.names:
+        raise ConfigError(unknown_name("route", route, [*ROUTES, *model.experts.names]))
     chosen = list(tasks or checkpoint.tasks)
     for task in chosen:
         checkpoint.model.head(task)
@@ -182,14 +215,19 @@ def evaluate(
             raise ConfigError(unknown_name("split", name, SPLITS))
     sources = {**checkpoint.config.sources, **name_sources(data, chosen)}
     encoder = Encoder(checkpoint.model.backbone, max_length=checkpoint.config.data.max_length)
-    reports = {
-        task: evaluate_task(
-            checkpoint.model, checkpoint.tasks[task], split=splits[task], source=sources.get(task), encoder=encoder
+    reports, routings = {}, {}
+    for task in chosen:
+        reports[task], routings[task] = evaluate_task(
+            model,
+            checkpoint.tasks[task],
+            split=splits[task],
+            source=sources.get(task),
+            encoder=encoder,
+            route=route,
         )
-        for task in chosen
-    }
-    experts = {task: checkpoint.model.tasks[task].expert for task in chosen}
-    return Evaluation(str(checkpoint.path), splits, route, reports, experts)
+    own = {task: model.tasks[task].expert for task in chosen}
+    routed = report_routing(routings, experts=model.experts.names, own=own)
+    return Evaluation(str(checkpoint.path), splits, route, reports, routed)
 
 
 def scored_split(spec: TaskSpec, source: str | None) -> Split:

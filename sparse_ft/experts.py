@@ -71,9 +71,12 @@ class Experts:
     def _wrap(self, name: str) -> None:
         layer = ExpertLayer(self._linears[name], slot=self._slot)
         layer.extend([None] * len(self.names), scales=[1.0] * len(self.names))
-        parent, _, attribute = name.rpartition(".")
-        setattr(self._model.get_submodule(parent), attribute, layer)
+        self._put(name, layer)
         self.layers[name] = layer
+
+    def _put(self, name: str, module: nn.Module) -> None:
+        parent, _, attribute = name.rpartition(".")
+        setattr(self._model.get_submodule(parent), attribute, module)
 
     def index(self, name: str) -> int:
         """Return the place of an expert.
@@ -112,10 +115,7 @@ class Experts:
         """
         taken = list(self.names)
         for expert in experts:
-            if expert.name in taken:
-                raise CheckpointError(
-                    f"There is an expert named {expert.name!r} already: {', '.join(taken)}. Rename one."
-                )
+            self._check_free(expert.name, taken)
             self._check(expert)
             taken.append(expert.name)
         for module in dict.fromkeys(module for expert in experts for module in expert.deltas):
@@ -134,6 +134,10 @@ class Experts:
             self.word_shapes.add(expert.word_shapes, block=lowest, device=device)
             self.names.append(expert.name)
             self.alphas[expert.name] = expert.alpha
+
+    def _check_free(self, name: str, taken: Sequence[str]) -> None:
+        if name in taken:
+            raise CheckpointError(f"There is an expert named {name!r} already: {', '.join(taken)}. Rename one.")
 
     def _check(self, expert: Expert) -> None:
         """Refuse an expert that does not fit this backbone."""
@@ -157,12 +161,38 @@ class Experts:
             )
 
     def remove(self, name: str) -> None:
-        """Remove an expert; no other expert's numbers change."""
+        """Remove an expert; no other expert's numbers change. A layer that no expert is left on is a plain linear."""
         index = self.index(name)
-        for layer in self.layers.values():
+        for module, layer in list(self.layers.items()):
             layer.remove(index)
+            if not any(layer.ranks):
+                self._put(module, layer.frozen)
+                del self.layers[module]
         self.word_shapes.remove(index)
         del self.names[index], self.alphas[name]
+
+    def rename(self, old: str, new: str) -> None:
+        """Give an expert another name.
+
+        Raises:
+            ConfigError: If there is no such expert.
+            CheckpointError: If the new name is taken.
+        """
+        index = self.index(old)
+        self._check_free(new, self.names)
+        self.names[index] = new
+        self.alphas[new] = self.alphas.pop(old)
+
+    def replace(self, expert: Expert) -> None:
+        """Put other deltas in the place of those of the expert of the same name.
+
+        Parameters that were handed out for it, or for an expert behind it, are void after this.
+        """
+        behind = [self.get(name) for name in self.names[self.index(expert.name) :]]
+        self._check(expert)
+        for taken in behind:
+            self.remove(taken.name)
+        self.add(expert, *behind[1:])
 
     def get(self, name: str) -> Expert:
         """Copy an expert out of the layers, without those it does not touch."""

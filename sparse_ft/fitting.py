@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,26 +15,15 @@ from sparse_ft.batching import collate, epoch_batches
 from sparse_ft.config import RunConfig
 from sparse_ft.encoding import Example
 from sparse_ft.errors import ConfigError, SparseFTError
-from sparse_ft.evaluation import EvalData, predict_rows, score_rows
+from sparse_ft.evaluation import predict_rows, score_rows
 from sparse_ft.kinds import find_kind
 from sparse_ft.kinds.classification import IGNORED
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.resume import Progress, fingerprint, load_resume, save_resume
-from sparse_ft.tasks import TaskSpec
+from sparse_ft.training_data import TrainingTask
 from sparse_ft.trunk import keep_trunk, trunk_bytes
 
 Pairs = Sequence[tuple[str, int]]
-
-
-@dataclass(frozen=True)
-class TrainingTask:
-    """One task, ready to train on."""
-
-    spec: TaskSpec
-    """With all labels filled in."""
-    examples: list[Example]
-    """Each with at least one target."""
-    validation: EvalData
 
 
 def fit(

@@ -5,12 +5,14 @@ are float32 whatever the backbone computes in. Shapes: N rows, S tokens a row, H
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from sparse_ft.choosing import Choice
+from sparse_ft.familiarity import Familiarity
 from sparse_ft.heads import pool
 from sparse_ft.routing import Routing
 
@@ -43,121 +45,60 @@ class Gate(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Choice:
-    """How logits become chosen experts and weights."""
-
-    top_k: int = 1
-    """Experts that are computed, 1 to E."""
-    top_p: float | None = None
-    """Stop adding experts once their probabilities reach this sum, 0 to 1; ``top_k`` stays the most."""
-    temperature: float = 1.0
-    """Divides the logits, above 0."""
-    normalise: bool = True
-    """Whether the weights of the chosen sum to 1 (Mixtral) or are the probabilities (Switch)."""
-    min_confidence: float = 0.0
-    """Below this probability of the best expert the routing abstains: all weights are 0."""
-    jitter: float = 0.0
-    """In training, multiply each logit by a number drawn from 1 - jitter to 1 + jitter (Switch)."""
-    capacity: float | None = None
-    """In training, most rows or tokens per expert, in multiples of an even share; None drops none."""
-    training: bool = field(default=False, compare=False)
-
-    def __call__(self, logits: Tensor, *, mask: Tensor | None = None) -> Routing:
-        """Choose the best experts.
-
-        Top-k after the softmax: Shazeer et al. 2017, https://arxiv.org/abs/1701.06538; k = 1 and jitter: Fedus et al.
-        2021, https://arxiv.org/abs/2101.03961; renormalised weights: Jiang et al. 2024, https://arxiv.org/abs/2401.04088.
-
-        Args:
-            logits: [N, E], or [N, S, E] to choose for each token.
-            mask: [N, S], 1 for real tokens; only ``capacity`` needs it.
-
-        Returns:
-            Per row the K best experts; per token a weight for every expert, 0 for those that are not chosen.
-        """
-        noisy = logits.float()
-        if self.training and self.jitter:
-            noisy = noisy * torch.empty_like(noisy).uniform_(1 - self.jitter, 1 + self.jitter)
-        probabilities = (noisy / self.temperature).softmax(-1)
-        weights, experts = probabilities.topk(min(self.top_k, logits.shape[-1]), dim=-1)  # [..., K]
-        if self.top_p is not None:
-            before = weights.cumsum(-1) - weights
-            weights = torch.where(before < self.top_p, weights, 0.0)  # the first always stays
-        sure = probabilities.amax(-1, keepdim=True) >= self.min_confidence
-        if self.normalise:
-            weights = weights / weights.sum(-1, keepdim=True)
-        weights = torch.where(sure, weights, 0.0)
-        if self.training and self.capacity is not None:
-            weights = within_capacity(experts, weights, logits.shape[-1], factor=self.capacity, mask=mask)
-        if logits.dim() == 2:
-            return Routing(experts, weights, logits.float())
-        every = torch.zeros_like(probabilities).scatter(-1, experts, weights)  # [N, S, E]
-        return Routing(None, every, logits.float())
-
-
-def within_capacity(
-    experts: Tensor, weights: Tensor, num_experts: int, *, factor: float, mask: Tensor | None = None
-) -> Tensor:
-    """Drop what exceeds each expert's share; those that come first in the batch stay.
-
-    Fedus et al. 2021, section 2.2, https://arxiv.org/abs/2101.03961: capacity is tokens / experts * factor.
-
-    Args:
-        experts: [..., K] chosen indices.
-        weights: [..., K]; a weight of 0 takes no place.
-        num_experts: E.
-        factor: 1 is an even share.
-        mask: [...], 0 for padding, which takes no place.
-
-    Returns:
-        The weights with 0 where an expert was full, [..., K].
-    """
-    real = weights > 0
-    if mask is not None:
-        real = real & mask.bool().unsqueeze(-1)
-    chosen = torch.nn.functional.one_hot(experts, num_experts).flatten(0, -2) * real.flatten().unsqueeze(-1)  # [T, E]
-    place = (chosen.cumsum(0) * chosen).sum(-1).view(experts.shape)  # 1-based place in the expert's queue
-    capacity = int(real.sum()) / num_experts * factor
-    return torch.where(place <= capacity, weights, 0.0)
-
-
 class SequenceGate(nn.Module):
     """A linear classifier over the mean of the hidden states: one decision a text.
 
     Args:
         names: Experts to choose among.
         hidden_size: H.
+        block: 0-based block whose input it reads, the lowest with experts.
         choice: How the logits become a routing.
     """
 
     every_block = False
 
-    def __init__(self, names: Sequence[str], hidden_size: int, *, choice: Choice) -> None:
+    center: Tensor
+    scale: Tensor
+
+    def __init__(self, names: Sequence[str], hidden_size: int, *, block: int, choice: Choice) -> None:
         super().__init__()
         self.names = list(names)
+        self.block = block
         self.choice = choice
-        self.center: Tensor
-        self.scale: Tensor
         self.register_buffer("center", torch.zeros(hidden_size))
         self.register_buffer("scale", torch.ones(hidden_size))
         self.linear = nn.Linear(hidden_size, len(self.names))
+        self.familiarity = Familiarity(len(self.names), hidden_size)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
-
-    def features(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return the standardised mean over real tokens, [N, H] float32."""
-        return (pool(hidden, attention_mask, "mean") - self.center) * self.scale
 
     def standardise(self, pooled: Tensor) -> None:
         """Centre and scale the features by what ``pooled`` [rows, H] shows."""
         self.center.copy_(pooled.mean(0))
-        self.scale.copy_(1 / pooled.std(0).clamp_min(1e-6))
+        self.scale.copy_(_inverse(pooled.std(0, correction=0)))
+
+    def features(self, pooled: Tensor) -> Tensor:
+        """Return what the classifier reads of pooled hidden states, [N, H]."""
+        return (pooled - self.center) * self.scale
+
+    def decide(self, pooled: Tensor, *, excluded: Sequence[int] = ()) -> Routing:
+        """Choose experts for texts.
+
+        Args:
+            pooled: Mean over the real tokens of each, [N, H] float32.
+            excluded: Experts that may not be chosen.
+        """
+        with _float32(pooled):
+            features = self.features(pooled)
+            confidence = self.familiarity(features) if self.familiarity.fitted else None
+            logits = self.linear(features)
+            if excluded:
+                logits[:, list(excluded)] = -torch.inf
+            return self.choice(logits, confidence=confidence)
 
     def route(self, inputs: GateInput) -> Routing:
         """Choose experts for each row."""
-        logits = self.linear(self.features(inputs.hidden, inputs.attention_mask))
-        return self.choice(logits)
+        return self.decide(pool(inputs.hidden, inputs.attention_mask, "mean"))
 
 
 class PrototypeGate(SequenceGate):
@@ -172,15 +113,19 @@ class PrototypeGate(SequenceGate):
     def fit(self, pooled: Mapping[str, Tensor]) -> None:
         """Take the mean of each expert's pooled texts, [rows, H] each; every expert counts the same."""
         self.center.copy_(torch.stack([pooled[name].mean(0) for name in self.names]).mean(0))
-        spread = torch.stack([pooled[name].std(0) for name in self.names]).mean(0)
-        self.scale.copy_(1 / spread.clamp_min(1e-6))
+        spread = torch.stack([pooled[name].std(0, correction=0) for name in self.names]).mean(0)
+        self.scale.copy_(_inverse(spread))
         means = torch.stack([(pooled[name].mean(0) - self.center) * self.scale for name in self.names])
         with torch.no_grad():
             self.linear.weight.copy_(torch.nn.functional.normalize(means, dim=-1) * self.sharpness)
 
-    def features(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return the standardised mean over real tokens at length 1, [N, H]."""
-        return torch.nn.functional.normalize(super().features(hidden, attention_mask), dim=-1)
+    def features(self, pooled: Tensor) -> Tensor:
+        """Return what the cosine is taken of, [N, H] of length 1."""
+        return torch.nn.functional.normalize(super().features(pooled), dim=-1)
+
+
+TEXT_GATES: dict[str, type[SequenceGate]] = {"sequence": SequenceGate, "prototype": PrototypeGate}
+"""The gates that decide once a text and are kept in checkpoints, by the name that configs use."""
 
 
 class TokenGate(nn.Module):
@@ -212,7 +157,10 @@ class TokenGate(nn.Module):
     def route(self, inputs: GateInput) -> Routing:
         """Choose experts for each token of one block."""
         linear = self.linears[self.blocks.index(inputs.block)]
-        return self.choice(linear(inputs.hidden.float()), mask=inputs.attention_mask)
+        hidden = inputs.hidden.float()
+        with _float32(hidden):
+            logits = linear(self.choice.shaken(hidden) if self.training else hidden)
+        return self.choice(logits, mask=inputs.attention_mask, training=self.training)
 
 
 class ArrowGate(nn.Module):
@@ -240,4 +188,16 @@ class ArrowGate(nn.Module):
     def route(self, inputs: GateInput) -> Routing:
         """Choose experts for each token of one block."""
         vectors = self.vectors[self.blocks.index(inputs.block)]
-        return self.choice((inputs.hidden.float() @ vectors.t()).abs(), mask=inputs.attention_mask)
+        with _float32(inputs.hidden):
+            logits = (inputs.hidden.float() @ vectors.t()).abs()
+        return self.choice(logits, mask=inputs.attention_mask)
+
+
+def _float32(tensor: Tensor) -> torch.autocast:
+    """Keep autocast from a gate's matrix products: near ties would fall to another expert."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def _inverse(spread: Tensor) -> Tensor:
+    """Return 1 / spread, and 1 where a feature is constant."""
+    return torch.where(spread > 1e-6, 1 / spread, 1.0)

@@ -1,6 +1,6 @@
 """Run examples through the model and sort the logits back to the texts they came from."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -8,6 +8,8 @@ from torch import Tensor
 from sparse_ft.batching import collate, length_batches
 from sparse_ft.encoding import Example
 from sparse_ft.model import SparseExpertModel
+from sparse_ft.routing import Routing
+from sparse_ft.trunk import keep_trunk
 
 MAX_TOKENS = 4096
 """Per batch: keeps the matrices inside the caches of a CPU and a small GPU busy."""
@@ -24,6 +26,7 @@ def row_logits(
     *,
     num_rows: int,
     num_words: Sequence[int] | None = None,
+    routing: Routing | None = None,
 ) -> list[Tensor]:
     """Compute the logits of one task for each text.
 
@@ -33,6 +36,7 @@ def row_logits(
         examples: Rows of model input; windows of one text share a ``row``.
         num_rows: Number of texts.
         num_words: Words of each text, for tasks that tag words.
+        routing: Of the examples; None takes the task's expert.
 
     Returns:
         One float32 CPU tensor a text: (labels,), or (words, tags).
@@ -44,10 +48,11 @@ def row_logits(
         untagged = torch.full((num_outputs,), _NEVER)
         untagged[0] = 0.0
         rows = [untagged.repeat(words, 1) for words in num_words]
-    for members in length_batches([len(example.input_ids) for example in examples], max_tokens=MAX_TOKENS):
+    for members in _batches(examples):
         chosen = [examples[member] for member in members]
         batch = collate([(task, example) for example in chosen], pad_id=model.backbone.pad_id, device=model.device)
-        logits = model(batch)[task].float().cpu()
+        own = None if routing is None else routing.take(members)
+        logits = model(batch, routing=own)[task].float().cpu()
         if num_words is None:
             for example, row in zip(chosen, logits, strict=True):
                 rows[example.row] = row
@@ -58,3 +63,45 @@ def row_logits(
             rows[example.row][example.word_indices] = logits[start:stop]
             start = stop
     return rows
+
+
+def _batches(examples: Sequence[Example]) -> Iterator[list[int]]:
+    """Group examples of similar length; those with a kept trunk among themselves, for it helps only if all have it."""
+    for kept in (True, False):
+        group = [place for place, example in enumerate(examples) if (example.trunk is not None) is kept]
+        for members in length_batches([len(examples[place].input_ids) for place in group], max_tokens=MAX_TOKENS):
+            yield [group[member] for member in members]
+
+
+@torch.no_grad()
+def text_routing(model: SparseExpertModel, examples: Sequence[Example]) -> Routing:
+    """Let the gate choose experts for each example."""
+    gate = model.text_gate()
+    return gate.decide(pooled_entering(model, examples).to(model.device))
+
+
+def entering(model: SparseExpertModel, examples: Sequence[Example]) -> list[Example]:
+    """Run the blocks that all experts share, and keep what comes out of them in each example's ``trunk``."""
+    backbone = model.backbone
+    first = min(model.first_block, backbone.num_blocks - 1)  # a model without experts has none to enter
+    return keep_trunk(backbone.model, backbone.blocks, examples, first_block=first, pad_id=backbone.pad_id)
+
+
+def pooled(examples: Sequence[Example]) -> Tensor:
+    """Return the mean over the tokens of each example's ``trunk``, [examples, hidden] float32."""
+    return torch.stack([example.trunk.float().mean(0) for example in examples if example.trunk is not None])
+
+
+def pooled_entering(model: SparseExpertModel, examples: Sequence[Example], *, size: int = 2048) -> Tensor:
+    """Return the mean of what enters the lowest block with experts, over the tokens of each example.
+
+    Args:
+        model: In evaluation mode.
+        examples: Rows of model input, at least one.
+        size: Examples whose hidden states are in memory at once.
+
+    Returns:
+        [examples, hidden] float32, on the CPU.
+    """
+    starts = range(0, len(examples), size)
+    return torch.cat([pooled(entering(model, examples[start : start + size])).cpu() for start in starts])

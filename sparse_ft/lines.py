@@ -46,7 +46,9 @@ def _lines(stream: Any, name: str) -> Iterator[str]:
 def format_prediction(prediction: "Prediction") -> str:
     """Show the answers to one text for people: the text, then a line a task."""
     lines = [prediction.text if prediction.text_pair is None else f"{prediction.text}\t{prediction.text_pair}"]
-    width = max(len(task) for task in prediction.tasks)
+    if prediction.unknown:
+        return f"{lines[0]}\n  unknown: unlike the texts that the experts were trained on"
+    width = max((len(task) for task in prediction.tasks), default=0)
     lines.extend(f"  {task:<{width}}  {_format_answer(answer)}" for task, answer in prediction.tasks.items())
     return "\n".join(lines)
 

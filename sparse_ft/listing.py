@@ -47,7 +47,7 @@ def describe_checkpoint(path: Path) -> str:
         f"experts from block {manifest['first_block']}, {manifest['pooling']} pooling",
         "routing:    by task; this checkpoint has no gate",
         "",
-        _columns([["expert", "rank", "alpha", "layers", "MB"], *_expert_rows(manifest)]),
+        _columns([["expert", "rank", "alpha", "layers", "MB", "tasks"], *_expert_rows(manifest)]),
         "",
         _columns([["task", "expert", "kind", "labels", "MB", "scores"], *_task_rows(path, manifest, metrics)]),
     ]
@@ -62,6 +62,7 @@ def _expert_rows(manifest: dict[str, Any]) -> list[list[str]]:
             f"{entry['alpha']:g}",
             str(entry["layers"]),
             _megabytes(manifest, f"experts/{name}/"),
+            ", ".join(task for task, served in manifest["tasks"].items() if served["expert"] == name) or "none",
         ]
         for name, entry in manifest["experts"].items()
     ]

@@ -13,6 +13,7 @@ from sparse_ft.backbone import Backbone
 from sparse_ft.batching import Batch, TaskRows
 from sparse_ft.errors import ConfigError, unknown_name
 from sparse_ft.experts import Experts
+from sparse_ft.gates import Gate, GateInput, SequenceGate
 from sparse_ft.heads import Head, pool
 from sparse_ft.routing import Routing, RoutingSlot
 from sparse_ft.trunk import skipping_trunk
@@ -53,6 +54,7 @@ class SparseExpertModel(nn.Module):
         self.heads = nn.ModuleDict()
         self.tasks: dict[str, TaskSlot] = {}
         self.backbone_dropout = False
+        self.gate: SequenceGate | None = None
 
     @property
     def first_block(self) -> int:
@@ -84,6 +86,34 @@ class SparseExpertModel(nn.Module):
         assert isinstance(head, Head)
         return head
 
+    def remove_task(self, name: str) -> None:
+        """Remove a task with its head."""
+        self.head(name)  # refuses an unknown one
+        del self.heads[_head_key(name)], self.tasks[name]
+
+    def text_gate(self) -> SequenceGate:
+        """Return the gate that decides which expert a text goes to.
+
+        Raises:
+            ConfigError: If there is none, or the experts are no longer those that it was fitted on.
+        """
+        advice = "Fit one with `sparse-ft train --stage gate --from CHECKPOINT`, or name the tasks with --task."
+        gate, names = self.gate, self.experts.names
+        if gate is None:
+            raise ConfigError(f"This model has no gate to choose among its experts. {advice}")
+        unknown = [name for name in names if name not in gate.names]
+        if unknown:
+            raise ConfigError(f"The gate does not know the expert {unknown[0]!r}, which came later. {advice}")
+        if gate.names != names:
+            raise ConfigError(
+                f"The gate chooses among {', '.join(gate.names)}, the model has {', '.join(names)}. {advice}"
+            )
+        if gate.block != self.first_block:
+            raise ConfigError(
+                f"The gate reads what enters block {gate.block}, but the experts begin at {self.first_block}. {advice}"
+            )
+        return gate
+
     def trainable(self, task: str) -> dict[str, nn.Parameter]:
         """Return what learns from a task: its expert's deltas and its head, by name."""
         found = {f"expert.{name}": value for name, value in self.experts.parameters(self.tasks[task].expert).items()}
@@ -98,59 +128,97 @@ class SparseExpertModel(nn.Module):
             layer.train(mode)
         return self
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def forward(
+        self,
+        batch: Batch,
+        *,
+        routing: Routing | None = None,
+        gate: Gate | None = None,
+        seen: dict[int, Routing] | None = None,
+    ) -> dict[str, Tensor]:
         """Answer every task of a batch.
 
         Args:
-            batch: Rows of one or several tasks; each row is routed to the expert of its task.
+            batch: Rows of one or several tasks.
+            routing: Of the rows; None routes each row to the expert of its task.
+            gate: Asked at every block with experts in place of ``routing``.
+            seen: Filled with the routing of each block that the gate was asked at.
 
         Returns:
             Logits per task in float32, (rows, labels), or (words, tags) for tasks that read words.
         """
-        experts = [self.experts.index(self.tasks[rows.task].expert) for rows in batch.tasks]
-        if self.backbone.family.routes_rows or len(set(experts)) == 1:
-            per_row = [
+        if routing is None:
+            experts = [self.experts.index(self.tasks[rows.task].expert) for rows in batch.tasks]
+            spread = [
                 expert for expert, rows in zip(experts, batch.tasks, strict=True) for _ in range(rows.start, rows.stop)
             ]
-            hidden = self._hidden(batch, 0, len(per_row), per_row)
-            return {rows.task: self._head_logits(rows, hidden, batch, 0) for rows in batch.tasks}
-        logits = {}
-        for expert, rows in zip(experts, batch.tasks, strict=True):
-            hidden = self._hidden(batch, rows.start, rows.stop, [expert] * (rows.stop - rows.start))
-            logits[rows.task] = self._head_logits(rows, hidden, batch, rows.start)
-        return logits
+            routing = Routing.rows(spread, device=self.device)
+        if self.backbone.family.routes_rows or (gate is None and routing.only is not None):
+            hidden = self._hidden(batch, slice(None), routing, gate=gate, seen=seen)
+            return {rows.task: self._head_logits(rows, hidden, batch) for rows in batch.tasks}
+        # Some layers of this family see other shapes than one entry a row: one expert a pass, or one row.
+        parts = [
+            self._hidden(batch, rows, routing.take(rows), gate=gate, seen=seen)
+            for rows in routing.stretches(single_rows=gate is not None)
+        ]
+        hidden = torch.cat(parts)
+        return {rows.task: self._head_logits(rows, hidden, batch) for rows in batch.tasks}
 
-    def _hidden(self, batch: Batch, start: int, stop: int, experts: Sequence[int]) -> Tensor:
-        rows = slice(start, stop)
-        inputs: dict[str, Any] = {"input_ids": batch.input_ids[rows], "attention_mask": batch.attention_mask[rows]}
+    def _hidden(
+        self,
+        batch: Batch,
+        rows: slice,
+        routing: Routing,
+        *,
+        gate: Gate | None = None,
+        seen: dict[int, Routing] | None = None,
+    ) -> Tensor:
+        """Run some rows through the backbone: [N, S, hidden]."""
+        mask, blocks = batch.attention_mask[rows], self.backbone.blocks
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids[rows], "attention_mask": mask}
         if batch.token_type_ids is not None:
             inputs["token_type_ids"] = batch.token_type_ids[rows]
         if self.backbone.family.causal:
             inputs["use_cache"] = False
-        routing = Routing.rows(experts, device=self.device)
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.slot.filled(routing))
+            if gate is not None:
+                for block in range(self.first_block, len(blocks)):
+                    ask = functools.partial(self._ask, gate, attention_mask=mask, block=block, seen=seen)
+                    stack.enter_context(changing_input(blocks[block], ask))
             if batch.word_shapes is not None:
-                for block, chosen in self.word_shapes.blocks_of(routing.present).items():
-                    add = functools.partial(
-                        self.word_shapes.added, shapes=batch.word_shapes[rows], routing=routing, chosen=chosen
-                    )
-                    stack.enter_context(changing_input(self.backbone.blocks[block], add))
-            if batch.trunk is not None:
+                present = routing.present if gate is None else None
+                for block, chosen in self.word_shapes.blocks_of(present).items():
+                    add = functools.partial(self._add_word_shapes, shapes=batch.word_shapes[rows], chosen=chosen)
+                    stack.enter_context(changing_input(blocks[block], add))
+            if batch.trunk is not None and self.first_block > 0:
                 kept = batch.trunk[rows]
-                stack.enter_context(skipping_trunk(self.backbone.blocks, first_block=self.first_block, hidden=kept))
-            return self.encoder(**inputs).last_hidden_state  # [N, S, hidden]
+                stack.enter_context(skipping_trunk(blocks, first_block=self.first_block, hidden=kept))
+            return self.encoder(**inputs).last_hidden_state
 
-    def _head_logits(self, rows: TaskRows, hidden: Tensor, batch: Batch, offset: int) -> Tensor:
-        """Apply a task's head; ``hidden`` begins at row ``offset`` of the batch."""
+    def _ask(
+        self, gate: Gate, hidden: Tensor, *, attention_mask: Tensor, block: int, seen: dict[int, Routing] | None
+    ) -> Tensor:
+        """Let a gate decide for one block; the hidden states stay as they are."""
+        routing = gate.route(GateInput(hidden, attention_mask, block))
+        self.slot.replace(routing)
+        if seen is not None:
+            seen[block] = routing
+        return hidden
+
+    def _add_word_shapes(self, hidden: Tensor, *, shapes: Tensor, chosen: Sequence[int]) -> Tensor:
+        return self.word_shapes.added(hidden, shapes, routing=self.slot.read(), chosen=chosen)
+
+    def _head_logits(self, rows: TaskRows, hidden: Tensor, batch: Batch) -> Tensor:
+        """Apply a task's head to its rows."""
         head = self.head(rows.task)
         if self.tasks[rows.task].level == "word":
             if rows.words is None:  # a batch of texts without a single word
                 return head(hidden.new_zeros(0, hidden.shape[-1]))
             in_rows, in_tokens = rows.words
-            return head(hidden[in_rows - offset, in_tokens])
-        own = slice(rows.start - offset, rows.stop - offset)
-        return head(pool(hidden[own], batch.attention_mask[rows.start : rows.stop], self.pooling))
+            return head(hidden[in_rows, in_tokens])
+        own = slice(rows.start, rows.stop)
+        return head(pool(hidden[own], batch.attention_mask[own], self.pooling))
 
 
 def _head_key(task: str) -> str:

@@ -2,8 +2,8 @@
 
 import itertools
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ from torch import Tensor
 
 from sparse_ft.checkpoint import Checkpoint, load_checkpoint
 from sparse_ft.devices import find_device
-from sparse_ft.encoding import Encoder
+from sparse_ft.encoding import Encoder, Example
 from sparse_ft.errors import ConfigError, DataError
-from sparse_ft.inference import row_logits
+from sparse_ft.inference import entering, pooled, row_logits
 from sparse_ft.kinds import find_kind
+from sparse_ft.routing import Routing
 from sparse_ft.tasks import TaskSpec
 from sparse_ft.words import split_words
 
@@ -34,13 +35,16 @@ class Prediction:
     tasks: dict[str, dict[str, Any]]
     """Task to its answer: label and score, labels, or entities."""
     routing: dict[str, float]
-    """Weight of each expert that was used."""
+    """Expert to weight: 1 where a task was named, else what the gate thinks of every expert."""
     text_pair: str | None = None
+    unknown: bool = False
+    """Whether the gate turned the text away as unlike anything the experts know; ``tasks`` is empty then."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return what a line of ``predict --json`` holds."""
         pair = {} if self.text_pair is None else {"text_pair": self.text_pair}
-        return {"text": self.text, **pair, "tasks": self.tasks, "routing": self.routing}
+        unknown = {"unknown": True} if self.unknown else {}
+        return {"text": self.text, **pair, "tasks": self.tasks, "routing": self.routing, **unknown}
 
 
 class LoadedModel:
@@ -61,42 +65,106 @@ class LoadedModel:
         return self.checkpoint.tasks
 
     def __call__(self, texts: Text | Sequence[Text]) -> Prediction | list[Prediction]:
-        """Answer every task for one text, or for each of a list."""
+        """Answer one text, or each of a list; the gate decides which tasks, as in ``predict``."""
         if isinstance(texts, (str, tuple)):
             return self.predict([texts])[0]
         return self.predict(texts)
 
-    def predict(self, texts: Sequence[Text], tasks: Sequence[str] | str = "all") -> list[Prediction]:
+    def predict(self, texts: Sequence[Text], tasks: Sequence[str] | str | None = None) -> list[Prediction]:
         """Answer tasks for a list of texts.
 
         Args:
             texts: Raw texts, also empty; (text, text) for tasks on pairs. A single string is a list of one.
-            tasks: Names, or ``"all"``.
+            tasks: Names, or ``"all"``. None lets the gate choose an expert for each text, whose tasks are answered;
+                without a gate it means all.
 
         Returns:
             One prediction a text, in order. An answer does not depend on the other texts of the call.
 
         Raises:
-            ConfigError: If a task is not in the checkpoint.
+            ConfigError: If a task is not in the checkpoint, or the gate no longer fits the experts.
             DataError: If a task on pairs gets single texts, or the other way round.
         """
         texts = [texts] if isinstance(texts, str) else texts
-        names = self._task_names(tasks)
-        answers = {name: self._answers(name, texts) for name in names}
+        by_gate = tasks is None and self.checkpoint.model.gate is not None
+        names = self._task_names("all" if tasks is None else tasks)
+        found: list[Prediction] = []
+        for start in range(0, len(texts), CHUNK):
+            chunk = texts[start : start + CHUNK]
+            found.extend(self._by_gate(chunk) if by_gate else self._by_task(chunk, names))
+        return found
+
+    def _by_task(self, texts: Sequence[Text], names: Sequence[str]) -> list[Prediction]:
+        """Answer these tasks for every text."""
+        shared = self._shared(texts, names) if len(names) > 1 and self._keeps_trunk else {}
+        answers = {name: self._answers(name, texts, shared=shared) for name in names}
         routing = {self.checkpoint.model.tasks[name].expert: 1.0 for name in names}
         return [
-            Prediction(
-                text if isinstance(text, str) else text[0],
-                {name: answers[name][place] for name in names},
-                routing,
-                None if isinstance(text, str) else text[1],
-            )
+            _prediction(text, {name: answers[name][place] for name in names}, routing)
             for place, text in enumerate(texts)
         ]
 
-    def stream(self, texts: Iterable[Text], tasks: Sequence[str] | str = "all") -> Iterator[Prediction]:
+    def _by_gate(self, texts: Sequence[Text]) -> list[Prediction]:
+        """Let the gate choose an expert for every text, and answer the tasks of that expert."""
+        model = self.checkpoint.model
+        gate = model.text_gate()
+        with self._lock, torch.no_grad():
+            examples = entering(model, self._plain(texts))
+            routing = gate.decide(pooled(examples).to(model.device), excluded=self._unfit(texts))
+        shared = {tuple(example.input_ids): example for example in examples} if self._keeps_trunk else {}
+        assert routing.logits is not None
+        assert routing.experts is not None
+        probabilities = routing.logits.softmax(-1).tolist()
+        best = [
+            None if not weights[0] else gate.names[experts[0]]
+            for experts, weights in zip(routing.experts.tolist(), routing.weights.tolist(), strict=True)
+        ]
+        answers: list[dict[str, dict[str, Any]]] = [{} for _ in texts]
+        for name, slot in model.tasks.items():
+            if self._reads_pairs(name) != isinstance(texts[0], tuple):
+                continue
+            places = [place for place, expert in enumerate(best) if expert == slot.expert]
+            own = routing.take(places)
+            found = self._answers(name, [texts[place] for place in places], shared=shared, routing=own)
+            for place, answer in zip(places, found, strict=True):
+                answers[place][name] = answer
+        return [
+            _prediction(text, answer, dict(zip(gate.names, shares, strict=True)), unknown=expert is None)
+            for text, answer, shares, expert in zip(texts, answers, probabilities, best, strict=True)
+        ]
+
+    def _reads_pairs(self, task: str) -> bool:
+        return "text_pair" in self.tasks[task].columns
+
+    def _unfit(self, texts: Sequence[Text]) -> list[int]:
+        """Return the experts that serve no task on what the texts are, single or pairs."""
+        model, pairs = self.checkpoint.model, isinstance(texts[0], tuple)
+        fit = {slot.expert for name, slot in model.tasks.items() if self._reads_pairs(name) == pairs}
+        return [place for place, name in enumerate(model.experts.names) if name not in fit]
+
+    @property
+    def _keeps_trunk(self) -> bool:
+        """Whether what lies below the experts can be computed once for several tasks."""
+        model = self.checkpoint.model
+        return model.first_block > 0 and model.backbone.family.keeps_trunk
+
+    def _plain(self, texts: Sequence[Text]) -> list[Example]:
+        """Encode texts or pairs without regard to a task."""
+        pairs = [text[1] for text in texts if not isinstance(text, str)]
+        if pairs and len(pairs) < len(texts):
+            raise DataError("Some of the texts are pairs and some are not. Ask for them in two calls.")
+        return self.encoder.texts([text if isinstance(text, str) else text[0] for text in texts], pairs or None)
+
+    def _shared(self, texts: Sequence[Text], names: Sequence[str]) -> dict[tuple[int, ...], Example]:
+        """Run the blocks below the experts once for all tasks."""
+        for name in names:
+            _columns(self.tasks[name], texts)  # says what is wrong with the texts
+        with self._lock:
+            return {tuple(row.input_ids): row for row in entering(self.checkpoint.model, self._plain(texts))}
+
+    def stream(self, texts: Iterable[Text], tasks: Sequence[str] | str | None = None) -> Iterator[Prediction]:
         """Answer tasks for any number of texts, holding no more than ``CHUNK`` of them in memory."""
-        self._task_names(tasks)
+        self._task_names("all" if tasks is None else tasks)
         iterator = iter(texts)
         while chunk := list(itertools.islice(iterator, CHUNK)):
             yield from self.predict(chunk, tasks)
@@ -127,15 +195,30 @@ class LoadedModel:
             raise ConfigError('No task is given. Name some of the checkpoint, or write "all".')
         return names
 
-    def _answers(self, task: str, texts: Sequence[Text]) -> list[dict[str, Any]]:
+    def _answers(
+        self,
+        task: str,
+        texts: Sequence[Text],
+        *,
+        shared: Mapping[tuple[int, ...], Example],
+        routing: Routing | None = None,
+    ) -> list[dict[str, Any]]:
         spec = self.tasks[task]
         kind, labels = find_kind(spec.kind), spec.label_names or []
+        rows = self._row_logits(task, texts, shared=shared, routing=routing)
         return [
             kind.answer(logits, text=text if isinstance(text, str) else text[0], labels=labels, language=spec.language)
-            for text, logits in zip(texts, self._row_logits(task, texts), strict=True)
+            for text, logits in zip(texts, rows, strict=True)
         ]
 
-    def _row_logits(self, task: str, texts: Sequence[Text]) -> list[Tensor]:
+    def _row_logits(
+        self,
+        task: str,
+        texts: Sequence[Text],
+        *,
+        shared: Mapping[tuple[int, ...], Example] | None = None,
+        routing: Routing | None = None,
+    ) -> list[Tensor]:
         spec = self.tasks[task]
         kind = find_kind(spec.kind)
         columns = _columns(spec, texts)
@@ -144,7 +227,23 @@ class LoadedModel:
             num_words = [len(split_words(text, spec.language)) for text in columns["text"]]
         with self._lock:  # over the encoding, too: a tokenizer keeps its truncation settings in itself
             examples = kind.encode(columns, encoder=self.encoder, labels=spec.label_names or [], language=spec.language)
-            return row_logits(self.checkpoint.model, task, examples, num_rows=len(texts), num_words=num_words)
+            if shared:
+                kept = [shared.get(tuple(example.input_ids)) for example in examples]
+                examples = [
+                    replace(example, trunk=twin.trunk) if twin is not None else example
+                    for example, twin in zip(examples, kept, strict=True)
+                ]
+            own = None if routing is None else routing.take([example.row for example in examples])
+            return row_logits(
+                self.checkpoint.model, task, examples, num_rows=len(texts), num_words=num_words, routing=own
+            )
+
+
+def _prediction(
+    text: Text, tasks: dict[str, dict[str, Any]], routing: dict[str, float], *, unknown: bool = False
+) -> Prediction:
+    first, second = (text, None) if isinstance(text, str) else text
+    return Prediction(first, tasks, routing, second, unknown)
 
 
 def _columns(spec: TaskSpec, texts: Sequence[Text]) -> dict[str, list[str]]:

@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ class Routing:
     """[N, K] per row or [N, S, K] per token, float32."""
     logits: Tensor | None = None
     """What the gate said of every expert, [N, E] or [N, S, E], float32; None if it was not learned."""
+    confidence: Tensor | None = None
+    """[N] or [N, S], 0 to 1; where it was too low all weights are 0."""
 
     @classmethod
     def rows(cls, experts: Sequence[int], *, device: torch.device | str = "cpu") -> "Routing":
@@ -68,6 +71,21 @@ class Routing:
             chosen = (self.weights * (named.unsqueeze(1) if self.by_token else named)).sum(-1)
         return chosen if self.by_token else chosen.unsqueeze(-1)
 
+    def stretches(self, *, single_rows: bool = False) -> list[slice]:
+        """Cut the rows into stretches that one expert serves alone; all other rows stand for themselves."""
+        known = not single_rows and self.experts is not None and not self.by_token and self.experts.shape[1] == 1
+        keys: list[Any] = [None] * len(self.weights)
+        if known:
+            assert self.experts is not None
+            keys = list(zip(self.experts[:, 0].tolist(), self.weights[:, 0].tolist(), strict=True))
+        found: list[slice] = []
+        for row, key in enumerate(keys):
+            if found and key is not None and key[1] == 1 and keys[row - 1] == key:
+                found[-1] = slice(found[-1].start, row + 1)
+            else:
+                found.append(slice(row, row + 1))
+        return found
+
     def take(self, rows: Sequence[int] | slice) -> "Routing":
         """Return the routing of some rows."""
         chosen = rows if isinstance(rows, slice) else list(rows)
@@ -76,6 +94,7 @@ class Routing:
             experts=None if self.experts is None else self.experts[chosen],
             weights=self.weights[chosen],
             logits=None if self.logits is None else self.logits[chosen],
+            confidence=None if self.confidence is None else self.confidence[chosen],
         )
 
 

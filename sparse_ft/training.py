@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -12,19 +12,19 @@ from sparse_ft.backbone import load_backbone, set_attention
 from sparse_ft.checkpoint import load_checkpoint, save_checkpoint
 from sparse_ft.config import RunConfig, load_config
 from sparse_ft.devices import find_device, find_dtype, is_out_of_memory
-from sparse_ft.encoding import Encoder
-from sparse_ft.errors import ConfigError, DataError, SparseFTError
-from sparse_ft.evaluation import Evaluation, evaluate, name_sources, prepare, score_rows, scored_split
-from sparse_ft.fitting import TrainingTask, fit
+from sparse_ft.encoding import Encoder, Example
+from sparse_ft.errors import ConfigError, SparseFTError
+from sparse_ft.evaluation import Evaluation, evaluate, name_sources, scored_split
+from sparse_ft.fitting import fit
 from sparse_ft.folders import explain_os_errors, recover_folder, write_json
+from sparse_ft.gate_training import fit_gate, routing_accuracy
 from sparse_ft.kinds import find_kind
-from sparse_ft.kinds.classification import IGNORED
 from sparse_ft.manifest import MANIFEST, check_name
 from sparse_ft.model import SparseExpertModel
-from sparse_ft.readers import label_names, read
 from sparse_ft.reports import report_json
 from sparse_ft.resume import Progress, find_resume
 from sparse_ft.tasks import TaskSpec, load_task
+from sparse_ft.training_data import TrainingTask, prepare_task
 
 _LOG = logging.getLogger("sparse_ft")
 
@@ -62,8 +62,9 @@ def train(
     resume: bool = False,
     seed: int | None = None,
     device: str | None = None,
+    stage: Literal["experts", "gate"] = "experts",
 ) -> TrainResult:
-    """Train one expert and one head per task and write a checkpoint.
+    """Train one expert and one head per task, fit the gate that chooses among them, and write a checkpoint.
 
     Args:
         tasks: Bundled names, or paths of task files.
@@ -76,6 +77,7 @@ def train(
         resume: Continue the interrupted run in ``output``.
         seed: Of everything random.
         device: ``auto``, ``cpu``, ``cuda`` …
+        stage: ``experts``, or ``gate`` to fit only the gate of ``from_checkpoint`` anew.
 
     Raises:
         SparseFTError: For everything that the caller can mend; nothing is written then.
@@ -92,6 +94,8 @@ def train(
         run = _with(run, {"start": str(Path(from_checkpoint).absolute())})
     if resume:
         run = _resumed_config(run, output, data=data)
+    if stage == "gate":
+        return _train_gate(run, data=data, output=output)
     specs = [load_task(task) for task in run.tasks]
     if not specs:
         raise ConfigError("No task is given. Name at least one, e.g. --task ner; `sparse-ft tasks` lists them.")
@@ -174,10 +178,14 @@ def _train(run: RunConfig, specs: Sequence[TaskSpec], *, resume: bool) -> TrainR
     output = Path(run.output or "")
     model, kept, metrics = _start_model(run, device)
     encoder = Encoder(model.backbone, max_length=run.data.max_length)
-    ready = {spec.name: _prepare_task(spec, run=run, encoder=encoder, before=kept.get(spec.name)) for spec in specs}
+    ready = {spec.name: prepare_task(spec, run=run, encoder=encoder, before=kept.get(spec.name)) for spec in specs}
     for name, task in ready.items():
         if name not in kept:
             _add_task(model, task.spec, run=run)
+    if run.gate.top_k > len(model.experts.names):
+        raise ConfigError(
+            f"gate.top_k is {run.gate.top_k}, but there are {len(model.experts.names)} experts. Lower it."
+        )
     model.experts.set_dropout(run.experts.dropout)
     model.to(device)
     with explain_os_errors(output):
@@ -186,6 +194,7 @@ def _train(run: RunConfig, specs: Sequence[TaskSpec], *, resume: bool) -> TrainR
     progress = _fit(model, ready, run=run, output=output, resume=resume)
     trained = {name: task.spec for name, task in ready.items()}
     metrics.update({task: {"validation": score} for task, score in progress.best.items()})
+    _add_gate(model, {**_kept_rows(kept, ready, run=run, encoder=encoder), **ready}, run=run, metrics=metrics)
     # The new folder takes the place of the old one with its resume/, which is done with.
     save_checkpoint(output, model=model, tasks={**kept, **trained}, config=run, metrics=metrics)
     evaluation = _evaluate(output, ready, run=run)
@@ -214,44 +223,6 @@ def _start_model(run: RunConfig, device: torch.device) -> tuple[SparseExpertMode
     return model, kept, metrics
 
 
-def _prepare_task(spec: TaskSpec, *, run: RunConfig, encoder: Encoder, before: TaskSpec | None) -> TrainingTask:
-    """Read and encode the training and validation rows of a task."""
-    found = read(spec, data=run.sources.get(spec.name), splits=["train", "validation"])
-    if "train" not in found or len(found["train"]) == 0:
-        raise DataError(f"Task {spec.name!r} has no training rows. Name a folder or file that has some with --data.")
-    labels = label_names(spec, found["train"])
-    if before is not None:
-        extra = sorted(set(labels) - set(before.label_names or []))
-        if extra:
-            raise DataError(
-                f"Task {spec.name!r} in {run.start!r} has no label {extra[0]!r}. Its head was trained on: "
-                f"{', '.join(before.label_names or [])}. Rename the task to train a new expert for other labels."
-            )
-        labels = before.label_names or labels
-    spec = spec.model_copy(update={"labels": spec.labels if isinstance(spec.labels, dict) else labels})
-    rows = found["train"]
-    if run.data.train_limit is not None and len(rows) > run.data.train_limit:
-        rows = rows.shuffle(seed=run.seed).select(range(run.data.train_limit))
-    kind = find_kind(spec.kind)
-    if encoder.last_piece and kind.level == "word":
-        _LOG.warning(
-            "Backbone %s is causal: a word sees only what stands left of it. Task %s will tag better on a BERT.",
-            run.backbone,
-            spec.name,
-        )
-    examples = kind.encode(rows.to_dict(), encoder=encoder, labels=labels, language=spec.language)
-    examples = [example for example in examples if any(target != IGNORED for target in example.targets)]
-    validation = prepare(found["validation"].to_dict(), spec=spec, encoder=encoder)
-    if not examples or validation.num_rows == 0:
-        raise DataError(
-            f"Task {spec.name!r} has {len(examples)} training and {validation.num_rows} validation rows with answers."
-        )
-    score_rows(
-        spec, validation, kind.references(validation.columns)
-    )  # an impossible metric shows here, not after an epoch
-    return TrainingTask(spec, examples, validation)
-
-
 def _add_task(model: SparseExpertModel, spec: TaskSpec, *, run: RunConfig) -> None:
     settings = run.experts
     modules = model.backbone.select_linears(first_block=settings.first_block, targets=settings.targets)
@@ -270,6 +241,76 @@ def _add_task(model: SparseExpertModel, spec: TaskSpec, *, run: RunConfig) -> No
         spec.name, expert=spec.name, level=kind.level, num_outputs=len(outputs), dropout=run.train.head_dropout
     )
     head.initialise(seed=run.seed, name=spec.name)
+
+
+def _kept_rows(
+    kept: Mapping[str, TaskSpec], ready: Mapping[str, TrainingTask], *, run: RunConfig, encoder: Encoder
+) -> dict[str, TrainingTask]:
+    """Read the rows of the tasks that were not trained, for the gate; without those that are not there any more."""
+    found = {}
+    for name, spec in kept.items():
+        if name not in ready:
+            try:
+                found[name] = prepare_task(spec, run=run, encoder=encoder, before=spec)
+            except SparseFTError as error:
+                _LOG.warning("The gate cannot be fitted without the rows of task %s: %s", name, error)
+    return found
+
+
+def _check_top_k(run: RunConfig, model: SparseExpertModel) -> None:
+    if run.gate.top_k > len(model.experts.names):
+        raise ConfigError(
+            f"gate.top_k is {run.gate.top_k}, but there are {len(model.experts.names)} experts. Lower it."
+        )
+
+
+def _add_gate(
+    model: SparseExpertModel, ready: Mapping[str, TrainingTask], *, run: RunConfig, metrics: dict[str, Any]
+) -> None:
+    """Fit the gate, if there is something to choose, and note how often it is right on validation rows."""
+    model.gate = None
+    examples: dict[str, list[Example]] = {}
+    for name, task in ready.items():
+        examples.setdefault(model.tasks[name].expert, []).extend(task.examples)
+    if len(model.experts.names) < 2 or examples.keys() != set(model.experts.names):
+        return
+    model.gate = fit_gate(model, examples, settings=run.gate, seed=run.seed)
+    for name, task in ready.items():
+        accuracy = routing_accuracy(model, task.validation.examples, expert=model.tasks[name].expert)
+        metrics.setdefault(name, {})["routing_accuracy"] = accuracy
+        _LOG.info("The gate sends %.1f %% of the validation rows of %s to its expert", 100 * accuracy, name)
+
+
+def _train_gate(
+    run: RunConfig, *, data: str | Path | Mapping[str, str] | None, output: str | Path | None
+) -> TrainResult:
+    """Fit the gate of a checkpoint anew; its experts and heads are copied as they are."""
+    if run.start is None:
+        raise ConfigError("--stage gate needs the checkpoint with the experts: add --from CHECKPOINT.")
+    before = load_checkpoint(run.start, device=find_device(run.device))
+    names = list(before.tasks)
+    if len(before.model.experts.names) < 2:
+        raise ConfigError(f"{run.start!r} has one expert, so there is nothing for a gate to choose.")
+    _check_top_k(run, before.model)
+    idle = sorted(set(before.model.experts.names) - {slot.expert for slot in before.model.tasks.values()})
+    if idle:
+        raise ConfigError(
+            f"The expert {idle[0]!r} of {run.start!r} serves no task, so there are no texts to send to it. Remove it "
+            "with `sparse-ft edit`."
+        )
+    sources = {**before.config.sources, **name_sources(data, names)}
+    folder = _free_output(output or run.output, names)
+    run = _with(
+        before.config, {"sources": sources, "output": str(folder), "gate": run.gate.model_dump(), "start": run.start}
+    )
+    encoder = Encoder(before.model.backbone, max_length=run.data.max_length)
+    ready = {name: prepare_task(spec, run=run, encoder=encoder, before=spec) for name, spec in before.tasks.items()}
+    metrics = dict(before.metrics)
+    _add_gate(before.model, ready, run=run, metrics=metrics)
+    save_checkpoint(folder, model=before.model, tasks=before.tasks, config=run, metrics=metrics)
+    splits = {name: scored_split(task.spec, run.sources.get(name)) for name, task in ready.items()}
+    evaluation = evaluate(folder, tasks=names, split=splits, route="gate", device=run.device)
+    return TrainResult(folder, evaluation, [], before.tasks, 0.0)
 
 
 def _fit(

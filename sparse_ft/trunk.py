@@ -42,7 +42,7 @@ def keep_trunk(
         encoder: The backbone's model, in evaluation mode.
         blocks: Its blocks.
         examples: Rows of model input.
-        first_block: Lowest block with expert layers, at least 1.
+        first_block: Lowest block with expert layers; 0 keeps the embeddings.
         pad_id: Token id for padding.
 
     Returns:

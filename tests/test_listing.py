@@ -69,7 +69,7 @@ def test_a_checkpoint_is_shown_with_its_experts_and_scores(toys, tiny_bert):
         (row,) = [cells(line) for line in experts.splitlines() if line.startswith(f"{name} ")]
         size = sum((toys / "experts" / name / file).stat().st_size
                    for file in ("adapter_config.json", "adapter_model.safetensors"))  # fmt: skip
-        assert row == [name, "8", "16", "18", f"{size / 1e6:.2f}"]
+        assert row == [name, "8", "16", "18", f"{size / 1e6:.2f}", name]
         (row,) = [line for line in tasks.splitlines() if line.startswith(f"{name} ")]
         assert cells(row)[1:4] == [name, KINDS[name], "2"]
         metric, value = next(iter(metrics[name]["metrics"].items()))

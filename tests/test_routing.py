@@ -76,3 +76,14 @@ def test_take_gives_the_routing_of_some_rows():
     assert torch.equal(part.weights, routing.weights[[2, 0]])
     assert torch.equal(part.logits, routing.logits[[2, 0]])
     assert routing.take(slice(1, 3)).experts.tolist() == [[1], [0]]
+
+
+def test_stretches_are_the_rows_that_one_expert_serves_alone():
+    def cut(routing, *, single_rows=False):
+        return [(part.start, part.stop) for part in routing.stretches(single_rows=single_rows)]
+
+    assert cut(Routing.rows([1, 1, 0, 1])) == [(0, 2), (2, 3), (3, 4)]
+    assert cut(Routing.rows([1, 1, 0, 1]), single_rows=True) == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    assert cut(Routing(torch.tensor([[1], [1]]), torch.tensor([[0.5], [0.5]]))) == [(0, 1), (1, 2)]
+    assert cut(Routing(torch.tensor([[1, 0], [1, 0]]), torch.tensor([[1.0, 0.0]] * 2))) == [(0, 1), (1, 2)]
+    assert cut(Routing.rows([])) == []

@@ -1,0 +1,110 @@
+"""From a gate's logits to chosen experts and their weights.
+
+Shapes: N rows, S tokens a row, E experts, K chosen.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sparse_ft.errors import ConfigError
+from sparse_ft.routing import Routing
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How logits become chosen experts and weights."""
+
+    top_k: int = 1
+    """Experts that are computed, 1 to E."""
+    top_p: float | None = None
+    """Stop adding experts once their probabilities reach this sum, 0 to 1; ``top_k`` stays the most."""
+    temperature: float = 1.0
+    """Divides the logits, above 0."""
+    normalise: bool = True
+    """Whether the weights of the chosen sum to 1 (Mixtral) or are the probabilities (Switch)."""
+    min_confidence: float = 0.0
+    """Below this familiarity (without one: probability of the best expert) the routing abstains: weights of 0."""
+    jitter: float = 0.0
+    """In training, multiply what the gate reads by numbers drawn from 1 - jitter to 1 + jitter (Switch)."""
+    capacity: float | None = None
+    """In training, most rows or tokens per expert, in multiples of an even share; None drops none."""
+
+    def __call__(
+        self,
+        logits: Tensor,
+        *,
+        mask: Tensor | None = None,
+        confidence: Tensor | None = None,
+        training: bool = False,
+    ) -> Routing:
+        """Choose the best experts.
+
+        Top-k after the softmax: Shazeer et al. 2017, https://arxiv.org/abs/1701.06538; k = 1 and jitter: Fedus et al.
+        2021, https://arxiv.org/abs/2101.03961; renormalised weights: Jiang et al. 2024, https://arxiv.org/abs/2401.04088.
+
+        Args:
+            logits: [N, E], or [N, S, E] to choose for each token.
+            mask: [N, S], 1 for real tokens; only ``capacity`` needs it.
+            confidence: [N], or [N, S], 0 to 1; None takes the probability of the best expert.
+            training: Whether ``capacity`` holds.
+
+        Returns:
+            Per row the K best experts; per token a weight for every expert, 0 for those that are not chosen.
+
+        Raises:
+            ConfigError: If there are fewer than ``top_k`` experts.
+        """
+        if self.top_k > logits.shape[-1]:
+            raise ConfigError(f"gate.top_k is {self.top_k}, but there are {logits.shape[-1]} experts. Lower it.")
+        probabilities = (logits.float() / self.temperature).softmax(-1)
+        weights, experts = probabilities.topk(self.top_k, dim=-1)  # [..., K]
+        if self.top_p is not None:
+            before = weights.cumsum(-1) - weights
+            before[..., 0] = -1.0  # the first always stays
+            weights = torch.where(before < self.top_p, weights, 0.0)
+        confidence = probabilities.amax(-1) if confidence is None else confidence
+        sure = (confidence >= self.min_confidence).unsqueeze(-1)
+        if self.normalise:
+            weights = weights / weights.sum(-1, keepdim=True)
+        weights = torch.where(sure, weights, 0.0)
+        if training and self.capacity is not None:
+            weights = within_capacity(experts, weights, logits.shape[-1], factor=self.capacity, mask=mask)
+        if logits.dim() == 2:
+            return Routing(experts, weights, logits.float(), confidence)
+        every = torch.zeros_like(probabilities).scatter(-1, experts, weights)  # [N, S, E]
+        return Routing(None, every, logits.float(), confidence)
+
+    def shaken(self, hidden: Tensor) -> Tensor:
+        """Return hidden states [N, S, H] with jitter on them, for a gate in training."""
+        if not self.jitter:
+            return hidden
+        return hidden * torch.empty_like(hidden).uniform_(1 - self.jitter, 1 + self.jitter)
+
+
+def within_capacity(
+    experts: Tensor, weights: Tensor, num_experts: int, *, factor: float, mask: Tensor | None = None
+) -> Tensor:
+    """Drop what exceeds each expert's share; those that come first in the batch stay.
+
+    Fedus et al. 2021, section 2.2, https://arxiv.org/abs/2101.03961: capacity is tokens / experts * factor, 1 at least.
+
+    Args:
+        experts: [..., K] chosen indices.
+        weights: [..., K]; a weight of 0 takes no place.
+        num_experts: E.
+        factor: 1 is an even share.
+        mask: [...], 0 for padding, which takes no place.
+
+    Returns:
+        The weights with 0 where an expert was full, [..., K].
+    """
+    real = weights > 0
+    if mask is not None:
+        real = real & mask.bool().unsqueeze(-1)
+    chosen = functional.one_hot(experts, num_experts).flatten(0, -2) * real.flatten().unsqueeze(-1)  # [T, E]
+    place = (chosen.cumsum(0) * chosen).sum(-1).view(experts.shape)  # 1-based place in the expert's queue
+    capacity = max(1.0, int(real.sum()) / num_experts * factor)
+    return torch.where(place <= capacity, weights, 0.0)

@@ -1,0 +1,105 @@
+"""What the gate did on a split: how often it was right, which experts it used, which it never chose."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from sparse_ft.routing import Routing
+
+UNKNOWN = "unknown"
+"""Stands for the expert of a row that the gate turned away."""
+
+
+@dataclass(frozen=True)
+class RoutingReport:
+    """How the rows of several tasks were routed."""
+
+    experts: list[str]
+    confusion: dict[str, dict[str, int]]
+    """Task to expert (or ``unknown``) to the rows whose largest weight it had."""
+    usage: dict[str, dict[str, float]]
+    """Task to expert to its mean weight, 0 to 1."""
+    entropy: dict[str, float]
+    """Task to the mean entropy of the gate's probabilities, in bits; 0 where it is always sure."""
+    own: dict[str, str]
+    """Task to the expert that serves it."""
+
+    @property
+    def accuracy(self) -> float:
+        """Share of all rows that went to their task's expert, 0 to 1."""
+        right = sum(counts.get(self.own[task], 0) for task, counts in self.confusion.items())
+        return right / max(1, sum(sum(counts.values()) for counts in self.confusion.values()))
+
+    @property
+    def dead(self) -> list[str]:
+        """Experts that no row chose."""
+        chosen = {expert for counts in self.confusion.values() for expert, number in counts.items() if number}
+        return [expert for expert in self.experts if expert not in chosen]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``evaluate --json`` writes under ``routing``."""
+        return {
+            "accuracy": self.accuracy,
+            "usage": self.usage,
+            "entropy": self.entropy,
+            "confusion": self.confusion,
+            "dead": self.dead,
+        }
+
+    def to_text(self) -> str:
+        """Show the confusion of tasks and experts as a table."""
+        columns = [*self.experts]
+        if any(UNKNOWN in counts for counts in self.confusion.values()):
+            columns.append(UNKNOWN)
+        first = max(len("task"), *(len(task) for task in self.confusion))
+        widths = [max(6, len(column)) for column in columns]
+        header = "  ".join(f"{column:>{width}}" for column, width in zip(columns, widths, strict=True))
+        lines = [f"routing (rows of each task by the expert that the gate chose), accuracy {self.accuracy:.4f}", ""]
+        lines.append(f"{'task':<{first}}  {header}  right  entropy")
+        for task, counts in self.confusion.items():
+            cells = "  ".join(
+                f"{counts.get(column, 0):>{width}}" for column, width in zip(columns, widths, strict=True)
+            )
+            share = counts.get(self.own[task], 0) / max(1, sum(counts.values()))
+            lines.append(f"{task:<{first}}  {cells}  {share:5.3f}  {self.entropy[task]:7.3f}")
+        if self.dead:
+            lines.append(f"Never chosen: {', '.join(self.dead)}")
+        return "\n".join(lines) + "\n"
+
+
+def report_routing(routings: Mapping[str, Routing], *, experts: Sequence[str], own: Mapping[str, str]) -> RoutingReport:
+    """Count what a gate chose for whole texts.
+
+    Args:
+        routings: Task to the routing of its rows.
+        experts: Names in the order of the model.
+        own: Task to its expert.
+    """
+    confusion, usage, entropy = {}, {}, {}
+    for task, routing in routings.items():
+        weights = _spread(routing, len(experts))
+        counts: dict[str, int] = {}
+        for best, total in zip(weights.argmax(-1).tolist(), weights.sum(-1).tolist(), strict=True):
+            name = experts[best] if total > 0 else UNKNOWN
+            counts[name] = counts.get(name, 0) + 1
+        confusion[task] = counts
+        usage[task] = dict(zip(experts, weights.mean(0).tolist(), strict=True))
+        entropy[task] = _entropy(routing)
+    return RoutingReport(list(experts), confusion, usage, entropy, dict(own))
+
+
+def _spread(routing: Routing, num_experts: int) -> Tensor:
+    """Return the weight of every expert, [rows, experts]."""
+    if routing.experts is None:
+        return routing.weights
+    return routing.weights.new_zeros(len(routing.weights), num_experts).scatter(-1, routing.experts, routing.weights)
+
+
+def _entropy(routing: Routing) -> float:
+    if routing.logits is None or not len(routing.logits):
+        return 0.0
+    logs = routing.logits.log_softmax(-1)
+    return float(-(logs.exp() * logs).sum(-1).mean()) / math.log(2)

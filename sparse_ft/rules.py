@@ -1,0 +1,258 @@
+"""The rule-based gate: the first rule of a YAML list that holds for a text names its expert.
+
+```yaml
+- {contains: [refund, invoice], shorter_than: 500, expert: billing}
+- {matches: '^def |^import ', expert: code}
+- {language: zh, expert: chinese}
+- {metadata: {channel: mail}, expert: mail}
+- {otherwise: general}                      # without it, a text that no rule fits gets no expert
+```
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
+
+from sparse_ft.errors import ConfigError, unknown_name
+from sparse_ft.gates import GateInput
+from sparse_ft.routing import Routing
+from sparse_ft.tasks import explain
+
+_HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_KANA = "\u3041-\u30ff"
+_LETTER = f"[^\\W{_HAN}{_KANA}]"
+"""A word character of a script that puts spaces between words."""
+
+
+class Rule(BaseModel):
+    """Conditions, all of which must hold, and the expert they lead to."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    contains: list[str] | None = Field(default=None, min_length=1)
+    """Any of these words, whole and in any case; Chinese and Japanese words need no space around them."""
+    matches: str | None = None
+    """A regular expression that is found somewhere in the text."""
+    language: str | None = None
+    """What the row's metadata say under ``language``; without them only ``zh`` is told, by its characters."""
+    metadata: dict[str, Any] | None = Field(default=None, min_length=1)
+    """Each of these values, single ones, under its key; compared as text."""
+    longer_than: int | None = Field(default=None, ge=0)
+    """Characters."""
+    shorter_than: int | None = Field(default=None, ge=1)
+    """Characters."""
+    expert: str | None = None
+    otherwise: str | None = None
+    """The expert of a last rule without conditions."""
+
+    @field_validator("matches")
+    @classmethod
+    def _compiles(cls, value: str | None) -> str | None:
+        try:
+            re.compile(value or "")
+        except re.error as error:
+            text = f"not a regular expression: {error.msg} at position {error.pos}"
+            raise PydanticCustomError("regular_expression", "{text}", {"text": text}) from error
+        except (OverflowError, RecursionError) as error:
+            text = f"not a usable regular expression: {error}"
+            raise PydanticCustomError("regular_expression", "{text}", {"text": text}) from error
+        return value
+
+    @field_validator("contains")
+    @classmethod
+    def _words(cls, value: list[str] | None) -> list[str] | None:
+        if value and not all(word.strip() for word in value):
+            raise PydanticCustomError("empty_word", "a word must not be empty")
+        return value
+
+    @field_validator("metadata")
+    @classmethod
+    def _single(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if any(isinstance(entry, list | dict | None) for entry in (value or {}).values()):
+            raise PydanticCustomError("not_single", "give a single value for each key")
+        return value
+
+    @property
+    def serves(self) -> str:
+        """The expert that this rule leads to."""
+        return self.expert or self.otherwise or ""
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """What must hold, by the name of the condition."""
+        return self.model_dump(exclude={"expert", "otherwise"}, exclude_none=True)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the metadata alone are not enough."""
+        return bool(self.conditions.keys() - {"metadata"})
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        return re.compile("|".join(_whole_word(word) for word in self.contains or ()), re.IGNORECASE)
+
+    def holds(self, text: str, metadata: Mapping[str, Any]) -> bool:
+        """Tell whether all conditions hold for a text and what the caller says of it."""
+        return (
+            (self.shorter_than is None or len(text) < self.shorter_than)
+            and (self.longer_than is None or len(text) > self.longer_than)
+            and all(
+                key in metadata and str(metadata[key]) == str(value) for key, value in (self.metadata or {}).items()
+            )
+            and (self.language is None or _in_language(self.language, text, metadata.get("language")))
+            and (self.contains is None or self._pattern.search(text) is not None)
+            and (self.matches is None or re.search(self.matches, text) is not None)
+        )
+
+
+def load_rules(path: str | Path) -> list[Rule]:
+    """Load and check a file of rules.
+
+    Raises:
+        ConfigError: If the file cannot be read or a rule is wrong; all problems in one message.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"Rules file {str(path)!r} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"Rules file {str(path)!r} is not readable YAML: {' '.join(str(error).split())}") from error
+    return parse_rules(values, where=f"Rules file {str(path)!r}")
+
+
+def parse_rules(values: Any, *, where: str) -> list[Rule]:
+    """Check the content of a file of rules.
+
+    Args:
+        values: What YAML gave; a list of mappings if all is well.
+        where: What messages begin with.
+
+    Raises:
+        ConfigError: With every problem and the 1-based number of its rule.
+    """
+    if values is None or values == []:
+        raise ConfigError(f"{where} is empty. Write at least one rule, e.g. `- {{contains: [refund], expert: NAME}}`.")
+    if not isinstance(values, list):
+        raise ConfigError(f"{where} must hold a list of rules, each begun with `- `, not {type(values).__name__}.")
+    rules: list[Rule] = []
+    problems = []
+    for number, entry in enumerate(values, start=1):
+        if not isinstance(entry, dict):
+            problems.append(f"Rule {number} must be a mapping of conditions and an expert, not {entry!r}.")
+            continue
+        try:
+            rules.append(Rule.model_validate(entry))
+        except ValidationError as error:
+            problems.append(f"Rule {number}: {explain(error, Rule)}")
+    if not problems:  # the numbers below are right only if every rule was read
+        problems = [problem for number in range(1, len(rules) + 1) if (problem := _contradiction(rules, number))]
+    if problems:
+        raise ConfigError(f"{where}: {' '.join(problems)}")
+    return rules
+
+
+def _contradiction(rules: Sequence[Rule], number: int) -> str | None:
+    """Word what is wrong with a rule as a whole, or that it can never match where it stands."""
+    rule, conditions = rules[number - 1], rules[number - 1].conditions
+    if bool(rule.expert) == bool(rule.otherwise):
+        return f"Rule {number} must name one expert, as `expert: NAME`, or in the last rule as `otherwise: NAME`."
+    if rule.otherwise and conditions:
+        return f"Rule {number} has `otherwise` and conditions ({', '.join(conditions)}); write `expert` instead."
+    if rule.longer_than is not None and rule.shorter_than is not None and rule.shorter_than - rule.longer_than < 2:
+        return (
+            f"Rule {number} can never match: no text is longer than {rule.longer_than} and shorter than "
+            f"{rule.shorter_than} characters."
+        )
+    for before, other in enumerate(rules[: number - 1], start=1):
+        if all(conditions.get(name) == value for name, value in other.conditions.items()):
+            why = "repeats or narrows the conditions of" if other.conditions else "stands behind"
+            what = "" if other.conditions else ", which has no conditions and takes every text"
+            return f"Rule {number} can never match: it {why} rule {before}{what}. Move it up or remove it."
+    return None
+
+
+class RulesGate:
+    """Gives each row the expert of the first rule that holds; without one it abstains: the weight is 0.
+
+    The same text and metadata get the same answer whatever else is in the batch.
+
+    Args:
+        names: All experts of the model, in its order.
+        rules: As ``load_rules`` gives them.
+
+    Raises:
+        ConfigError: If a rule leads to an expert that is not in ``names``.
+    """
+
+    every_block = False
+
+    def __init__(self, names: Sequence[str], rules: Sequence[Rule]) -> None:
+        self.names = list(names)
+        self.rules = list(rules)
+        unknown = [
+            f"Rule {number}: {unknown_name('expert', rule.serves, self.names)}"
+            for number, rule in enumerate(self.rules, start=1)
+            if rule.serves not in self.names
+        ]
+        if unknown:
+            raise ConfigError(" ".join(unknown))
+        self.hits = [0] * len(self.rules)
+        """How many rows each rule has decided."""
+
+    def route(self, inputs: GateInput) -> Routing:
+        """Choose an expert for each row, or none.
+
+        Raises:
+            ConfigError: If a rule reads the texts and they are not known.
+        """
+        num_rows = len(inputs.hidden)
+        texts = inputs.texts if len(inputs.texts) == num_rows else [""] * num_rows
+        if texts is not inputs.texts and any(rule.reads_text for rule in self.rules):
+            raise ConfigError(
+                f"The rules read the text of each row, but {len(inputs.texts)} texts were given for {num_rows} rows. "
+                "Give the texts as they were before encoding, or use rules on metadata only."
+            )
+        metadata = inputs.metadata or [{}] * num_rows
+        chosen = [self._first(text, about) for text, about in zip(texts, metadata, strict=True)]
+        if None not in chosen:
+            return Routing.rows([index for index in chosen if index is not None], device=inputs.hidden.device)
+        experts = torch.tensor([[index or 0] for index in chosen], device=inputs.hidden.device)
+        weights = torch.tensor([[float(index is not None)] for index in chosen], device=inputs.hidden.device)
+        return Routing(experts, weights)
+
+    def _first(self, text: str, metadata: Mapping[str, Any]) -> int | None:
+        for place, rule in enumerate(self.rules):
+            if rule.holds(text, metadata):
+                self.hits[place] += 1
+                return self.names.index(rule.serves)
+        return None
+
+    def unmatched(self) -> list[int]:
+        """Return the 1-based numbers of the rules with conditions that decided no row so far."""
+        pairs = enumerate(zip(self.rules, self.hits, strict=True), start=1)
+        return [number for number, (rule, hits) in pairs if not hits and rule.conditions]
+
+
+def _whole_word(word: str) -> str:
+    """Return a pattern for a word that is not part of a longer one, where its script has spaces between words."""
+    inner = r"\s+".join(re.escape(part) for part in word.split())
+    start = f"(?<!{_LETTER})" if re.match(_LETTER, word.strip()) else ""
+    end = f"(?!{_LETTER})" if re.match(_LETTER, word.strip()[-1]) else ""
+    return start + inner + end
+
+
+def _in_language(language: str, text: str, stated: Any) -> bool:
+    """Compare with what is stated; else Chinese is text with a third of Chinese characters and hardly any kana."""
+    wanted = language.lower()
+    if stated is not None:
+        given = str(stated).lower().replace("_", "-")
+        return given == wanted or given.partition("-")[0] == wanted
+    num_letters, num_han, num_kana = (len(re.findall(kind, text)) for kind in (r"[^\W\d_]", f"[{_HAN}]", f"[{_KANA}]"))
+    return wanted == "zh" and num_han > 0 and num_han * 3 >= num_letters and num_kana * 10 < num_letters

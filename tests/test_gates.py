@@ -1,0 +1,346 @@
+"""Gates: choosing from logits against a loop in float64, and what each gate answers."""
+
+import copy
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sparse_ft.choosing import Choice, within_capacity
+from sparse_ft.gates import ArrowGate, GateInput, PrototypeGate, SequenceGate, TokenGate
+
+EXPERTS, HIDDEN = 6, 8
+SHAPES = pytest.mark.parametrize("shape", [(5, EXPERTS), (3, 4, EXPERTS)], ids=["row", "token"])
+
+
+def random_logits(shape, *, seed=0):
+    return 2 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_input(*, rows=4, tokens=5, block=0, seed=0):
+    """Hidden states with padding that is far from zero."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, tokens, HIDDEN, generator=generator)
+    mask = torch.ones(rows, tokens, dtype=torch.long)
+    for row in range(rows):
+        mask[row, tokens - row % tokens :] = 0
+    return GateInput(torch.where(mask.unsqueeze(-1).bool(), hidden, 1e3), mask, block)
+
+
+def spread(routing, num_experts=EXPERTS):
+    """The weight of every expert, [N, E] or [N, S, E]."""
+    return torch.stack([routing.weights_of(index) for index in range(num_experts)], -1).squeeze(
+        () if routing.by_token else 1
+    )
+
+
+def chosen_by_loop(logits, choice):
+    """One decision in plain Python floats: expert to weight."""
+    exponentials = [math.exp(logit / choice.temperature) for logit in logits]
+    probabilities = [value / sum(exponentials) for value in exponentials]
+    if max(probabilities) < choice.min_confidence:
+        return {}
+    best = sorted(range(len(logits)), key=lambda index: -logits[index])[: choice.top_k]
+    kept, total = [], 0.0
+    for index in best:
+        if choice.top_p is None or total < choice.top_p:
+            kept.append(index)
+        total += probabilities[index]
+    share = sum(probabilities[index] for index in kept) if choice.normalise else 1.0
+    return {index: probabilities[index] / share for index in kept}
+
+
+# Choosing from logits.
+
+
+@SHAPES
+@pytest.mark.parametrize("top_k", [1, 2, 6])
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize(
+    "rest", [{}, {"temperature": 0.3}, {"top_p": 0.7}, {"top_p": 0.9, "temperature": 3.0}, {"min_confidence": 0.6}]
+)
+def test_a_choice_is_that_of_a_loop_in_float64(shape, top_k, normalise, rest):
+    choice = Choice(top_k=top_k, normalise=normalise, **rest)
+    logits = random_logits(shape, seed=top_k)
+    routing = choice(logits)
+    expected = torch.zeros(shape, dtype=torch.float64).flatten(0, -2)
+    for place, row in enumerate(logits.flatten(0, -2).double().tolist()):
+        for index, weight in chosen_by_loop(row, choice).items():
+            expected[place, index] = weight
+    torch.testing.assert_close(spread(routing).double(), expected.view(shape), atol=1e-6, rtol=1e-5)
+    assert routing.weights.dtype == torch.float32
+    assert torch.equal(routing.logits, logits)
+    assert (routing.experts is None) == routing.by_token == (len(shape) == 3)
+
+
+@SHAPES
+@pytest.mark.parametrize("top_p", [None, 0.5, 1.0])
+@pytest.mark.parametrize("min_confidence", [0.0, 0.6])
+def test_weights_sum_to_one_or_zero_and_the_most_probable_are_taken(shape, top_p, min_confidence):
+    logits = random_logits(shape, seed=7)
+    weights = spread(Choice(top_k=3, top_p=top_p, min_confidence=min_confidence)(logits))
+    sums = weights.sum(-1)
+    confident = logits.softmax(-1).amax(-1) >= min_confidence
+    torch.testing.assert_close(sums, confident.float())
+    assert confident.any()
+    assert confident.all() == (min_confidence == 0)
+    left_out = torch.where(weights > 0, -math.inf, logits).amax(-1)
+    taken = torch.where(weights > 0, logits, math.inf).amin(-1)
+    assert (taken >= left_out)[confident].all()
+    assert ((weights > 0).sum(-1) <= 3).all()
+
+
+def test_top_p_takes_as_many_experts_as_it_needs():
+    logits = torch.tensor([[0.6, 0.25, 0.1, 0.05], [0.97, 0.01, 0.01, 0.01]]).log()
+    for top_p, numbers in [(0.5, [1, 1]), (0.7, [2, 1]), (0.9, [3, 1]), (0.975, [4, 2]), (1e-9, [1, 1])]:
+        assert (Choice(top_k=4, top_p=top_p)(logits).weights > 0).sum(-1).tolist() == numbers
+    assert (Choice(top_k=2, top_p=0.975)(logits).weights > 0).sum(-1).tolist() == [2, 2]
+
+
+def test_a_top_p_of_zero_still_takes_the_best():
+    assert Choice(top_k=2, top_p=0.0)(torch.tensor([[0.5, 2.0, 1.0]])).weights.tolist() == [[1.0, 0.0]]
+
+
+def test_a_high_temperature_levels_the_weights_and_a_low_one_sharpens_them():
+    logits = random_logits((20, EXPERTS))
+    best = [Choice(top_k=EXPERTS, temperature=value)(logits).weights[:, 0] for value in (0.01, 0.5, 1.0, 4.0, 1e6)]
+    assert all((sharper >= flatter).all() for sharper, flatter in itertools.pairwise(best))
+    torch.testing.assert_close(best[-1], torch.full((20,), 1 / EXPERTS), atol=1e-4, rtol=0)
+    assert best[0].mean() > 0.99
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_of_a_low_precision_are_weighed_in_float32(dtype):
+    logits = random_logits((50, EXPERTS)).to(dtype)
+    routing = Choice(top_k=2)(logits)
+    assert routing.weights.dtype == routing.logits.dtype == torch.float32
+    assert torch.equal(routing.weights, Choice(top_k=2)(logits.float()).weights)
+
+
+def test_jitter_shakes_what_a_token_gate_reads_in_training_only_and_within_its_bounds():
+    hidden = random_logits((4, 6, 8))
+    shaken = Choice(jitter=0.1).shaken(hidden)
+    assert not torch.equal(shaken, hidden)
+    assert ((shaken - hidden).abs() <= 0.1 * hidden.abs() + 1e-6).all()
+    assert torch.equal(Choice().shaken(hidden), hidden)
+    gate = TokenGate(["a", "b", "c"], 8, blocks=[2], choice=Choice(top_k=3, jitter=0.1))
+    gate.initialise(torch.Generator().manual_seed(0))
+    inputs = GateInput(hidden, torch.ones(4, 6), 2)
+    first, second = gate.train().route(inputs), gate.route(inputs)
+    assert not torch.equal(first.weights, second.weights)
+    assert torch.equal(gate.eval().route(inputs).weights, gate.route(inputs).weights)
+
+
+def test_the_gradient_reaches_the_chosen_logits_unless_one_expert_stands_alone():
+    logits = random_logits((4, EXPERTS)).requires_grad_()
+    ones = torch.arange(1.0, 3.0)
+    for choice, flows in [(Choice(top_k=2), True), (Choice(top_k=1), False), (Choice(normalise=False), True)]:
+        logits.grad = None
+        (choice(logits).weights * ones[: choice.top_k]).sum().backward()
+        assert bool((logits.grad.abs() > 1e-6).any()) == flows
+        assert logits.grad.isfinite().all()
+
+
+# Capacity.
+
+
+def within_capacity_by_loop(experts, weights, num_experts, *, factor, mask):
+    """Walk through the batch in order and give each choice a place while there are any."""
+    real = [
+        (place, choice)
+        for place in range(len(experts))
+        for choice in range(len(experts[place]))
+        if mask[place] and weights[place][choice] > 0
+    ]
+    places, used = max(1.0, len(real) * factor / num_experts), [0] * num_experts
+    kept = [list(row) for row in weights]
+    for place, choice in real:
+        used[experts[place][choice]] += 1
+        if used[experts[place][choice]] > places:
+            kept[place][choice] = 0.0
+    return kept
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 1.25, 2.0, 100.0])
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("shape", [(16,), (4, 9)], ids=["row", "token"])
+def test_capacity_drops_the_last_of_the_batch_and_padding_takes_no_place(factor, top_k, shape):
+    generator = torch.Generator().manual_seed(top_k)
+    weights, experts = torch.rand((*shape, EXPERTS), generator=generator).pow(3).topk(top_k, -1)
+    weights = torch.where(torch.rand(weights.shape, generator=generator) < 0.2, 0.0, weights)
+    mask = (torch.rand(shape, generator=generator) < 0.7).long()
+    got = within_capacity(experts, weights, EXPERTS, factor=factor, mask=mask)
+    expected = within_capacity_by_loop(
+        experts.flatten(0, -2).tolist(),
+        weights.flatten(0, -2).tolist(),
+        EXPERTS,
+        factor=factor,
+        mask=mask.flatten().tolist(),
+    )
+    torch.testing.assert_close((got * mask.unsqueeze(-1)).flatten(0, -2), torch.tensor(expected) * mask.view(-1, 1))
+    other = torch.where(mask.unsqueeze(-1).bool(), experts, (experts + 1) % EXPERTS)  # padding chooses otherwise
+    again = within_capacity(other, weights, EXPERTS, factor=factor, mask=mask)
+    assert torch.equal(again * mask.unsqueeze(-1), got * mask.unsqueeze(-1))
+    if factor == 100:
+        assert torch.equal(got, weights)
+
+
+def test_an_even_use_of_the_experts_drops_nothing_and_one_expert_for_all_keeps_its_share():
+    ones = torch.ones(12, 1)
+    even = torch.arange(12).remainder(4).unsqueeze(1)
+    assert torch.equal(within_capacity(even, ones, 4, factor=1.0), ones)
+    assert within_capacity(torch.zeros_like(even), ones, 4, factor=1.0).flatten().tolist() == [1.0] * 3 + [0.0] * 9
+
+
+def test_a_share_that_is_a_whole_number_is_not_rounded_down():
+    kept = within_capacity(torch.zeros(35, 1, dtype=torch.long), torch.ones(35, 1), 3, factor=1.2)
+    assert int((kept > 0).sum()) == 14  # 35 * 1.2 / 3
+
+
+def test_capacity_counts_in_training_only():
+    logits = torch.tensor([[1.0, 0.0]]).expand(8, 2)
+    choice = Choice(capacity=1.0)
+    assert choice(logits, training=True).weights.flatten().tolist() == [1.0] * 4 + [0.0] * 4
+    assert choice(logits).weights.flatten().tolist() == [1.0] * 8
+    tokens, mask = logits.view(2, 4, 2), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    kept = choice(tokens, mask=mask, training=True).weights[..., 0] * mask
+    assert kept.tolist() == [[1, 1, 0, 0], [1, 0, 0, 0]]
+
+
+# Gates.
+
+
+def random_sequence_gate(kind=SequenceGate):
+    gate = kind([f"e{index}" for index in range(EXPERTS)], HIDDEN, block=0, choice=Choice(top_k=2))
+    with torch.no_grad():
+        gate.linear.weight.normal_(generator=torch.Generator().manual_seed(1))
+    return gate
+
+
+def test_a_fresh_sequence_gate_prefers_nobody():
+    routing = SequenceGate(["a", "b", "c"], HIDDEN, block=0, choice=Choice(top_k=3)).route(random_input())
+    torch.testing.assert_close(routing.weights, torch.full((4, 3), 1 / 3))
+
+
+def test_the_sequence_gate_classifies_the_standardised_mean_of_real_tokens():
+    inputs, gate = random_input(), random_sequence_gate()
+    rows = zip(inputs.hidden.double(), inputs.attention_mask.bool(), strict=True)
+    means = torch.stack([hidden[mask].mean(0) for hidden, mask in rows])
+    weight, bias = gate.linear.weight.double(), gate.linear.bias.double()
+    torch.testing.assert_close(gate.route(inputs).logits.double(), means @ weight.T + bias, atol=1e-5, rtol=1e-5)
+    gate.standardise(means.float())
+    features = (means - means.mean(0)) / means.std(0, correction=0)
+    torch.testing.assert_close(gate.route(inputs).logits.double(), features @ weight.T + bias, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [SequenceGate, PrototypeGate])
+def test_a_text_gets_the_same_answer_in_any_batch_order_and_padding(kind):
+    inputs, gate = random_input(rows=4), random_sequence_gate(kind)
+    together = gate.route(inputs)
+    order = torch.tensor([2, 0, 3, 1])
+    turned = gate.route(GateInput(inputs.hidden[order], inputs.attention_mask[order], 0))
+    torch.testing.assert_close(spread(turned), spread(together)[order])
+    for row in range(4):
+        length = int(inputs.attention_mask[row].sum())
+        alone = GateInput(inputs.hidden[row : row + 1, :length], inputs.attention_mask[row : row + 1, :length], 0)
+        torch.testing.assert_close(spread(gate.route(alone))[0], spread(together)[row], atol=1e-6, rtol=1e-5)
+
+
+def clusters(num, rows, *, distance, seed):
+    """Texts' pooled states: one point cloud per expert, on a common offset and with features of unlike size."""
+    generator = torch.Generator().manual_seed(seed)
+    centers = distance * torch.randn(num, 1, HIDDEN, generator=torch.Generator().manual_seed(99))
+    points = centers + torch.randn(num, rows, HIDDEN, generator=generator)
+    return 5 + points * torch.logspace(-2, 2, HIDDEN)
+
+
+def test_prototypes_of_separable_clusters_classify_new_points():
+    names = ["a", "b", "c", "d"]
+    gate = PrototypeGate(names, HIDDEN, block=0, choice=Choice())
+    gate.fit(dict(zip(names, clusters(4, 30, distance=4, seed=0), strict=True)))
+    new = clusters(4, 25, distance=4, seed=1)
+    routing = gate.route(GateInput(new.view(100, 1, HIDDEN), torch.ones(100, 1, dtype=torch.long), 0))
+    assert routing.experts.flatten().tolist() == [index for index in range(4) for _ in range(25)]
+    assert routing.logits.abs().max() <= PrototypeGate.sharpness + 1e-4
+
+
+def test_a_prototype_does_not_weigh_more_for_having_more_texts():
+    cloud = clusters(2, 40, distance=3, seed=0)
+    few = PrototypeGate(["a", "b"], HIDDEN, block=0, choice=Choice())
+    many = copy.deepcopy(few)
+    few.fit({"a": cloud[0], "b": cloud[1]})
+    many.fit({"b": cloud[1], "a": cloud[0].repeat(50, 1)})
+    torch.testing.assert_close(many.linear.weight, few.linear.weight, atol=0.2, rtol=0.05)
+
+
+def test_one_text_is_enough_for_a_prototype():
+    gate = PrototypeGate(["a", "b"], HIDDEN, block=0, choice=Choice())
+    points = clusters(2, 1, distance=4, seed=0)
+    gate.fit({"a": points[0], "b": points[1]})
+    routing = gate.route(GateInput(points, torch.ones(2, 1, dtype=torch.long), 0))
+    assert routing.logits.isfinite().all()
+    assert routing.experts.flatten().tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("kind", ["token", "arrow"])
+def test_token_gates_choose_for_each_token_by_the_weights_of_their_block(kind):
+    blocks, names = [1, 3], [f"e{index}" for index in range(EXPERTS)]
+    if kind == "token":
+        gate = TokenGate(names, HIDDEN, blocks=blocks, choice=Choice(top_k=2))
+        gate.initialise(torch.Generator().manual_seed(0))
+        matrices = {block: linear.weight for block, linear in zip(blocks, gate.linears, strict=True)}
+    else:
+        generator = torch.Generator().manual_seed(0)
+        matrices = {block: torch.randn(EXPERTS, HIDDEN, generator=generator) for block in blocks}
+        matrices = {block: torch.nn.functional.normalize(value, dim=-1) for block, value in matrices.items()}
+        gate = ArrowGate(names, matrices, choice=Choice(top_k=2))
+        assert not any(parameter.requires_grad for parameter in gate.parameters())
+    assert gate.every_block
+    answers = []
+    for block in blocks:
+        inputs = random_input(block=block)
+        routing = gate.route(inputs)
+        assert routing.by_token
+        for row, tokens in enumerate(inputs.hidden.double()):
+            for place, token in enumerate(tokens):
+                logits = [float(vector @ token) for vector in matrices[block].detach().double()]
+                logits = [abs(value) for value in logits] if kind == "arrow" else logits
+                if inputs.attention_mask[row, place]:
+                    expected = torch.zeros(EXPERTS)
+                    for index, weight in chosen_by_loop(logits, gate.choice).items():
+                        expected[index] = weight
+                    torch.testing.assert_close(routing.weights[row, place], expected, atol=1e-5, rtol=1e-4)
+        answers.append(routing.weights)
+        assert torch.equal(gate.route(inputs).weights, routing.weights)
+    assert not torch.equal(*answers)
+
+
+def test_arrow_does_not_care_for_the_sign_of_a_vector_and_an_expert_without_deltas_responds_to_nothing():
+    vectors = torch.nn.functional.normalize(torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(0)), dim=-1)
+    vectors[2] = 0
+    inputs = random_input()
+    first = ArrowGate(["a", "b", "c"], {0: vectors}, choice=Choice(top_k=2)).route(inputs)
+    turned = ArrowGate(["a", "b", "c"], {0: -vectors}, choice=Choice(top_k=2)).route(inputs)
+    assert torch.equal(first.weights, turned.weights)
+    assert not first.weights[..., 2][inputs.attention_mask.bool()].any()
+
+
+@pytest.mark.parametrize("kind", ["sequence", "token", "arrow"])
+def test_gates_decide_in_float32_under_bf16_autocast_and_on_bf16_states(kind):
+    names = [f"e{index}" for index in range(EXPERTS)]
+    gate = random_sequence_gate()
+    if kind == "token":
+        gate = TokenGate(names, HIDDEN, blocks=[0], choice=Choice(top_k=2))
+        gate.initialise(torch.Generator().manual_seed(0))
+    if kind == "arrow":
+        vectors = torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(0))
+        gate = ArrowGate(names, {0: vectors}, choice=Choice(top_k=2))
+    inputs = random_input()
+    low = replace(inputs, hidden=inputs.hidden.bfloat16())
+    exact = gate.route(low)
+    assert exact.weights.dtype == exact.logits.dtype == torch.float32
+    torch.testing.assert_close(exact.logits, gate.route(replace(low, hidden=low.hidden.float())).logits)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(gate.route(low).logits, exact.logits, atol=1e-5, rtol=1e-5)
