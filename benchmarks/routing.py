@@ -1,8 +1,8 @@
 """Does the gate send a text to the right expert without being told the task, and does it know what it does not know?
 
-    python benchmarks/routing.py --data-root DATA --tasks sst2,ag_news,clinc150,conll2003 --first-blocks 0,3
+    python benchmarks/routing.py --data-root DATA --tasks sst2,ag_news,clinc150,conll2003 --blocks 0,3,5
 
-The gate reads what enters the lowest block with experts and leaves the experts alone, so they need no training here: a
+The gate reads what the bare backbone hands to a block and leaves the experts alone, so they need no training here: a
 model with fresh ones routes like a model with trained ones. Fitted on training rows (``gate.rows`` a task), scored on
 all test rows. Foreign texts: Chinese headlines (clue/tnews, if it is there), lines of source code (of this package),
 random characters. The threshold of 0.02 is not tuned on anything that is scored: it asks to turn away 2 % of the texts
@@ -52,17 +52,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data-root", type=Path, required=True)
     parser.add_argument("--tasks", default="sst2,ag_news,clinc150,conll2003")
-    parser.add_argument("--first-blocks", default="0,3")
+    parser.add_argument("--blocks", default="0,3,5", help="whose input the gate reads")
+    parser.add_argument("--rows", default="2000", help="training rows a task")
     parser.add_argument("--gates", default="sequence,prototype")
     parser.add_argument("--seeds", default="13,14,15")
     parser.add_argument("--foreign", type=int, default=1000, help="foreign texts of each sort")
     options = parser.parse_args()
     names = options.tasks.split(",")
-    for first_block in map(int, options.first_blocks.split(",")):
+    for block in map(int, options.blocks.split(",")):
         backbone = load_backbone("minilm")
         encoder = Encoder(backbone, max_length=256)
         model = SparseExpertModel(backbone).eval()
-        modules = backbone.select_linears(first_block=first_block)
+        modules = backbone.select_linears(first_block=block)
         train, test = {}, {}
         for name in names:
             spec = load_task(name)
@@ -77,10 +78,10 @@ def main() -> None:
             sort: pooled_entering(model, encoder.texts(texts))
             for sort, texts in foreign_texts(options.data_root, options.foreign, 0).items()
         }
-        print(f"block {first_block}: features in {time.perf_counter() - started:.0f} s", flush=True)
+        print(f"block {block}: features in {time.perf_counter() - started:.0f} s", flush=True)
         for gate_type in options.gates.split(","):
             for seed in map(int, options.seeds.split(",")):
-                run = load_config(overrides=[f"gate.type={gate_type}"])
+                run = load_config(overrides=[f"gate.type={gate_type}", f"gate.rows={options.rows}"])
                 started = time.perf_counter()
                 gate = fit_gate(model, train, settings=run.gate, seed=seed)
                 seconds = time.perf_counter() - started
@@ -101,7 +102,7 @@ def main() -> None:
                     "turned away " + show(away),
                     f"{seconds:.1f} s",
                 ]
-                print(f"block {first_block} {gate_type} seed {seed}: " + "; ".join(shown), flush=True)
+                print(f"block {block} {gate_type} seed {seed}: " + "; ".join(shown), flush=True)
 
 
 def show(values: dict[str, float]) -> str:

@@ -24,13 +24,14 @@ from sparse_ft.backbone import load_backbone
 from sparse_ft.config import load_config
 from sparse_ft.encoding import Encoder
 from sparse_ft.evaluation import prepare
-from sparse_ft.fitting import TrainingTask, fit
+from sparse_ft.fitting import fit
 from sparse_ft.kinds import find_kind
 from sparse_ft.kinds.classification import IGNORED
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.readers import label_names, read
 from sparse_ft.resources import packaged_minilm_dir
 from sparse_ft.tasks import load_task
+from sparse_ft.training_data import TrainingTask
 
 
 def time_peft(examples, *, num_labels, epochs, seed):
@@ -68,7 +69,14 @@ def time_ours(spec, examples, validation, *, epochs, seed):
     run = load_config(overrides=[f"train.epochs={epochs}", "train.min_steps=0"], values={"seed": seed})
     model = SparseExpertModel(load_backbone("minilm"))
     modules = model.backbone.select_linears(first_block=run.experts.first_block)
-    model.experts.create(spec.name, modules=modules, rank=run.experts.rank, alpha=run.experts.alpha, seed=seed)
+    model.experts.create(
+        spec.name,
+        modules=modules,
+        rank=run.experts.rank,
+        alpha=run.experts.alpha,
+        seed=seed,
+        word_shapes=model.backbone.drops_case,
+    )
     kind = find_kind(spec.kind)
     model.add_task(spec.name, expert=spec.name, level=kind.level, num_outputs=len(kind.outputs(spec.label_names)))
     task = TrainingTask(spec, list(examples), validation)

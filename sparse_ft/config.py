@@ -46,6 +46,8 @@ class TrainConfig(_Section):
     """Rows per optimizer step."""
     accumulation: int = Field(default=1, ge=1)
     """Parts that a batch is computed in, to save memory."""
+    workers: int = Field(default=0, ge=0)
+    """Threads that compute parts of a batch side by side, on a CPU; 0 takes one for each that torch would use."""
     learning_rate: float = Field(default=2e-3, gt=0)
     head_learning_rate: float | None = Field(default=None, gt=0)
     """Of the heads; null takes learning_rate."""
@@ -75,6 +77,8 @@ class GateConfig(_Section):
 
     type: Literal["sequence", "prototype"] = "sequence"
     """sequence learns a linear classifier over whole texts; prototype takes the nearest mean of each expert's texts."""
+    block: int | None = Field(default=None, ge=0)
+    """Block whose input the gate reads; null is the lowest with experts. A higher one costs a part of another pass."""
     top_k: int = Field(default=1, ge=1)
     """Experts that a text is sent through, their deltas weighted by the gate."""
     temperature: float = Field(default=1.0, gt=0)

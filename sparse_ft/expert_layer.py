@@ -125,6 +125,8 @@ class ExpertLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [N, S, I] -> [N, S, O]
         """Apply the frozen linear and add the deltas that the routing of the running pass chooses."""
         routing = self.slot.read()
+        if routing is None:
+            return self.frozen(x)
         drops = self.training and self.dropout > 0
         only = routing.only
         if only is not None:
@@ -137,14 +139,14 @@ class ExpertLayer(nn.Module):
                 weight = weight if self.fan_in_fan_out else weight.t()
                 lora_a, lora_b = bank_a.to(x.dtype), bank_b.to(x.dtype)
                 return _LowRankLinear.apply(x, weight, self.frozen.bias, lora_a, lora_b, self.scales[only])
-            h = functional.linear(functional.dropout(x, self.dropout) if drops else x, bank_a.to(x.dtype))  # [N, S, r]
+            h = functional.linear(self.slot.dropout(x, self.dropout) if drops else x, bank_a.to(x.dtype))  # [N, S, r]
             return self.frozen(x) + h @ bank_b.to(x.dtype) * self.scales[only]  # in the order of PEFT: the same bits
         y = self.frozen(x)
         present = routing.present
         if not any(self.ranks[index] for index in (range(len(self.ranks)) if present is None else present)):
             return y
         if drops:
-            x = functional.dropout(x, self.dropout)
+            x = self.slot.dropout(x, self.dropout)
         return self._gathered(x, y, routing) if routing.experts is not None else self._dense(x, y, routing)
 
     def _banks(self, present: Sequence[int] | None) -> tuple[Tensor, Tensor, "_Layout"]:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,19 +11,16 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
 
-from sparse_ft.batching import collate, epoch_batches
+from sparse_ft.batching import epoch_batches
 from sparse_ft.config import RunConfig
 from sparse_ft.encoding import Example
 from sparse_ft.errors import ConfigError, SparseFTError
 from sparse_ft.evaluation import predict_rows, score_rows
-from sparse_ft.kinds import find_kind
-from sparse_ft.kinds.classification import IGNORED
+from sparse_ft.gradients import Gradients, Pairs
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.resume import Progress, fingerprint, load_resume, save_resume
 from sparse_ft.training_data import TrainingTask
 from sparse_ft.trunk import keep_trunk, trunk_bytes
-
-Pairs = Sequence[tuple[str, int]]
 
 
 def fit(
@@ -101,6 +98,9 @@ class _Loop:
         self.optimizer = accelerator.prepare(_optimizer(self.parameters, run))
         self.lengths = {name: [len(row.input_ids) for row in task.examples] for name, task in tasks.items()}
         self.data = fingerprint({name: [*task.examples, *task.validation.examples] for name, task in tasks.items()})
+        self.gradients = Gradients(
+            model, self.tasks, parameters=list(self.parameters.values()), run=run, accelerator=accelerator
+        )
         self.progress = Progress()
         self.best = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         steps_per_epoch = len(self.plan(0))
@@ -124,14 +124,7 @@ class _Loop:
         factor = _rate(progress.step, total=self.total_steps, warmup=settings.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        whole = _count_targets(self.tasks, pairs)
-        # Each task weighs as its rows do: a batch is worth the mean over its rows, whatever the mixture.
-        weights = {name: sum(task == name for task, _ in pairs) / len(pairs) for name in whole}
-        losses = dict.fromkeys(whole, 0.0)
-        size = math.ceil(len(pairs) / settings.accumulation)
-        for start in range(0, len(pairs), size):
-            for task, loss in self._backward(pairs[start : start + size], whole=whole, weights=weights).items():
-                losses[task] += loss
+        losses = self.gradients.add(pairs, step=progress.step)
         for group in self.groups.values():
             if settings.clip:
                 self.accelerator.clip_grad_norm_(group.values(), settings.clip)
@@ -149,23 +142,6 @@ class _Loop:
         progress.batch += 1
         progress.tokens += sum(self.lengths[task][row] for task, row in pairs)
         progress.seconds += time.perf_counter() - started
-
-    def _backward(self, pairs: Pairs, *, whole: Mapping[str, int], weights: Mapping[str, float]) -> dict[str, float]:
-        """Add the gradients of some rows of a batch; return what they add to the mean loss of each task."""
-        rows = [(task, self.tasks[task].examples[row]) for task, row in pairs]
-        batch = collate(rows, pad_id=self.model.backbone.pad_id, device=self.model.device)
-        logits = self.model(batch)
-        share = _count_targets(self.tasks, pairs)
-        total, losses = torch.zeros((), device=self.model.device), {}
-        for part in batch.tasks:
-            kind = find_kind(self.tasks[part.task].spec.kind)
-            assert part.targets is not None
-            mean = kind.loss(logits[part.task], part.targets, label_smoothing=self.run.train.label_smoothing)
-            loss = mean * (share[part.task] / whole[part.task])
-            total = total + loss * weights[part.task]
-            losses[part.task] = loss.item()
-        self.accelerator.backward(total)
-        return losses
 
     def end_epoch(self) -> None:
         """Score each task on its validation rows, keep its best state, and move on to the next epoch."""
@@ -193,6 +169,7 @@ class _Loop:
             for name, parameter in self.parameters.items():
                 parameter.copy_(self.best[name])
         self.model.requires_grad_(False).eval()
+        self.gradients.close()
 
     def save(self) -> None:
         save_resume(
@@ -257,15 +234,6 @@ def _rate(step: int, *, total: int, warmup: float) -> float:
     if step < rising:
         return (step + 1) / rising
     return (total - step) / max(1, total - rising)
-
-
-def _count_targets(tasks: Mapping[str, TrainingTask], pairs: Pairs) -> dict[str, int]:
-    """Count what the mean loss of each task is taken over."""
-    counts: dict[str, int] = {}
-    for task, row in pairs:
-        targets = tasks[task].examples[row].targets
-        counts[task] = counts.get(task, 0) + sum(target != IGNORED for target in targets)
-    return counts
 
 
 def _patience_is_out(progress: Progress, patience: int) -> bool:

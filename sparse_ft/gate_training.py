@@ -1,7 +1,7 @@
 """Fit the gate that reads whole texts: which expert does a text belong to?
 
-The experts stay as they are. The gate sees the mean of the hidden states that enter the lowest block with experts.
-These are the same whichever expert will be chosen, so it is a linear classifier on fixed features.
+The experts stay as they are. The gate sees the mean of the hidden states that enter a block, by default the lowest with
+experts. These are the same whichever expert will be chosen, so it is a linear classifier on fixed features.
 """
 
 import random
@@ -42,13 +42,14 @@ def fit_gate(
             f"The gate needs texts of every expert, and {lacking[0]!r} has fewer than two. Name the data of its task "
             "with --data, or remove the expert."
         )
+    block = model.first_block if settings.block is None else settings.block
     pooled = {
-        name: pooled_entering(model, _draw(examples[name], settings.rows, f"{seed}/{name}"))
+        name: pooled_entering(model, _draw(examples[name], settings.rows, f"{seed}/{name}"), block=block)
         for name in model.experts.names
     }
     kind = PrototypeGate if settings.type == "prototype" else SequenceGate
     choice = Choice(top_k=settings.top_k, temperature=settings.temperature, min_confidence=settings.min_confidence)
-    gate = kind(model.experts.names, model.backbone.hidden_size, block=model.first_block, choice=choice)
+    gate = kind(model.experts.names, model.backbone.hidden_size, block=block, choice=choice)
     train = {name: rows[torch.arange(len(rows)) % _HELD_OUT > 0] for name, rows in pooled.items()}
     held_out = torch.cat([rows[::_HELD_OUT] for rows in pooled.values()])
     if isinstance(gate, PrototypeGate):

@@ -51,7 +51,7 @@ class SequenceGate(nn.Module):
     Args:
         names: Experts to choose among.
         hidden_size: H.
-        block: 0-based block whose input it reads, the lowest with experts.
+        block: 0-based block whose input it reads, as the bare backbone computes it.
         choice: How the logits become a routing.
     """
 

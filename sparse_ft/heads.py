@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ft.experts import named_generator
+from sparse_ft.routing import RoutingSlot
 
 
 class Head(nn.Module):
@@ -12,12 +13,14 @@ class Head(nn.Module):
     Args:
         hidden_size: Width of the hidden states.
         num_outputs: Number of labels, or of tags.
-        dropout: Probability in training, 0 to 1.
+        slot: Gives the numbers for dropout.
     """
 
-    def __init__(self, hidden_size: int, num_outputs: int, *, dropout: float = 0.0) -> None:
+    def __init__(self, hidden_size: int, num_outputs: int, *, slot: RoutingSlot) -> None:
         super().__init__()
-        self.dropout = nn.Dropout(dropout)
+        self.slot = slot
+        self.dropout = 0.0
+        """Probability in training, 0 to 1."""
         self.linear = nn.Linear(hidden_size, num_outputs)
 
     def initialise(self, *, seed: int, name: str) -> None:
@@ -29,7 +32,8 @@ class Head(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:  # [rows or words, hidden] -> [rows or words, outputs]
         """Return one logit per output, float32."""
-        return self.linear(self.dropout(hidden.float()))
+        hidden = hidden.float()
+        return self.linear(self.slot.dropout(hidden, self.dropout) if self.training and self.dropout else hidden)
 
 
 def pool(hidden: Tensor, attention_mask: Tensor, how: str) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from sparse_ft.batching import collate, length_batches
 from sparse_ft.encoding import Example
 from sparse_ft.model import SparseExpertModel
-from sparse_ft.routing import Routing
+from sparse_ft.routing import Pass, Routing
 from sparse_ft.trunk import keep_trunk
 
 MAX_TOKENS = 4096
@@ -77,14 +77,22 @@ def _batches(examples: Sequence[Example]) -> Iterator[list[int]]:
 def text_routing(model: SparseExpertModel, examples: Sequence[Example]) -> Routing:
     """Let the gate choose experts for each example."""
     gate = model.text_gate()
-    return gate.decide(pooled_entering(model, examples).to(model.device))
+    return gate.decide(pooled_entering(model, examples, block=gate.block).to(model.device))
 
 
-def entering(model: SparseExpertModel, examples: Sequence[Example]) -> list[Example]:
-    """Run the blocks that all experts share, and keep what comes out of them in each example's ``trunk``."""
+def entering(model: SparseExpertModel, examples: Sequence[Example], *, block: int | None = None) -> list[Example]:
+    """Run the bare backbone up to a block, and keep what enters it in each example's ``trunk``.
+
+    Args:
+        model: In evaluation mode.
+        examples: Rows of model input.
+        block: 0-based; None takes the lowest with experts, below which all experts share the blocks.
+    """
     backbone = model.backbone
-    first = min(model.first_block, backbone.num_blocks - 1)  # a model without experts has none to enter
-    return keep_trunk(backbone.model, backbone.blocks, examples, first_block=first, pad_id=backbone.pad_id)
+    last = backbone.num_blocks - 1
+    wanted = min(model.first_block, last) if block is None else block  # a model without experts has none to enter
+    with model.slot.filled(Pass(None)):
+        return keep_trunk(backbone.model, backbone.blocks, examples, first_block=wanted, pad_id=backbone.pad_id)
 
 
 def pooled(examples: Sequence[Example]) -> Tensor:
@@ -92,16 +100,19 @@ def pooled(examples: Sequence[Example]) -> Tensor:
     return torch.stack([example.trunk.float().mean(0) for example in examples if example.trunk is not None])
 
 
-def pooled_entering(model: SparseExpertModel, examples: Sequence[Example], *, size: int = 2048) -> Tensor:
-    """Return the mean of what enters the lowest block with experts, over the tokens of each example.
+def pooled_entering(
+    model: SparseExpertModel, examples: Sequence[Example], *, block: int | None = None, size: int = 2048
+) -> Tensor:
+    """Return the mean of what enters a block, over the tokens of each example.
 
     Args:
         model: In evaluation mode.
         examples: Rows of model input, at least one.
+        block: As for ``entering``.
         size: Examples whose hidden states are in memory at once.
 
     Returns:
         [examples, hidden] float32, on the CPU.
     """
     starts = range(0, len(examples), size)
-    return torch.cat([pooled(entering(model, examples[start : start + size])).cpu() for start in starts])
+    return torch.cat([pooled(entering(model, examples[start : start + size], block=block)).cpu() for start in starts])

@@ -1,6 +1,5 @@
 """The model: a frozen backbone, experts on its linears, and one head per task."""
 
-import contextlib
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +14,7 @@ from sparse_ft.errors import ConfigError, unknown_name
 from sparse_ft.experts import Experts
 from sparse_ft.gates import Gate, GateInput, SequenceGate
 from sparse_ft.heads import Head, pool
-from sparse_ft.routing import Routing, RoutingSlot
-from sparse_ft.trunk import skipping_trunk
-from sparse_ft.word_shapes import changing_input
+from sparse_ft.routing import Pass, Routing, RoutingSlot
 
 
 @dataclass(frozen=True)
@@ -42,6 +39,7 @@ class SparseExpertModel(nn.Module):
         self.backbone = backbone
         self.encoder = backbone.model
         self.slot = RoutingSlot()
+        self.slot.listen(backbone.blocks)
         self.experts = Experts(
             backbone.model,
             backbone.linears,
@@ -66,10 +64,10 @@ class SparseExpertModel(nn.Module):
         """Where the weights are."""
         return next(self.encoder.parameters()).device
 
-    def add_task(self, name: str, *, expert: str, level: str, num_outputs: int, dropout: float = 0.0) -> Head:
+    def add_task(self, name: str, *, expert: str, level: str, num_outputs: int) -> Head:
         """Add a head for a task that one of the experts serves, and return it."""
         self.experts.index(expert)
-        head = Head(self.backbone.hidden_size, num_outputs, dropout=dropout).to(self.device)
+        head = Head(self.backbone.hidden_size, num_outputs, slot=self.slot).to(self.device)
         self.heads[_head_key(name)] = head
         self.tasks[name] = TaskSlot(expert, level)
         return head
@@ -108,10 +106,6 @@ class SparseExpertModel(nn.Module):
             raise ConfigError(
                 f"The gate chooses among {', '.join(gate.names)}, the model has {', '.join(names)}. {advice}"
             )
-        if gate.block != self.first_block:
-            raise ConfigError(
-                f"The gate reads what enters block {gate.block}, but the experts begin at {self.first_block}. {advice}"
-            )
         return gate
 
     def trainable(self, task: str) -> dict[str, nn.Parameter]:
@@ -135,6 +129,7 @@ class SparseExpertModel(nn.Module):
         routing: Routing | None = None,
         gate: Gate | None = None,
         seen: dict[int, Routing] | None = None,
+        generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
         """Answer every task of a batch.
 
@@ -143,6 +138,7 @@ class SparseExpertModel(nn.Module):
             routing: Of the rows; None routes each row to the expert of its task.
             gate: Asked at every block with experts in place of ``routing``.
             seen: Filled with the routing of each block that the gate was asked at.
+            generator: Of the dropout on experts and heads; None takes the global one.
 
         Returns:
             Logits per task in float32, (rows, labels), or (words, tags) for tasks that read words.
@@ -153,47 +149,42 @@ class SparseExpertModel(nn.Module):
                 expert for expert, rows in zip(experts, batch.tasks, strict=True) for _ in range(rows.start, rows.stop)
             ]
             routing = Routing.rows(spread, device=self.device)
-        if self.backbone.family.routes_rows or (gate is None and routing.only is not None):
-            hidden = self._hidden(batch, slice(None), routing, gate=gate, seen=seen)
-            return {rows.task: self._head_logits(rows, hidden, batch) for rows in batch.tasks}
-        # Some layers of this family see other shapes than one entry a row: one expert a pass, or one row.
+        whole = self.backbone.family.routes_rows or (gate is None and routing.only is not None)
+        # Some layers of other families see more than one entry a row: one expert a pass, or one row.
+        stretches = [slice(None)] if whole else routing.stretches(single_rows=gate is not None)
         parts = [
-            self._hidden(batch, rows, routing.take(rows), gate=gate, seen=seen)
-            for rows in routing.stretches(single_rows=gate is not None)
+            self._hidden(
+                batch, rows, Pass(routing if whole else routing.take(rows), generator=generator), gate=gate, seen=seen
+            )
+            for rows in stretches
         ]
-        hidden = torch.cat(parts)
-        return {rows.task: self._head_logits(rows, hidden, batch) for rows in batch.tasks}
+        hidden = parts[0] if len(parts) == 1 else torch.cat(parts)
+        with self.slot.filled(Pass(routing, generator=generator)):  # for the dropout of the heads
+            return {rows.task: self._head_logits(rows, hidden, batch) for rows in batch.tasks}
 
     def _hidden(
-        self,
-        batch: Batch,
-        rows: slice,
-        routing: Routing,
-        *,
-        gate: Gate | None = None,
-        seen: dict[int, Routing] | None = None,
+        self, batch: Batch, rows: slice, running: Pass, *, gate: Gate | None, seen: dict[int, Routing] | None
     ) -> Tensor:
         """Run some rows through the backbone: [N, S, hidden]."""
-        mask, blocks = batch.attention_mask[rows], self.backbone.blocks
+        mask = batch.attention_mask[rows]
         inputs: dict[str, Any] = {"input_ids": batch.input_ids[rows], "attention_mask": mask}
         if batch.token_type_ids is not None:
             inputs["token_type_ids"] = batch.token_type_ids[rows]
         if self.backbone.family.causal:
             inputs["use_cache"] = False
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self.slot.filled(routing))
-            if gate is not None:
-                for block in range(self.first_block, len(blocks)):
-                    ask = functools.partial(self._ask, gate, attention_mask=mask, block=block, seen=seen)
-                    stack.enter_context(changing_input(blocks[block], ask))
-            if batch.word_shapes is not None:
-                present = routing.present if gate is None else None
-                for block, chosen in self.word_shapes.blocks_of(present).items():
-                    add = functools.partial(self._add_word_shapes, shapes=batch.word_shapes[rows], chosen=chosen)
-                    stack.enter_context(changing_input(blocks[block], add))
-            if batch.trunk is not None and self.first_block > 0:
-                kept = batch.trunk[rows]
-                stack.enter_context(skipping_trunk(blocks, first_block=self.first_block, hidden=kept))
+        if gate is not None:
+            for block in range(self.first_block, self.backbone.num_blocks):
+                ask = functools.partial(self._ask, gate, attention_mask=mask, block=block, seen=seen)
+                running.changes.setdefault(block, []).append(ask)
+        if batch.word_shapes is not None:
+            assert running.routing is not None
+            present = running.routing.present if gate is None else None
+            for block, chosen in self.word_shapes.blocks_of(present).items():
+                add = functools.partial(self._add_word_shapes, shapes=batch.word_shapes[rows], chosen=chosen)
+                running.changes.setdefault(block, []).append(add)
+        if batch.trunk is not None:
+            running.trunk, running.first_block = batch.trunk[rows], self.first_block
+        with self.slot.filled(running):
             return self.encoder(**inputs).last_hidden_state
 
     def _ask(
@@ -207,7 +198,9 @@ class SparseExpertModel(nn.Module):
         return hidden
 
     def _add_word_shapes(self, hidden: Tensor, *, shapes: Tensor, chosen: Sequence[int]) -> Tensor:
-        return self.word_shapes.added(hidden, shapes, routing=self.slot.read(), chosen=chosen)
+        routing = self.slot.read()
+        assert routing is not None
+        return self.word_shapes.added(hidden, shapes, routing=routing, chosen=chosen)
 
     def _head_logits(self, rows: TaskRows, hidden: Tensor, batch: Batch) -> Tensor:
         """Apply a task's head to its rows."""

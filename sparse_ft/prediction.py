@@ -109,9 +109,10 @@ class LoadedModel:
         model = self.checkpoint.model
         gate = model.text_gate()
         with self._lock, torch.no_grad():
-            examples = entering(model, self._plain(texts))
+            examples = entering(model, self._plain(texts), block=gate.block)
             routing = gate.decide(pooled(examples).to(model.device), excluded=self._unfit(texts))
-        shared = {tuple(example.input_ids): example for example in examples} if self._keeps_trunk else {}
+        reusable = self._keeps_trunk and gate.block == model.first_block
+        shared = {tuple(example.input_ids): example for example in examples} if reusable else {}
         assert routing.logits is not None
         assert routing.experts is not None
         probabilities = routing.logits.softmax(-1).tolist()

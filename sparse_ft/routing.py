@@ -4,13 +4,16 @@ Shapes: N rows, S tokens a row, E experts of the model, K experts chosen per row
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import functools
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,33 +101,84 @@ class Routing:
         )
 
 
-class RoutingSlot:
-    """Hands the routing of the running forward pass to the expert layers, which transformers' blocks cannot pass on.
+@dataclass
+class Pass:
+    """What the layers need to know of a running forward pass."""
 
-    One forward pass at a time may use a model; ``predict`` holds a lock for that.
+    routing: Routing | None
+    """None leaves all layers as the backbone has them."""
+    changes: dict[int, list[Callable[[Tensor], Tensor]]] = field(default_factory=dict)
+    """Block to functions on the hidden states [N, S, hidden] that enter it, in order."""
+    trunk: Tensor | None = None
+    """[N, S, hidden] that enter ``first_block``; the blocks below hand it on in place of computing it."""
+    first_block: int = 0
+    generator: torch.Generator | None = None
+    """Of dropout; None takes the global one."""
+
+
+class RoutingSlot:
+    """Hands what a forward pass knows to the layers and blocks, which transformers' blocks cannot pass on.
+
+    Every thread has a slot of its own, so that several may run the same model; in each, one pass at a time.
     """
 
     def __init__(self) -> None:
-        self._routing: Routing | None = None
+        self._local = threading.local()
+
+    @property
+    def running(self) -> Pass | None:
+        """The pass that runs in this thread, if one does."""
+        found: Pass | None = getattr(self._local, "running", None)
+        return found
 
     @contextlib.contextmanager
-    def filled(self, routing: Routing) -> Iterator[None]:
-        """Hold ``routing`` in the slot while a forward pass runs."""
-        if self._routing is not None:
-            raise RuntimeError("This model is already in a forward pass; use one model object per thread.")
-        self._routing = routing
+    def filled(self, routing: Routing | Pass) -> Iterator[Pass]:
+        """Hold a routing, or all that there is to know of a pass, while it runs."""
+        if self.running is not None:
+            raise RuntimeError("This model is already in a forward pass in this thread; one cannot start another.")
+        running = routing if isinstance(routing, Pass) else Pass(routing)
+        self._local.running = running
         try:
-            yield
+            yield running
         finally:
-            self._routing = None
+            self._local.running = None
 
     def replace(self, routing: Routing) -> None:
         """Change the routing in the middle of a forward pass, for the layers that come next."""
         self.read()
-        self._routing = routing
+        self._local.running.routing = routing
 
-    def read(self) -> Routing:
-        """Return the routing of the running forward pass."""
-        if self._routing is None:
+    def read(self) -> Routing | None:
+        """Return the routing of the running forward pass, None for the bare backbone."""
+        if self.running is None:
             raise RuntimeError("An expert layer was called outside SparseExpertModel.forward: no routing is set.")
-        return self._routing
+        return self.running.routing
+
+    def dropout(self, x: Tensor, probability: float) -> Tensor:
+        """Drop entries of a tensor as in training, with the numbers of the running pass."""
+        generator = None if self.running is None else self.running.generator
+        if generator is None:
+            return functional.dropout(x, probability)
+        kept = torch.empty_like(x).bernoulli_(1 - probability, generator=generator)
+        return x * kept.div_(1 - probability)
+
+    def listen(self, blocks: Iterable[nn.Module]) -> None:
+        """Let the blocks of a backbone heed the running pass: its changes to their input, and its kept trunk."""
+        for index, block in enumerate(blocks):
+            block.forward = functools.partial(self._run_block, index, block.forward)
+
+    def _run_block(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        running = self.running
+        if running is None:
+            return forward(*args, **kwargs)
+        if running.trunk is not None and index < running.first_block:
+            return running.trunk
+        for change in running.changes.get(index, ()):
+            if args:
+                args = (change(args[0]), *args[1:])
+            else:
+                kwargs["hidden_states"] = change(kwargs["hidden_states"])
+        return forward(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RoutingSlot":
+        return RoutingSlot()

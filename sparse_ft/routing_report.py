@@ -21,7 +21,7 @@ class RoutingReport:
     confusion: dict[str, dict[str, int]]
     """Task to expert (or ``unknown``) to the rows whose largest weight it had."""
     usage: dict[str, dict[str, float]]
-    """Task to expert to its mean weight, 0 to 1."""
+    """Task to expert to its mean weight, above 0 and up to 1; without those that were never chosen."""
     entropy: dict[str, float]
     """Task to the mean entropy of the gate's probabilities, in bits; 0 where it is always sure."""
     own: dict[str, str]
@@ -86,7 +86,8 @@ def report_routing(routings: Mapping[str, Routing], *, experts: Sequence[str], o
             name = experts[best] if total > 0 else UNKNOWN
             counts[name] = counts.get(name, 0) + 1
         confusion[task] = counts
-        usage[task] = dict(zip(experts, weights.mean(0).tolist(), strict=True))
+        shares = zip(experts, weights.mean(0).tolist(), strict=True)
+        usage[task] = {expert: share for expert, share in shares if share > 0}
         entropy[task] = _entropy(routing)
     return RoutingReport(list(experts), confusion, usage, entropy, dict(own))
 

@@ -182,6 +182,7 @@ def _train(run: RunConfig, specs: Sequence[TaskSpec], *, resume: bool) -> TrainR
     for name, task in ready.items():
         if name not in kept:
             _add_task(model, task.spec, run=run)
+        model.head(name).dropout = run.train.head_dropout
     if run.gate.top_k > len(model.experts.names):
         raise ConfigError(
             f"gate.top_k is {run.gate.top_k}, but there are {len(model.experts.names)} experts. Lower it."
@@ -237,9 +238,7 @@ def _add_task(model: SparseExpertModel, spec: TaskSpec, *, run: RunConfig) -> No
         word_shapes=shapes and kind.level == "word",
     )
     outputs = kind.outputs(spec.label_names or [])
-    head = model.add_task(
-        spec.name, expert=spec.name, level=kind.level, num_outputs=len(outputs), dropout=run.train.head_dropout
-    )
+    head = model.add_task(spec.name, expert=spec.name, level=kind.level, num_outputs=len(outputs))
     head.initialise(seed=run.seed, name=spec.name)
 
 
@@ -257,7 +256,11 @@ def _kept_rows(
     return found
 
 
-def _check_top_k(run: RunConfig, model: SparseExpertModel) -> None:
+def _check_gate(run: RunConfig, model: SparseExpertModel) -> None:
+    """Refuse before training what would fail after it."""
+    if run.gate.block is not None and run.gate.block >= model.backbone.num_blocks:
+        last = model.backbone.num_blocks - 1
+        raise ConfigError(f"gate.block is {run.gate.block}, but the blocks are 0 to {last}. Choose one of them.")
     if run.gate.top_k > len(model.experts.names):
         raise ConfigError(
             f"gate.top_k is {run.gate.top_k}, but there are {len(model.experts.names)} experts. Lower it."
@@ -291,7 +294,7 @@ def _train_gate(
     names = list(before.tasks)
     if len(before.model.experts.names) < 2:
         raise ConfigError(f"{run.start!r} has one expert, so there is nothing for a gate to choose.")
-    _check_top_k(run, before.model)
+    _check_gate(run, before.model)
     idle = sorted(set(before.model.experts.names) - {slot.expert for slot in before.model.tasks.values()})
     if idle:
         raise ConfigError(

@@ -75,20 +75,3 @@ def _stopping_before(block: nn.Module) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-@contextlib.contextmanager
-def skipping_trunk(blocks: nn.ModuleList, *, first_block: int, hidden: Tensor) -> Iterator[None]:
-    """Let the blocks below ``first_block`` hand on ``hidden`` [rows, tokens, hidden] in place of computing it."""
-
-    def hand_on(*args: Any, **kwargs: Any) -> Tensor:
-        return hidden
-
-    skipped = list(blocks)[:first_block]
-    for block in skipped:
-        block.forward = hand_on
-    try:
-        yield
-    finally:
-        for block in skipped:
-            del block.forward

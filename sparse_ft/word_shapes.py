@@ -4,9 +4,7 @@ An uncased backbone reads "china" and "China" as the same token. An expert that 
 it is added to the hidden state of each piece of a word where that expert's lowest block begins.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -90,19 +88,3 @@ class WordShapes(nn.Module):
             vectors = functional.embedding(shapes, self.tables[index]).to(hidden.dtype)  # [N, S, hidden]
             hidden = hidden + (known * weights).unsqueeze(-1) * vectors
         return hidden
-
-
-@contextlib.contextmanager
-def changing_input(block: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Let a block see ``change(hidden)`` [N, S, hidden] in place of the hidden states that it is given."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        if args:
-            return (change(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
-
-    handle = block.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -198,4 +198,4 @@ def test_texts_that_are_not_utf8(refused):
 
 
 def test_pairs_and_single_texts_do_not_mix(refused):
-    refused(["predict", "{toys}", "a text"], "Task 'reply' reads two texts a row, got one: 'a text'")
+    refused(["predict", "{toys}", "a text", "--task", "all"], "Task 'reply' reads two texts a row, got one: 'a text'")

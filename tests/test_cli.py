@@ -234,7 +234,7 @@ TEXTS = ["Ada in London", "", "the table\tloved 😀", "a\u2028b"]
 
 
 def expected_lines(checkpoint: Path, texts: list[str]) -> list[dict]:
-    return [prediction.to_dict() for prediction in sparse_ft.load(checkpoint)(texts)]
+    return [prediction.to_dict() for prediction in sparse_ft.load(checkpoint).predict(texts, "all")]
 
 
 def test_predict_from_arguments_file_and_stdin(cli, single, tmp_path, monkeypatch):

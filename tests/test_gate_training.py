@@ -125,10 +125,7 @@ def test_scores_by_gate_are_those_by_task_where_the_gate_is_right(gated):
     for task in MARKS:
         assert by_gate.tasks[task].score.metrics == pytest.approx(by_task.tasks[task].score.metrics)
     assert by_task.routing.accuracy == 1.0
-    assert by_task.to_dict()["routing"]["usage"] == {
-        "mood": {"mood": 1.0, "names": 0.0},
-        "names": {"mood": 0.0, "names": 1.0},
-    }
+    assert by_task.to_dict()["routing"]["usage"] == {"mood": {"mood": 1.0}, "names": {"names": 1.0}}
     assert "routing" in by_gate.to_text()
     assert "accuracy 1.0000" in by_gate.to_text()
 
@@ -142,7 +139,7 @@ def test_route_by_name_sends_every_row_to_that_expert(gated):
         sparse_ft.evaluate(gated, route="nams", device="cpu")
 
 
-def test_unfamiliar_texts_are_unknown_at_the_share_that_was_asked(gated):
+def test_texts_below_the_confidence_that_was_asked_are_unknown(gated):
     model = sparse_ft.load(gated)
     gate = model.checkpoint.model.gate
     object.__setattr__(gate.choice, "min_confidence", 0.02)
@@ -150,8 +147,6 @@ def test_unfamiliar_texts_are_unknown_at_the_share_that_was_asked(gated):
     assert strange.unknown
     assert strange.tasks == {}
     assert strange.to_dict()["unknown"] is True
-    rows = [json.loads(line)["text"] for line in (gated.parent / "mood/test.jsonl").read_text().splitlines()]
-    assert sum(prediction.unknown for prediction in model(rows)) <= 3  # 2 % of many; these are 16
     examples = model.encoder.texts(TEXTS * 10)
     confidence = text_routing(model.checkpoint.model, examples).confidence
     assert confidence.min() >= 0

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from sparse_ft.heads import Head, pool
+from sparse_ft.routing import RoutingSlot
 
 
 def ragged(dtype=torch.float32):
@@ -28,7 +29,7 @@ def test_pool_reads_the_real_tokens_of_each_row(how, dtype):
 
 def test_initial_weights_depend_on_seed_and_name_only():
     def filled(seed, name):
-        head = Head(64, 30)
+        head = Head(64, 30, slot=RoutingSlot())
         head.initialise(seed=seed, name=name)
         return head.linear
 
@@ -44,7 +45,8 @@ def test_initial_weights_depend_on_seed_and_name_only():
 
 
 def test_a_head_is_a_float32_linear_with_dropout_in_training_only():
-    head = Head(16, 4, dropout=0.5)
+    head = Head(16, 4, slot=RoutingSlot())
+    head.dropout = 0.5
     head.initialise(seed=0, name="x")
     hidden = torch.randn(6, 16).bfloat16()
     head.eval()
@@ -56,4 +58,4 @@ def test_a_head_is_a_float32_linear_with_dropout_in_training_only():
 
 
 def test_a_head_answers_no_rows_at_all():
-    assert Head(16, 4)(torch.zeros(0, 16)).shape == (0, 4)
+    assert Head(16, 4, slot=RoutingSlot())(torch.zeros(0, 16)).shape == (0, 4)

@@ -339,3 +339,24 @@ def test_stories260k_learns_to_tell_two_kinds_of_text_apart(stories260k):
         losses.append(loss.item())
     assert losses[-1] < 0.1 * losses[0]
     assert one_by_one(model.eval(), "mood").shape[0] == len(TEXTS)
+
+
+def test_threads_may_run_the_same_model_at_once(make_model):
+    from concurrent.futures import ThreadPoolExecutor
+
+    heads = {"mood": ("text", 3), "names": ("word", 5)}
+    model = make_model("bert", heads, first_block={"mood": 0, "names": 1})
+    encoder = Encoder(model.backbone, max_length=64)
+    texts = ["The quick brown fox", "Ada Lovelace met Charles Babbage", "well", "London"]
+    batches = [collate([("mood", example)], pad_id=0) for example in encoder.texts(texts)]
+    batches += [collate([("names", example)], pad_id=0) for example in encoder.words([text.split() for text in texts])]
+
+    def answer(batch):
+        with torch.no_grad():
+            return next(iter(model(batch).values()))
+
+    alone = [answer(batch) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(10):
+            for one, other in zip(alone, pool.map(answer, batches), strict=True):
+                torch.testing.assert_close(one, other)

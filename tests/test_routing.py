@@ -19,7 +19,7 @@ def test_a_second_forward_pass_inside_the_first_is_refused_and_leaves_the_first_
     first = Routing.rows([0])
     with slot.filled(first):
         with (
-            pytest.raises(RuntimeError, match="already in a forward pass; use one model object per thread"),
+            pytest.raises(RuntimeError, match="already in a forward pass in this thread"),
             slot.filled(Routing.rows([1])),
         ):
             pass

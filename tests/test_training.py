@@ -283,9 +283,8 @@ def test_a_new_task_leaves_the_kept_ones_as_they_were(tmp_path, tiny_bert):
     before, after = sparse_ft.load(old, device="cpu"), sparse_ft.load(new, device="cpu")
     assert torch.equal(before.logits(texts, "mood"), after.logits(texts, "mood"))
     assert list(after.tasks) == ["mood", "names"]
-    assert (
-        json.loads((new / "metrics.json").read_text())["mood"] == json.loads((old / "metrics.json").read_text())["mood"]
-    )
+    scores, kept = (json.loads((folder / "metrics.json").read_text())["mood"] for folder in (old, new))
+    assert {**kept, **scores} == kept  # and how often the gate, now that there is one, is right
     assert after.checkpoint.manifest["experts"]["names"]["rank"] == 4
 
 
@@ -295,7 +294,10 @@ def test_a_kept_task_is_trained_further_when_it_is_named(tmp_path, tiny_bert):
     new = sparse_ft.train(
         tasks[:1], from_checkpoint=old, output=tmp_path / "new", overrides=settings(train__epochs=1), device="cpu"
     ).path
-    before, after = tensors(old), tensors(new)
+    before, after = (
+        {name: tensor for name, tensor in tensors(folder).items() if not name.startswith("gate")}
+        for folder in (old, new)
+    )
     assert before.keys() == after.keys()
     same = {name.split("/")[1].partition(".")[0] for name in before if torch.equal(before[name], after[name])}
     changed = {name.split("/")[1].partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
@@ -342,7 +344,8 @@ def test_the_seed_decides_every_bit(tmp_path, tiny_bert):
 
 
 @pytest.mark.parametrize("name", ["mood", "names"])
-def test_accumulation_changes_no_result(tmp_path, tiny_bert, monkeypatch, name):
+@pytest.mark.parametrize(("accumulation", "workers"), [(3, 1), (1, 2), (2, 3)])
+def test_the_parts_of_a_batch_change_no_result(tmp_path, tiny_bert, monkeypatch, name, accumulation, workers):
     # Plain descent: AdamW divides by the size of the gradient, so rounding noise on one near 0 becomes a whole step.
     def descent(parameters, run):
         rate = run.train.learning_rate
@@ -354,14 +357,23 @@ def test_accumulation_changes_no_result(tmp_path, tiny_bert, monkeypatch, name):
         tensors(run([task], tiny_bert, tmp_path / str(place), train__epochs=1, **changes).path)
         for place, changes in enumerate([
             {"train__learning_rate": 1e-12},
-            {"train__learning_rate": 0.5, "train__accumulation": 1},
-            {"train__learning_rate": 0.5, "train__accumulation": 3},
+            {"train__learning_rate": 0.5},
+            {"train__learning_rate": 0.5, "train__accumulation": accumulation, "train__workers": workers},
         ])
     )  # fmt: skip
     for key, tensor in whole.items():
         torch.testing.assert_close(parts[key], tensor, atol=1e-5, rtol=0, msg=key)
     moved = max(float((tensor - start[key]).abs().max()) for key, tensor in whole.items())
     assert moved > 1e-2  # a thousand times the tolerance
+
+
+def test_workers_repeat_every_bit_and_leave_the_number_of_threads_alone(tmp_path, tiny_bert):
+    tasks = [write_toy(tmp_path, name, sizes=(24, 8, 8)) for name in ("mood", "names")]
+    options = {"train__head_dropout": 0.3, "experts__dropout": 0.2, "train__workers": 3}
+    before = torch.get_num_threads()
+    first, again = (tensors(run(tasks, tiny_bert, tmp_path / name, **options).path) for name in ("first", "again"))
+    assert equal(first, again)
+    assert torch.get_num_threads() == before
 
 
 @pytest.mark.parametrize("mixture", ["proportional", "smoothed", "uniform"])

@@ -1,0 +1,144 @@
+"""The gradients of one batch: computed in parts, after one another to save memory, or side by side to save time."""
+
+import math
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from sparse_ft.batching import collate
+from sparse_ft.config import RunConfig
+from sparse_ft.experts import named_generator
+from sparse_ft.kinds import find_kind
+from sparse_ft.kinds.classification import IGNORED
+from sparse_ft.model import SparseExpertModel
+from sparse_ft.training_data import TrainingTask
+
+Pairs = Sequence[tuple[str, int]]
+"""Task and row number of each row of a batch, the rows of a task adjacent."""
+
+
+class Gradients:
+    """Adds the gradients of batches to the parameters in training.
+
+    On a CPU, ``train.workers`` threads each compute a part of a batch with their share of the cores. On short texts
+    that beats giving all cores to one matrix product after the other, most of which are too small to share. Gradients
+    are added in the order of the parts and every part has random numbers of its own, so the same seed and number of
+    workers give the same weights.
+
+    Args:
+        model: In training mode when ``add`` is called.
+        tasks: Rows by task name.
+        parameters: What learns.
+        run: The run's config.
+        accelerator: Scales the loss where the precision asks for it.
+    """
+
+    def __init__(
+        self,
+        model: SparseExpertModel,
+        tasks: Mapping[str, TrainingTask],
+        *,
+        parameters: Sequence[nn.Parameter],
+        run: RunConfig,
+        accelerator: Accelerator,
+    ) -> None:
+        self.model, self.tasks, self.parameters, self.run = model, tasks, list(parameters), run
+        self.accelerator = accelerator
+        self.workers = _count_workers(model, run)
+        self.pool = _thread_pool(self.workers) if self.workers > 1 else None
+
+    def add(self, pairs: Pairs, *, step: int) -> dict[str, float]:
+        """Add the gradients of a batch.
+
+        Args:
+            pairs: Its rows.
+            step: Number of the optimizer step, which the random numbers depend on.
+
+        Returns:
+            Mean loss of each task.
+        """
+        whole = _count_targets(self.tasks, pairs)
+        # Each task weighs as its rows do: a batch is worth the mean over its rows, whatever the mixture.
+        weights = {name: sum(task == name for task, _ in pairs) / len(pairs) for name in whole}
+        losses = dict.fromkeys(whole, 0.0)
+        size = math.ceil(len(pairs) / (self.run.train.accumulation * self.workers))
+        parts = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+        for start in range(0, len(parts), self.workers):
+            for found in self._backward(parts[start : start + self.workers], step, start, whole=whole, weights=weights):
+                for task, loss in found.items():
+                    losses[task] += loss
+        return losses
+
+    def close(self) -> None:
+        """Let the threads end."""
+        if self.pool is not None:
+            self.pool.shutdown()
+
+    def _backward(
+        self, parts: Sequence[Pairs], step: int, first: int, *, whole: Mapping[str, int], weights: Mapping[str, float]
+    ) -> list[dict[str, float]]:
+        """Compute some parts side by side; return what each adds to the mean loss of each task."""
+        if self.pool is None:
+            (part,) = parts
+            total, losses = self._losses(part, None, whole=whole, weights=weights)
+            self.accelerator.backward(total)
+            return [losses]
+
+        def work(place: int) -> tuple[Sequence[Tensor | None], dict[str, float]]:
+            generator = named_generator(self.run.seed, f"step/{step}/{first + place}")
+            total, losses = self._losses(parts[place], generator, whole=whole, weights=weights)
+            return torch.autograd.grad(total, self.parameters, allow_unused=True), losses
+
+        found = list(self.pool.map(work, range(len(parts))))
+        for gradients, _ in found:
+            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        return [losses for _, losses in found]
+
+    def _losses(
+        self,
+        pairs: Pairs,
+        generator: torch.Generator | None,
+        *,
+        whole: Mapping[str, int],
+        weights: Mapping[str, float],
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Return what some rows of a batch add to the loss that is trained on, and to the mean loss of each task."""
+        rows = [(task, self.tasks[task].examples[row]) for task, row in pairs]
+        batch = collate(rows, pad_id=self.model.backbone.pad_id, device=self.model.device)
+        logits = self.model(batch, generator=generator)
+        share = _count_targets(self.tasks, pairs)
+        total, losses = torch.zeros((), device=self.model.device), {}
+        for part in batch.tasks:
+            kind = find_kind(self.tasks[part.task].spec.kind)
+            assert part.targets is not None
+            mean = kind.loss(logits[part.task], part.targets, label_smoothing=self.run.train.label_smoothing)
+            loss = mean * (share[part.task] / whole[part.task])
+            total = total + loss * weights[part.task]
+            losses[part.task] = loss.item()
+        return total, losses
+
+
+def _count_workers(model: SparseExpertModel, run: RunConfig) -> int:
+    if model.device.type != "cpu" or model.backbone_dropout:  # the backbone's own dropout draws from one generator
+        return 1
+    return min(run.train.workers or torch.get_num_threads(), run.train.batch_size)
+
+
+def _thread_pool(workers: int) -> ThreadPoolExecutor:
+    """Start threads that share the cores which torch would give to each operation."""
+    share = max(1, torch.get_num_threads() // workers)
+    return ThreadPoolExecutor(workers, "train", initializer=torch.set_num_threads, initargs=(share,))
+
+
+def _count_targets(tasks: Mapping[str, TrainingTask], pairs: Pairs) -> dict[str, int]:
+    """Count what the mean loss of each task is taken over."""
+    counts: dict[str, int] = {}
+    for task, row in pairs:
+        targets = tasks[task].examples[row].targets
+        counts[task] = counts.get(task, 0) + sum(target != IGNORED for target in targets)
+    return counts
