@@ -153,7 +153,7 @@ def evaluate(
     data: DataOption = None,
     split: Annotated[str, typer.Option(metavar="SPLIT", help="train, validation or test.")] = "test",
     route: Annotated[
-        str, typer.Option(metavar="ROUTE", help="task: each row goes to its task's expert; gate; or an expert.")
+        str, typer.Option(metavar="ROUTE", help="task, gate, an expert, a YAML file with rules, or a baseline.")
     ] = "task",
     json_: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the scores as JSON.")] = None,
     report: Annotated[

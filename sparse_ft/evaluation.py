@@ -6,24 +6,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from sparse_ft.checkpoint import Checkpoint, load_checkpoint
 from sparse_ft.devices import find_device
 from sparse_ft.encoding import Encoder, Example
 from sparse_ft.errors import ConfigError, DataError, unknown_name
-from sparse_ft.inference import row_logits, text_routing
+from sparse_ft.gates import Gate
+from sparse_ft.inference import row_logits
 from sparse_ft.kinds import find_kind
 from sparse_ft.metrics import headline
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.prediction import LoadedModel
 from sparse_ft.readers import read, rows_seen_in_train
 from sparse_ft.reports import TaskReport, report_json, report_text
+from sparse_ft.routes import Route
 from sparse_ft.routing import Routing
 from sparse_ft.routing_report import RoutingReport, report_routing
 from sparse_ft.scores import Score
 from sparse_ft.tasks import SPLITS, Split, TaskSpec
 
 _LOG = logging.getLogger("sparse_ft")
-ROUTES = ("task", "gate")
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,13 @@ def prepare(columns: Mapping[str, Sequence[Any]], *, spec: TaskSpec, encoder: En
 
 
 def predict_rows(
-    model: SparseExpertModel, spec: TaskSpec, data: EvalData, *, routing: Routing | None = None
+    model: SparseExpertModel,
+    spec: TaskSpec,
+    data: EvalData,
+    *,
+    routing: Routing | None = None,
+    gate: Gate | None = None,
+    usage: Tensor | None = None,
 ) -> list[Any]:
     """Predict every row of a task, in the form that its kind scores.
 
@@ -100,9 +110,18 @@ def predict_rows(
         spec: One of its tasks.
         data: The rows.
         routing: Of ``data.examples``; None takes the task's expert.
+        gate: Asked at every block in place of ``routing``.
+        usage: [examples, experts], filled with the mean weights that ``gate`` gave.
     """
     logits = row_logits(
-        model, spec.name, data.examples, num_rows=data.num_rows, num_words=data.num_words, routing=routing
+        model,
+        spec.name,
+        data.examples,
+        num_rows=data.num_rows,
+        num_words=data.num_words,
+        routing=routing,
+        gate=gate,
+        usage=usage,
     )
     return find_kind(spec.kind).predictions(logits, labels=spec.label_names or [])
 
@@ -131,7 +150,7 @@ def evaluate_task(
     split: Split,
     source: str | None,
     encoder: Encoder,
-    route: str = "task",
+    route: Route,
 ) -> tuple[TaskReport, Routing]:
     """Read a split of a task and score the model on it.
 
@@ -149,8 +168,13 @@ def evaluate_task(
         raise DataError(
             f"The {split} split of task {spec.name!r} has no answers; its publisher hides them. Use --split validation."
         )
-    routing = _route(model, data.examples, route=route, expert=model.tasks[spec.name].expert)
-    predictions = predict_rows(model, spec, data, routing=routing)
+    if route.by_token:
+        usage = torch.zeros(len(data.examples), len(model.experts.names))
+        predictions = predict_rows(model, spec, data, gate=route.gate, usage=usage)
+        routing = Routing(None, usage)
+    else:
+        routing = route.rows(data.examples, _texts(data), expert=model.tasks[spec.name].expert)
+        predictions = predict_rows(model, spec, data, routing=routing)
     score = score_rows(spec, data, predictions)
     if score.unseen_labels:
         _LOG.warning(
@@ -163,11 +187,11 @@ def evaluate_task(
     return TaskReport(score=score, title=f"{spec.name} · {split}", unseen_rows=unseen), routing
 
 
-def _route(model: SparseExpertModel, examples: Sequence[Example], *, route: str, expert: str) -> Routing:
-    if route == "gate":
-        return text_routing(model, examples)
-    index = model.experts.index(expert if route == "task" else route)
-    return Routing.rows([index] * len(examples), device=model.device)
+def _texts(data: EvalData) -> list[str]:
+    """Return the rows as text; words stand apart."""
+    if "text" in data.columns:
+        return list(data.columns["text"])
+    return [" ".join(tokens) for tokens in data.columns["tokens"]]
 
 
 def evaluate(
@@ -188,7 +212,8 @@ def evaluate(
         data: Folder or file for the one task, or task name to such; None takes what each was trained on.
         split: ``train``, ``validation`` or ``test``; or task name to such.
         route: ``task``: every row goes to the expert of its task; ``gate``: the gate chooses for each row; the name of
-            an expert: all rows go there. The head is that of the task each time.
+            an expert: all rows go there; the path of a YAML file: rules choose; or a baseline, see ``routes.ROUTES``.
+            The head is that of the task each time.
         device: ``auto``, ``cpu``, ``cuda`` …
         backbone: Where the backbone is now, if not where the checkpoint says.
 
@@ -202,10 +227,7 @@ def evaluate(
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = load_checkpoint(checkpoint, device=find_device(device), backbone=backbone)
     model = checkpoint.model
-    if route == "gate":
-        model.text_gate()
-    elif route not in ROUTES and route not in model.experts.names:
-        raise ConfigError(unknown_name("route", route, [*ROUTES, *model.experts.names]))
+    way = Route(route, model, seed=checkpoint.config.seed)
     chosen = list(tasks or checkpoint.tasks)
     for task in chosen:
         checkpoint.model.head(task)
@@ -223,8 +245,10 @@ def evaluate(
             split=splits[task],
             source=sources.get(task),
             encoder=encoder,
-            route=route,
+            route=way,
         )
+    for warning in way.warnings():
+        _LOG.warning("%s", warning)
     own = {task: model.tasks[task].expert for task in chosen}
     routed = report_routing(routings, experts=model.experts.names, own=own)
     return Evaluation(str(checkpoint.path), splits, route, reports, routed)

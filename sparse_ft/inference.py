@@ -1,12 +1,13 @@
 """Run examples through the model and sort the logits back to the texts they came from."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from sparse_ft.batching import collate, length_batches
 from sparse_ft.encoding import Example
+from sparse_ft.gates import Gate
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.routing import Pass, Routing
 from sparse_ft.trunk import keep_trunk
@@ -27,6 +28,8 @@ def row_logits(
     num_rows: int,
     num_words: Sequence[int] | None = None,
     routing: Routing | None = None,
+    gate: Gate | None = None,
+    usage: Tensor | None = None,
 ) -> list[Tensor]:
     """Compute the logits of one task for each text.
 
@@ -37,6 +40,8 @@ def row_logits(
         num_rows: Number of texts.
         num_words: Words of each text, for tasks that tag words.
         routing: Of the examples; None takes the task's expert.
+        gate: Asked at every block in place of ``routing``.
+        usage: [examples, experts], filled with the mean weight that ``gate`` gave each expert, over tokens and blocks.
 
     Returns:
         One float32 CPU tensor a text: (labels,), or (words, tags).
@@ -52,7 +57,10 @@ def row_logits(
         chosen = [examples[member] for member in members]
         batch = collate([(task, example) for example in chosen], pad_id=model.backbone.pad_id, device=model.device)
         own = None if routing is None else routing.take(members)
-        logits = model(batch, routing=own)[task].float().cpu()
+        seen: dict[int, Routing] = {}
+        logits = model(batch, routing=own, gate=gate, seen=seen)[task].float().cpu()
+        if usage is not None:
+            usage[members] = _mean_weights(seen, batch.attention_mask).cpu()
         if num_words is None:
             for example, row in zip(chosen, logits, strict=True):
                 rows[example.row] = row
@@ -63,6 +71,13 @@ def row_logits(
             rows[example.row][example.word_indices] = logits[start:stop]
             start = stop
     return rows
+
+
+def _mean_weights(seen: Mapping[int, Routing], attention_mask: Tensor) -> Tensor:
+    """Average the weights [N, S, E] of all blocks over real tokens: [N, E]."""
+    real = attention_mask.unsqueeze(-1).float()
+    blocks = [(routing.weights * real).sum(1) / real.sum(1) for routing in seen.values()]
+    return torch.stack(blocks).mean(0)
 
 
 def _batches(examples: Sequence[Example]) -> Iterator[list[int]]:

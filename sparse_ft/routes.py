@@ -1,0 +1,127 @@
+"""The routings that ``evaluate --route`` compares: by task, by the gate, by rules, and the baselines."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparse_ft.baseline_gates import BernoulliGate, HashGate, LoadAwareGate, RandomGate, RoundRobinGate, UniformGate
+from sparse_ft.choosing import Choice
+from sparse_ft.encoding import Example
+from sparse_ft.errors import ConfigError, unknown_name
+from sparse_ft.gates import ArrowGate, Gate, GateInput
+from sparse_ft.inference import text_routing
+from sparse_ft.model import SparseExpertModel
+from sparse_ft.routing import Routing
+from sparse_ft.rules import RulesGate, load_rules
+
+# Built with the experts' names and a seed.
+BASELINES: dict[str, Callable[[Sequence[str], int], Gate]] = {
+    "uniform": lambda names, seed: UniformGate(names),
+    "random": lambda names, seed: RandomGate(names, seed=seed),
+    "round_robin": lambda names, seed: RoundRobinGate(names),
+    "hash": lambda names, seed: HashGate(names),
+    "load_aware": lambda names, seed: LoadAwareGate(names, seed=seed),
+    "bernoulli": lambda names, seed: BernoulliGate(names, seed=seed, p=0.5),
+}
+ROUTES = ("task", "gate", "arrow", *BASELINES)
+
+# Last parts of the names of linears that read what enters their block (its attention's), in the families we know.
+_READ_THE_INPUT = frozenset({
+    "query", "key", "value", "q_lin", "k_lin", "v_lin", "query_proj", "key_proj", "value_proj", "Wqkv", "c_attn",
+    "query_key_value", "q_proj", "k_proj", "v_proj",
+})  # fmt: skip
+
+
+class Route:
+    """One way to route the rows of several tasks.
+
+    Args:
+        name: Of ROUTES, an expert, or the path of a YAML file with rules.
+        model: With the experts.
+        seed: Of the baselines that draw.
+
+    Raises:
+        ConfigError: If the name means nothing, or the model has no gate that fits.
+    """
+
+    def __init__(self, name: str, model: SparseExpertModel, *, seed: int) -> None:
+        self.name, self.model = name, model
+        self.gate: Gate | None = None
+        names = model.experts.names
+        if name == "gate":
+            model.text_gate()
+        elif name in BASELINES:
+            self.gate = BASELINES[name](names, seed)
+        elif name == "arrow":
+            self.gate = arrow_gate(model)
+        elif Path(name).suffix in {".yaml", ".yml"}:
+            self.gate = RulesGate(names, load_rules(Path(name)))
+        elif name != "task" and name not in names:
+            raise ConfigError(unknown_name("route", name, [*ROUTES, *names]) + " A YAML file with rules works, too.")
+
+    @property
+    def by_token(self) -> bool:
+        """Whether tokens are routed, block by block, while the rows go through the model."""
+        return self.gate is not None and self.gate.every_block
+
+    def rows(self, examples: Sequence[Example], texts: Sequence[str], *, expert: str) -> Routing:
+        """Route examples as wholes.
+
+        Args:
+            examples: Rows of model input.
+            texts: What the ``row`` of an example points to.
+            expert: Of the task that they belong to.
+        """
+        if self.name == "gate":
+            return text_routing(self.model, examples)
+        if self.gate is None:
+            index = self.model.experts.index(expert if self.name == "task" else self.name)
+            return Routing.rows([index] * len(examples), device=self.model.device)
+        nothing = torch.zeros(len(examples), 1, 0, device=self.model.device)
+        mask = torch.ones(len(examples), 1, device=self.model.device)
+        return self.gate.route(GateInput(nothing, mask, 0, [texts[example.row] for example in examples]))
+
+    def warnings(self) -> list[str]:
+        """Say what about the rules should be looked at, after all rows were routed."""
+        if not isinstance(self.gate, RulesGate):
+            return []
+        return [f"Rule {number} of {self.name} never matched." for number in self.gate.unmatched()]
+
+
+def arrow_gate(model: SparseExpertModel, *, top_k: int = 2) -> ArrowGate:
+    """Build the gate that reads the experts' weights; see ``ArrowGate``.
+
+    Args:
+        model: With at least one expert that changes the linears which read a block's input.
+        top_k: Experts a token; cut to the number there are.
+
+    Raises:
+        ConfigError: If the architecture cannot route tokens.
+    """
+    names, hidden = model.experts.names, model.backbone.hidden_size
+    if not model.backbone.family.routes_rows:
+        raise ConfigError(
+            f"The tokens of backbone {model.backbone.name!r} cannot be routed one by one: its attention shares layers "
+            "between rows. Route whole texts."
+        )
+    vectors = {
+        block: torch.stack([_first_singular_vector(model, index, block, hidden) for index in range(len(names))])
+        for block in range(model.first_block, model.backbone.num_blocks)
+    }
+    moved = {block: value.to(model.device) for block, value in vectors.items()}
+    return ArrowGate(names, moved, choice=Choice(top_k=min(top_k, len(names))))
+
+
+def _first_singular_vector(model: SparseExpertModel, index: int, block: int, hidden: int) -> Tensor:
+    """Return the direction [H] that an expert's deltas amplify most, 0 if it has none in this block."""
+    gram = torch.zeros(hidden, hidden, dtype=torch.float64)
+    for name, layer in model.experts.layers.items():
+        reads = name.rpartition(".")[2] in _READ_THE_INPUT and layer.in_features == hidden
+        if reads and model.backbone.block_of(name) == block and layer.ranks[index]:
+            lora_a, lora_b = (matrix.detach().cpu().double() for matrix in layer.get(index))
+            gram += layer.scales[index] ** 2 * lora_a.t() @ (lora_b.t() @ lora_b) @ lora_a
+    if not gram.any():
+        return torch.zeros(hidden)
+    return torch.linalg.eigh(gram).eigenvectors[:, -1].float()

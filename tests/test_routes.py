@@ -1,0 +1,116 @@
+"""The ways to route that evaluate compares."""
+
+import pytest
+import torch
+from conftest import add_random_expert
+from test_gate_training import marked
+from test_training import run
+
+import sparse_ft
+from sparse_ft.checkpoint import load_checkpoint
+from sparse_ft.errors import ConfigError
+from sparse_ft.routes import BASELINES, ROUTES, Route, arrow_gate
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory, tiny_bert):
+    """A checkpoint of two tasks."""
+    folder = tmp_path_factory.mktemp("pair")
+    tasks = [marked(folder, name) for name in ("mood", "names")]
+    return run(tasks, tiny_bert, folder / "checkpoint", train__epochs=4, experts__first_block=1).path
+
+
+@pytest.mark.parametrize("name", sorted(BASELINES))
+def test_every_baseline_scores_and_its_usage_adds_up(pair, name):
+    result = sparse_ft.evaluate(pair, route=name, device="cpu")
+    assert result.route == name
+    for task, entry in result.tasks.items():
+        assert entry.score.n == 16
+        assert sum(result.routing.usage[task].values()) == pytest.approx(1.0, abs=1e-5)
+        assert sum(result.routing.confusion[task].values()) == 16
+    again = sparse_ft.evaluate(pair, route=name, device="cpu")
+    assert again.routing.confusion == result.routing.confusion  # drawn from the seed of the run
+    assert again.to_dict()["tasks"] == result.to_dict()["tasks"]
+
+
+def test_what_the_baselines_choose(pair):
+    def confusion(name):
+        return sparse_ft.evaluate(pair, route=name, device="cpu").routing.confusion
+
+    assert confusion("round_robin") == {"mood": {"mood": 8, "names": 8}, "names": {"mood": 8, "names": 8}}
+    assert confusion("uniform") == {"mood": {"mood": 16}, "names": {"mood": 16}}  # a tie goes to the first
+    usage = sparse_ft.evaluate(pair, route="uniform", device="cpu").routing.usage
+    assert usage["names"] == pytest.approx({"mood": 0.5, "names": 0.5})
+    assert len(confusion("load_aware")["mood"]) == 2
+
+
+def test_rules_choose_and_say_which_never_matched(pair, tmp_path, caplog):
+    rules = tmp_path / "rules.yaml"
+    rules.write_text("- {contains: [shares], expert: names}\n- {contains: [zebra], expert: names}\n- {expert: mood}\n")
+    result = sparse_ft.evaluate(pair, route=str(rules), device="cpu")
+    assert result.routing.confusion == {"mood": {"mood": 16}, "names": {"names": 16}}
+    assert result.routing.accuracy == 1.0
+    assert f"Rule 2 of {rules} never matched." in caplog.text
+    by_task = sparse_ft.evaluate(pair, device="cpu")
+    for task, entry in by_task.tasks.items():
+        assert result.tasks[task].score.metrics == pytest.approx(entry.score.metrics)
+
+
+def test_rows_without_a_rule_go_through_the_bare_backbone(pair, tmp_path):
+    rules = tmp_path / "rules.yaml"
+    rules.write_text("- {contains: [zebra], expert: names}\n")
+    result = sparse_ft.evaluate(pair, route=str(rules), device="cpu")
+    assert result.routing.confusion == {"mood": {"unknown": 16}, "names": {"unknown": 16}}
+    assert result.routing.dead == ["mood", "names"]
+    assert "unknown" in result.to_text()
+    assert "Never chosen: mood, names" in result.to_text()
+
+
+def test_arrow_points_where_each_expert_amplifies_most(make_model):
+    model = make_model("bert", {}, first_block=1)
+    for seed, name in enumerate(("one", "two")):
+        add_random_expert(model, name, first_block=1, seed=seed)
+    gate = arrow_gate(model)
+    assert gate.blocks == [1, 2]
+    parts = []
+    for target in ("query", "key", "value"):
+        lora_a, lora_b = model.experts.layers[f"encoder.layer.2.attention.self.{target}"].get(1)
+        parts.append(lora_b @ lora_a)
+    expected = torch.linalg.svd(torch.cat(parts).double()).Vh[0].float()
+    found = gate.vectors[1][1].detach()
+    assert abs(float(found @ expected)) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_arrow_routes_token_by_token_without_training(pair):
+    result = sparse_ft.evaluate(pair, route="arrow", device="cpu")
+    for task in ("mood", "names"):
+        assert set(result.routing.usage[task]) == {"mood", "names"}
+        assert sum(result.routing.usage[task].values()) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_arrow_in_a_batch_equals_arrow_alone(pair):
+    from sparse_ft.inference import row_logits
+
+    model = load_checkpoint(pair).model
+    texts = ["Book for two tomorrow please loved", "boring", "the table of the weather loved half of it"]
+    examples = sparse_ft.load(pair).encoder.texts(texts)
+    gate = arrow_gate(model)
+    together = row_logits(model, "mood", examples, num_rows=3, gate=gate)
+    for place, example in enumerate(sparse_ft.load(pair).encoder.texts([text])[0] for text in texts):
+        (alone,) = row_logits(model, "mood", [example], num_rows=1, gate=gate)
+        torch.testing.assert_close(alone, together[place], atol=1e-5, rtol=1e-4)
+
+
+def test_arrow_on_an_architecture_that_cannot_route_tokens_is_refused(make_model):
+    model = make_model("deberta-v2", {"mood": ("text", 3)})
+    with pytest.raises(ConfigError, match="cannot be routed one by one"):
+        arrow_gate(model)
+
+
+def test_an_unknown_route_is_refused_with_all_that_there_are(pair, tmp_path):
+    model = load_checkpoint(pair).model
+    with pytest.raises(ConfigError, match=r"Unknown route 'unifrom'\. Did you mean 'uniform'\?.*YAML file with rules"):
+        Route("unifrom", model, seed=0)
+    with pytest.raises(ConfigError, match=r"none\.yaml"):
+        Route(str(tmp_path / "none.yaml"), model, seed=0)
+    assert set(ROUTES) == {"task", "gate", "arrow", *BASELINES}
