@@ -9,6 +9,7 @@ The matrices of all experts stand below one another in two banks, A [R, I] and B
 is one ``index_select``, whatever their number and ranks.
 """
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -140,7 +141,7 @@ class ExpertLayer(nn.Module):
                 lora_a, lora_b = bank_a.to(x.dtype), bank_b.to(x.dtype)
                 return _LowRankLinear.apply(x, weight, self.frozen.bias, lora_a, lora_b, self.scales[only])
             h = functional.linear(self.slot.dropout(x, self.dropout) if drops else x, bank_a.to(x.dtype))  # [N, S, r]
-            return self.frozen(x) + h @ bank_b.to(x.dtype) * self.scales[only]  # in the order of PEFT: the same bits
+            return _added(self.frozen(x), h, bank_b.to(x.dtype), scale=self.scales[only])
         y = self.frozen(x)
         present = routing.present
         if not any(self.ranks[index] for index in (range(len(self.ranks)) if present is None else present)):
@@ -187,7 +188,9 @@ class ExpertLayer(nn.Module):
         lora_a = bank_a.index_select(0, columns.flatten()).view(rows, chosen, -1).to(x.dtype)  # [N, C, I]
         lora_b = bank_b.index_select(0, columns.flatten()).view(rows, chosen, -1).to(x.dtype)  # [N, C, O]
         h = torch.bmm(x, lora_a.transpose(1, 2)) * gate.to(x.dtype)  # [N, S, C]
-        return torch.baddbmm(y, h, lora_b)
+        if torch.is_autocast_enabled(x.device.type):
+            return torch.baddbmm(y, h, lora_b)
+        return y.baddbmm_(h, lora_b)  # y is the fresh output of the frozen linear, and nobody's but ours
 
     def _dense(self, x: Tensor, y: Tensor, routing: Routing) -> Tensor:
         """Multiply by the matrices of all experts at once; the weights scale the columns."""
@@ -195,7 +198,22 @@ class ExpertLayer(nn.Module):
         gate = layout.spread(routing.weights)  # [N, R] or [N, S, R]
         gate = gate if routing.by_token else gate.unsqueeze(1)
         h = functional.linear(x, bank_a.to(x.dtype)) * gate.to(x.dtype)  # [N, S, R]
-        return y + h @ bank_b.to(x.dtype)
+        return _added(y, h, bank_b.to(x.dtype), scale=1.0)
+
+
+def _added(y: Tensor, h: Tensor, bank_b: Tensor, *, scale: float) -> Tensor:
+    """Return y + scale * h B, in the memory of ``y`` where that changes no bit of what PEFT computes.
+
+    Args:
+        y: [N, S, O], the fresh output of a frozen linear.
+        h: [N, S, r].
+        bank_b: [r, O].
+        scale: Of the product; only a power of two may be multiplied in before the product is rounded.
+    """
+    if torch.is_autocast_enabled(y.device.type) or abs(math.frexp(scale)[0]) != 0.5:
+        return y + h @ bank_b * scale
+    flat = y.view(-1, y.shape[-1])
+    return flat.addmm_(h.reshape(-1, h.shape[-1]), bank_b, alpha=scale).view(y.shape)
 
 
 class _Layout:
