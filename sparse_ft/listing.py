@@ -45,13 +45,23 @@ def describe_checkpoint(path: Path) -> str:
         f"checkpoint: {path} (format {manifest['format']}, sparse-ft {manifest['versions']['sparse_ft']})",
         f"backbone:   {backbone['name']} (sha256 {backbone['weights_sha256'][:12]}…), "
         f"experts from block {manifest['first_block']}, {manifest['pooling']} pooling",
-        "routing:    by task; this checkpoint has no gate",
+        f"gate:       {_gate(manifest.get('gate'), metrics)}",
         "",
         _columns([["expert", "rank", "alpha", "layers", "MB", "tasks"], *_expert_rows(manifest)]),
         "",
         _columns([["task", "expert", "kind", "labels", "MB", "scores"], *_task_rows(path, manifest, metrics)]),
     ]
     return "\n".join(lines)
+
+
+def _gate(gate: dict[str, Any] | None, metrics: dict[str, Any]) -> str:
+    if gate is None:
+        return "none; name the tasks to answer"
+    shares = {task: entry["routing_accuracy"] for task, entry in metrics.items() if "routing_accuracy" in entry}
+    right = ", ".join(f"{task} {share:.3f}" for task, share in shares.items())
+    threshold = f", unknown below {gate['min_confidence']:g}" if gate["min_confidence"] else ""
+    about = f"{gate['type']}, top {gate['top_k']}, reads what enters block {gate['block']}{threshold}"
+    return f"{about}; right on validation rows: {right}" if right else about
 
 
 def _expert_rows(manifest: dict[str, Any]) -> list[list[str]]:

@@ -9,6 +9,7 @@ from test_training import KINDS, trained_toys, write_toy
 
 from sparse_ft.errors import CheckpointError, ConfigError
 from sparse_ft.listing import describe_checkpoint, describe_task, describe_tasks
+from sparse_ft.manifest import read_metrics
 from sparse_ft.tasks import list_tasks, load_task
 
 
@@ -84,3 +85,12 @@ def test_a_checkpoint_without_scores_is_shown(toys, tmp_path):
     (copied / "heads/mood.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"heads/mood\.safetensors is missing"):
         describe_checkpoint(copied)
+
+
+def test_a_checkpoint_says_what_its_gate_is_and_how_often_it_is_right(toys):
+    line = next(line for line in describe_checkpoint(toys).splitlines() if line.startswith("gate:"))
+    assert line.startswith("gate:       sequence, top 1, reads what enters block 0; right on validation rows: mood ")
+    for name in KINDS:
+        share = read_metrics(toys)[name]["routing_accuracy"]
+        assert f"{name} {share:.3f}" in line
+        assert 0 <= share <= 1
