@@ -23,6 +23,8 @@ from sparse_ft.words import split_words
 CHUNK = 256
 """Texts that are in memory at once when a stream is read; sorted by length among themselves."""
 
+_Key = tuple[int, ...]
+
 Text = str | tuple[str, str]
 """A text, or a pair of texts for tasks on pairs."""
 
@@ -112,7 +114,7 @@ class LoadedModel:
             examples = entering(model, self._plain(texts), block=gate.block)
             routing = gate.decide(pooled(examples).to(model.device), excluded=self._unfit(texts))
         reusable = self._keeps_trunk and gate.block == model.first_block
-        shared = {tuple(example.input_ids): example for example in examples} if reusable else {}
+        shared = {_key(example): example for example in examples} if reusable else {}
         assert routing.logits is not None
         assert routing.experts is not None
         probabilities = routing.logits.softmax(-1).tolist()
@@ -156,12 +158,12 @@ class LoadedModel:
             raise DataError("Some of the texts are pairs and some are not. Ask for them in two calls.")
         return self.encoder.texts([text if isinstance(text, str) else text[0] for text in texts], pairs or None)
 
-    def _shared(self, texts: Sequence[Text], names: Sequence[str]) -> dict[tuple[int, ...], Example]:
+    def _shared(self, texts: Sequence[Text], names: Sequence[str]) -> dict[_Key, Example]:
         """Run the blocks below the experts once for all tasks."""
         for name in names:
             _columns(self.tasks[name], texts)  # says what is wrong with the texts
         with self._lock:
-            return {tuple(row.input_ids): row for row in entering(self.checkpoint.model, self._plain(texts))}
+            return {_key(row): row for row in entering(self.checkpoint.model, self._plain(texts))}
 
     def stream(self, texts: Iterable[Text], tasks: Sequence[str] | str | None = None) -> Iterator[Prediction]:
         """Answer tasks for any number of texts, holding no more than ``CHUNK`` of them in memory."""
@@ -201,7 +203,7 @@ class LoadedModel:
         task: str,
         texts: Sequence[Text],
         *,
-        shared: Mapping[tuple[int, ...], Example],
+        shared: Mapping[_Key, Example],
         routing: Routing | None = None,
     ) -> list[dict[str, Any]]:
         spec = self.tasks[task]
@@ -217,7 +219,7 @@ class LoadedModel:
         task: str,
         texts: Sequence[Text],
         *,
-        shared: Mapping[tuple[int, ...], Example] | None = None,
+        shared: Mapping[_Key, Example] | None = None,
         routing: Routing | None = None,
     ) -> list[Tensor]:
         spec = self.tasks[task]
@@ -229,7 +231,7 @@ class LoadedModel:
         with self._lock:  # over the encoding, too: a tokenizer keeps its truncation settings in itself
             examples = kind.encode(columns, encoder=self.encoder, labels=spec.label_names or [], language=spec.language)
             if shared:
-                kept = [shared.get(tuple(example.input_ids)) for example in examples]
+                kept = [shared.get(_key(example)) for example in examples]
                 examples = [
                     replace(example, trunk=twin.trunk) if twin is not None else example
                     for example, twin in zip(examples, kept, strict=True)
@@ -238,6 +240,11 @@ class LoadedModel:
             return row_logits(
                 self.checkpoint.model, task, examples, num_rows=len(texts), num_words=num_words, routing=own
             )
+
+
+def _key(example: Example) -> _Key:
+    """Tell examples apart by what the backbone sees of them."""
+    return (*example.input_ids, -1, *(example.token_type_ids or ()))
 
 
 def _prediction(
