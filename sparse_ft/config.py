@@ -78,7 +78,8 @@ class GateConfig(_Section):
     type: Literal["sequence", "prototype"] = "sequence"
     """sequence learns a linear classifier over whole texts; prototype takes the nearest mean of each expert's texts."""
     block: int | None = Field(default=None, ge=0)
-    """Block whose input the gate reads; null is the lowest with experts. A higher one costs a part of another pass."""
+    """Block whose input the gate reads; null is the middle one, or the lowest with experts if that is higher. Above the
+    lowest with experts, a text costs the blocks up to here once more."""
     top_k: int = Field(default=1, ge=1)
     """Experts that a text is sent through, their deltas weighted by the gate."""
     temperature: float = Field(default=1.0, gt=0)

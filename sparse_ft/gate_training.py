@@ -1,7 +1,8 @@
 """Fit the gate that reads whole texts: which expert does a text belong to?
 
-The experts stay as they are. The gate sees the mean of the hidden states that enter a block, by default the lowest with
-experts. These are the same whichever expert will be chosen, so it is a linear classifier on fixed features.
+The experts stay as they are. The gate sees the mean of the hidden states that enter a block, by default the middle one,
+as the bare backbone computes them. These are the same whichever expert will be chosen, so it is a linear classifier on
+fixed features.
 """
 
 import random
@@ -42,7 +43,8 @@ def fit_gate(
             f"The gate needs texts of every expert, and {lacking[0]!r} has fewer than two. Name the data of its task "
             "with --data, or remove the expert."
         )
-    block = model.first_block if settings.block is None else settings.block
+    middle = max(model.first_block, model.backbone.num_blocks // 2)
+    block = middle if settings.block is None else settings.block
     pooled = {
         name: pooled_entering(model, _draw(examples[name], settings.rows, f"{seed}/{name}"), block=block)
         for name in model.experts.names

@@ -37,7 +37,14 @@ def gated(request, tmp_path_factory, tiny_bert):
     """A checkpoint of two tasks with the gate between them."""
     folder = tmp_path_factory.mktemp("gated")
     tasks = [marked(folder, name) for name in MARKS]
-    return run(tasks, tiny_bert, folder / "checkpoint", train__epochs=5, experts__first_block=request.param).path
+    return run(
+        tasks,
+        tiny_bert,
+        folder / "checkpoint",
+        train__epochs=5,
+        experts__first_block=request.param,
+        gate__block=request.param,
+    ).path
 
 
 MOOD, NAMES = (" ".join(words) for words in MARKS.values())
