@@ -1,7 +1,7 @@
 """Gates: which experts serve a row or a token.
 
-A gate sees the hidden states that enter the lowest block with experts and answers with a routing. Logits and weights
-are float32 whatever the backbone computes in. Shapes: N rows, S tokens a row, H hidden size, E experts, K chosen.
+A gate sees the hidden states that enter a block and answers with a routing. Logits and weights are float32 whatever the
+backbone computes in. Shapes: N rows, S tokens a row, H hidden size, E experts, K chosen.
 """
 
 from collections.abc import Mapping, Sequence

@@ -95,6 +95,8 @@ def train(
     if resume:
         run = _resumed_config(run, output, data=data)
     if stage == "gate":
+        if run.tasks or resume:
+            raise ConfigError("--stage gate fits the gate over all tasks of --from; leave out --task and --resume.")
         return _train_gate(run, data=data, output=output)
     specs = [load_task(task) for task in run.tasks]
     if not specs:
@@ -183,10 +185,7 @@ def _train(run: RunConfig, specs: Sequence[TaskSpec], *, resume: bool) -> TrainR
         if name not in kept:
             _add_task(model, task.spec, run=run)
         model.head(name).dropout = run.train.head_dropout
-    if run.gate.top_k > len(model.experts.names):
-        raise ConfigError(
-            f"gate.top_k is {run.gate.top_k}, but there are {len(model.experts.names)} experts. Lower it."
-        )
+    _check_gate(run, model)
     model.experts.set_dropout(run.experts.dropout)
     model.to(device)
     with explain_os_errors(output):
@@ -195,7 +194,11 @@ def _train(run: RunConfig, specs: Sequence[TaskSpec], *, resume: bool) -> TrainR
     progress = _fit(model, ready, run=run, output=output, resume=resume)
     trained = {name: task.spec for name, task in ready.items()}
     metrics.update({task: {"validation": score} for task, score in progress.best.items()})
-    _add_gate(model, {**_kept_rows(kept, ready, run=run, encoder=encoder), **ready}, run=run, metrics=metrics)
+    rows = {**_kept_rows(kept, ready, run=run, encoder=encoder), **ready}
+    try:
+        _add_gate(model, rows, run=run, metrics=metrics)
+    except ConfigError as error:  # what was trained is worth keeping without a gate, too
+        _LOG.warning("The checkpoint gets no gate. %s", error)
     # The new folder takes the place of the old one with its resume/, which is done with.
     save_checkpoint(output, model=model, tasks={**kept, **trained}, config=run, metrics=metrics)
     evaluation = _evaluate(output, ready, run=run)
@@ -272,11 +275,11 @@ def _add_gate(
 ) -> None:
     """Fit the gate, if there is something to choose, and note how often it is right on validation rows."""
     model.gate = None
+    if len(model.experts.names) < 2:
+        return
     examples: dict[str, list[Example]] = {}
     for name, task in ready.items():
         examples.setdefault(model.tasks[name].expert, []).extend(task.examples)
-    if len(model.experts.names) < 2 or examples.keys() != set(model.experts.names):
-        return
     model.gate = fit_gate(model, examples, settings=run.gate, seed=run.seed)
     for name, task in ready.items():
         accuracy = routing_accuracy(model, task.validation.examples, expert=model.tasks[name].expert)
@@ -303,9 +306,10 @@ def _train_gate(
         )
     sources = {**before.config.sources, **name_sources(data, names)}
     folder = _free_output(output or run.output, names)
-    run = _with(
-        before.config, {"sources": sources, "output": str(folder), "gate": run.gate.model_dump(), "start": run.start}
-    )
+    asked: dict[str, Any] = {
+        key: getattr(run, key) for key in ("start", "seed", "device") if key in run.model_fields_set
+    }
+    run = _with(before.config, {**asked, "sources": sources, "output": str(folder), "gate": run.gate.model_dump()})
     encoder = Encoder(before.model.backbone, max_length=run.data.max_length)
     ready = {name: prepare_task(spec, run=run, encoder=encoder, before=spec) for name, spec in before.tasks.items()}
     metrics = dict(before.metrics)

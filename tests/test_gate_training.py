@@ -214,7 +214,28 @@ def test_stage_gate_needs_a_checkpoint_with_several_experts(gated, tmp_path, tin
             overrides=settings(gate__top_k=2),
             output=tmp_path / "out",
         )
+    with pytest.raises(ConfigError, match=r"gate\.block is 9, but the blocks are 0 to 2\. Choose one of them\."):
+        run([marked(tmp_path, "mood")], tiny_bert, tmp_path / "out", gate__block=9)
+    with pytest.raises(ConfigError, match=r"--stage gate fits the gate over all tasks of --from; leave out --task"):
+        sparse_ft.train(["ner"], stage="gate", from_checkpoint=gated, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_expert_with_a_single_text_costs_the_gate_and_not_the_run(tmp_path, tiny_bert, caplog):
+    tasks = [marked(tmp_path, "mood", sizes=(24, 8, 8)), marked(tmp_path, "names", sizes=(1, 8, 8))]
+    path = run(tasks, tiny_bert, tmp_path / "out", train__epochs=1).path
+    assert (
+        "The checkpoint gets no gate. The gate needs texts of every expert, and 'names' has fewer than two"
+        in caplog.text
+    )
+    assert load_checkpoint(path).model.gate is None
+
+
+def test_stage_gate_heeds_the_seed_that_was_asked(gated, tmp_path):
+    options = {"from_checkpoint": gated, "stage": "gate", "device": "cpu", "overrides": ["gate.rows=20"]}
+    paths = [sparse_ft.train(output=tmp_path / str(seed), seed=seed, **options).path for seed in (1, 2)]
+    first, second = (load_checkpoint(path).model.gate.linear.weight for path in paths)
+    assert not torch.equal(first, second)
 
 
 def test_a_new_task_gets_into_the_gate_and_without_the_old_rows_there_is_none(gated, tmp_path, caplog):
