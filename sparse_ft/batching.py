@@ -45,6 +45,8 @@ class Batch:
     """(rows, tokens) indices in ``word_shapes.SHAPES``, 0 outside words; None if no row has words."""
     trunk: Tensor | None = None
     """(rows, tokens, hidden) kept hidden states, if every row has them."""
+    hidden: Tensor | None = None
+    """(rows, tokens, hidden) that leave the backbone, if every row has them; only heads are applied then."""
 
 
 def collate(rows: Sequence[tuple[str, Example]], *, pad_id: int, device: torch.device | str = "cpu") -> Batch:
@@ -74,11 +76,12 @@ def collate(rows: Sequence[tuple[str, Example]], *, pad_id: int, device: torch.d
         token_type_ids=types.to(device) if has_types else None,
         tasks=list(_task_rows(rows, device)),
         word_shapes=shapes.to(device) if any(example.word_shapes for _, example in rows) else None,
-        trunk=_pad_trunk([example.trunk for _, example in rows], length),
+        trunk=_pad_hidden([example.trunk for _, example in rows], length),
+        hidden=_pad_hidden([example.hidden for _, example in rows], length),
     )
 
 
-def _pad_trunk(kept: Sequence[Tensor | None], length: int) -> Tensor | None:
+def _pad_hidden(kept: Sequence[Tensor | None], length: int) -> Tensor | None:
     present = [hidden for hidden in kept if hidden is not None]
     if len(present) < len(kept):
         return None

@@ -1,7 +1,7 @@
 """The checkpoint: a folder with experts, heads and tasks that names its backbone but does not contain it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,16 @@ from sparse_ft.config import RunConfig
 from sparse_ft.errors import CheckpointError
 from sparse_ft.experts import Expert
 from sparse_ft.folders import replace_folder, write_bytes, write_json
-from sparse_ft.gates import TEXT_GATES, SequenceGate
+from sparse_ft.gates import GATES, SequenceGate, TokenGate
 from sparse_ft.kinds import find_kind
-from sparse_ft.manifest import FORMAT, MANIFEST, check_name, read_manifest, read_metrics, read_yaml
-from sparse_ft.model import SparseExpertModel
+from sparse_ft.manifest import FORMAT, MANIFEST, check_name, read_manifest, read_metrics, read_yaml, slot_experts
+from sparse_ft.model import SparseExpertModel, TaskSlot
 from sparse_ft.tasks import TaskSpec, parse_task
 
 _PEFT_PREFIX = "base_model.model."
 _WORD_SHAPES = "word_shapes.safetensors"
 _GATE = "gate.safetensors"
-_CHOICE = ("top_k", "temperature", "min_confidence")
+_CHOICE = ("top_k", "top_p", "temperature", "normalise", "min_confidence")
 
 
 @dataclass
@@ -108,29 +108,46 @@ def _manifest(folder: Path, *, model: SparseExpertModel, tasks: Mapping[str, Tas
         "first_block": model.first_block,
         "pooling": model.pooling,
         "experts": experts,
-        "tasks": {task: {"expert": model.tasks[task].expert, "kind": spec.kind} for task, spec in tasks.items()},
+        "tasks": {task: {**_describe_slot(model.tasks[task]), "kind": spec.kind} for task, spec in tasks.items()},
         "gate": None if model.gate is None else _describe_gate(model.gate),
         "bytes": {file.relative_to(folder).as_posix(): file.stat().st_size for file in files},
     }
 
 
-def _describe_gate(gate: SequenceGate) -> dict[str, Any]:
-    kind = next(name for name, known in TEXT_GATES.items() if type(gate) is known)
+def _describe_slot(slot: TaskSlot) -> dict[str, Any]:
+    """Say which experts serve a task; ``mixed`` and ``shared`` only if they do."""
+    experts = {"expert": slot.experts[0]} if len(slot.experts) == 1 else {"experts": list(slot.experts)}
+    return {**experts, **({"mixed": True} if slot.mixed else {}), **({"shared": slot.shared} if slot.shared else {})}
+
+
+def _describe_gate(gate: SequenceGate | TokenGate) -> dict[str, Any]:
+    kind = next(name for name, known in GATES.items() if type(gate) is known)
+    reads = (
+        {"block": gate.block}
+        if isinstance(gate, SequenceGate)
+        else {"blocks": gate.blocks, "shortlist": gate.shortlist}
+    )
     return {
         "type": kind,
         "experts": gate.names,
-        "block": gate.block,
+        **reads,
         **{key: getattr(gate.choice, key) for key in _CHOICE},
     }
 
 
-def _load_gate(path: Path, manifest: Mapping[str, Any], hidden_size: int) -> SequenceGate | None:
+def _load_gate(path: Path, manifest: Mapping[str, Any], hidden_size: int) -> SequenceGate | TokenGate | None:
     described = manifest.get("gate")
     if described is None:
         return None
+    gate: SequenceGate | TokenGate
     try:
         choice = Choice(**{key: described[key] for key in _CHOICE})
-        gate = TEXT_GATES[described["type"]](described["experts"], hidden_size, block=described["block"], choice=choice)
+        kind, names = GATES[described["type"]], described["experts"]
+        if issubclass(kind, TokenGate):
+            blocks, shortlist = described["blocks"], described["shortlist"]
+            gate = kind(names, hidden_size, blocks=blocks, choice=choice, shortlist=shortlist)
+        else:
+            gate = kind(names, hidden_size, block=described["block"], choice=choice)
     except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{str(path / MANIFEST)!r} describes a gate that this version does not know: {error!r}. Update sparse-ft."
@@ -200,7 +217,15 @@ def load_checkpoint(
     config = RunConfig.model_validate(read_yaml(path / "config.yaml"))
     model.experts.add(*(load_expert(path / "experts" / check_name(name), name=name) for name in manifest["experts"]))
     tasks = {
-        task: load_task_into(model, path, task, expert=entry["expert"]) for task, entry in manifest["tasks"].items()
+        task: load_task_into(
+            model,
+            path,
+            task,
+            experts=slot_experts(entry),
+            mixed=entry.get("mixed", False),
+            shared=entry.get("shared"),
+        )
+        for task, entry in manifest["tasks"].items()
     }
     model.gate = _load_gate(path, manifest, loaded.hidden_size)
     metrics = read_metrics(path)
@@ -249,7 +274,14 @@ def load_expert(folder: Path, *, name: str) -> Expert:
 
 
 def load_task_into(
-    model: SparseExpertModel, path: Path, task: str, *, expert: str, as_name: str | None = None
+    model: SparseExpertModel,
+    path: Path,
+    task: str,
+    *,
+    experts: Sequence[str],
+    as_name: str | None = None,
+    mixed: bool = False,
+    shared: str | None = None,
 ) -> TaskSpec:
     """Give a model a task of a checkpoint, with its head.
 
@@ -257,14 +289,18 @@ def load_task_into(
         model: Has the expert already.
         path: The checkpoint.
         task: Its name there.
-        expert: Serves it in ``model``.
+        experts: Serve it in ``model``.
         as_name: Its name in ``model``, if another.
+        mixed: See ``TaskSlot``.
+        shared: See ``TaskSlot``.
     """
     file = path / "tasks" / f"{check_name(task)}.yaml"
     spec = parse_task(read_yaml(file), where=str(file)).model_copy(update={"name": as_name or task})
     kind = find_kind(spec.kind)
     outputs = kind.outputs(spec.label_names or [])
-    head = model.add_task(spec.name, expert=expert, level=kind.level, num_outputs=len(outputs))
+    head = model.add_task(
+        spec.name, expert=experts, level=kind.level, num_outputs=len(outputs), mixed=mixed, shared=shared
+    )
     _load_into(head, path / "heads" / f"{task}.safetensors", what="the labels of its task")
     return spec
 

@@ -70,18 +70,22 @@ class Choice:
         if self.normalise:
             weights = weights / weights.sum(-1, keepdim=True)
         weights = torch.where(sure, weights, 0.0)
+        dropped = None
         if training and self.capacity is not None:
-            weights = within_capacity(experts, weights, logits.shape[-1], factor=self.capacity, mask=mask)
+            kept = within_capacity(experts, weights, logits.shape[-1], factor=self.capacity, mask=mask)
+            dropped = ((weights > 0) & (kept == 0)).sum(-1)
+            dropped = dropped if mask is None or mask.dim() != dropped.dim() else dropped * mask
+            weights = kept
         if logits.dim() == 2:
-            return Routing(experts, weights, logits.float(), confidence)
+            return Routing(experts, weights, logits.float(), confidence, dropped)
         every = torch.zeros_like(probabilities).scatter(-1, experts, weights)  # [N, S, E]
-        return Routing(None, every, logits.float(), confidence)
+        return Routing(None, every, logits.float(), confidence, dropped)
 
-    def shaken(self, hidden: Tensor) -> Tensor:
-        """Return hidden states [N, S, H] with jitter on them, for a gate in training."""
+    def shaken(self, hidden: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Return hidden states [..., H] with jitter on them, for a gate in training."""
         if not self.jitter:
             return hidden
-        return hidden * torch.empty_like(hidden).uniform_(1 - self.jitter, 1 + self.jitter)
+        return hidden * torch.empty_like(hidden).uniform_(1 - self.jitter, 1 + self.jitter, generator=generator)
 
 
 def within_capacity(

@@ -106,9 +106,9 @@ def train(
         Path | None, typer.Option("--from", metavar="CHECKPOINT", help="Start from a checkpoint and keep its experts.")
     ] = None,
     stage: Annotated[
-        Literal["experts", "gate"],
-        typer.Option(help="experts and the gate among them, or only the gate of --from."),
-    ] = "experts",
+        Literal["experts", "gate", "joint"] | None,
+        typer.Option(help="experts, then the gate among them (default); the gate of --from alone; or both jointly."),
+    ] = None,
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder to write; default runs/<tasks>.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in --output.")] = False,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Of everything random.")] = None,

@@ -33,6 +33,12 @@ class ExpertConfig(_Section):
     """Whether experts that tag words see how a word is written (capitals, digits); null: if the backbone drops case."""
     pooling: Literal["auto", "mean", "first", "last"] = "auto"
     """How a text becomes one vector; auto is last for causal backbones, else mean."""
+    pool: int = Field(default=0, ge=0, le=1024)
+    """Train so many experts that belong to no task, jointly with the gate that mixes them; 0: one expert a task."""
+    shared: bool = False
+    """In a joint run: whether there is one expert more that every row uses, whatever the gate chooses."""
+    shared_a: bool = False
+    """Whether the experts of a pool have the same A and differ in B only (HydraLoRA)."""
 
 
 class TrainConfig(_Section):
@@ -73,21 +79,39 @@ class TrainConfig(_Section):
 
 
 class GateConfig(_Section):
-    """The gate that decides which expert a text goes to when no task is named."""
+    """The gate: which experts a text, or each of its tokens, goes through."""
 
-    type: Literal["sequence", "prototype"] = "sequence"
-    """sequence learns a linear classifier over whole texts; prototype takes the nearest mean of each expert's texts."""
+    type: Literal["sequence", "prototype", "token"] = "sequence"
+    """sequence learns a linear classifier over whole texts; prototype takes the nearest mean of each expert's texts;
+    token lets every token choose in every block, and is trained jointly with the experts."""
     block: int | None = Field(default=None, ge=0)
     """Block whose input the gate reads; null is the middle one, or the lowest with experts if that is higher. Above the
     lowest with experts, a text costs the blocks up to here once more."""
-    top_k: int = Field(default=1, ge=1)
-    """Experts that a text is sent through, their deltas weighted by the gate."""
+    top_k: int | None = Field(default=None, ge=1)
+    """Experts that a text or a token is sent through, their deltas weighted by the gate; null is 2 in a joint run, else
+    1."""
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    """Stop adding experts once their probabilities reach this sum; top_k stays the most."""
     temperature: float = Field(default=1.0, gt=0)
     """Above 1 the weights of several experts come closer to each other."""
     min_confidence: float = Field(default=0.0, ge=0, le=1)
     """Texts that look less familiar than all but this share of the training texts are answered with unknown."""
     rows: int = Field(default=2000, ge=2)
     """Training rows of each expert that the gate is fitted on."""
+    shortlist: int | None = Field(default=None, ge=1)
+    """Experts that the tokens of one text choose among; null is all, or 4 where there are more than 16."""
+    jitter: float = Field(default=0.0, ge=0, lt=1)
+    """In a joint run, multiply what the gate reads by random numbers from 1 - jitter to 1 + jitter."""
+    capacity: float | None = Field(default=None, gt=0)
+    """In a joint run, most rows or tokens per expert, in multiples of an even share; null drops none."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Of the gate in a joint run."""
+    balance_loss: float = Field(default=0.01, ge=0)
+    """Weight of the load-balancing loss in a joint run."""
+    z_loss: float = Field(default=0.001, ge=0)
+    """Weight of the z-loss, which keeps logits small, in a joint run."""
+    routing_loss: float = Field(default=0.1, ge=0)
+    """Weight of the cross-entropy between the gate and each row's own expert, in a joint run of one expert a task."""
 
 
 class DataConfig(_Section):
@@ -102,6 +126,8 @@ class DataConfig(_Section):
 class RunConfig(_Section):
     """Everything a training run depends on."""
 
+    stage: Literal["experts", "gate", "joint"] = "experts"
+    """experts alone and then the gate among them; only the gate; or experts and gate jointly, mixing as it goes."""
     tasks: list[str] = Field(default_factory=list)
     """Bundled names or paths of task files."""
     sources: dict[str, str] = Field(default_factory=dict)
@@ -153,6 +179,11 @@ def load_config(
         return RunConfig.model_validate(merged)
     except ValidationError as error:
         raise ConfigError(f"Config: {explain(error, RunConfig)}") from error
+
+
+def changed_config(run: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """Return a config with other top-level values; they count as set."""
+    return RunConfig.model_validate({**run.model_dump(exclude_unset=True), **values})
 
 
 def _read(name_or_path: str | Path) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from sparse_ft.folders import recover_folder
 from sparse_ft.foreign import ADAPTER_CONFIG, read_adapter
 from sparse_ft.kinds import find_kind
 from sparse_ft.low_rank import Pruned, prune
-from sparse_ft.manifest import MANIFEST, check_name, read_manifest, read_metrics, read_yaml
+from sparse_ft.manifest import MANIFEST, check_name, read_manifest, read_metrics, read_yaml, slot_experts
+from sparse_ft.outputs import free_output
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def edit(
     """
     if not (remove or rename or copy or add or prune):
         raise ConfigError("No change is asked for. Give at least one --remove, --rename, --copy, --add or --prune.")
-    folder = _free_output(output)
+    folder = free_output(output)
     loaded = load_checkpoint(checkpoint, backbone=backbone)
     changes = []
     for name in remove:
@@ -80,7 +81,7 @@ def remove_expert(checkpoint: Checkpoint, name: str) -> list[str]:
         What was done, in sentences.
 
     Raises:
-        ConfigError: If there is no such expert, or it is the last one.
+        ConfigError: If there is no such expert, it is the last one, or a task that stays mixes it in.
     """
     model = checkpoint.model
     model.experts.index(name)
@@ -89,7 +90,13 @@ def remove_expert(checkpoint: Checkpoint, name: str) -> list[str]:
             f"{name!r} is the last expert of {str(checkpoint.path)!r}; a checkpoint holds at least one. Keep it, or "
             "delete the folder."
         )
-    served = _tasks_of(checkpoint, name)
+    served = [task for task, slot in model.tasks.items() if slot.experts == (name,)]
+    left = [task for task in _tasks_of(checkpoint, name) if task not in served]
+    if left:
+        raise ConfigError(
+            f"Task {left[0]!r} was trained with the gate mixing {name!r} in, so it would answer otherwise without. "
+            "Remove that task's own expert, too, or train without this one."
+        )
     for task in served:
         model.remove_task(task)
         del checkpoint.tasks[task]
@@ -113,9 +120,10 @@ def rename_expert(checkpoint: Checkpoint, old: str, new: str) -> list[str]:
     model.experts.index(old)
     _check_new(checkpoint, [new], [])
     model.experts.rename(old, new)
-    served = [task for task, slot in model.tasks.items() if slot.expert == old]
-    for task in served:
-        model.tasks[task] = replace(model.tasks[task], expert=new)
+    served = [task for task, slot in model.tasks.items() if old in slot.used]
+    for task, slot in model.tasks.items():
+        experts = tuple(new if name == old else name for name in slot.experts)
+        model.tasks[task] = replace(slot, experts=experts, shared=new if slot.shared == old else slot.shared)
     if model.gate is not None:
         model.gate.names = [new if name == old else name for name in model.gate.names]
     return [f"Renamed expert {old!r} to {new!r}" + (f"; it serves {_named(served)}." if served else ".")]
@@ -125,8 +133,8 @@ def copy_expert(checkpoint: Checkpoint, old: str, new: str) -> list[str]:
     """Copy an expert with its task, head and scores.
 
     ``ner=ner2`` gives an expert ``ner2`` and a task ``ner2`` that it serves. Of an expert with several tasks, the one
-    that has its name gets the new name; the others get theirs behind it, ``ner2_other``. An expert without a task is
-    copied alone.
+    that has its name gets the new name; the others get theirs behind it, ``ner2_other``. An expert without a task of
+    its own is copied alone.
 
     Returns:
         What was done, in sentences.
@@ -136,7 +144,8 @@ def copy_expert(checkpoint: Checkpoint, old: str, new: str) -> list[str]:
     """
     model = checkpoint.model
     expert = model.experts.get(old)
-    names = _new_task_names(_tasks_of(checkpoint, old), expert=old, new=new)
+    served = [task for task, slot in model.tasks.items() if slot.experts == (old,) and not slot.mixed]
+    names = _new_task_names(served, expert=old, new=new)
     _check_new(checkpoint, [new], list(names.values()))
     model.experts.add(Expert(new, expert.alpha, expert.deltas, expert.word_shapes))
     for task, copied in names.items():
@@ -220,9 +229,17 @@ def _add_saved(checkpoint: Checkpoint, path: Path, names: Mapping[str, str]) -> 
             f"{theirs['weights_sha256'][:12]}…), not on {ours.name!r} ({ours.weights_sha256[:12]}…). Train them anew "
             "on this one."
         )
+    mixed = [task for task, entry in manifest["tasks"].items() if entry.get("mixed") or len(slot_experts(entry)) > 1]
+    for task in mixed:
+        taken = set(slot_experts(manifest["tasks"][task])) & set(names)
+        if taken:
+            raise CheckpointError(
+                f"Task {task!r} of {str(path)!r} was trained with the gate there mixing several experts, so "
+                f"{sorted(taken)[0]!r} cannot serve it alone. Train the task anew here."
+            )
     tasks: dict[str, str] = {}
     for old, new in names.items():
-        served = [task for task, entry in manifest["tasks"].items() if entry["expert"] == old]
+        served = [task for task, entry in manifest["tasks"].items() if slot_experts(entry) == [old]]
         tasks |= {task: task for task in served} if old == new else _new_task_names(served, expert=old, new=new)
     reads_texts = [task for task in tasks if find_kind(manifest["tasks"][task]["kind"]).level == "text"]
     if reads_texts and manifest["pooling"] != model.pooling:
@@ -235,8 +252,8 @@ def _add_saved(checkpoint: Checkpoint, path: Path, names: Mapping[str, str]) -> 
     config, metrics = RunConfig.model_validate(read_yaml(path / "config.yaml")), read_metrics(path)
     same_length = config.data.max_length == checkpoint.config.data.max_length
     for task, new in tasks.items():
-        expert = names[manifest["tasks"][task]["expert"]]
-        checkpoint.tasks[new] = load_task_into(model, path, task, expert=expert, as_name=new)
+        experts = [names[expert] for expert in slot_experts(manifest["tasks"][task])]
+        checkpoint.tasks[new] = load_task_into(model, path, task, experts=experts, as_name=new)
         if same_length and task in metrics:
             checkpoint.metrics[new] = metrics[task]
     _set_sources(checkpoint, {new: config.sources.get(task) for task, new in tasks.items()})
@@ -276,7 +293,10 @@ def _prune_and_say(checkpoint: Checkpoint, name: str, rank: int) -> list[str]:
 
 
 def _tasks_of(checkpoint: Checkpoint, expert: str) -> list[str]:
-    return [task for task, slot in checkpoint.model.tasks.items() if slot.expert == expert]
+    """Return the tasks whose answers an expert has a part in."""
+    gate = checkpoint.model.gate
+    chosen = gate is not None and expert in gate.names
+    return [task for task, slot in checkpoint.model.tasks.items() if expert in slot.used or (slot.mixed and chosen)]
 
 
 def _new_task_names(tasks: Sequence[str], *, expert: str, new: str) -> dict[str, str]:
@@ -313,8 +333,11 @@ def _set_sources(checkpoint: Checkpoint, sources: Mapping[str, str | None]) -> N
 
 
 def _drop_gate(checkpoint: Checkpoint) -> list[str]:
-    """Let go of a gate that chose among other experts than there are now, and of its scores."""
+    """Let go of a gate that chose among other experts than there are now, and of its scores; unless tasks need it."""
     checkpoint.model.eval().requires_grad_(False)
+    gated = [task for task, slot in checkpoint.model.tasks.items() if slot.gated]
+    if gated:
+        return [f"The gate is kept as it is, for {_named(gated)}; it does not know other experts than before."]
     for scores in checkpoint.metrics.values():
         scores.pop("routing_accuracy", None)
     if checkpoint.model.gate is None:
@@ -323,17 +346,3 @@ def _drop_gate(checkpoint: Checkpoint) -> list[str]:
     return [
         "The gate is dropped, because it chose among other experts; `sparse-ft train --stage gate --from` fits one."
     ]
-
-
-def _free_output(output: str | Path) -> Path:
-    folder = Path(output).expanduser().absolute()
-    recover_folder(folder)
-    if folder.is_file():
-        problem = "is a file"
-    elif (folder / MANIFEST).exists():
-        problem = "holds a checkpoint already"
-    elif folder.is_dir() and any(folder.iterdir()):
-        problem = "is not empty"
-    else:
-        return folder
-    raise ConfigError(f"{str(output)!r} {problem}. Choose another --output.")

@@ -30,6 +30,8 @@ class Example:
     """Class indices (one, or one a word; -100 is ignored), or 0/1 per label. Empty in prediction."""
     trunk: Tensor | None = None
     """Hidden states (tokens, hidden) that enter the lowest block with experts, if they are kept; see trunk.py."""
+    hidden: Tensor | None = None
+    """Hidden states (tokens, hidden) that leave the backbone, if several heads read them; see inference.py."""
 
 
 class Encoder:

@@ -55,6 +55,8 @@ class Evaluation:
     route: str
     tasks: dict[str, TaskReport]
     routing: RoutingReport
+    mixed: bool = False
+    """Whether a gate chose for some task although it was known."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return what ``evaluate --json`` writes."""
@@ -74,7 +76,7 @@ class Evaluation:
             report_text(entry.score, title=entry.title or task, unseen_rows=entry.unseen_rows)
             for task, entry in self.tasks.items()
         ]
-        return "\n".join(parts + ([self.routing.to_text()] if self.route != "task" else []))
+        return "\n".join(parts + ([self.routing.to_text()] if self.mixed or self.route != "task" else []))
 
 
 def prepare(columns: Mapping[str, Sequence[Any]], *, spec: TaskSpec, encoder: Encoder) -> EvalData:
@@ -168,12 +170,13 @@ def evaluate_task(
         raise DataError(
             f"The {split} split of task {spec.name!r} has no answers; its publisher hides them. Use --split validation."
         )
-    if route.by_token:
+    gate = route.token_gate(spec.name)
+    if gate is not None:
         usage = torch.zeros(len(data.examples), len(model.experts.names))
-        predictions = predict_rows(model, spec, data, gate=route.gate, usage=usage)
+        predictions = predict_rows(model, spec, data, gate=gate, usage=usage)
         routing = Routing(None, usage)
     else:
-        routing = route.rows(data.examples, _texts(data), expert=model.tasks[spec.name].expert)
+        routing = route.rows(data.examples, _texts(data), task=spec.name)
         predictions = predict_rows(model, spec, data, routing=routing)
     score = score_rows(spec, data, predictions)
     if score.unseen_labels:
@@ -249,9 +252,10 @@ def evaluate(
         )
     for warning in way.warnings():
         _LOG.warning("%s", warning)
-    own = {task: model.tasks[task].expert for task in chosen}
+    own = {task: model.tasks[task].experts for task in chosen}
     routed = report_routing(routings, experts=model.experts.names, own=own)
-    return Evaluation(str(checkpoint.path), splits, route, reports, routed)
+    mixed = any(model.tasks[task].gated for task in chosen)
+    return Evaluation(str(checkpoint.path), splits, route, reports, routed, mixed)
 
 
 def scored_split(spec: TaskSpec, source: str | None) -> Split:

@@ -89,13 +89,21 @@ class Experts:
         return self.names.index(name)
 
     def create(
-        self, name: str, *, modules: Sequence[str], rank: int, alpha: float, seed: int, word_shapes: bool = False
+        self,
+        name: str,
+        *,
+        modules: Sequence[str],
+        rank: int,
+        alpha: float,
+        seed: int,
+        word_shapes: bool = False,
+        drawn_as: str | None = None,
     ) -> None:
         """Add a fresh expert: A uniform as in PEFT, the rest zero, so that it starts as the bare backbone.
 
-        The numbers depend on ``seed`` and ``name`` only, not on which experts are there already.
+        The numbers depend on ``seed`` and ``drawn_as`` (None: ``name``) only, not on which experts are there already.
         """
-        generator = named_generator(seed, f"expert/{name}")
+        generator = named_generator(seed, f"expert/{drawn_as or name}")
         deltas = {}
         for module in modules:
             out_features, in_features = linear_shape(self._linears[module])

@@ -1,5 +1,6 @@
 """The training loop: batches of several tasks through one frozen backbone, each task with its own expert and head."""
 
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -8,19 +9,23 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 from tqdm.auto import tqdm
 
+from sparse_ft.auxiliary import alarms
 from sparse_ft.batching import epoch_batches
 from sparse_ft.config import RunConfig
 from sparse_ft.encoding import Example
 from sparse_ft.errors import ConfigError, SparseFTError
 from sparse_ft.evaluation import predict_rows, score_rows
-from sparse_ft.gradients import Gradients, Pairs
+from sparse_ft.gradients import Gradients
+from sparse_ft.mixing import Mixing, Pairs
 from sparse_ft.model import SparseExpertModel
+from sparse_ft.parameter_groups import build_optimizer, find_groups
 from sparse_ft.resume import Progress, fingerprint, load_resume, save_resume
 from sparse_ft.training_data import TrainingTask
 from sparse_ft.trunk import keep_trunk, trunk_bytes
+
+_LOG = logging.getLogger("sparse_ft")
 
 
 def fit(
@@ -29,7 +34,8 @@ def fit(
     """Train the experts and heads of some tasks; leaves the model with the best state of each.
 
     Every step is one batch; the rows of a task reach its expert and head only, so tasks trained together do not disturb
-    each other. The state is saved to ``output/resume`` every ``train.save_steps`` steps and after each epoch.
+    each other. In a joint run they meet in the experts and the gate, whose best state is that of the best mean score.
+    The state is saved to ``output/resume`` every ``train.save_steps`` steps and after each epoch.
 
     Args:
         model: On its device; has an expert and a head for each task.
@@ -88,18 +94,25 @@ class _Loop:
         self.accelerator = accelerator
         model.requires_grad_(False)
         model.backbone_dropout = run.train.backbone_dropout
+        mixing = None
+        if run.stage == "joint":
+            mixing = Mixing(model, {name: task.examples for name, task in tasks.items()}, run=run)
+        self.mixing = mixing
         self.tasks = _keep_trunks(model, tasks, limit=run.train.trunk_memory * 2**20)
-        self.groups = {task: model.trainable(task) for task in tasks}
-        self.parameters = {
-            f"{task}/{name}": value for task, group in self.groups.items() for name, value in group.items()
-        }
+        self.groups = find_groups(model, list(tasks), run=run)
+        self.parameters = {name: value for group in self.groups.values() for name, value in group.parameters.items()}
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
-        self.optimizer = accelerator.prepare(_optimizer(self.parameters, run))
+        self.optimizer = accelerator.prepare(build_optimizer(self.parameters, run))
         self.lengths = {name: [len(row.input_ids) for row in task.examples] for name, task in tasks.items()}
         self.data = fingerprint({name: [*task.examples, *task.validation.examples] for name, task in tasks.items()})
         self.gradients = Gradients(
-            model, self.tasks, parameters=list(self.parameters.values()), run=run, accelerator=accelerator
+            model,
+            self.tasks,
+            parameters=list(self.parameters.values()),
+            run=run,
+            accelerator=accelerator,
+            mixing=mixing,
         )
         self.progress = Progress()
         self.best = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
@@ -124,13 +137,14 @@ class _Loop:
         factor = _rate(progress.step, total=self.total_steps, warmup=settings.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        losses = self.gradients.add(pairs, step=progress.step)
+        told = self.gradients.add(pairs, step=progress.step)
         for group in self.groups.values():
+            group.sum_tied()
             if settings.clip:
-                self.accelerator.clip_grad_norm_(group.values(), settings.clip)
+                self.accelerator.clip_grad_norm_(group.parameters.values(), settings.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        for task, loss in losses.items():
+        for task, loss in told.losses.items():
             if not math.isfinite(loss):
                 raise SparseFTError(
                     f"The loss of task {task!r} became {loss} at step {progress.step + 1}. Lower train.learning_rate "
@@ -138,6 +152,11 @@ class _Loop:
                 )
             progress.losses[task] = progress.losses.get(task, 0.0) + loss
             progress.counts[task] = progress.counts.get(task, 0) + 1
+        if self.mixing is not None and told.usage is not None:
+            shares = dict(zip(self.mixing.names, told.usage.tolist(), strict=True))
+            for sums, values in ((progress.auxiliary, told.auxiliary), (progress.usage, shares)):
+                for name, value in values.items():
+                    sums[name] = sums.get(name, 0.0) + value
         progress.step += 1
         progress.batch += 1
         progress.tokens += sum(self.lengths[task][row] for task, row in pairs)
@@ -150,18 +169,32 @@ class _Loop:
         scores: dict[str, float] = {}
         for name, task in self.tasks.items():
             predictions = predict_rows(self.model, task.spec, task.validation)
-            score = score_rows(task.spec, task.validation, predictions).metrics[task.spec.metric]
-            scores[name] = score
+            scores[name] = score_rows(task.spec, task.validation, predictions).metrics[task.spec.metric]
+        for name, group in self.groups.items():
+            score = sum(scores[task] for task in group.tasks) / len(group.tasks)
             progress.stale[name] = progress.stale.get(name, 0) + 1
             if score > progress.best.get(name, -math.inf):
                 progress.best[name], progress.stale[name] = score, 0
-                for part, parameter in self.groups[name].items():
-                    self.best[f"{name}/{part}"] = parameter.detach().clone()
+                progress.scores.update({task: scores[task] for task in group.tasks})
+                for part, parameter in group.parameters.items():
+                    self.best[part] = parameter.detach().clone()
+        mixture = {}
+        if self.mixing is not None:
+            usage = _shares(progress)
+            mixture = {"auxiliary": _per_batch(progress, progress.auxiliary), "usage": usage}
+            for alarm in alarms(usage, pool=self.run.experts.pool > 0, settings=self.run.gate):
+                _LOG.warning("Epoch %d: %s", progress.epoch + 1, alarm)
         progress.history.append(
-            {"epoch": progress.epoch + 1, "step": progress.step, "loss": _mean_losses(progress), "validation": scores}
+            {
+                "epoch": progress.epoch + 1,
+                "step": progress.step,
+                "loss": _mean_losses(progress),
+                "validation": scores,
+                **mixture,
+            }
         )
         progress.epoch, progress.batch = progress.epoch + 1, 0
-        progress.losses, progress.counts = {}, {}
+        progress.losses, progress.counts, progress.auxiliary, progress.usage = {}, {}, {}, {}
 
     def take_best(self) -> None:
         """Give every parameter the value it had when its task scored best."""
@@ -214,20 +247,6 @@ def _keep_trunks(
     }
 
 
-def _optimizer(parameters: Mapping[str, nn.Parameter], run: RunConfig) -> torch.optim.AdamW:
-    settings = run.train
-    rates = {"expert.": settings.learning_rate, "head.": settings.head_learning_rate or settings.learning_rate}
-    groups = [
-        {
-            "params": [value for name, value in parameters.items() if name.partition("/")[2].startswith(part)],
-            "lr": rate,
-            "base_lr": rate,
-        }
-        for part, rate in rates.items()
-    ]
-    return torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
-
-
 def _rate(step: int, *, total: int, warmup: float) -> float:
     """Give the factor on the learning rate: rising linearly, then falling linearly towards 0."""
     rising = max(1, round(total * warmup))
@@ -244,8 +263,22 @@ def _mean_losses(progress: Progress) -> dict[str, float]:
     return {task: total / progress.counts[task] for task, total in progress.losses.items()}
 
 
+def _per_batch(progress: Progress, sums: Mapping[str, float]) -> dict[str, float]:
+    """Turn sums over the batches of this epoch into means."""
+    return {name: value / max(1, progress.batch) for name, value in sums.items()}
+
+
+def _shares(progress: Progress) -> dict[str, float]:
+    return _per_batch(progress, progress.usage)
+
+
 def _postfix(progress: Progress) -> dict[str, str]:
-    """Show the loss of each task over this epoch and its last validation score."""
-    losses = _mean_losses(progress) or (progress.history[-1]["loss"] if progress.history else {})
-    scores = progress.history[-1]["validation"] if progress.history else {}
-    return {task: f"{loss:.3f}" + (f"/{scores[task]:.3f}" if task in scores else "") for task, loss in losses.items()}
+    """Show the loss of each task over this epoch and its last validation score, and how a gate uses the experts."""
+    last = progress.history[-1] if progress.history else {}
+    losses = _mean_losses(progress) or last.get("loss", {})
+    scores = last.get("validation", {})
+    shown = {task: f"{loss:.3f}" + (f"/{scores[task]:.3f}" if task in scores else "") for task, loss in losses.items()}
+    usage = _shares(progress) or last.get("usage", {})
+    if usage:
+        shown["usage"] = " ".join(f"{share:.0%}" for share in usage.values())
+    return shown

@@ -24,34 +24,40 @@ _HELD_OUT = 5
 
 
 def fit_gate(
-    model: SparseExpertModel, examples: Mapping[str, Sequence[Example]], *, settings: GateConfig, seed: int
+    model: SparseExpertModel,
+    examples: Mapping[str, Sequence[Example]],
+    *,
+    settings: GateConfig,
+    seed: int,
+    names: Sequence[str] | None = None,
 ) -> SequenceGate:
-    """Fit a gate over all experts of a model.
+    """Fit a gate over experts of a model.
 
     Args:
         model: In evaluation mode.
         examples: Training rows per expert; ``settings.rows`` of each are drawn.
         settings: Of the run.
         seed: Draws the rows.
+        names: The experts; None takes all.
 
     Raises:
         ConfigError: If an expert has fewer than two rows.
     """
-    lacking = [name for name in model.experts.names if len(examples.get(name, ())) < 2]
+    names = list(names or model.experts.names)
+    lacking = [name for name in names if len(examples.get(name, ())) < 2]
     if lacking:
         raise ConfigError(
             f"The gate needs texts of every expert, and {lacking[0]!r} has fewer than two. Name the data of its task "
             "with --data, or remove the expert."
         )
-    middle = max(model.first_block, model.backbone.num_blocks // 2)
-    block = middle if settings.block is None else settings.block
+    block = gate_block(model, settings)
     pooled = {
         name: pooled_entering(model, _draw(examples[name], settings.rows, f"{seed}/{name}"), block=block)
-        for name in model.experts.names
+        for name in names
     }
     kind = PrototypeGate if settings.type == "prototype" else SequenceGate
-    choice = Choice(top_k=settings.top_k, temperature=settings.temperature, min_confidence=settings.min_confidence)
-    gate = kind(model.experts.names, model.backbone.hidden_size, block=block, choice=choice)
+    choice = Choice(top_k=settings.top_k or 1, temperature=settings.temperature, min_confidence=settings.min_confidence)
+    gate = kind(names, model.backbone.hidden_size, block=block, choice=choice)
     train = {name: rows[torch.arange(len(rows)) % _HELD_OUT > 0] for name, rows in pooled.items()}
     held_out = torch.cat([rows[::_HELD_OUT] for rows in pooled.values()])
     if isinstance(gate, PrototypeGate):
@@ -62,6 +68,12 @@ def fit_gate(
     with torch.no_grad():
         gate.familiarity.fit([gate.features(rows) for rows in train.values()], gate.features(held_out))
     return gate.requires_grad_(False).eval().to(model.device)
+
+
+def gate_block(model: SparseExpertModel, settings: GateConfig) -> int:
+    """Return the 0-based block whose input a gate for texts reads."""
+    middle = max(model.first_block, model.backbone.num_blocks // 2)
+    return min(middle, model.backbone.num_blocks - 1) if settings.block is None else settings.block
 
 
 def _draw(examples: Sequence[Example], number: int, key: str) -> list[Example]:
@@ -87,4 +99,4 @@ def routing_accuracy(model: SparseExpertModel, examples: Sequence[Example], *, e
     """Return the share of rows whose best expert is ``expert``, 0 to 1."""
     logits = text_routing(model, examples).logits
     assert logits is not None
-    return float((logits.argmax(-1) == model.experts.index(expert)).float().mean())
+    return float((logits.argmax(-1) == model.text_gate().names.index(expert)).float().mean())

@@ -5,7 +5,7 @@ backbone computes in. Shapes: N rows, S tokens a row, H hidden size, E experts, 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +31,8 @@ class GateInput:
     """The rows as they were given, if they are known."""
     metadata: Sequence[Mapping[str, Any]] = ()
     """What else the caller says of each row, e.g. its language."""
+    generator: torch.Generator | None = None
+    """Of what a gate in training draws; None takes the global one."""
 
 
 class Gate(Protocol):
@@ -81,12 +83,13 @@ class SequenceGate(nn.Module):
         """Return what the classifier reads of pooled hidden states, [N, H]."""
         return (pooled - self.center) * self.scale
 
-    def decide(self, pooled: Tensor, *, excluded: Sequence[int] = ()) -> Routing:
+    def decide(self, pooled: Tensor, *, excluded: Sequence[int] = (), training: bool = False) -> Routing:
         """Choose experts for texts.
 
         Args:
             pooled: Mean over the real tokens of each, [N, H] float32.
             excluded: Experts that may not be chosen.
+            training: Whether the capacity of experts holds.
         """
         with _float32(pooled):
             features = self.features(pooled)
@@ -94,7 +97,7 @@ class SequenceGate(nn.Module):
             logits = self.linear(features)
             if excluded:
                 logits[:, list(excluded)] = -torch.inf
-            return self.choice(logits, confidence=confidence)
+            return self.choice(logits, confidence=confidence, training=training)
 
     def route(self, inputs: GateInput) -> Routing:
         """Choose experts for each row."""
@@ -131,20 +134,33 @@ TEXT_GATES: dict[str, type[SequenceGate]] = {"sequence": SequenceGate, "prototyp
 class TokenGate(nn.Module):
     """A linear layer per block: each token chooses its experts anew in every block.
 
+    With a shortlist, the tokens of one text choose among the experts that its tokens want most on average, so that
+    only these are computed, however many there are.
+
     Args:
         names: Experts to choose among.
         hidden_size: H.
         blocks: 0-based blocks with experts.
         choice: How the logits become a routing.
+        shortlist: Experts a text and block, at least ``choice.top_k``; None takes all.
     """
 
     every_block = True
 
-    def __init__(self, names: Sequence[str], hidden_size: int, *, blocks: Sequence[int], choice: Choice) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        hidden_size: int,
+        *,
+        blocks: Sequence[int],
+        choice: Choice,
+        shortlist: int | None = None,
+    ) -> None:
         super().__init__()
         self.names = list(names)
         self.blocks = list(blocks)
         self.choice = choice
+        self.shortlist = shortlist
         self.linears = nn.ModuleList(nn.Linear(hidden_size, len(self.names), bias=False) for _ in self.blocks)
 
     def initialise(self, generator: torch.Generator) -> None:
@@ -157,10 +173,20 @@ class TokenGate(nn.Module):
     def route(self, inputs: GateInput) -> Routing:
         """Choose experts for each token of one block."""
         linear = self.linears[self.blocks.index(inputs.block)]
-        hidden = inputs.hidden.float()
+        hidden, mask = inputs.hidden.float(), inputs.attention_mask
         with _float32(hidden):
-            logits = linear(self.choice.shaken(hidden) if self.training else hidden)
-        return self.choice(logits, mask=inputs.attention_mask, training=self.training)
+            logits = linear(self.choice.shaken(hidden, inputs.generator) if self.training else hidden)  # [N, S, E]
+        if self.shortlist is None or self.shortlist >= len(self.names):
+            return self.choice(logits, mask=mask, training=self.training)
+        wanted = pool(logits.softmax(-1), mask, "mean")  # [N, E]
+        experts = wanted.topk(self.shortlist, dim=-1).indices  # [N, m]
+        among = logits.gather(-1, experts.unsqueeze(1).expand(-1, logits.shape[1], -1))  # [N, S, m]
+        inner = self.choice(among, mask=mask, training=self.training)
+        return replace(inner, experts=experts, logits=logits)
+
+
+GATES: dict[str, type[SequenceGate] | type[TokenGate]] = {**TEXT_GATES, "token": TokenGate}
+"""The gates that are kept in checkpoints, by the name that configs use."""
 
 
 class ArrowGate(nn.Module):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
@@ -13,11 +14,39 @@ from sparse_ft.config import RunConfig
 from sparse_ft.experts import named_generator
 from sparse_ft.kinds import find_kind
 from sparse_ft.kinds.classification import IGNORED
+from sparse_ft.mixing import Mixing, Pairs
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.training_data import TrainingTask
 
-Pairs = Sequence[tuple[str, int]]
-"""Task and row number of each row of a batch, the rows of a task adjacent."""
+
+@dataclass(frozen=True)
+class _Whole:
+    """The batch that parts are taken of."""
+
+    rows: int
+    targets: dict[str, int]
+    """Task to what its mean loss is taken over."""
+    task_rows: dict[str, int]
+
+
+@dataclass
+class Found:
+    """What a batch told: means over its rows."""
+
+    losses: dict[str, float]
+    """Of each task."""
+    auxiliary: dict[str, float] = field(default_factory=dict)
+    """Of the gate, in a joint run; see ``Auxiliary.losses``."""
+    usage: Tensor | None = None
+    """[E], the share of the weight that each expert of the gate got."""
+
+    def add(self, other: "Found") -> None:
+        """Add what another part of the batch told."""
+        for own, theirs in ((self.losses, other.losses), (self.auxiliary, other.auxiliary)):
+            for name, value in theirs.items():
+                own[name] = own.get(name, 0.0) + value
+        if other.usage is not None:
+            self.usage = other.usage if self.usage is None else self.usage + other.usage
 
 
 class Gradients:
@@ -34,6 +63,7 @@ class Gradients:
         parameters: What learns.
         run: The run's config.
         accelerator: Scales the loss where the precision asks for it.
+        mixing: Routes the rows and adds the gate's losses, in a joint run.
     """
 
     def __init__(
@@ -44,83 +74,87 @@ class Gradients:
         parameters: Sequence[nn.Parameter],
         run: RunConfig,
         accelerator: Accelerator,
+        mixing: Mixing | None = None,
     ) -> None:
+        self.mixing = mixing
         self.model, self.tasks, self.parameters, self.run = model, tasks, list(parameters), run
         self.accelerator = accelerator
         self.workers = _count_workers(model, run)
         self.pool = _thread_pool(self.workers) if self.workers > 1 else None
 
-    def add(self, pairs: Pairs, *, step: int) -> dict[str, float]:
+    def add(self, pairs: Pairs, *, step: int) -> Found:
         """Add the gradients of a batch.
 
         Args:
             pairs: Its rows.
             step: Number of the optimizer step, which the random numbers depend on.
-
-        Returns:
-            Mean loss of each task.
         """
-        whole = _count_targets(self.tasks, pairs)
-        # Each task weighs as its rows do: a batch is worth the mean over its rows, whatever the mixture.
-        weights = {name: sum(task == name for task, _ in pairs) / len(pairs) for name in whole}
-        losses = dict.fromkeys(whole, 0.0)
+        targets = _count_targets(self.tasks, pairs)
+        whole = _Whole(len(pairs), targets, {name: sum(task == name for task, _ in pairs) for name in targets})
+        told = Found(dict.fromkeys(targets, 0.0))
         size = math.ceil(len(pairs) / (self.run.train.accumulation * self.workers))
         parts = [pairs[start : start + size] for start in range(0, len(pairs), size)]
         for start in range(0, len(parts), self.workers):
-            for found in self._backward(parts[start : start + self.workers], step, start, whole=whole, weights=weights):
-                for task, loss in found.items():
-                    losses[task] += loss
-        return losses
+            for found in self._backward(parts[start : start + self.workers], step, start, whole=whole):
+                told.add(found)
+        return told
 
     def close(self) -> None:
         """Let the threads end."""
         if self.pool is not None:
             self.pool.shutdown()
 
-    def _backward(
-        self, parts: Sequence[Pairs], step: int, first: int, *, whole: Mapping[str, int], weights: Mapping[str, float]
-    ) -> list[dict[str, float]]:
-        """Compute some parts side by side; return what each adds to the mean loss of each task."""
+    def _backward(self, parts: Sequence[Pairs], step: int, first: int, *, whole: "_Whole") -> list[Found]:
+        """Compute some parts side by side; return what each adds to the means over the batch."""
         if self.pool is None:
             (part,) = parts
-            total, losses = self._losses(part, None, whole=whole, weights=weights)
+            total, told = self._losses(part, None, whole=whole)
             self.accelerator.backward(total)
-            return [losses]
+            return [told]
 
-        def work(place: int) -> tuple[Sequence[Tensor | None], dict[str, float]]:
+        def work(place: int) -> tuple[Sequence[Tensor | None], Found]:
             generator = named_generator(self.run.seed, f"step/{step}/{first + place}")
-            total, losses = self._losses(parts[place], generator, whole=whole, weights=weights)
-            return torch.autograd.grad(total, self.parameters, allow_unused=True), losses
+            total, told = self._losses(parts[place], generator, whole=whole)
+            return torch.autograd.grad(total, self.parameters, allow_unused=True), told
 
         found = list(self.pool.map(work, range(len(parts))))
         for gradients, _ in found:
             for parameter, gradient in zip(self.parameters, gradients, strict=True):
                 if gradient is not None:
                     parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-        return [losses for _, losses in found]
+        return [told for _, told in found]
 
     def _losses(
         self,
         pairs: Pairs,
         generator: torch.Generator | None,
         *,
-        whole: Mapping[str, int],
-        weights: Mapping[str, float],
-    ) -> tuple[Tensor, dict[str, float]]:
-        """Return what some rows of a batch add to the loss that is trained on, and to the mean loss of each task."""
+        whole: "_Whole",
+    ) -> tuple[Tensor, Found]:
+        """Return what some rows of a batch add to the loss that is trained on, and to the means over the batch."""
         rows = [(task, self.tasks[task].examples[row]) for task, row in pairs]
         batch = collate(rows, pad_id=self.model.backbone.pad_id, device=self.model.device)
-        logits = self.model(batch, generator=generator)
+        mixing = self.mixing
+        logits, added = (
+            (self.model(batch, generator=generator), None)
+            if mixing is None
+            else mixing.run(self.model, batch, pairs, generator=generator)
+        )
         share = _count_targets(self.tasks, pairs)
         total, losses = torch.zeros((), device=self.model.device), {}
         for part in batch.tasks:
             kind = find_kind(self.tasks[part.task].spec.kind)
             assert part.targets is not None
             mean = kind.loss(logits[part.task], part.targets, label_smoothing=self.run.train.label_smoothing)
-            loss = mean * (share[part.task] / whole[part.task])
-            total = total + loss * weights[part.task]
+            loss = mean * (share[part.task] / whole.targets[part.task])
+            # Each task weighs as its rows do: a batch is worth the mean over its rows, whatever the mixture.
+            total = total + loss * (whole.task_rows[part.task] / whole.rows)
             losses[part.task] = loss.item()
-        return total, losses
+        if added is None:
+            return total, Found(losses)
+        part_of_batch = len(pairs) / whole.rows
+        scaled = {name: value * part_of_batch for name, value in added.losses.items()}
+        return total + added.total * part_of_batch, Found(losses, scaled, added.usage * part_of_batch)
 
 
 def _count_workers(model: SparseExpertModel, run: RunConfig) -> int:

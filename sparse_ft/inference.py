@@ -1,13 +1,15 @@
 """Run examples through the model and sort the logits back to the texts they came from."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from sparse_ft.batching import collate, length_batches
 from sparse_ft.encoding import Example
-from sparse_ft.gates import Gate
+from sparse_ft.errors import ConfigError
+from sparse_ft.gates import Gate, SequenceGate, TokenGate
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.routing import Pass, Routing
 from sparse_ft.trunk import keep_trunk
@@ -39,7 +41,7 @@ def row_logits(
         examples: Rows of model input; windows of one text share a ``row``.
         num_rows: Number of texts.
         num_words: Words of each text, for tasks that tag words.
-        routing: Of the examples; None takes the task's expert.
+        routing: Of the examples; None takes the task's expert, or asks the model's gate if the task was trained so.
         gate: Asked at every block in place of ``routing``.
         usage: [examples, experts], filled with the mean weight that ``gate`` gave each expert, over tokens and blocks.
 
@@ -47,6 +49,8 @@ def row_logits(
         One float32 CPU tensor a text: (labels,), or (words, tags).
     """
     num_outputs = model.head(task).linear.out_features
+    if routing is None and gate is None and model.tasks[task].gated and not isinstance(model.gate, TokenGate):
+        routing = text_routing(model, examples, task=task)
     if num_words is None:
         rows = [torch.zeros(num_outputs) for _ in range(num_rows)]
     else:
@@ -60,7 +64,7 @@ def row_logits(
         seen: dict[int, Routing] = {}
         logits = model(batch, routing=own, gate=gate, seen=seen)[task].float().cpu()
         if usage is not None:
-            usage[members] = _mean_weights(seen, batch.attention_mask).cpu()
+            usage[members] = _mean_weights(seen, batch.attention_mask, num_experts=usage.shape[1]).cpu()
         if num_words is None:
             for example, row in zip(chosen, logits, strict=True):
                 rows[example.row] = row
@@ -73,10 +77,10 @@ def row_logits(
     return rows
 
 
-def _mean_weights(seen: Mapping[int, Routing], attention_mask: Tensor) -> Tensor:
+def _mean_weights(seen: Mapping[int, Routing], attention_mask: Tensor, *, num_experts: int) -> Tensor:
     """Average the weights [N, S, E] of all blocks over real tokens: [N, E]."""
     real = attention_mask.unsqueeze(-1).float()
-    blocks = [(routing.weights * real).sum(1) / real.sum(1) for routing in seen.values()]
+    blocks = [(routing.spread(num_experts) * real).sum(1) / real.sum(1) for routing in seen.values()]
     return torch.stack(blocks).mean(0)
 
 
@@ -89,10 +93,53 @@ def _batches(examples: Sequence[Example]) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def text_routing(model: SparseExpertModel, examples: Sequence[Example]) -> Routing:
-    """Let the gate choose experts for each example."""
-    gate = model.text_gate()
-    return gate.decide(pooled_entering(model, examples, block=gate.block).to(model.device))
+def text_routing(model: SparseExpertModel, examples: Sequence[Example], *, task: str | None = None) -> Routing:
+    """Let the gate choose experts for each example.
+
+    Args:
+        model: In evaluation mode.
+        examples: Rows of model input.
+        task: That they belong to, if it is known; the gate then chooses among its experts if it was not trained to mix
+            all of them.
+    """
+    gate = model.text_gate() if task is None else model.gate
+    if not isinstance(gate, SequenceGate):
+        raise ConfigError(f"Task {task!r} needs a gate that chooses among its experts, and this model has none.")
+    excluded: list[int] = []
+    if task is not None and not model.tasks[task].mixed:
+        excluded = [place for place, name in enumerate(gate.names) if name not in model.tasks[task].experts]
+    pooled = pooled_entering(model, examples, block=gate.block).to(model.device)
+    return model.placed(gate.decide(pooled, excluded=excluded))
+
+
+@torch.no_grad()
+def leaving(model: SparseExpertModel, task: str, examples: Sequence[Example]) -> tuple[list[Example], Tensor]:
+    """Run examples through backbone and experts as the gate mixes them, once for the heads of all tasks so trained.
+
+    Args:
+        model: In evaluation mode.
+        task: One of the tasks that the gate mixes for; the others must use the same shared expert.
+        examples: Rows of model input.
+
+    Returns:
+        The examples with ``hidden`` filled, and the mean weight of each expert, [examples, experts].
+    """
+    kept = list(examples)
+    usage = torch.zeros(len(examples), len(model.experts.names))
+    routing = None if isinstance(model.gate, TokenGate) else text_routing(model, examples, task=task)
+    if routing is not None:
+        usage.copy_(routing.spread(usage.shape[1]))
+    for members in _batches(examples):
+        chosen = [examples[member] for member in members]
+        batch = collate([(task, example) for example in chosen], pad_id=model.backbone.pad_id, device=model.device)
+        seen: dict[int, Routing] = {}
+        own = None if routing is None else routing.take(members)
+        hidden = model.hidden_states(batch, routing=own, seen=seen)
+        if routing is None:
+            usage[members] = _mean_weights(seen, batch.attention_mask, num_experts=usage.shape[1]).cpu()
+        for member, row in zip(members, hidden, strict=True):
+            kept[member] = replace(examples[member], hidden=row[: len(examples[member].input_ids)].clone())
+    return kept, usage
 
 
 def entering(model: SparseExpertModel, examples: Sequence[Example], *, block: int | None = None) -> list[Example]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from sparse_ft.manifest import read_manifest, read_metrics, read_yaml
+from sparse_ft.manifest import read_manifest, read_metrics, read_yaml, slot_experts
 from sparse_ft.tasks import FileSource, HubSource, TaskSpec, list_tasks, load_task, parse_task
 
 
@@ -60,7 +60,8 @@ def _gate(gate: dict[str, Any] | None, metrics: dict[str, Any]) -> str:
     shares = {task: entry["routing_accuracy"] for task, entry in metrics.items() if "routing_accuracy" in entry}
     right = ", ".join(f"{task} {share:.3f}" for task, share in shares.items())
     threshold = f", unknown below {gate['min_confidence']:g}" if gate["min_confidence"] else ""
-    about = f"{gate['type']}, top {gate['top_k']}, reads what enters block {gate['block']}{threshold}"
+    reads = f"block {gate['block']}" if "block" in gate else "every block with experts"
+    about = f"{gate['type']}, top {gate['top_k']}, reads what enters {reads}{threshold}"
     return f"{about}; right on validation rows: {right}" if right else about
 
 
@@ -72,7 +73,7 @@ def _expert_rows(manifest: dict[str, Any]) -> list[list[str]]:
             f"{entry['alpha']:g}",
             str(entry["layers"]),
             _megabytes(manifest, f"experts/{name}/"),
-            ", ".join(task for task, served in manifest["tasks"].items() if served["expert"] == name) or "none",
+            ", ".join(task for task, served in manifest["tasks"].items() if name in slot_experts(served)) or "none",
         ]
         for name, entry in manifest["experts"].items()
     ]
@@ -88,7 +89,7 @@ def _task_rows(path: Path, manifest: dict[str, Any], metrics: dict[str, Any]) ->
         rows.append(
             [
                 name,
-                entry["expert"],
+                _served_by(entry),
                 entry["kind"],
                 _num_labels(spec),
                 _megabytes(manifest, f"heads/{name}."),
@@ -96,6 +97,13 @@ def _task_rows(path: Path, manifest: dict[str, Any], metrics: dict[str, Any]) ->
             ]
         )
     return rows
+
+
+def _served_by(entry: dict[str, Any]) -> str:
+    experts = slot_experts(entry)
+    named = ", ".join(experts) if len(experts) <= 3 else f"{experts[0]} and {len(experts) - 1} others"
+    shared = f" + {entry['shared']}" if "shared" in entry else ""
+    return f"{named}{shared}, mixed by the gate" if entry.get("mixed") else named + shared
 
 
 def _megabytes(manifest: dict[str, Any], prefix: str) -> str:

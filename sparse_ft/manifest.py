@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
                 f"Checkpoint {str(path)!r} is incomplete: {name} {problem}. Copy the folder again, or train again."
             )
     return dict(manifest)
+
+
+def slot_experts(entry: Mapping[str, Any]) -> list[str]:
+    """Return the experts that serve a task, of its entry in a manifest."""
+    return [entry["expert"]] if "expert" in entry else list(entry["experts"])
 
 
 def read_yaml(path: Path) -> Any:

@@ -1,7 +1,7 @@
 """The model: a frozen backbone, experts on its linears, and one head per task."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,18 +12,33 @@ from sparse_ft.backbone import Backbone
 from sparse_ft.batching import Batch, TaskRows
 from sparse_ft.errors import ConfigError, unknown_name
 from sparse_ft.experts import Experts
-from sparse_ft.gates import Gate, GateInput, SequenceGate
+from sparse_ft.gates import Gate, GateInput, SequenceGate, TokenGate
 from sparse_ft.heads import Head, pool
 from sparse_ft.routing import Pass, Routing, RoutingSlot
 
 
 @dataclass(frozen=True)
 class TaskSlot:
-    """What the model knows of a task: which expert serves it, and how its head reads."""
+    """What the model knows of a task: which experts serve it, and how its head reads."""
 
-    expert: str
+    experts: tuple[str, ...]
+    """Those that learn from its rows: one as a rule; several are domains of the task, or a pool, and the gate picks."""
     level: str
     """``text`` or ``word``."""
+    mixed: bool = False
+    """Whether the task was trained jointly with the gate, which then mixes for it all the experts that it knows."""
+    shared: str | None = None
+    """The expert that each of its rows uses besides those that the gate chooses."""
+
+    @property
+    def used(self) -> list[str]:
+        """All experts that learn from its rows."""
+        return [*self.experts, *([] if self.shared is None else [self.shared])]
+
+    @property
+    def gated(self) -> bool:
+        """Whether the gate is asked even though the task is known."""
+        return self.mixed or len(self.experts) > 1
 
 
 class SparseExpertModel(nn.Module):
@@ -52,7 +67,7 @@ class SparseExpertModel(nn.Module):
         self.heads = nn.ModuleDict()
         self.tasks: dict[str, TaskSlot] = {}
         self.backbone_dropout = False
-        self.gate: SequenceGate | None = None
+        self.gate: SequenceGate | TokenGate | None = None
 
     @property
     def first_block(self) -> int:
@@ -64,12 +79,29 @@ class SparseExpertModel(nn.Module):
         """Where the weights are."""
         return next(self.encoder.parameters()).device
 
-    def add_task(self, name: str, *, expert: str, level: str, num_outputs: int) -> Head:
-        """Add a head for a task that one of the experts serves, and return it."""
-        self.experts.index(expert)
+    @property
+    def routed(self) -> list[str]:
+        """The experts that a gate may choose: all but those that rows use anyway."""
+        shared = {slot.shared for slot in self.tasks.values()}
+        return [name for name in self.experts.names if name not in shared]
+
+    def add_task(
+        self,
+        name: str,
+        *,
+        expert: str | Sequence[str],
+        level: str,
+        num_outputs: int,
+        mixed: bool = False,
+        shared: str | None = None,
+    ) -> Head:
+        """Add a head for a task that one of the experts serves, or several, and return it; see ``TaskSlot``."""
+        slot = TaskSlot((expert,) if isinstance(expert, str) else tuple(expert), level, mixed, shared)
+        for used in slot.used:
+            self.experts.index(used)
         head = Head(self.backbone.hidden_size, num_outputs, slot=self.slot).to(self.device)
         self.heads[_head_key(name)] = head
-        self.tasks[name] = TaskSlot(expert, level)
+        self.tasks[name] = slot
         return head
 
     def head(self, task: str) -> Head:
@@ -96,22 +128,35 @@ class SparseExpertModel(nn.Module):
             ConfigError: If there is none, or the experts are no longer those that it was fitted on.
         """
         advice = "Fit one with `sparse-ft train --stage gate --from CHECKPOINT`, or name the tasks with --task."
-        gate, names = self.gate, self.experts.names
+        gate, names = self.gate, self.routed
         if gate is None:
             raise ConfigError(f"This model has no gate to choose among its experts. {advice}")
+        if isinstance(gate, TokenGate):
+            raise ConfigError(
+                "The gate of this model decides for every token, not for whole texts. Name the tasks with --task."
+            )
         unknown = [name for name in names if name not in gate.names]
         if unknown:
             raise ConfigError(f"The gate does not know the expert {unknown[0]!r}, which came later. {advice}")
-        if gate.names != names:
+        if set(gate.names) != set(names):
             raise ConfigError(
                 f"The gate chooses among {', '.join(gate.names)}, the model has {', '.join(names)}. {advice}"
             )
         return gate
 
+    def placed(self, routing: Routing) -> Routing:
+        """Turn what this model's gate says of its experts into a routing among those of the model."""
+        assert self.gate is not None
+        places = [self.experts.index(name) for name in self.gate.names]
+        return routing.placed(places, num_experts=len(self.experts.names))
+
     def trainable(self, task: str) -> dict[str, nn.Parameter]:
-        """Return what learns from a task: its expert's deltas and its head, by name."""
-        found = {f"expert.{name}": value for name, value in self.experts.parameters(self.tasks[task].expert).items()}
-        found.update({f"head.{name}": value for name, value in self.head(task).named_parameters()})
+        """Return what learns from a task: its experts' deltas and its head, by name."""
+        found = {f"head.{name}": value for name, value in self.head(task).named_parameters()}
+        used = self.tasks[task].used
+        for expert in used:
+            prefix = "expert." if len(used) == 1 else f"expert.{expert}."
+            found.update({f"{prefix}{name}": value for name, value in self.experts.parameters(expert).items()})
         return {name: parameter for name, parameter in found.items() if parameter.numel()}
 
     def train(self, mode: bool = True) -> "SparseExpertModel":
@@ -135,7 +180,8 @@ class SparseExpertModel(nn.Module):
 
         Args:
             batch: Rows of one or several tasks.
-            routing: Of the rows; None routes each row to the expert of its task.
+            routing: Of the rows; None routes each row to the expert of its task, or asks the model's own gate at every
+                block if the tasks were trained so.
             gate: Asked at every block with experts in place of ``routing``.
             seen: Filled with the routing of each block that the gate was asked at.
             generator: Of the dropout on experts and heads; None takes the global one.
@@ -143,42 +189,83 @@ class SparseExpertModel(nn.Module):
         Returns:
             Logits per task in float32, (rows, labels), or (words, tags) for tasks that read words.
         """
-        if routing is None:
-            experts = [self.experts.index(self.tasks[rows.task].expert) for rows in batch.tasks]
+        hidden = batch.hidden
+        if hidden is None:
+            hidden = self.hidden_states(batch, routing=routing, gate=gate, seen=seen, generator=generator)
+        with self.slot.filled(Pass(None, generator=generator)):  # for the dropout of the heads
+            return {rows.task: self._head_logits(rows, hidden, batch) for rows in batch.tasks}
+
+    def hidden_states(
+        self,
+        batch: Batch,
+        *,
+        routing: Routing | None = None,
+        gate: Gate | None = None,
+        seen: dict[int, Routing] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Run a batch through backbone and experts, [N, S, H]; the arguments are those of ``forward``."""
+        if routing is None and gate is None:
+            routing, gate = self._default_routing(batch)
+        shared = self._shared_rows(batch)
+        if gate is not None:  # which will say; until then no expert is chosen
+            routing = Routing(None, torch.zeros(len(batch.input_ids), len(self.experts.names), device=self.device))
+        assert routing is not None
+        if gate is None and shared is not None:
+            routing = routing.plus(*shared)
+        # Some layers of other families see more than one entry a row: one expert a pass, or one row.
+        whole = self.backbone.family.routes_rows or (gate is None and routing.only is not None)
+        parts = []
+        for rows in [slice(None)] if whole else routing.stretches(single_rows=gate is not None):
+            running = Pass(routing if whole else routing.take(rows), generator=generator)
+            asked = None
+            if gate is not None:
+                added = None if shared is None else (shared[0], shared[1][rows])
+                mask = batch.attention_mask[rows]
+                asked = functools.partial(self._ask, gate, attention_mask=mask, seen=seen, shared=added)
+            parts.append(self._through(batch, rows, running, asked=asked))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _default_routing(self, batch: Batch) -> tuple[Routing | None, Gate | None]:
+        """Route rows by their tasks: each to its expert, or all by the gate that their tasks were trained with."""
+        slots = {rows.task: self.tasks[rows.task] for rows in batch.tasks}
+        gated = [task for task, slot in slots.items() if slot.gated]
+        if not gated:
+            experts = [self.experts.index(slots[rows.task].experts[0]) for rows in batch.tasks]
             spread = [
                 expert for expert, rows in zip(experts, batch.tasks, strict=True) for _ in range(rows.start, rows.stop)
             ]
-            routing = Routing.rows(spread, device=self.device)
-        whole = self.backbone.family.routes_rows or (gate is None and routing.only is not None)
-        # Some layers of other families see more than one entry a row: one expert a pass, or one row.
-        stretches = [slice(None)] if whole else routing.stretches(single_rows=gate is not None)
-        parts = [
-            self._hidden(
-                batch, rows, Pass(routing if whole else routing.take(rows), generator=generator), gate=gate, seen=seen
-            )
-            for rows in stretches
-        ]
-        hidden = parts[0] if len(parts) == 1 else torch.cat(parts)
-        with self.slot.filled(Pass(routing, generator=generator)):  # for the dropout of the heads
-            return {rows.task: self._head_logits(rows, hidden, batch) for rows in batch.tasks}
+            return Routing.rows(spread, device=self.device), None
+        if not isinstance(self.gate, TokenGate) or len(gated) < len(slots):
+            raise ValueError(f"The rows of task {gated[0]!r} must be routed first; see inference.text_routing.")
+        return None, self.gate
 
-    def _hidden(
-        self, batch: Batch, rows: slice, running: Pass, *, gate: Gate | None, seen: dict[int, Routing] | None
-    ) -> Tensor:
-        """Run some rows through the backbone: [N, S, hidden]."""
-        mask = batch.attention_mask[rows]
-        inputs: dict[str, Any] = {"input_ids": batch.input_ids[rows], "attention_mask": mask}
+    def _shared_rows(self, batch: Batch) -> tuple[int, Tensor] | None:
+        """Return the index of the expert that rows use besides those chosen, and which rows do, [N]."""
+        names = [self.tasks[rows.task].shared for rows in batch.tasks]
+        used = sorted({name for name in names if name is not None})
+        if not used:
+            return None
+        if len(used) > 1:
+            raise ValueError(f"The tasks of one batch use several shared experts: {', '.join(used)}.")
+        rows = torch.zeros(len(batch.input_ids), device=self.device)
+        for name, place in zip(names, batch.tasks, strict=True):
+            rows[place.start : place.stop] = float(name is not None)
+        return self.experts.index(used[0]), rows
+
+    def _through(self, batch: Batch, rows: slice, running: Pass, *, asked: Callable[..., Tensor] | None) -> Tensor:
+        """Run some rows through the backbone, asking a gate at every block with experts if there is one: [N, S, H]."""
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids[rows], "attention_mask": batch.attention_mask[rows]}
         if batch.token_type_ids is not None:
             inputs["token_type_ids"] = batch.token_type_ids[rows]
         if self.backbone.family.causal:
             inputs["use_cache"] = False
-        if gate is not None:
+        if asked is not None:
             for block in range(self.first_block, self.backbone.num_blocks):
-                ask = functools.partial(self._ask, gate, attention_mask=mask, block=block, seen=seen)
-                running.changes.setdefault(block, []).append(ask)
+                running.changes.setdefault(block, []).append(functools.partial(asked, block=block))
         if batch.word_shapes is not None:
             assert running.routing is not None
-            present = running.routing.present if gate is None else None
+            present = running.routing.present if asked is None else None
             for block, chosen in self.word_shapes.blocks_of(present).items():
                 add = functools.partial(self._add_word_shapes, shapes=batch.word_shapes[rows], chosen=chosen)
                 running.changes.setdefault(block, []).append(add)
@@ -188,13 +275,24 @@ class SparseExpertModel(nn.Module):
             return self.encoder(**inputs).last_hidden_state
 
     def _ask(
-        self, gate: Gate, hidden: Tensor, *, attention_mask: Tensor, block: int, seen: dict[int, Routing] | None
+        self,
+        gate: Gate,
+        hidden: Tensor,
+        *,
+        attention_mask: Tensor,
+        block: int,
+        seen: dict[int, Routing] | None,
+        shared: tuple[int, Tensor] | None,
     ) -> Tensor:
         """Let a gate decide for one block; the hidden states stay as they are."""
-        routing = gate.route(GateInput(hidden, attention_mask, block))
-        self.slot.replace(routing)
+        running = self.slot.running
+        assert running is not None
+        routing = gate.route(GateInput(hidden, attention_mask, block, generator=running.generator))
+        if gate is self.gate:
+            routing = self.placed(routing)
         if seen is not None:
             seen[block] = routing
+        self.slot.replace(routing if shared is None else routing.plus(*shared))
         return hidden
 
     def _add_word_shapes(self, hidden: Tensor, *, shapes: Tensor, chosen: Sequence[int]) -> Tensor:

@@ -14,7 +14,8 @@ from sparse_ft.checkpoint import Checkpoint, load_checkpoint
 from sparse_ft.devices import find_device
 from sparse_ft.encoding import Encoder, Example
 from sparse_ft.errors import ConfigError, DataError
-from sparse_ft.inference import entering, pooled, row_logits
+from sparse_ft.gates import SequenceGate
+from sparse_ft.inference import entering, leaving, pooled, row_logits
 from sparse_ft.kinds import find_kind
 from sparse_ft.routing import Routing
 from sparse_ft.tasks import TaskSpec
@@ -37,7 +38,8 @@ class Prediction:
     tasks: dict[str, dict[str, Any]]
     """Task to its answer: label and score, labels, or entities."""
     routing: dict[str, float]
-    """Expert to weight: 1 where a task was named, else what the gate thinks of every expert."""
+    """Expert to weight: 1 where a task was named that one expert serves; the mean over tokens and blocks where the gate
+    mixes for it; else what the gate thinks of every expert."""
     text_pair: str | None = None
     unknown: bool = False
     """Whether the gate turned the text away as unlike anything the experts know; ``tasks`` is empty then."""
@@ -78,7 +80,7 @@ class LoadedModel:
         Args:
             texts: Raw texts, also empty; (text, text) for tasks on pairs. A single string is a list of one.
             tasks: Names, or ``"all"``. None lets the gate choose an expert for each text, whose tasks are answered;
-                without a gate it means all.
+                without a gate, or with one that chooses for tokens, it means all.
 
         Returns:
             One prediction a text, in order. An answer does not depend on the other texts of the call.
@@ -88,7 +90,7 @@ class LoadedModel:
             DataError: If a task on pairs gets single texts, or the other way round.
         """
         texts = [texts] if isinstance(texts, str) else texts
-        by_gate = tasks is None and self.checkpoint.model.gate is not None
+        by_gate = tasks is None and isinstance(self.checkpoint.model.gate, SequenceGate)
         names = self._task_names("all" if tasks is None else tasks)
         found: list[Prediction] = []
         for start in range(0, len(texts), CHUNK):
@@ -98,13 +100,54 @@ class LoadedModel:
 
     def _by_task(self, texts: Sequence[Text], names: Sequence[str]) -> list[Prediction]:
         """Answer these tasks for every text."""
-        shared = self._shared(texts, names) if len(names) > 1 and self._keeps_trunk else {}
-        answers = {name: self._answers(name, texts, shared=shared) for name in names}
-        routing = {self.checkpoint.model.tasks[name].expert: 1.0 for name in names}
+        model = self.checkpoint.model
+        for name in names:
+            _columns(self.tasks[name], texts)  # says what is wrong with the texts
+        alone = [name for name in names if not model.tasks[name].mixed]
+        trunk = self._shared(texts) if len(alone) > 1 and self._keeps_trunk else {}
+        shared = dict.fromkeys(alone, trunk)
+        routings: list[dict[str, float]] = [
+            {expert: 1.0 for name in alone for expert in model.tasks[name].experts[:1]} for _ in texts
+        ]
+        for group in self._mixed_groups(names):
+            examples, weights = self._mixed(texts, group[0])
+            found = {_key(example, shapes=self._sees_shapes(group[0])): example for example in examples}
+            shared.update(dict.fromkeys(group, found))
+            for routing, row in zip(routings, weights.tolist(), strict=True):
+                routing.update({name: weight for name, weight in zip(model.experts.names, row, strict=True) if weight})
+        answers = {name: self._answers(name, texts, shared=shared[name]) for name in names}
         return [
-            _prediction(text, {name: answers[name][place] for name in names}, routing)
+            _prediction(text, {name: answers[name][place] for name in names}, routings[place])
             for place, text in enumerate(texts)
         ]
+
+    def _mixed_groups(self, names: Sequence[str]) -> list[list[str]]:
+        """Return the tasks that one gated pass can answer, together: those whose rows look the same to the experts."""
+        groups: dict[Any, list[str]] = {}
+        for name in names:
+            slot = self.checkpoint.model.tasks[name]
+            if slot.mixed:
+                groups.setdefault((slot.shared, self._sees_shapes(name)), []).append(name)
+        return list(groups.values())
+
+    def _sees_shapes(self, task: str) -> bool:
+        """Whether the experts that a task mixes see how its words are written."""
+        model = self.checkpoint.model
+        slot = model.tasks[task]
+        return slot.mixed and slot.level == "word" and bool(model.word_shapes.blocks_of(None))
+
+    def _mixed(self, texts: Sequence[Text], task: str) -> tuple[list[Example], Tensor]:
+        """Run texts through the experts that the gate mixes, for all tasks that are mixed like this one.
+
+        Returns:
+            Examples with what leaves the backbone, and the mean weight of each expert, [texts, experts].
+        """
+        model = self.checkpoint.model
+        with self._lock:
+            examples, usage = leaving(model, task, self._encoded(task, texts))
+        rows = torch.tensor([example.row for example in examples], dtype=torch.long)
+        sums = torch.zeros(len(texts), usage.shape[1]).index_add(0, rows, usage)
+        return examples, sums / rows.bincount(minlength=len(texts)).clamp_min(1).unsqueeze(1)
 
     def _by_gate(self, texts: Sequence[Text]) -> list[Prediction]:
         """Let the gate choose an expert for every text, and answer the tasks of that expert."""
@@ -112,21 +155,22 @@ class LoadedModel:
         gate = model.text_gate()
         with self._lock, torch.no_grad():
             examples = entering(model, self._plain(texts), block=gate.block)
-            routing = gate.decide(pooled(examples).to(model.device), excluded=self._unfit(texts))
+            decided = gate.decide(pooled(examples).to(model.device), excluded=self._unfit(texts, gate))
         reusable = self._keeps_trunk and gate.block == model.first_block
         shared = {_key(example): example for example in examples} if reusable else {}
-        assert routing.logits is not None
-        assert routing.experts is not None
-        probabilities = routing.logits.softmax(-1).tolist()
+        assert decided.logits is not None
+        assert decided.experts is not None
+        routing = model.placed(decided)
+        probabilities = decided.logits.softmax(-1).tolist()
         best = [
             None if not weights[0] else gate.names[experts[0]]
-            for experts, weights in zip(routing.experts.tolist(), routing.weights.tolist(), strict=True)
+            for experts, weights in zip(decided.experts.tolist(), decided.weights.tolist(), strict=True)
         ]
         answers: list[dict[str, dict[str, Any]]] = [{} for _ in texts]
         for name, slot in model.tasks.items():
             if self._reads_pairs(name) != isinstance(texts[0], tuple):
                 continue
-            places = [place for place, expert in enumerate(best) if expert == slot.expert]
+            places = [place for place, expert in enumerate(best) if expert in slot.experts]
             own = routing.take(places)
             found = self._answers(name, [texts[place] for place in places], shared=shared, routing=own)
             for place, answer in zip(places, found, strict=True):
@@ -139,11 +183,12 @@ class LoadedModel:
     def _reads_pairs(self, task: str) -> bool:
         return "text_pair" in self.tasks[task].columns
 
-    def _unfit(self, texts: Sequence[Text]) -> list[int]:
-        """Return the experts that serve no task on what the texts are, single or pairs."""
+    def _unfit(self, texts: Sequence[Text], gate: SequenceGate) -> list[int]:
+        """Return the places of the gate's experts that serve no task on what the texts are, single or pairs."""
         model, pairs = self.checkpoint.model, isinstance(texts[0], tuple)
-        fit = {slot.expert for name, slot in model.tasks.items() if self._reads_pairs(name) == pairs}
-        return [place for place, name in enumerate(model.experts.names) if name not in fit]
+        slots = [slot for name, slot in model.tasks.items() if self._reads_pairs(name) == pairs]
+        fit = {expert for slot in slots for expert in slot.experts}
+        return [place for place, name in enumerate(gate.names) if name not in fit]
 
     @property
     def _keeps_trunk(self) -> bool:
@@ -158,10 +203,8 @@ class LoadedModel:
             raise DataError("Some of the texts are pairs and some are not. Ask for them in two calls.")
         return self.encoder.texts([text if isinstance(text, str) else text[0] for text in texts], pairs or None)
 
-    def _shared(self, texts: Sequence[Text], names: Sequence[str]) -> dict[_Key, Example]:
+    def _shared(self, texts: Sequence[Text]) -> dict[_Key, Example]:
         """Run the blocks below the experts once for all tasks."""
-        for name in names:
-            _columns(self.tasks[name], texts)  # says what is wrong with the texts
         with self._lock:
             return {_key(row): row for row in entering(self.checkpoint.model, self._plain(texts))}
 
@@ -214,6 +257,13 @@ class LoadedModel:
             for text, logits in zip(texts, rows, strict=True)
         ]
 
+    def _encoded(self, task: str, texts: Sequence[Text]) -> list[Example]:
+        spec = self.tasks[task]
+        columns = _columns(spec, texts)
+        return find_kind(spec.kind).encode(
+            columns, encoder=self.encoder, labels=spec.label_names or [], language=spec.language
+        )
+
     def _row_logits(
         self,
         task: str,
@@ -229,11 +279,12 @@ class LoadedModel:
         if kind.level == "word":
             num_words = [len(split_words(text, spec.language)) for text in columns["text"]]
         with self._lock:  # over the encoding, too: a tokenizer keeps its truncation settings in itself
-            examples = kind.encode(columns, encoder=self.encoder, labels=spec.label_names or [], language=spec.language)
+            examples = self._encoded(task, texts)
             if shared:
-                kept = [shared.get(_key(example)) for example in examples]
+                shapes = self._sees_shapes(task)
+                kept = [shared.get(_key(example, shapes=shapes)) for example in examples]
                 examples = [
-                    replace(example, trunk=twin.trunk) if twin is not None else example
+                    replace(example, trunk=twin.trunk, hidden=twin.hidden) if twin is not None else example
                     for example, twin in zip(examples, kept, strict=True)
                 ]
             own = None if routing is None else routing.take([example.row for example in examples])
@@ -242,9 +293,9 @@ class LoadedModel:
             )
 
 
-def _key(example: Example) -> _Key:
-    """Tell examples apart by what the backbone sees of them."""
-    return (*example.input_ids, -1, *(example.token_type_ids or ()))
+def _key(example: Example, *, shapes: bool = False) -> _Key:
+    """Tell examples apart by what the backbone sees of them, or with their word shapes, which experts may see."""
+    return (*example.input_ids, -1, *(example.token_type_ids or ()), -2, *(example.word_shapes if shapes else ()))
 
 
 def _prediction(

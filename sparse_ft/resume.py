@@ -34,7 +34,9 @@ class Progress:
     seconds: float = 0.0
     """Spent in training steps, over all sessions of the run."""
     best: dict[str, float] = field(default_factory=dict)
-    """Best validation score of each task."""
+    """Best validation score of each group: of a task, or the mean over all in a joint run."""
+    scores: dict[str, float] = field(default_factory=dict)
+    """Validation score of each task where its group was best."""
     stale: dict[str, int] = field(default_factory=dict)
     """Evaluations since the best one."""
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -43,6 +45,10 @@ class Progress:
     """Sum of the task losses of this epoch."""
     counts: dict[str, int] = field(default_factory=dict)
     """Number of batches in ``losses``."""
+    auxiliary: dict[str, float] = field(default_factory=dict)
+    """Sum of the gate's losses of this epoch, in a joint run."""
+    usage: dict[str, float] = field(default_factory=dict)
+    """Sum of each expert's share of the weights of a batch, in a joint run."""
 
 
 def fingerprint(examples: Mapping[str, Sequence[Example]]) -> str:

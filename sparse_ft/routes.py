@@ -10,7 +10,7 @@ from sparse_ft.baseline_gates import BernoulliGate, HashGate, LoadAwareGate, Ran
 from sparse_ft.choosing import Choice
 from sparse_ft.encoding import Example
 from sparse_ft.errors import ConfigError, unknown_name
-from sparse_ft.gates import ArrowGate, Gate, GateInput
+from sparse_ft.gates import ArrowGate, Gate, GateInput, TokenGate
 from sparse_ft.inference import text_routing
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.routing import Routing
@@ -50,7 +50,7 @@ class Route:
         self.name, self.model = name, model
         self.gate: Gate | None = None
         names = model.experts.names
-        if name == "gate":
+        if name == "gate" and not isinstance(model.gate, TokenGate):
             model.text_gate()
         elif name in BASELINES:
             self.gate = BASELINES[name](names, seed)
@@ -61,23 +61,28 @@ class Route:
         elif name != "task" and name not in names:
             raise ConfigError(unknown_name("route", name, [*ROUTES, *names]) + " A YAML file with rules works, too.")
 
-    @property
-    def by_token(self) -> bool:
-        """Whether tokens are routed, block by block, while the rows go through the model."""
-        return self.gate is not None and self.gate.every_block
+    def token_gate(self, task: str) -> Gate | None:
+        """Return the gate that is asked at every block while the rows of a task go through the model, if one is."""
+        if self.gate is not None:
+            return self.gate if self.gate.every_block else None
+        asked = self.name == "gate" or (self.name == "task" and self.model.tasks[task].gated)
+        return self.model.gate if asked and isinstance(self.model.gate, TokenGate) else None
 
-    def rows(self, examples: Sequence[Example], texts: Sequence[str], *, expert: str) -> Routing:
+    def rows(self, examples: Sequence[Example], texts: Sequence[str], *, task: str) -> Routing:
         """Route examples as wholes.
 
         Args:
             examples: Rows of model input.
             texts: What the ``row`` of an example points to.
-            expert: Of the task that they belong to.
+            task: That they belong to.
         """
+        slot = self.model.tasks[task]
         if self.name == "gate":
             return text_routing(self.model, examples)
+        if self.name == "task" and slot.gated:
+            return text_routing(self.model, examples, task=task)
         if self.gate is None:
-            index = self.model.experts.index(expert if self.name == "task" else self.name)
+            index = self.model.experts.index(slot.experts[0] if self.name == "task" else self.name)
             return Routing.rows([index] * len(examples), device=self.model.device)
         nothing = torch.zeros(len(examples), 1, 0, device=self.model.device)
         mask = torch.ones(len(examples), 1, device=self.model.device)

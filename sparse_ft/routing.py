@@ -31,6 +31,8 @@ class Routing:
     """What the gate said of every expert, [N, E] or [N, S, E], float32; None if it was not learned."""
     confidence: Tensor | None = None
     """[N] or [N, S], 0 to 1; where it was too low all weights are 0."""
+    dropped: Tensor | None = None
+    """[N] or [N, S], the choices that were lost because an expert was full; None without a capacity."""
 
     @classmethod
     def rows(cls, experts: Sequence[int], *, device: torch.device | str = "cpu") -> "Routing":
@@ -74,6 +76,44 @@ class Routing:
             chosen = (self.weights * (named.unsqueeze(1) if self.by_token else named)).sum(-1)
         return chosen if self.by_token else chosen.unsqueeze(-1)
 
+    def spread(self, num_experts: int) -> Tensor:
+        """Return the weight of every expert of the model: [N, E] per row or [N, S, E] per token."""
+        if self.experts is None:
+            return self.weights
+        experts = self.experts.unsqueeze(1).expand_as(self.weights) if self.by_token else self.experts
+        zeros = self.weights.new_zeros(*self.weights.shape[:-1], num_experts)
+        return zeros.scatter_add(-1, experts, self.weights)
+
+    def placed(self, places: Sequence[int], *, num_experts: int) -> "Routing":
+        """Return this routing, made by a gate over some experts, for a model with others besides.
+
+        Args:
+            places: Of the gate's experts among those of the model, (G,).
+            num_experts: E of the model; ``logits`` stay those of the G experts.
+        """
+        if list(places) == list(range(num_experts)):
+            return self
+        where = torch.tensor(list(places), device=self.weights.device)
+        if self.experts is not None:
+            return replace(self, experts=where[self.experts])
+        every = self.weights.new_zeros(*self.weights.shape[:-1], num_experts)
+        return replace(self, weights=every.index_copy(-1, where, self.weights))
+
+    def plus(self, expert: int, rows: Tensor) -> "Routing":
+        """Return this routing with one expert more in some rows, of weight 1 whatever else they choose.
+
+        Args:
+            expert: Its index; no row chooses it yet.
+            rows: [N], 1 for rows that use it, else 0.
+        """
+        added = rows.to(self.weights).view(-1, *[1] * (self.weights.dim() - 1))  # [N, 1] or [N, 1, 1]
+        added = added.expand(*self.weights.shape[:-1], 1)
+        if self.experts is not None:
+            experts = torch.cat([self.experts, torch.full_like(self.experts[:, :1], expert)], -1)
+            return replace(self, experts=experts, weights=torch.cat([self.weights, added], -1))
+        where = torch.tensor([expert], device=self.weights.device)
+        return replace(self, weights=self.weights.index_copy(-1, where, added))
+
     def stretches(self, *, single_rows: bool = False) -> list[slice]:
         """Cut the rows into stretches that one expert serves alone; all other rows stand for themselves."""
         known = not single_rows and self.experts is not None and not self.by_token and self.experts.shape[1] == 1
@@ -98,6 +138,7 @@ class Routing:
             weights=self.weights[chosen],
             logits=None if self.logits is None else self.logits[chosen],
             confidence=None if self.confidence is None else self.confidence[chosen],
+            dropped=None if self.dropped is None else self.dropped[chosen],
         )
 
 

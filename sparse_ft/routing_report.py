@@ -24,14 +24,18 @@ class RoutingReport:
     """Task to expert to its mean weight, above 0 and up to 1; without those that were never chosen."""
     entropy: dict[str, float]
     """Task to the mean entropy of the gate's probabilities, in bits; 0 where it is always sure."""
-    own: dict[str, str]
-    """Task to the expert that serves it."""
+    own: dict[str, tuple[str, ...]]
+    """Task to the experts that serve it."""
 
     @property
     def accuracy(self) -> float:
         """Share of all rows that went to their task's expert, 0 to 1."""
-        right = sum(counts.get(self.own[task], 0) for task, counts in self.confusion.items())
+        right = sum(self.right(task) for task in self.confusion)
         return right / max(1, sum(sum(counts.values()) for counts in self.confusion.values()))
+
+    def right(self, task: str) -> int:
+        """Return how many rows of a task went to one of its experts."""
+        return sum(self.confusion[task].get(expert, 0) for expert in self.own[task])
 
     @property
     def dead(self) -> list[str]:
@@ -63,20 +67,22 @@ class RoutingReport:
             cells = "  ".join(
                 f"{counts.get(column, 0):>{width}}" for column, width in zip(columns, widths, strict=True)
             )
-            share = counts.get(self.own[task], 0) / max(1, sum(counts.values()))
+            share = self.right(task) / max(1, sum(counts.values()))
             lines.append(f"{task:<{first}}  {cells}  {share:5.3f}  {self.entropy[task]:7.3f}")
         if self.dead:
             lines.append(f"Never chosen: {', '.join(self.dead)}")
         return "\n".join(lines) + "\n"
 
 
-def report_routing(routings: Mapping[str, Routing], *, experts: Sequence[str], own: Mapping[str, str]) -> RoutingReport:
+def report_routing(
+    routings: Mapping[str, Routing], *, experts: Sequence[str], own: Mapping[str, tuple[str, ...]]
+) -> RoutingReport:
     """Count what a gate chose for whole texts.
 
     Args:
         routings: Task to the routing of its rows.
         experts: Names in the order of the model.
-        own: Task to its expert.
+        own: Task to its experts.
     """
     confusion, usage, entropy = {}, {}, {}
     for task, routing in routings.items():

@@ -82,7 +82,7 @@ def as_tsv(content: str | bytes, **changes) -> None:
     ([*TRAIN, "--task", "mood.yaml"], ["Two tasks have the same name: mood, mood", "its own name"]),
     ([*TRAIN, "--output", "{toys}"], ["holds a checkpoint already", "Choose another --output"]),
     ([*TRAIN, "--output", "mood"], ["is not empty and no checkpoint", "Choose another --output"]),
-    ([*TRAIN, "--output", "mood.yaml"], ["mood.yaml is a file, not a folder", "Choose another folder"]),
+    ([*TRAIN, "--output", "mood.yaml"], ["mood.yaml' is a file, not a folder", "Choose another --output"]),
     ([*TRAIN, "--output", "mood.yaml/out"], ["mood.yaml", "is a file, not a folder", "Choose another folder"]),
     ([*TRAIN, "--from", "mood"], ["mood' holds no manifest.json", "sparse-ft train"]),
     ([*TRAIN, "--output", "out", "--resume"], ["no unfinished run in 'out' to resume", "leave --resume out"]),

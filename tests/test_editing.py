@@ -177,9 +177,9 @@ def test_of_several_tasks_that_an_expert_serves(bert, tmp_path):
     loaded.tasks["tone"] = loaded.tasks["mood"].model_copy(update={"name": "tone"})
     loaded.model.add_task("tone", expert="mood", level="text", num_outputs=2)
     copy_expert(loaded, "mood", "mood2")
-    assert [task for task, slot in loaded.model.tasks.items() if slot.expert == "mood2"] == ["mood2", "mood2_tone"]
+    assert [task for task, slot in loaded.model.tasks.items() if slot.experts == ("mood2",)] == ["mood2", "mood2_tone"]
     rename_expert(loaded, "mood", "feeling")
-    assert [task for task, slot in loaded.model.tasks.items() if slot.expert == "feeling"] == ["mood", "tone"]
+    assert [task for task, slot in loaded.model.tasks.items() if slot.experts == ("feeling",)] == ["mood", "tone"]
     said = remove_expert(loaded, "feeling")
     assert said == ["Removed expert 'feeling', and with it tasks 'mood', 'tone'."]
     assert list(loaded.tasks) == list(loaded.model.tasks) == ["about", "names", "mood2", "mood2_tone"]
@@ -325,7 +325,7 @@ def test_scores_at_another_length_are_not_taken_over(bert, tmp_path, make_model)
 
 
 @pytest.mark.parametrize(("prepare", "message"), [
-    (lambda folder: (folder / "kept").write_text("x"), "'out' is not empty. Choose another --output"),
+    (lambda folder: (folder / "kept").write_text("x"), "'out' is not empty and no checkpoint. Choose another --output"),
     (lambda folder: (folder / "manifest.json").write_text("{}"), "'out' holds a checkpoint already. Choose another"),
 ])  # fmt: skip
 def test_a_folder_that_holds_something_is_never_written(bert, tmp_path, monkeypatch, prepare, message):
@@ -337,7 +337,7 @@ def test_a_folder_that_holds_something_is_never_written(bert, tmp_path, monkeypa
         edit(bert, remove=["mood"], output="out")
     assert files_of(Path("out")) == before
     Path("file").write_text("kept")
-    with pytest.raises(ConfigError, match=r"'file' is a file\. Choose another --output"):
+    with pytest.raises(ConfigError, match=r"'file' is a file, not a folder\. Choose another --output"):
         edit(bert, remove=["mood"], output="file")
 
 

@@ -148,8 +148,9 @@ def trained_toys(tmp_path_factory, backbone: Path) -> Path:
     if (folder / "checkpoint").is_dir():
         return folder / "checkpoint"
     folder.mkdir()
-    tasks = [write_toy(folder, name) for name in KINDS]
-    return run(tasks, backbone, folder / "checkpoint", train__epochs=6).path
+    tasks = [write_toy(folder, name, sizes=(240, 32, 32)) for name in KINDS]
+    options = {"train__epochs": 4, "train__batch_size": 8, "train__learning_rate": 0.005}
+    return run(tasks, backbone, folder / "checkpoint", **options).path
 
 
 def trained_minilm(tmp_path_factory) -> Path:
@@ -351,7 +352,7 @@ def test_the_parts_of_a_batch_change_no_result(tmp_path, tiny_bert, monkeypatch,
         rate = run.train.learning_rate
         return torch.optim.SGD([{"params": list(parameters.values()), "lr": rate, "base_lr": rate}])
 
-    monkeypatch.setattr(fitting, "_optimizer", descent)
+    monkeypatch.setattr(fitting, "build_optimizer", descent)
     task = write_toy(tmp_path, name, sizes=(30, 8, 8))
     start, whole, parts = (
         tensors(run([task], tiny_bert, tmp_path / str(place), train__epochs=1, **changes).path)

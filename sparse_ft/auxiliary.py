@@ -1,0 +1,101 @@
+"""What a gate did in a training step: its auxiliary losses, how it used the experts, and an alarm if they collapse.
+
+Shapes: N rows, S tokens a row, E experts of the gate.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparse_ft.config import GateConfig
+from sparse_ft.losses import load_balancing_loss, routing_cross_entropy, z_loss
+from sparse_ft.routing import Routing
+
+_IDLE = 0.1
+"""An expert with less than this part of an even share is not used."""
+_OVERLOADED = 3.0
+"""An expert of a pool with more than so many even shares takes over …"""
+_MOST = 0.9
+"""… or with this share of everything, whichever is less."""
+
+
+@dataclass(frozen=True)
+class Auxiliary:
+    """What the gate did in one pass, as means over its blocks."""
+
+    total: Tensor
+    """The weighted sum of the losses, a scalar that is trained on."""
+    losses: dict[str, float]
+    """``balance``, ``z`` and ``routing`` before they are weighted, and ``dropped``, the share of choices that were lost
+    because an expert was full."""
+    usage: Tensor
+    """[E], the share of the weight that each expert got."""
+
+
+def auxiliary(
+    routings: Sequence[Routing],
+    *,
+    places: Sequence[int],
+    num_experts: int,
+    settings: GateConfig,
+    top_k: int,
+    targets: Tensor,
+    mask: Tensor | None = None,
+) -> Auxiliary:
+    """Compute the auxiliary losses of one pass.
+
+    Args:
+        routings: What the gate said, one for each block that it was asked at; of rows, or of tokens.
+        places: Of the gate's experts among those of the model, (E,).
+        num_experts: Of the model.
+        settings: Weights of the losses.
+        top_k: Experts that the gate chooses.
+        targets: [N], the gate's index of each row's own expert, or -100 where any will do.
+        mask: [N, S], 1 for real tokens; None for routings of rows.
+    """
+    found: dict[str, list[Tensor]] = {"balance": [], "z": [], "routing": [], "dropped": []}
+    shares = []
+    for routing in routings:
+        assert routing.logits is not None
+        found["balance"].append(load_balancing_loss(routing.logits, top_k=top_k, mask=mask))
+        found["z"].append(z_loss(routing.logits, mask=mask))
+        found["routing"].append(routing_cross_entropy(routing.logits, targets, mask=mask))
+        real = torch.ones_like(routing.logits[..., 0]) if mask is None else mask.to(routing.logits.dtype)
+        lost = torch.zeros(()) if routing.dropped is None else routing.dropped.sum()
+        found["dropped"].append(lost / (real.sum() * top_k))
+        weights = routing.spread(num_experts).detach()[..., list(places)] * real.unsqueeze(-1)
+        shares.append(weights.flatten(0, -2).sum(0) / weights.sum().clamp_min(1e-9))
+    means = {name: torch.stack(values).mean() for name, values in found.items()}
+    total = (
+        settings.balance_loss * means["balance"]
+        + settings.z_loss * means["z"]
+        + settings.routing_loss * means["routing"]
+    )
+    return Auxiliary(total, {name: value.item() for name, value in means.items()}, torch.stack(shares).mean(0))
+
+
+def alarms(usage: Mapping[str, float], *, pool: bool, settings: GateConfig) -> list[str]:
+    """Say which experts a gate does not use, or sends nearly everything to.
+
+    Args:
+        usage: Expert to its share, 0 to 1, over an epoch.
+        pool: Whether the experts belong to no task; otherwise a large share may be that of a large task.
+        settings: Named in the advice.
+    """
+    even = 1 / len(usage)
+    advice = f"Raise gate.balance_loss (now {settings.balance_loss:g}) or gate.jitter (now {settings.jitter:g})"
+    found = []
+    for name, share in usage.items():
+        if share < _IDLE * even:
+            found.append(
+                f"Expert {name!r} got {share:.1%} of the weight, an even share is {even:.1%}: it is hardly used. "
+                f"{advice}{', or lower experts.pool' if pool else ''}."
+            )
+        elif pool and len(usage) > 1 and share > min(_OVERLOADED * even, _MOST):
+            found.append(
+                f"Expert {name!r} got {share:.1%} of the weight, an even share is {even:.1%}: the gate collapses. "
+                f"{advice}."
+            )
+    return found

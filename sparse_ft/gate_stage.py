@@ -1,0 +1,141 @@
+"""The gate of a checkpoint: fitted after the experts, or anew on those of a checkpoint (``--stage gate``)."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sparse_ft.checkpoint import load_checkpoint, save_checkpoint
+from sparse_ft.config import RunConfig, changed_config
+from sparse_ft.devices import find_device
+from sparse_ft.encoding import Encoder, Example
+from sparse_ft.errors import ConfigError, SparseFTError
+from sparse_ft.evaluation import Evaluation, evaluate, name_sources, scored_split
+from sparse_ft.gate_training import fit_gate, routing_accuracy
+from sparse_ft.gates import SequenceGate
+from sparse_ft.model import SparseExpertModel
+from sparse_ft.outputs import free_output, next_output
+from sparse_ft.tasks import TaskSpec
+from sparse_ft.training_data import TrainingTask, prepare_task
+
+_LOG = logging.getLogger("sparse_ft")
+
+
+def check_gate(run: RunConfig, model: SparseExpertModel, *, num_experts: int) -> None:
+    """Refuse before training what would fail after it.
+
+    Args:
+        run: The run's config.
+        model: With its backbone.
+        num_experts: That the gate will choose among.
+
+    Raises:
+        ConfigError: With the setting to change.
+    """
+    settings = run.gate
+    if settings.block is not None and settings.block >= model.backbone.num_blocks:
+        last = model.backbone.num_blocks - 1
+        raise ConfigError(f"gate.block is {settings.block}, but the blocks are 0 to {last}. Choose one of them.")
+    if settings.top_k is not None and settings.top_k > num_experts:
+        raise ConfigError(f"gate.top_k is {settings.top_k}, but there are {num_experts} experts. Lower it.")
+    if settings.type == "token" and run.stage != "joint":
+        raise ConfigError("gate.type is token, which is trained together with the experts: use --stage joint.")
+
+
+def kept_rows(
+    kept: Mapping[str, TaskSpec], ready: Mapping[str, TrainingTask], *, run: RunConfig, encoder: Encoder
+) -> dict[str, TrainingTask]:
+    """Read the rows of the tasks that are not trained, for the gate; without those that are not there any more."""
+    found = {}
+    for name, spec in kept.items():
+        if name not in ready:
+            try:
+                found[name] = prepare_task(spec, run=run, encoder=encoder, before=spec)
+            except SparseFTError as error:
+                _LOG.warning("The gate cannot be fitted without the rows of task %s: %s", name, error)
+    return found
+
+
+def rows_by_expert(model: SparseExpertModel, ready: Mapping[str, TrainingTask]) -> dict[str, list[Example]]:
+    """Sort training rows by the expert that serves their task alone."""
+    examples: dict[str, list[Example]] = {}
+    for name, task in ready.items():
+        experts = model.tasks[name].experts
+        if len(experts) == 1:
+            examples.setdefault(experts[0], []).extend(task.examples)
+    return examples
+
+
+def add_gate(
+    model: SparseExpertModel, ready: Mapping[str, TrainingTask], *, run: RunConfig, metrics: dict[str, Any]
+) -> None:
+    """Fit the gate, if there is something to choose, and note how often it is right on validation rows.
+
+    Raises:
+        ConfigError: If an expert has no rows to fit it on.
+    """
+    gated = [task for task, slot in model.tasks.items() if slot.gated]
+    if gated:
+        _LOG.info("The gate stays as it is, because task %s was trained with it.", gated[0])
+        return
+    model.gate = None
+    if len(model.experts.names) < 2:
+        return
+    model.gate = fit_gate(model, rows_by_expert(model, ready), settings=run.gate, seed=run.seed)
+    note_accuracy(model, ready, metrics=metrics)
+
+
+def note_accuracy(model: SparseExpertModel, ready: Mapping[str, TrainingTask], *, metrics: dict[str, Any]) -> None:
+    """Note how many validation rows of each task a gate for texts sends to the task's expert."""
+    for name, task in ready.items():
+        experts = model.tasks[name].experts
+        if isinstance(model.gate, SequenceGate) and len(experts) == 1 and experts[0] in model.gate.names:
+            accuracy = routing_accuracy(model, task.validation.examples, expert=experts[0])
+            metrics.setdefault(name, {})["routing_accuracy"] = accuracy
+            _LOG.info("The gate sends %.1f %% of the validation rows of %s to its expert", 100 * accuracy, name)
+
+
+def train_gate(
+    run: RunConfig, *, data: str | Path | Mapping[str, str] | None, output: str | Path | None
+) -> tuple[Path, Evaluation, dict[str, TaskSpec]]:
+    """Fit the gate of a checkpoint anew; its experts and heads are copied as they are.
+
+    Returns:
+        The new checkpoint, its scores with the gate routing, and its tasks.
+    """
+    if run.start is None:
+        raise ConfigError("--stage gate needs the checkpoint with the experts: add --from CHECKPOINT.")
+    before = load_checkpoint(run.start, device=find_device(run.device))
+    names = list(before.tasks)
+    model = before.model
+    if len(model.experts.names) < 2:
+        raise ConfigError(f"{run.start!r} has one expert, so there is nothing for a gate to choose.")
+    check_gate(run, model, num_experts=len(model.experts.names))
+    gated = [task for task, slot in model.tasks.items() if slot.gated]
+    if gated:
+        raise ConfigError(
+            f"Task {gated[0]!r} of {run.start!r} was trained together with the gate; another one would change its "
+            "answers. Train both further with --stage joint."
+        )
+    idle = sorted(set(model.experts.names) - {name for slot in model.tasks.values() for name in slot.experts})
+    if idle:
+        raise ConfigError(
+            f"The expert {idle[0]!r} of {run.start!r} serves no task, so there are no texts to send to it. Remove it "
+            "with `sparse-ft edit`."
+        )
+    sources = {**before.config.sources, **name_sources(data, names)}
+    wanted = output or run.output
+    folder = next_output(names) if wanted is None else free_output(wanted)
+    asked: dict[str, Any] = {
+        key: getattr(run, key) for key in ("start", "seed", "device") if key in run.model_fields_set
+    }
+    changes = {**asked, "sources": sources, "output": str(folder), "gate": run.gate.model_dump()}
+    run = changed_config(before.config, changes)
+    encoder = Encoder(model.backbone, max_length=run.data.max_length)
+    ready = {name: prepare_task(spec, run=run, encoder=encoder, before=spec) for name, spec in before.tasks.items()}
+    metrics = dict(before.metrics)
+    add_gate(model, ready, run=run, metrics=metrics)
+    save_checkpoint(folder, model=model, tasks=before.tasks, config=run, metrics=metrics)
+    splits = {name: scored_split(task.spec, run.sources.get(name)) for name, task in ready.items()}
+    evaluation = evaluate(folder, tasks=names, split=splits, route="gate", device=run.device)
+    return folder, evaluation, before.tasks

@@ -1,0 +1,159 @@
+"""A joint run: what it trains besides heads, and how its gate mixes experts and is taught while it does.
+
+The gate's gradient from the task loss is 0 with one expert, or with ``top_k`` = 1 and weights that sum to 1, so a joint
+run mixes two experts or more, or takes the probability of the one as its weight (Switch: Fedus et al. 2021,
+https://arxiv.org/abs/2101.03961).
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sparse_ft.auxiliary import Auxiliary, auxiliary
+from sparse_ft.batching import Batch
+from sparse_ft.choosing import Choice
+from sparse_ft.config import GateConfig, RunConfig
+from sparse_ft.encoding import Example
+from sparse_ft.errors import ConfigError
+from sparse_ft.experts import named_generator
+from sparse_ft.gates import SequenceGate, TokenGate
+from sparse_ft.inference import pooled_entering
+from sparse_ft.model import SparseExpertModel
+from sparse_ft.routing import Routing
+
+Pairs = Sequence[tuple[str, int]]
+"""Task and row number of each row of a batch, the rows of a task adjacent."""
+
+SHARED = "shared"
+"""Name of the expert that every row of a joint run uses, if it has one."""
+
+_MANY = 16
+"""Above so many experts, tokens choose from a shortlist by default, of …"""
+_SHORT = 4
+
+
+def pool_names(number: int) -> list[str]:
+    """Name the experts of a pool."""
+    return [f"pool-{place}" for place in range(number)]
+
+
+def joint_choice(settings: GateConfig) -> Choice:
+    """Return how the gate of a joint run chooses: two experts by default, and Switch's weights for one."""
+    top_k = settings.top_k or 2
+    return Choice(
+        top_k=top_k,
+        top_p=settings.top_p,
+        temperature=settings.temperature,
+        normalise=top_k > 1,
+        min_confidence=settings.min_confidence,
+        jitter=settings.jitter,
+        capacity=settings.capacity,
+    )
+
+
+def check_joint(run: RunConfig, *, num_experts: int) -> None:
+    """Refuse settings that no joint run can have.
+
+    Args:
+        run: The run's config.
+        num_experts: That the gate will choose among.
+
+    Raises:
+        ConfigError: With the setting to change.
+    """
+    settings = run.gate
+    if settings.type == "prototype":
+        raise ConfigError("gate.type is prototype, which learns nothing. A joint run takes sequence or token.")
+    if num_experts < 2:
+        raise ConfigError(
+            "A joint run mixes at least 2 experts, and here is 1. Name more tasks, start --from a checkpoint with "
+            "other experts, or set experts.pool."
+        )
+    shortlist = settings.shortlist
+    if shortlist is not None and shortlist < joint_choice(settings).top_k:
+        raise ConfigError(
+            f"gate.shortlist is {shortlist}, but each token goes through gate.top_k={joint_choice(settings).top_k} "
+            "experts of it. Raise it."
+        )
+    if shortlist is not None and settings.capacity is not None:
+        raise ConfigError("gate.capacity counts over all experts, so it cannot be set with gate.shortlist.")
+    if run.experts.shared_a and not run.experts.pool:
+        raise ConfigError("experts.shared_a needs a pool: set experts.pool to the number of its experts.")
+
+
+def token_gate(model: SparseExpertModel, names: Sequence[str], *, settings: GateConfig, seed: int) -> TokenGate:
+    """Build a token gate, or go on with the one that the model has for the same experts."""
+    before = model.gate
+    choice = joint_choice(settings)
+    shortlist = settings.shortlist
+    if shortlist is None and len(names) > _MANY and settings.capacity is None:
+        shortlist = max(_SHORT, choice.top_k)
+    blocks = range(model.first_block, model.backbone.num_blocks)
+    gate = TokenGate(names, model.backbone.hidden_size, blocks=blocks, choice=choice, shortlist=shortlist)
+    if isinstance(before, TokenGate) and before.names == gate.names and before.blocks == gate.blocks:
+        gate.load_state_dict(before.state_dict())
+    else:
+        gate.initialise(named_generator(seed, "gate"))
+    return gate.to(model.device)
+
+
+class Mixing:
+    """Routes the rows of a joint run through the gate in training, and computes what the gate is taught by.
+
+    Args:
+        model: With its gate.
+        examples: Training rows by task.
+        run: The run's config.
+    """
+
+    def __init__(self, model: SparseExpertModel, examples: Mapping[str, Sequence[Example]], *, run: RunConfig) -> None:
+        gate = model.gate
+        assert gate is not None
+        self.gate, self.settings = gate, run.gate
+        self.names = gate.names
+        self.places = [model.experts.index(name) for name in gate.names]
+        self.targets = {task: self._target(model, task) for task in examples}
+        self.pooled: dict[str, Tensor] = {}
+        if isinstance(gate, SequenceGate):  # what it reads is that of the bare backbone, so it never changes
+            self.pooled = {task: pooled_entering(model, rows, block=gate.block) for task, rows in examples.items()}
+
+    def _target(self, model: SparseExpertModel, task: str) -> int:
+        experts = model.tasks[task].experts
+        return self.names.index(experts[0]) if len(experts) == 1 and experts[0] in self.names else -100
+
+    def run(
+        self, model: SparseExpertModel, batch: Batch, pairs: Pairs, *, generator: torch.Generator | None
+    ) -> tuple[dict[str, Tensor], Auxiliary]:
+        """Answer some rows of a batch.
+
+        Args:
+            model: In training mode.
+            batch: The rows.
+            pairs: The same rows by task and number.
+            generator: Of everything random.
+
+        Returns:
+            Logits per task, and what the gate did.
+        """
+        gate = self.gate
+        if isinstance(gate, TokenGate):
+            seen: dict[int, Routing] = {}
+            logits = model(batch, gate=gate, seen=seen, generator=generator)
+            routings, mask = list(seen.values()), batch.attention_mask
+        else:
+            read = torch.stack([self.pooled[task][row] for task, row in pairs]).to(model.device)
+            routing = model.placed(gate.decide(gate.choice.shaken(read, generator), training=True))
+            logits = model(batch, routing=routing, generator=generator)
+            routings, mask = [routing], None
+        targets = torch.tensor([self.targets[task] for task, _ in pairs], device=model.device)
+        told = auxiliary(
+            routings,
+            places=self.places,
+            num_experts=len(model.experts.names),
+            settings=self.settings,
+            top_k=gate.choice.top_k,
+            targets=targets,
+            mask=mask,
+        )
+        return logits, told

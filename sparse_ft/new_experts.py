@@ -1,0 +1,115 @@
+"""What a run adds to the model before it trains: an expert a task, or a pool that tasks share, and the gate on them."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from sparse_ft.config import RunConfig
+from sparse_ft.encoding import Example
+from sparse_ft.errors import ConfigError
+from sparse_ft.experts import named_generator
+from sparse_ft.gate_training import fit_gate, gate_block
+from sparse_ft.gates import SequenceGate, TokenGate
+from sparse_ft.inference import pooled_entering
+from sparse_ft.kinds import find_kind
+from sparse_ft.mixing import SHARED, joint_choice, pool_names, token_gate
+from sparse_ft.model import SparseExpertModel
+from sparse_ft.tasks import TaskSpec
+from sparse_ft.training_data import TrainingTask
+
+
+def add_tasks(model: SparseExpertModel, ready: Mapping[str, TrainingTask], *, run: RunConfig) -> None:
+    """Give every task of a run its experts and its head; those that the model has already keep theirs."""
+    joint = run.stage == "joint"
+    specs = [task.spec for task in ready.values()]
+    words = any(find_kind(spec.kind).level == "word" for spec in specs)
+    shared = SHARED if joint and run.experts.shared else None
+    common = [*pool_names(run.experts.pool), *([] if shared is None else [shared])]
+    for name in common:
+        if name not in model.experts.names:
+            pooled = name != shared and run.experts.shared_a
+            _create(model, name, run=run, words=words, drawn_as="pool" if pooled else None)
+    for spec in specs:
+        if spec.name not in model.tasks:
+            _add_task(model, spec, run=run)
+        if joint:
+            slot = model.tasks[spec.name]
+            experts = tuple(pool_names(run.experts.pool)) or slot.experts
+            model.tasks[spec.name] = replace(slot, experts=experts, mixed=True, shared=shared or slot.shared)
+        elif model.tasks[spec.name].gated:
+            raise ConfigError(
+                f"Task {spec.name!r} of {run.start!r} was trained together with its gate. Train it further with "
+                "--stage joint."
+            )
+        model.head(spec.name).dropout = run.train.head_dropout
+
+
+def _add_task(model: SparseExpertModel, spec: TaskSpec, *, run: RunConfig) -> None:
+    kind = find_kind(spec.kind)
+    expert = pool_names(run.experts.pool) or spec.name
+    if isinstance(expert, str):
+        _create(model, expert, run=run, words=kind.level == "word")
+    outputs = kind.outputs(spec.label_names or [])
+    head = model.add_task(spec.name, expert=expert, level=kind.level, num_outputs=len(outputs))
+    head.initialise(seed=run.seed, name=spec.name)
+
+
+def _create(model: SparseExpertModel, name: str, *, run: RunConfig, words: bool, drawn_as: str | None = None) -> None:
+    settings = run.experts
+    shapes = model.backbone.drops_case if settings.word_shapes is None else settings.word_shapes
+    model.experts.create(
+        name,
+        modules=model.backbone.select_linears(first_block=settings.first_block, targets=settings.targets),
+        rank=settings.rank,
+        alpha=settings.alpha,
+        seed=run.seed,
+        word_shapes=shapes and words,
+        drawn_as=drawn_as,
+    )
+
+
+def start_gate(
+    model: SparseExpertModel,
+    ready: Mapping[str, TrainingTask],
+    examples: Mapping[str, list[Example]],
+    *,
+    run: RunConfig,
+) -> SequenceGate | TokenGate:
+    """Return the gate that a joint run begins with.
+
+    A token gate goes on from the checkpoint's, or begins at random. A sequence gate is fitted on the frozen experts'
+    texts first, if there are some of each; without, it begins at random, too.
+
+    Args:
+        model: On its device, with all its experts.
+        ready: The tasks that are trained.
+        examples: Training rows by expert.
+        run: The run's config.
+    """
+    names = pool_names(run.experts.pool) or model.routed
+    if run.gate.type == "token":
+        return token_gate(model, names, settings=run.gate, seed=run.seed)
+    before = model.gate
+    gate: SequenceGate
+    if isinstance(before, SequenceGate) and before.names == names and run.gate.block in (None, before.block):
+        gate = before
+    elif set(names) <= set(examples):
+        gate = fit_gate(model, examples, names=names, settings=run.gate, seed=run.seed)
+    else:
+        gate = _random_gate(model, names, ready, run=run)
+    gate.choice = joint_choice(run.gate)
+    return gate
+
+
+def _random_gate(
+    model: SparseExpertModel, names: list[str], ready: Mapping[str, TrainingTask], *, run: RunConfig
+) -> SequenceGate:
+    block = gate_block(model, run.gate)
+    gate = SequenceGate(names, model.backbone.hidden_size, block=block, choice=joint_choice(run.gate))
+    rows = [example for task in ready.values() for example in task.examples[: run.gate.rows]]
+    gate.standardise(pooled_entering(model, rows, block=block))
+    with torch.no_grad():
+        nn.init.normal_(gate.linear.weight, 0.0, 0.02, generator=named_generator(run.seed, "gate"))
+    return gate.to(model.device)

@@ -1,0 +1,45 @@
+"""Which folder a command may write: one in which nothing would be lost."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sparse_ft.errors import ConfigError
+from sparse_ft.folders import recover_folder
+from sparse_ft.manifest import MANIFEST
+
+
+def default_output(names: Sequence[str]) -> Path:
+    """Name the folder of a run after its tasks."""
+    return Path("runs") / ("-".join(names) if len(names) <= 4 else f"{len(names)}-tasks")
+
+
+def next_output(names: Sequence[str]) -> Path:
+    """Return the next default folder of these tasks that does not exist."""
+    base = default_output(names)
+    number, folder = 1, base
+    while folder.exists():
+        number += 1
+        folder = base.with_name(f"{base.name}-{number}")
+    return folder.absolute()
+
+
+def free_output(output: str | Path) -> Path:
+    """Return the absolute path of a folder that is empty or does not exist.
+
+    Raises:
+        ConfigError: If something is there.
+    """
+    folder = Path(output).expanduser().absolute()
+    recover_folder(folder)
+    recover_folder(folder / "resume")
+    if (folder / MANIFEST).exists():
+        problem = "holds a checkpoint already. Choose another --output, or move the old one away."
+    elif (folder / "resume").exists():
+        problem = "holds an unfinished run. Add --resume to continue it, or choose another --output."
+    elif folder.is_file():
+        problem = "is a file, not a folder. Choose another --output."
+    elif folder.is_dir() and any(folder.iterdir()):
+        problem = "is not empty and no checkpoint. Choose another --output."
+    else:
+        return folder
+    raise ConfigError(f"{str(output)!r} {problem}")
