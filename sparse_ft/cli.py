@@ -256,9 +256,13 @@ def edit(
     prune: Annotated[
         list[str] | None, typer.Option(metavar="NAME=RANK", help="Lower the rank of an expert. Repeatable.")
     ] = None,
+    split: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=NEW", help="Give half of a task's texts to a copy of its expert. Repeatable."),
+    ] = None,
     backbone: BackboneOption = None,
 ) -> None:
-    """Remove, rename, copy, add and prune experts, in this order, and write a new checkpoint."""
+    """Remove, rename, copy, add, prune and split experts, in this order, and write a new checkpoint."""
     from sparse_ft.editing import edit as edit_checkpoint
 
     result = edit_checkpoint(
@@ -269,6 +273,7 @@ def edit(
         copy=[_two_names("--copy", entry) for entry in copy or []],
         add=[_named_path(entry) for entry in add or []],
         prune=[_named_rank(entry) for entry in prune or []],
+        split=[_two_names("--split", entry) for entry in split or []],
         backbone=backbone,
     )
     for line in result.changes:

@@ -1,4 +1,4 @@
-"""The life of an expert after training: remove, rename, copy, add, prune. Nothing is trained, no other task changes."""
+"""The life of an expert after training: remove, rename, copy, add, prune, split. No other task changes."""
 
 import copy as copying
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +15,7 @@ from sparse_ft.kinds import find_kind
 from sparse_ft.low_rank import Pruned, prune
 from sparse_ft.manifest import MANIFEST, check_name, read_manifest, read_metrics, read_yaml, slot_experts
 from sparse_ft.outputs import free_output
+from sparse_ft.splitting import split_expert
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ def edit(
     copy: Sequence[tuple[str, str]] = (),
     add: Sequence[tuple[str | None, str | Path]] = (),
     prune: Sequence[tuple[str, int]] = (),
+    split: Sequence[tuple[str, str]] = (),
     backbone: str | None = None,
 ) -> Edit:
     """Change the experts of a checkpoint and write the outcome as a new one; the old one stays as it is.
@@ -49,14 +51,17 @@ def edit(
         copy: (expert, name of the copy); see ``copy_expert``.
         add: (name here or None for its own, path); see ``add_from``.
         prune: (expert, rank); see ``prune_expert``.
+        split: (expert, name of the second half); see ``split_expert``.
         backbone: Where the backbone is now, if not where the checkpoint says.
 
     Raises:
         ConfigError: If nothing is asked for, a name is unknown or taken, or the output exists.
         CheckpointError: If a folder is no checkpoint or does not fit this one.
     """
-    if not (remove or rename or copy or add or prune):
-        raise ConfigError("No change is asked for. Give at least one --remove, --rename, --copy, --add or --prune.")
+    if not (remove or rename or copy or add or prune or split):
+        raise ConfigError(
+            "No change is asked for. Give at least one --remove, --rename, --copy, --add, --prune or --split."
+        )
     folder = free_output(output)
     loaded = load_checkpoint(checkpoint, backbone=backbone)
     changes = []
@@ -70,6 +75,9 @@ def edit(
         changes.extend(add_from(loaded, path, as_name=as_name))
     for name, rank in prune:
         changes.extend(_prune_and_say(loaded, name, rank))
+    for name, new in split:
+        _check_new(loaded, [new], [])
+        changes.extend(split_expert(loaded, name, new))
     save_checkpoint(folder, model=loaded.model, tasks=loaded.tasks, config=loaded.config, metrics=loaded.metrics)
     return Edit(folder, changes)
 

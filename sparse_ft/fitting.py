@@ -18,7 +18,7 @@ from sparse_ft.encoding import Example
 from sparse_ft.errors import ConfigError, SparseFTError
 from sparse_ft.evaluation import predict_rows, score_rows
 from sparse_ft.gradients import Gradients
-from sparse_ft.mixing import Mixing, Pairs
+from sparse_ft.mixing import Domains, Mixing, Pairs
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.parameter_groups import build_optimizer, find_groups
 from sparse_ft.resume import Progress, fingerprint, load_resume, save_resume
@@ -94,10 +94,9 @@ class _Loop:
         self.accelerator = accelerator
         model.requires_grad_(False)
         model.backbone_dropout = run.train.backbone_dropout
-        mixing = None
-        if run.stage == "joint":
-            mixing = Mixing(model, {name: task.examples for name, task in tasks.items()}, run=run)
-        self.mixing = mixing
+        examples = {name: task.examples for name, task in tasks.items()}
+        self.mixing = Mixing(model, examples, run=run) if run.stage == "joint" else None
+        domains = self.mixing is None and any(model.tasks[name].gated for name in tasks)
         self.tasks = _keep_trunks(model, tasks, limit=run.train.trunk_memory * 2**20)
         self.groups = find_groups(model, list(tasks), run=run)
         self.parameters = {name: value for group in self.groups.values() for name, value in group.parameters.items()}
@@ -112,7 +111,7 @@ class _Loop:
             parameters=list(self.parameters.values()),
             run=run,
             accelerator=accelerator,
-            mixing=mixing,
+            mixing=Domains(model, examples) if domains else self.mixing,
         )
         self.progress = Progress()
         self.best = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}

@@ -13,6 +13,7 @@ from sparse_ft.errors import ConfigError, SparseFTError
 from sparse_ft.evaluation import Evaluation, evaluate, name_sources, scored_split
 from sparse_ft.gate_training import fit_gate, routing_accuracy
 from sparse_ft.gates import SequenceGate
+from sparse_ft.inference import text_routing
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.outputs import free_output, next_output
 from sparse_ft.tasks import TaskSpec
@@ -57,12 +58,23 @@ def kept_rows(
 
 
 def rows_by_expert(model: SparseExpertModel, ready: Mapping[str, TrainingTask]) -> dict[str, list[Example]]:
-    """Sort training rows by the expert that serves their task alone."""
+    """Sort training rows by the expert that serves them; of several experts of one task, the gate says which.
+
+    The rows of tasks that a gate mixes belong to no expert.
+    """
     examples: dict[str, list[Example]] = {}
     for name, task in ready.items():
-        experts = model.tasks[name].experts
-        if len(experts) == 1:
-            examples.setdefault(experts[0], []).extend(task.examples)
+        slot = model.tasks[name]
+        if slot.mixed:
+            continue
+        owners = [slot.experts[0]] * len(task.examples)
+        if len(slot.experts) > 1:
+            routing = text_routing(model, task.examples, task=name)
+            owners = [
+                model.experts.names[best] for best in routing.spread(len(model.experts.names)).argmax(-1).tolist()
+            ]
+        for owner, example in zip(owners, task.examples, strict=True):
+            examples.setdefault(owner, []).append(example)
     return examples
 
 
@@ -74,23 +86,24 @@ def add_gate(
     Raises:
         ConfigError: If an expert has no rows to fit it on.
     """
-    gated = [task for task, slot in model.tasks.items() if slot.gated]
-    if gated:
-        _LOG.info("The gate stays as it is, because task %s was trained with it.", gated[0])
+    mixed = [task for task, slot in model.tasks.items() if slot.mixed]
+    if mixed:
+        _LOG.info("The gate stays as it is, because task %s was trained with it.", mixed[0])
         return
+    rows = rows_by_expert(model, ready)
     model.gate = None
     if len(model.experts.names) < 2:
         return
-    model.gate = fit_gate(model, rows_by_expert(model, ready), settings=run.gate, seed=run.seed)
+    model.gate = fit_gate(model, rows, settings=run.gate, seed=run.seed)
     note_accuracy(model, ready, metrics=metrics)
 
 
 def note_accuracy(model: SparseExpertModel, ready: Mapping[str, TrainingTask], *, metrics: dict[str, Any]) -> None:
     """Note how many validation rows of each task a gate for texts sends to the task's expert."""
     for name, task in ready.items():
-        experts = model.tasks[name].experts
-        if isinstance(model.gate, SequenceGate) and len(experts) == 1 and experts[0] in model.gate.names:
-            accuracy = routing_accuracy(model, task.validation.examples, expert=experts[0])
+        experts, gate = model.tasks[name].experts, model.gate
+        if isinstance(gate, SequenceGate) and set(experts) < set(gate.names):
+            accuracy = sum(routing_accuracy(model, task.validation.examples, expert=expert) for expert in experts)
             metrics.setdefault(name, {})["routing_accuracy"] = accuracy
             _LOG.info("The gate sends %.1f %% of the validation rows of %s to its expert", 100 * accuracy, name)
 
@@ -111,10 +124,10 @@ def train_gate(
     if len(model.experts.names) < 2:
         raise ConfigError(f"{run.start!r} has one expert, so there is nothing for a gate to choose.")
     check_gate(run, model, num_experts=len(model.experts.names))
-    gated = [task for task, slot in model.tasks.items() if slot.gated]
-    if gated:
+    mixed = [task for task, slot in model.tasks.items() if slot.mixed]
+    if mixed:
         raise ConfigError(
-            f"Task {gated[0]!r} of {run.start!r} was trained together with the gate; another one would change its "
+            f"Task {mixed[0]!r} of {run.start!r} was trained together with the gate; another one would change its "
             "answers. Train both further with --stage joint."
         )
     idle = sorted(set(model.experts.names) - {name for slot in model.tasks.values() for name in slot.experts})

@@ -14,7 +14,7 @@ from sparse_ft.config import RunConfig
 from sparse_ft.experts import named_generator
 from sparse_ft.kinds import find_kind
 from sparse_ft.kinds.classification import IGNORED
-from sparse_ft.mixing import Mixing, Pairs
+from sparse_ft.mixing import Domains, Mixing, Pairs
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.training_data import TrainingTask
 
@@ -63,7 +63,7 @@ class Gradients:
         parameters: What learns.
         run: The run's config.
         accelerator: Scales the loss where the precision asks for it.
-        mixing: Routes the rows and adds the gate's losses, in a joint run.
+        mixing: Routes the rows where the task does not say all; in a joint run it adds the gate's losses.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Gradients:
         parameters: Sequence[nn.Parameter],
         run: RunConfig,
         accelerator: Accelerator,
-        mixing: Mixing | None = None,
+        mixing: Mixing | Domains | None = None,
     ) -> None:
         self.mixing = mixing
         self.model, self.tasks, self.parameters, self.run = model, tasks, list(parameters), run

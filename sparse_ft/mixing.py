@@ -1,4 +1,4 @@
-"""A joint run: what it trains besides heads, and how its gate mixes experts and is taught while it does.
+"""How a gate routes the rows of a run in training, and how it is taught while it mixes the experts of a joint run.
 
 The gate's gradient from the task loss is 0 with one expert, or with ``top_k`` = 1 and weights that sum to 1, so a joint
 run mixes two experts or more, or takes the probability of the one as its weight (Switch: Fedus et al. 2021,
@@ -18,7 +18,7 @@ from sparse_ft.encoding import Example
 from sparse_ft.errors import ConfigError
 from sparse_ft.experts import named_generator
 from sparse_ft.gates import SequenceGate, TokenGate
-from sparse_ft.inference import pooled_entering
+from sparse_ft.inference import pooled_entering, text_routing
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.routing import Routing
 
@@ -157,3 +157,31 @@ class Mixing:
             mask=mask,
         )
         return logits, told
+
+
+class Domains:
+    """Routes the rows of tasks with several experts as the gate says, once and for all, while the experts train.
+
+    Args:
+        model: With its gate.
+        examples: Training rows by task.
+    """
+
+    def __init__(self, model: SparseExpertModel, examples: Mapping[str, Sequence[Example]]) -> None:
+        self.routings = {task: self._routing(model, task, rows) for task, rows in examples.items()}
+
+    def _routing(self, model: SparseExpertModel, task: str, rows: Sequence[Example]) -> Tensor:
+        """Return the weight of every expert for each row, [rows, experts]."""
+        slot, number = model.tasks[task], len(model.experts.names)
+        if slot.gated:
+            return text_routing(model, rows, task=task).spread(number).cpu()
+        return Routing.rows([model.experts.index(slot.experts[0])] * len(rows)).spread(number)
+
+    def run(
+        self, model: SparseExpertModel, batch: Batch, pairs: Pairs, *, generator: torch.Generator | None
+    ) -> tuple[dict[str, Tensor], None]:
+        """Answer some rows of a batch; see ``Mixing.run``, but nothing is taught to the gate."""
+        weights = torch.stack([self.routings[task][row] for task, row in pairs]).to(model.device)  # [N, E]
+        chosen = weights.topk(int((weights > 0).sum(-1).max()), dim=-1)
+        routing = Routing(chosen.indices, chosen.values)
+        return model(batch, routing=routing, generator=generator), None

@@ -38,7 +38,7 @@ def add_tasks(model: SparseExpertModel, ready: Mapping[str, TrainingTask], *, ru
             slot = model.tasks[spec.name]
             experts = tuple(pool_names(run.experts.pool)) or slot.experts
             model.tasks[spec.name] = replace(slot, experts=experts, mixed=True, shared=shared or slot.shared)
-        elif model.tasks[spec.name].gated:
+        elif model.tasks[spec.name].mixed:
             raise ConfigError(
                 f"Task {spec.name!r} of {run.start!r} was trained together with its gate. Train it further with "
                 "--stage joint."

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparse_ft.routing import Routing
@@ -108,5 +109,4 @@ def _spread(routing: Routing, num_experts: int) -> Tensor:
 def _entropy(routing: Routing) -> float:
     if routing.logits is None or not len(routing.logits):
         return 0.0
-    logs = routing.logits.log_softmax(-1)
-    return float(-(logs.exp() * logs).sum(-1).mean()) / math.log(2)
+    return float(torch.special.entr(routing.logits.softmax(-1)).sum(-1).mean()) / math.log(2)

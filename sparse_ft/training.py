@@ -69,7 +69,7 @@ def train(
     """Train one expert and one head per task, fit the gate that chooses among them, and write a checkpoint.
 
     Args:
-        tasks: Bundled names, or paths of task files.
+        tasks: Bundled names, paths of task files, or names of tasks in ``from_checkpoint``.
         data: Folder or file of the one task's data, or task name to such; None takes bundled data, else the hub.
         output: Folder of the checkpoint; None takes the next free ``runs/<tasks>``.
         backbone: ``minilm``, a folder, or a hub id.
@@ -107,8 +107,10 @@ def train(
             raise ConfigError("--stage gate fits the gate over all tasks of --from; leave out --task and --resume.")
         folder, evaluation, specs_of = train_gate(run, data=data, output=output)
         return TrainResult(folder, evaluation, [], specs_of, 0.0)
-    if run.stage == "joint" and run.start is not None and not run.tasks:
-        run = changed_config(run, {"tasks": _tasks_in(Path(run.start))})
+    if run.start is not None and not resume:
+        known = _tasks_in(Path(run.start))
+        wanted = run.tasks or (list(known) if run.stage == "joint" else [])
+        run = changed_config(run, {"tasks": [known.get(task, task) for task in wanted]})
     specs = [load_task(task) for task in run.tasks]
     if not specs:
         raise ConfigError("No task is given. Name at least one, e.g. --task ner; `sparse-ft tasks` lists them.")
@@ -123,9 +125,9 @@ def train(
     return _train(run, specs, resume=resume)
 
 
-def _tasks_in(checkpoint: Path) -> list[str]:
-    """Return the task files of a checkpoint."""
-    return [str(checkpoint / "tasks" / f"{name}.yaml") for name in read_manifest(checkpoint)["tasks"]]
+def _tasks_in(checkpoint: Path) -> dict[str, str]:
+    """Return the task files of a checkpoint by the names of the tasks."""
+    return {name: str(checkpoint / "tasks" / f"{name}.yaml") for name in read_manifest(checkpoint)["tasks"]}
 
 
 def _sources_of(checkpoint: str | None) -> dict[str, str]:

@@ -1,0 +1,69 @@
+"""Split an expert in two: each of the halves serves a part of its task's texts, and the gate tells them apart."""
+
+import numpy as np
+from sklearn.cluster import KMeans
+
+from sparse_ft.checkpoint import Checkpoint
+from sparse_ft.encoding import Encoder, Example
+from sparse_ft.errors import ConfigError
+from sparse_ft.experts import Expert
+from sparse_ft.gate_stage import rows_by_expert
+from sparse_ft.gate_training import fit_gate, gate_block
+from sparse_ft.inference import pooled_entering
+from sparse_ft.model import SparseExpertModel, TaskSlot
+from sparse_ft.training_data import prepare_task
+
+
+def split_expert(checkpoint: Checkpoint, name: str, new: str) -> list[str]:
+    """Split an expert by the texts of its task, which are read from where they were in training.
+
+    k-means finds two groups in what the gate reads of the texts. The new expert is a copy, so no answer changes until
+    ``sparse-ft train --from`` trains the two further, each on the texts that the gate sends to it.
+
+    Args:
+        checkpoint: Changed in place.
+        name: An expert that serves one task.
+        new: Name of the second half.
+
+    Returns:
+        What was done, in sentences.
+
+    Raises:
+        ConfigError: If the expert serves no task or several, or its task is mixed by a gate already.
+        DataError: If the rows of a task are not there.
+    """
+    model, config = checkpoint.model, checkpoint.config
+    expert = model.experts.get(name)
+    served = [task for task, slot in model.tasks.items() if name in slot.used]
+    mixed = [task for task, slot in model.tasks.items() if slot.mixed]
+    if len(served) != 1 or mixed:
+        problem = f"serves {len(served)} tasks" if len(served) != 1 else "is mixed with others by a gate"
+        raise ConfigError(f"Expert {name!r} {problem}; one that serves a single task alone can be split.")
+    (task,) = served
+    encoder = Encoder(model.backbone, max_length=config.data.max_length)
+    ready = {
+        other: prepare_task(spec, run=config, encoder=encoder, before=spec) for other, spec in checkpoint.tasks.items()
+    }
+    rows = rows_by_expert(model, ready)
+    halves = _halves(model, rows[name], block=gate_block(model, config.gate), seed=config.seed)
+    model.experts.add(Expert(new, expert.alpha, expert.deltas, expert.word_shapes))
+    slot = model.tasks[task]
+    model.tasks[task] = TaskSlot((*slot.experts, new), slot.level)
+    model.gate = fit_gate(model, {**rows, name: halves[0], new: halves[1]}, settings=config.gate, seed=config.seed)
+    model.eval().requires_grad_(False)
+    return [
+        f"Split expert {name!r} of task {task!r} into {name!r} ({len(halves[0])} training rows) and {new!r} "
+        f"({len(halves[1])}). They are still the same; `sparse-ft train --from … --task {task}` trains them apart."
+    ]
+
+
+def _halves(
+    model: SparseExpertModel, examples: list[Example], *, block: int, seed: int
+) -> tuple[list[Example], list[Example]]:
+    pooled = pooled_entering(model, examples, block=block)
+    features = (pooled - pooled.mean(0)) / pooled.std(0, correction=0).clamp_min(1e-6)
+    groups = KMeans(2, n_init=4, random_state=seed).fit_predict(features.double().numpy())
+    first, second = ([examples[place] for place in np.flatnonzero(groups == half)] for half in (0, 1))
+    if min(len(first), len(second)) < 2:
+        raise ConfigError(f"The {len(examples)} training rows do not fall into two groups of two rows or more.")
+    return first, second

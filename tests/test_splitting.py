@@ -1,0 +1,75 @@
+"""An expert in two halves: nothing changes until they are trained, and then each learns from its own texts."""
+
+import pytest
+import torch
+from test_training import run, settings, tensors, write_toy
+
+import sparse_ft
+from sparse_ft.checkpoint import load_checkpoint
+from sparse_ft.editing import edit
+from sparse_ft.errors import ConfigError
+
+TEXTS = ["the table loved", "a weather boring", "music at six", "the film and then football"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny_bert):
+    folder = tmp_path_factory.mktemp("whole")
+    tasks = [write_toy(folder, name) for name in ("mood", "about")]
+    return run(tasks, tiny_bert, folder / "checkpoint").path
+
+
+@pytest.fixture(scope="module")
+def halved(tmp_path_factory, whole):
+    return edit(whole, split=[("mood", "mood-2")], output=tmp_path_factory.mktemp("halved") / "out")
+
+
+def answers(path, task):
+    return sparse_ft.load(path, device="cpu").logits(TEXTS, task)
+
+
+def test_no_answer_changes(whole, halved):
+    assert torch.equal(answers(halved.path, "about"), answers(whole, "about"))
+    # Rows of one task now meet in the path for several experts, which rounds differently.
+    torch.testing.assert_close(answers(halved.path, "mood"), answers(whole, "mood"))
+
+
+def test_the_gate_chooses_among_the_halves_and_nothing_else(halved):
+    loaded = load_checkpoint(halved.path)
+    assert loaded.model.tasks["mood"].experts == ("mood", "mood-2")
+    assert loaded.model.gate.names == ["mood", "about", "mood-2"]
+    report = sparse_ft.evaluate(halved.path, tasks=["mood"], device="cpu").routing
+    chosen = report.confusion["mood"]
+    assert set(chosen) == {"mood", "mood-2"}
+    assert sum(chosen.values()) == 32
+    assert report.accuracy == 1.0
+    assert report.entropy["mood"] >= 0
+
+
+def test_each_half_is_trained_further_on_its_own_texts(tmp_path, whole, halved):
+    trained = sparse_ft.train(
+        ["mood"], from_checkpoint=halved.path, output=tmp_path / "out", overrides=settings(), device="cpu"
+    ).path
+    before, after = tensors(halved.path), tensors(trained)
+    changed = {
+        name.split("/")[1]
+        for name in before
+        if name.startswith("experts/") and not torch.equal(before[name], after[name])
+    }
+    assert {"mood", "mood-2"} <= changed
+    assert "about" not in changed
+    first, second = (
+        {name.rpartition(":")[2]: value for name, value in after.items() if name.startswith(f"experts/{half}/")}
+        for half in ("mood", "mood-2")
+    )
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    assert torch.equal(answers(trained, "about"), answers(whole, "about"))
+    assert sparse_ft.load(trained, device="cpu").predict(TEXTS)[0].tasks
+
+
+def test_what_cannot_be_split_is_refused(tmp_path, halved):
+    with pytest.raises(ConfigError, match=r"Unknown expert 'moody'\. Did you mean 'mood'\?"):
+        edit(halved.path, split=[("moody", "x")], output=tmp_path / "out")
+    with pytest.raises(ConfigError, match="There is an expert named 'about' already"):
+        edit(halved.path, split=[("mood", "about")], output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
