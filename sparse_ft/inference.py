@@ -41,7 +41,8 @@ def row_logits(
         num_words: Words of each text, for tasks that tag words.
         routing: Of the examples; None takes the task's expert.
         gate: Asked at every block in place of ``routing``.
-        usage: [examples, experts], filled with the mean weight that ``gate`` gave each expert, over tokens and blocks.
+        usage: [examples, blocks, experts], filled with the mean weight that ``gate`` gave each expert over the tokens;
+            blocks from ``model.first_block`` on.
 
     Returns:
         One float32 CPU tensor a text: (labels,), or (words, tags).
@@ -60,7 +61,7 @@ def row_logits(
         seen: dict[int, Routing] = {}
         logits = model(batch, routing=own, gate=gate, seen=seen)[task].float().cpu()
         if usage is not None:
-            usage[members] = _mean_weights(seen, batch.attention_mask).cpu()
+            usage[members] = _mean_weights(seen, batch.attention_mask, len(model.experts.names)).cpu()
         if num_words is None:
             for example, row in zip(chosen, logits, strict=True):
                 rows[example.row] = row
@@ -73,11 +74,11 @@ def row_logits(
     return rows
 
 
-def _mean_weights(seen: Mapping[int, Routing], attention_mask: Tensor) -> Tensor:
-    """Average the weights [N, S, E] of all blocks over real tokens: [N, E]."""
-    real = attention_mask.unsqueeze(-1).float()
-    blocks = [(routing.weights * real).sum(1) / real.sum(1) for routing in seen.values()]
-    return torch.stack(blocks).mean(0)
+def _mean_weights(seen: Mapping[int, Routing], attention_mask: Tensor, num_experts: int) -> Tensor:
+    """Average the weights that each block was given over real tokens: [N, blocks, E]."""
+    real = attention_mask.unsqueeze(-1).float()  # [N, S, 1]
+    blocks = [(seen[block].spread(num_experts) * real).sum(1) / real.sum(1) for block in sorted(seen)]
+    return torch.stack(blocks, dim=1)
 
 
 def _batches(examples: Sequence[Example]) -> Iterator[list[int]]:

@@ -74,6 +74,10 @@ class Routing:
             chosen = (self.weights * (named.unsqueeze(1) if self.by_token else named)).sum(-1)
         return chosen if self.by_token else chosen.unsqueeze(-1)
 
+    def spread(self, num_experts: int) -> Tensor:
+        """Return the weight of every expert, [N, 1, E] per row or [N, S, E] per token; 0 where it is not chosen."""
+        return torch.stack([self.weights_of(index) for index in range(num_experts)], dim=-1)
+
     def stretches(self, *, single_rows: bool = False) -> list[slice]:
         """Cut the rows into stretches that one expert serves alone; all other rows stand for themselves."""
         known = not single_rows and self.experts is not None and not self.by_token and self.experts.shape[1] == 1

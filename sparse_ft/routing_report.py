@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +26,8 @@ class RoutingReport:
     """Task to the mean entropy of the gate's probabilities, in bits; 0 where it is always sure."""
     own: dict[str, str]
     """Task to the expert that serves it."""
+    blocks: dict[int, dict[str, dict[str, float]]] = field(default_factory=dict)
+    """Block to task to expert to its mean weight in that block; empty where whole texts were routed."""
 
     @property
     def accuracy(self) -> float:
@@ -40,13 +42,15 @@ class RoutingReport:
         return [expert for expert in self.experts if expert not in chosen]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what ``evaluate --json`` writes under ``routing``."""
+        """Return what ``evaluate --json`` writes under ``routing``; ``blocks`` only where tokens were routed."""
+        blocks = {str(block): usage for block, usage in self.blocks.items()}
         return {
             "accuracy": self.accuracy,
             "usage": self.usage,
             "entropy": self.entropy,
             "confusion": self.confusion,
             "dead": self.dead,
+            **({"blocks": blocks} if blocks else {}),
         }
 
     def to_text(self) -> str:
@@ -70,33 +74,43 @@ class RoutingReport:
         return "\n".join(lines) + "\n"
 
 
-def report_routing(routings: Mapping[str, Routing], *, experts: Sequence[str], own: Mapping[str, str]) -> RoutingReport:
-    """Count what a gate chose for whole texts.
+def report_routing(
+    routings: Mapping[str, Routing],
+    *,
+    experts: Sequence[str],
+    own: Mapping[str, str],
+    usage: Mapping[str, Tensor] | None = None,
+    first_block: int = 0,
+) -> RoutingReport:
+    """Count what a gate chose.
 
     Args:
-        routings: Task to the routing of its rows.
+        routings: Task to the routing of its rows as wholes.
         experts: Names in the order of the model.
         own: Task to its expert.
+        usage: Task to the mean weights [rows, blocks, experts] in each block, if tokens were routed.
+        first_block: The block that ``usage`` begins with.
     """
-    confusion, usage, entropy = {}, {}, {}
+    confusion, shares, entropy = {}, {}, {}
     for task, routing in routings.items():
-        weights = _spread(routing, len(experts))
+        weights = routing.spread(len(experts))[:, 0]
         counts: dict[str, int] = {}
         for best, total in zip(weights.argmax(-1).tolist(), weights.sum(-1).tolist(), strict=True):
             name = experts[best] if total > 0 else UNKNOWN
             counts[name] = counts.get(name, 0) + 1
         confusion[task] = counts
-        shares = zip(experts, weights.mean(0).tolist(), strict=True)
-        usage[task] = {expert: share for expert, share in shares if share > 0}
+        shares[task] = _above_zero(experts, weights.mean(0))
         entropy[task] = _entropy(routing)
-    return RoutingReport(list(experts), confusion, usage, entropy, dict(own))
+    blocks: dict[int, dict[str, dict[str, float]]] = {}
+    for task, weights in (usage or {}).items():
+        for block, mean in enumerate(weights.mean(0), start=first_block):
+            blocks.setdefault(block, {})[task] = _above_zero(experts, mean)
+    return RoutingReport(list(experts), confusion, shares, entropy, dict(own), blocks)
 
 
-def _spread(routing: Routing, num_experts: int) -> Tensor:
-    """Return the weight of every expert, [rows, experts]."""
-    if routing.experts is None:
-        return routing.weights
-    return routing.weights.new_zeros(len(routing.weights), num_experts).scatter(-1, routing.experts, routing.weights)
+def _above_zero(experts: Sequence[str], weights: Tensor) -> dict[str, float]:
+    """Name the weights [experts] that are above 0."""
+    return {expert: weight for expert, weight in zip(experts, weights.tolist(), strict=True) if weight > 0}
 
 
 def _entropy(routing: Routing) -> float:
