@@ -51,7 +51,8 @@ class Route:
         self.gate: Gate | None = None
         names = model.experts.names
         if name == "gate":
-            model.text_gate()
+            gate = model.text_gate()
+            self.gate = gate if gate.every_block else None  # one that decides for whole texts reads another block
         elif name in BASELINES:
             self.gate = BASELINES[name](names, seed)
         elif name == "arrow":
