@@ -6,7 +6,7 @@ Nothing here prints. Text and Markdown are two renderings of the same blocks: li
 import json
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -115,37 +115,42 @@ def write_report(
     *,
     about: Mapping[str, str] | None = None,
     routing: Mapping[str, Any] | None = None,
+    pictures: Mapping[str, bytes] | None = None,
 ) -> list[Path]:
-    """Write ``report.txt``, ``report.md`` and ``report.json``, each whole or not at all.
+    """Write ``report.txt``, ``report.md`` and ``report.json``, each whole or not at all, and pictures beside them.
 
     Args:
         directory: Folder to write into; made if missing.
         tasks: One report a task name, in the order they are to appear.
         about: What the scores were measured on, e.g. ``checkpoint``, ``split`` and ``route``; top keys of the JSON.
         routing: The routing report, put into the JSON as it is.
+        pictures: File name to PNG; the Markdown shows them.
 
     Returns:
-        The paths of the three files.
+        The paths of the three files, and of the pictures.
 
     Raises:
         SparseFTError: If the folder or a file cannot be written.
     """
     folder = Path(directory)
-    contents = {
+    pictures = pictures or {}
+    texts = {
         "report.txt": _text_file(tasks, about=about or {}),
-        "report.md": _markdown_file(tasks, about=about or {}),
+        "report.md": _markdown_file(tasks, about=about or {}, pictures=list(pictures)),
         "report.json": _json_file(tasks, about=about or {}, routing=routing),
     }
+    # A label out of JSON may hold half a surrogate pair, which UTF-8 cannot; the escape is valid JSON.
+    contents = {name: text.encode("utf-8", errors="backslashreplace") for name, text in texts.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in contents.items():
+        for name, content in {**pictures, **contents}.items():  # what is linked comes first
             _write_whole(folder / name, content)
     except OSError as error:
         raise SparseFTError(
             f"The report cannot be written to {str(folder)!r}: {error.strerror or error}. Expected a folder that can "
             "be made and written to; give another one, or mend its permissions."
         ) from error
-    return [folder / name for name in contents]
+    return [folder / name for name in (*contents, *pictures)]
 
 
 def _text_file(tasks: Mapping[str, TaskReport], *, about: Mapping[str, str]) -> str:
@@ -156,13 +161,16 @@ def _text_file(tasks: Mapping[str, TaskReport], *, about: Mapping[str, str]) -> 
     return "\n\n".join([facts, *reports] if facts else reports)
 
 
-def _markdown_file(tasks: Mapping[str, TaskReport], *, about: Mapping[str, str]) -> str:
+def _markdown_file(tasks: Mapping[str, TaskReport], *, about: Mapping[str, str], pictures: Sequence[str]) -> str:
     reports = [
         report_markdown(task.score, title=task.title or name, unseen_rows=task.unseen_rows)
         for name, task in tasks.items()
     ]
     facts = "".join(f"- {name}: {_escaped(value)}\n" for name, value in about.items())
-    return "\n".join(["# Report\n", *([facts] if facts else []), *reports])
+    shown = [f"![{name.removesuffix('.png').replace('_', ' ')}]({name})\n" for name in pictures]
+    return "\n".join(
+        ["# Report\n", *([facts] if facts else []), *reports, *(["## Pictures\n"] if shown else []), *shown]
+    )
 
 
 def _json_file(tasks: Mapping[str, TaskReport], *, about: Mapping[str, str], routing: Mapping[str, Any] | None) -> str:
@@ -171,12 +179,11 @@ def _json_file(tasks: Mapping[str, TaskReport], *, about: Mapping[str, str], rou
     return json.dumps(content, ensure_ascii=False) + "\n"
 
 
-def _write_whole(path: Path, content: str) -> None:
+def _write_whole(path: Path, content: bytes) -> None:
     """Write beside the target and rename, so that readers see the old file or the new one."""
     staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        # A label out of JSON may hold half a surrogate pair, which UTF-8 cannot; the escape is valid JSON.
-        staged.write_bytes(content.encode("utf-8", errors="backslashreplace"))
+        staged.write_bytes(content)
         staged.replace(path)
     finally:
         staged.unlink(missing_ok=True)

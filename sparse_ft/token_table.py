@@ -25,7 +25,8 @@ def token_table(routed: TokenRouting, *, width: int = 120) -> str:
     if routed.choosable:
         lines += ["", *_expert_table(routed)]
         if routed.by_token:
-            lines += ["", f"A61 stands for a weight of 0.61 on expert A, {printable(routed.experts[0])}."]
+            more = " +2: two more experts have less." if len(routed.experts) > MAX_IN_CELL else ""
+            lines += ["", f"A61: a weight of 0.61 on expert A.{more}"]
             lines += [line for table in _token_tables(routed, width) for line in ["", *table]]
     return "\n".join(lines)
 
@@ -93,10 +94,10 @@ def _cell(weights: Sequence[float]) -> str:
     return " ".join([*shown[:MAX_IN_CELL], *more]) or "-"
 
 
-def shortened(token: str) -> str:
-    """Show a token in one cell; blanks that begin or end it are those of its tokenizer."""
+def shortened(token: str, *, width: int = MAX_TOKEN_WIDTH) -> str:
+    """Show a token or a name in one cell; blanks that begin or end a token are those of its tokenizer."""
     shown = printable(token.strip() or token)
-    while terminal_width(shown) > MAX_TOKEN_WIDTH:
+    while terminal_width(shown) > width:
         shown = shown[:-2] + "…"
     return shown
 
