@@ -4,14 +4,18 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from sparse_ft import __version__
 from sparse_ft.errors import ConfigError, SparseFTError
+
+if TYPE_CHECKING:
+    from sparse_ft.evaluation import Evaluation
 
 app = typer.Typer(
     name="sparse-ft",
@@ -157,7 +161,7 @@ def evaluate(
     ] = "task",
     json_: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the scores as JSON.")] = None,
     report: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write report.txt, report.md and report.json.")
+        Path | None, typer.Option(metavar="DIR", help="Write report.txt, report.md, report.json and pictures.")
     ] = None,
     device: DeviceOption = None,
     backbone: BackboneOption = None,
@@ -183,7 +187,8 @@ def evaluate(
             write_json(json_, content)
     if report is not None:
         about = {key: content[key] for key in ("checkpoint", "split", "route")}
-        write_report(report, result.tasks, about=about, routing=content["routing"])
+        pictures = _report_pictures(result)
+        write_report(report, result.tasks, about=about, routing=content["routing"], pictures=pictures)
 
 
 @app.command()
@@ -225,11 +230,73 @@ def predict(
 
 
 @app.command()
-def inspect(checkpoint: CheckpointArgument) -> None:
-    """Show the experts, sizes, tasks and scores of a checkpoint."""
+def inspect(
+    checkpoint: CheckpointArgument,
+    text: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Show instead which experts each token of a text goes to.")
+    ] = None,
+    route: Annotated[
+        str | None,
+        typer.Option(metavar="ROUTE", help="gate (the default), an expert, a YAML file with rules, or a baseline."),
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw the experts of the tokens, too.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the routing of the text as JSON.")] = False,
+    device: DeviceOption = None,
+    backbone: BackboneOption = None,
+) -> None:
+    """Show the experts, sizes, tasks and scores of a checkpoint, or how it routes a text."""
+    if text is not None:
+        _inspect_text(
+            checkpoint,
+            text,
+            route=route or "gate",
+            picture=picture,
+            as_json=json_,
+            device=device or "auto",
+            backbone=backbone,
+        )
+        return
+    options = {"--route": route, "--picture": picture, "--json": json_, "--device": device, "--backbone": backbone}
+    for option, value in options.items():
+        if value:
+            raise ConfigError(f"{option} is about the routing of a text, and none is given. Add --text TEXT.")
     from sparse_ft.listing import describe_checkpoint
 
     typer.echo(describe_checkpoint(checkpoint))
+
+
+def _inspect_text(
+    checkpoint: Path,
+    text: str,
+    *,
+    route: str,
+    picture: Path | None,
+    as_json: bool,
+    device: str,
+    backbone: str | None,
+) -> None:
+    """Show how one text is routed; nothing is printed if the picture cannot be written."""
+    if picture is not None and picture.suffix.lower() != ".png":
+        raise ConfigError(f"--picture {str(picture)!r} is no PNG. Give a file name that ends in .png.")
+    from sparse_ft.folders import explain_os_errors, write_bytes
+    from sparse_ft.pictures import require_matplotlib, token_picture
+    from sparse_ft.token_routing import route_tokens
+    from sparse_ft.token_table import token_table
+
+    if picture is not None:
+        require_matplotlib()
+    routed = route_tokens(checkpoint, text, route=route, device=device, backbone=backbone)
+    if picture is not None:
+        with explain_os_errors(picture):
+            write_bytes(picture, token_picture(routed))
+    if as_json:
+        typer.echo(json.dumps(routed.to_dict(), ensure_ascii=False))
+        return
+    typer.echo(token_table(routed, width=shutil.get_terminal_size((120, 24)).columns))
+    if picture is not None:
+        typer.echo(f"\nPicture: {_shown_path(picture)}")
 
 
 @app.command()
@@ -280,6 +347,19 @@ def edit(
         typer.echo(line)
     shown = _shown_path(result.path)
     typer.echo(f"\nCheckpoint: {shown}\nNext: sparse-ft inspect {shlex.quote(shown)}")
+
+
+def _report_pictures(result: "Evaluation") -> dict[str, bytes]:
+    """Draw the pictures of a report; without matplotlib there are none, and the rest of the report is as good."""
+    from sparse_ft.pictures import report_pictures, require_matplotlib
+
+    try:
+        require_matplotlib()
+    except ConfigError as error:
+        logging.getLogger("sparse_ft").warning("The report has no pictures. %s", error)
+        return {}
+    routing = result.routing if result.route != "task" else None
+    return report_pictures(result.tasks, routing=routing, route=result.route)
 
 
 def _two_names(option: str, entry: str) -> tuple[str, str]:

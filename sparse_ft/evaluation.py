@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +43,16 @@ class EvalData:
     def num_rows(self) -> int:
         """Number of texts."""
         return len(self.columns["row"])
+
+
+class ScoredTask(NamedTuple):
+    """What ``evaluate_task`` found."""
+
+    report: TaskReport
+    routing: Routing
+    """Of each example, as a whole."""
+    usage: Tensor | None
+    """[examples, blocks, experts]: mean weights over the tokens where these were routed, else None."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +123,7 @@ def predict_rows(
         data: The rows.
         routing: Of ``data.examples``; None takes the task's expert.
         gate: Asked at every block in place of ``routing``.
-        usage: [examples, experts], filled with the mean weights that ``gate`` gave.
+        usage: [examples, blocks, experts], filled with the mean weights that ``gate`` gave.
     """
     logits = row_logits(
         model,
@@ -153,11 +163,8 @@ def evaluate_task(
     source: str | None,
     encoder: Encoder,
     route: Route,
-) -> tuple[TaskReport, Routing]:
+) -> ScoredTask:
     """Read a split of a task and score the model on it.
-
-    Returns:
-        The scores, and how each example was routed.
 
     Raises:
         DataError: If the source has no such split, or its answers are hidden.
@@ -170,11 +177,12 @@ def evaluate_task(
         raise DataError(
             f"The {split} split of task {spec.name!r} has no answers; its publisher hides them. Use --split validation."
         )
-    gate = route.token_gate(spec.name)
+    gate, usage = route.token_gate(spec.name), None
     if gate is not None:
-        usage = torch.zeros(len(data.examples), len(model.experts.names))
+        num_blocks = model.backbone.num_blocks - model.first_block
+        usage = torch.zeros(len(data.examples), num_blocks, len(model.experts.names))
         predictions = predict_rows(model, spec, data, gate=gate, usage=usage)
-        routing = Routing(None, usage)
+        routing = Routing(None, usage.mean(1))
     else:
         routing = route.rows(data.examples, _texts(data), task=spec.name)
         predictions = predict_rows(model, spec, data, routing=routing)
@@ -187,7 +195,8 @@ def evaluate_task(
     seen = rows_seen_in_train(spec, split, data=source)
     fresh = [place for place, row in enumerate(data.columns["row"]) if row not in seen]
     unseen = score_rows(spec, data, predictions, rows=fresh) if seen and len(fresh) < data.num_rows else None
-    return TaskReport(score=score, title=f"{spec.name} · {split}", unseen_rows=unseen), routing
+    report = TaskReport(score=score, title=f"{spec.name} · {split}", unseen_rows=unseen)
+    return ScoredTask(report, routing, usage)
 
 
 def _texts(data: EvalData) -> list[str]:
@@ -240,9 +249,8 @@ def evaluate(
             raise ConfigError(unknown_name("split", name, SPLITS))
     sources = {**checkpoint.config.sources, **name_sources(data, chosen)}
     encoder = Encoder(checkpoint.model.backbone, max_length=checkpoint.config.data.max_length)
-    reports, routings = {}, {}
-    for task in chosen:
-        reports[task], routings[task] = evaluate_task(
+    found = {
+        task: evaluate_task(
             model,
             checkpoint.tasks[task],
             split=splits[task],
@@ -250,10 +258,18 @@ def evaluate(
             encoder=encoder,
             route=way,
         )
+        for task in chosen
+    }
     for warning in way.warnings():
         _LOG.warning("%s", warning)
-    own = {task: model.tasks[task].experts for task in chosen}
-    routed = report_routing(routings, experts=model.experts.names, own=own)
+    routed = report_routing(
+        {task: scored.routing for task, scored in found.items()},
+        experts=model.experts.names,
+        own={task: model.tasks[task].experts for task in chosen},
+        usage={task: scored.usage for task, scored in found.items() if scored.usage is not None},
+        first_block=model.first_block,
+    )
+    reports = {task: scored.report for task, scored in found.items()}
     mixed = any(model.tasks[task].gated for task in chosen)
     return Evaluation(str(checkpoint.path), splits, route, reports, routed, mixed)
 

@@ -43,7 +43,8 @@ def row_logits(
         num_words: Words of each text, for tasks that tag words.
         routing: Of the examples; None takes the task's expert, or asks the model's gate if the task was trained so.
         gate: Asked at every block in place of ``routing``.
-        usage: [examples, experts], filled with the mean weight that ``gate`` gave each expert, over tokens and blocks.
+        usage: [examples, blocks, experts], filled with the mean weight that ``gate`` gave each expert over the tokens;
+            blocks from ``model.first_block`` on.
 
     Returns:
         One float32 CPU tensor a text: (labels,), or (words, tags).
@@ -64,7 +65,7 @@ def row_logits(
         seen: dict[int, Routing] = {}
         logits = model(batch, routing=own, gate=gate, seen=seen)[task].float().cpu()
         if usage is not None:
-            usage[members] = _mean_weights(seen, batch.attention_mask, num_experts=usage.shape[1]).cpu()
+            usage[members] = _mean_weights(seen, batch.attention_mask, len(model.experts.names)).cpu()
         if num_words is None:
             for example, row in zip(chosen, logits, strict=True):
                 rows[example.row] = row
@@ -77,11 +78,11 @@ def row_logits(
     return rows
 
 
-def _mean_weights(seen: Mapping[int, Routing], attention_mask: Tensor, *, num_experts: int) -> Tensor:
-    """Average the weights [N, S, E] of all blocks over real tokens: [N, E]."""
-    real = attention_mask.unsqueeze(-1).float()
-    blocks = [(routing.spread(num_experts) * real).sum(1) / real.sum(1) for routing in seen.values()]
-    return torch.stack(blocks).mean(0)
+def _mean_weights(seen: Mapping[int, Routing], attention_mask: Tensor, num_experts: int) -> Tensor:
+    """Average the weights that each block was given over real tokens: [N, blocks, E]."""
+    real = attention_mask.unsqueeze(-1).float()  # [N, S, 1]
+    blocks = [(seen[block].spread(num_experts) * real).sum(1) / real.sum(1) for block in sorted(seen)]
+    return torch.stack(blocks, dim=1)
 
 
 def _batches(examples: Sequence[Example]) -> Iterator[list[int]]:
@@ -136,7 +137,7 @@ def leaving(model: SparseExpertModel, task: str, examples: Sequence[Example]) ->
         own = None if routing is None else routing.take(members)
         hidden = model.hidden_states(batch, routing=own, seen=seen)
         if routing is None:
-            usage[members] = _mean_weights(seen, batch.attention_mask, num_experts=usage.shape[1]).cpu()
+            usage[members] = _mean_weights(seen, batch.attention_mask, usage.shape[1]).mean(1).cpu()
         for member, row in zip(members, hidden, strict=True):
             kept[member] = replace(examples[member], hidden=row[: len(examples[member].input_ids)].clone())
     return kept, usage

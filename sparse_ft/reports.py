@@ -5,7 +5,6 @@ Nothing here prints. Text and Markdown are two renderings of the same blocks: li
 
 import json
 import re
-import unicodedata
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 
 from sparse_ft.errors import SparseFTError
 from sparse_ft.scores import Confusion, Report, Score
+from sparse_ft.tables import align, printable, terminal_width
 
 MAX_CONFUSED_PAIRS = 10
 MAX_TEXT_MATRIX = 12
@@ -65,8 +65,8 @@ def report_text(score: Score, *, title: str, unseen_rows: Score | None = None) -
     Returns:
         Lines with aligned columns, East Asian wide characters counted as two; ends with a newline.
     """
-    heading = f"{_printable(title)} ({_count(score.n)} {_rows_word(score)})"
-    parts = [heading + "\n" + "=" * _width(heading)]
+    heading = f"{printable(title)} ({_count(score.n)} {_rows_word(score)})"
+    parts = [heading + "\n" + "=" * terminal_width(heading)]
     for block in _blocks(score, unseen_rows=unseen_rows, max_matrix=MAX_TEXT_MATRIX):
         parts.append(_text_line(block) if isinstance(block, _Line) else "\n" + _text_table(block))
     return "\n".join(parts) + "\n"
@@ -115,54 +115,62 @@ def write_report(
     *,
     about: Mapping[str, str] | None = None,
     routing: Mapping[str, Any] | None = None,
+    pictures: Mapping[str, bytes] | None = None,
 ) -> list[Path]:
-    """Write ``report.txt``, ``report.md`` and ``report.json``, each whole or not at all.
+    """Write ``report.txt``, ``report.md`` and ``report.json``, each whole or not at all, and pictures beside them.
 
     Args:
         directory: Folder to write into; made if missing.
         tasks: One report a task name, in the order they are to appear.
         about: What the scores were measured on, e.g. ``checkpoint``, ``split`` and ``route``; top keys of the JSON.
         routing: The routing report, put into the JSON as it is.
+        pictures: File name to PNG; the Markdown shows them.
 
     Returns:
-        The paths of the three files.
+        The paths of the three files, and of the pictures.
 
     Raises:
         SparseFTError: If the folder or a file cannot be written.
     """
     folder = Path(directory)
-    contents = {
+    pictures = pictures or {}
+    texts = {
         "report.txt": _text_file(tasks, about=about or {}),
-        "report.md": _markdown_file(tasks, about=about or {}),
+        "report.md": _markdown_file(tasks, about=about or {}, pictures=list(pictures)),
         "report.json": _json_file(tasks, about=about or {}, routing=routing),
     }
+    # A label out of JSON may hold half a surrogate pair, which UTF-8 cannot; the escape is valid JSON.
+    contents = {name: text.encode("utf-8", errors="backslashreplace") for name, text in texts.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in contents.items():
+        for name, content in {**pictures, **contents}.items():  # what is linked comes first
             _write_whole(folder / name, content)
     except OSError as error:
         raise SparseFTError(
             f"The report cannot be written to {str(folder)!r}: {error.strerror or error}. Expected a folder that can "
             "be made and written to; give another one, or mend its permissions."
         ) from error
-    return [folder / name for name in contents]
+    return [folder / name for name in (*contents, *pictures)]
 
 
 def _text_file(tasks: Mapping[str, TaskReport], *, about: Mapping[str, str]) -> str:
     reports = [
         report_text(task.score, title=task.title or name, unseen_rows=task.unseen_rows) for name, task in tasks.items()
     ]
-    facts = "".join(f"{name}: {_printable(value)}\n" for name, value in about.items())
+    facts = "".join(f"{name}: {printable(value)}\n" for name, value in about.items())
     return "\n\n".join([facts, *reports] if facts else reports)
 
 
-def _markdown_file(tasks: Mapping[str, TaskReport], *, about: Mapping[str, str]) -> str:
+def _markdown_file(tasks: Mapping[str, TaskReport], *, about: Mapping[str, str], pictures: Sequence[str]) -> str:
     reports = [
         report_markdown(task.score, title=task.title or name, unseen_rows=task.unseen_rows)
         for name, task in tasks.items()
     ]
     facts = "".join(f"- {name}: {_escaped(value)}\n" for name, value in about.items())
-    return "\n".join(["# Report\n", *([facts] if facts else []), *reports])
+    shown = [f"![{name.removesuffix('.png').replace('_', ' ')}]({name})\n" for name in pictures]
+    return "\n".join(
+        ["# Report\n", *([facts] if facts else []), *reports, *(["## Pictures\n"] if shown else []), *shown]
+    )
 
 
 def _json_file(tasks: Mapping[str, TaskReport], *, about: Mapping[str, str], routing: Mapping[str, Any] | None) -> str:
@@ -171,12 +179,11 @@ def _json_file(tasks: Mapping[str, TaskReport], *, about: Mapping[str, str], rou
     return json.dumps(content, ensure_ascii=False) + "\n"
 
 
-def _write_whole(path: Path, content: str) -> None:
+def _write_whole(path: Path, content: bytes) -> None:
     """Write beside the target and rename, so that readers see the old file or the new one."""
     staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        # A label out of JSON may hold half a surrogate pair, which UTF-8 cannot; the escape is valid JSON.
-        staged.write_bytes(content.encode("utf-8", errors="backslashreplace"))
+        staged.write_bytes(content)
         staged.replace(path)
     finally:
         staged.unlink(missing_ok=True)
@@ -238,7 +245,7 @@ def _report_table(caption: str, report: Report) -> _Table:
     for name, figures in report.items():
         if isinstance(figures, dict):
             cells = [_number(figures[key]) for key in ("precision", "recall", "f1-score")]
-            cells = [_printable(name), *cells, _count(figures["support"])]
+            cells = [printable(name), *cells, _count(figures["support"])]
         else:
             cells = [name, "", "", _number(figures), _count(total)]
         (footer if name in _AVERAGES else rows).append(cells)
@@ -266,7 +273,7 @@ def _confused_pairs(confusion: Confusion) -> list[list[str]]:
         if count and row != column
     ]
     pairs.sort(key=_most_first)
-    names = [_printable(label) for label in confusion.labels]
+    names = [printable(label) for label in confusion.labels]
     return [
         [names[row], names[column], _count(count), _number(count / sum(confusion.matrix[row]))]
         for count, row, column in pairs[:MAX_CONFUSED_PAIRS]
@@ -281,9 +288,9 @@ def _most_first(pair: tuple[int, int, int]) -> tuple[int, int, int]:
 def _matrix_table(confusion: Confusion) -> _Table:
     """Lay out the matrix; long names as columns would make it unreadable and are replaced by their row's number."""
     caption = "reference \\ predicted"
-    names = [_printable(label) for label in confusion.labels]
+    names = [printable(label) for label in confusion.labels]
     columns = names
-    if sum(max(_width(name), 5) + 2 for name in names) + max(map(_width, names)) > _MAX_MATRIX_WIDTH:
+    if sum(max(terminal_width(name), 5) + 2 for name in names) + max(map(terminal_width, names)) > _MAX_MATRIX_WIDTH:
         columns = [str(number) for number in range(1, len(names) + 1)]
         names = [f"{number:>2} {name}" for number, name in enumerate(names, start=1)]
     rows = [[name, *map(_count, counts)] for name, counts in zip(names, confusion.matrix, strict=True)]
@@ -298,50 +305,19 @@ def _count(value: float) -> str:
     return f"{int(value):,}"
 
 
-def _printable(text: str) -> str:
-    """Escape what would break a line or the terminal; name the empty label."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text))
-    return shown or "''"
-
-
 def _escaped(text: str) -> str:
     """Escape what Markdown would read as markup inside a table cell."""
-    return re.sub(r"([\\|*`<\[\]]|(?<!\w)_|_(?!\w))", r"\\\1", _printable(text))
-
-
-def _width(text: str) -> int:
-    """Count terminal columns: two for East Asian wide characters, none for combining marks."""
-    return sum(
-        0 if unicodedata.combining(character) else 2 if unicodedata.east_asian_width(character) in "WF" else 1
-        for character in text
-    )
-
-
-def _padded(text: str, width: int, *, left: bool) -> str:
-    fill = " " * (width - _width(text))
-    return text + fill if left else fill + text
-
-
-def _aligned(lines: Sequence[Sequence[str]], *, num_text_columns: int, min_width: int) -> list[list[str]]:
-    """Pad the cells of all lines to the width of their column."""
-    widths = [max(min_width, *map(_width, column)) for column in zip(*lines, strict=True)]
-    return [
-        [
-            _padded(cell, width, left=column < num_text_columns)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        for line in lines
-    ]
+    return re.sub(r"([\\|*`<\[\]]|(?<!\w)_|_(?!\w))", r"\\\1", printable(text))
 
 
 def _text_line(line: _Line) -> str:
-    return f"{_printable(line.name)}: " + "  ".join(map(_printable, line.facts))
+    return f"{printable(line.name)}: " + "  ".join(map(printable, line.facts))
 
 
 def _text_table(table: _Table) -> str:
     lines = [table.header, *table.rows, *table.footer]
-    aligned = ["  ".join(cells) for cells in _aligned(lines, num_text_columns=table.num_text_columns, min_width=5)]
-    rule = "-" * _width(aligned[0])
+    aligned = ["  ".join(cells) for cells in align(lines, num_text_columns=table.num_text_columns, min_width=5)]
+    rule = "-" * terminal_width(aligned[0])
     end = 1 + len(table.rows)
     parts = [aligned[0], rule, *aligned[1:end]]
     if table.footer:
@@ -355,9 +331,9 @@ def _markdown_line(line: _Line) -> str:
 
 def _markdown_table(table: _Table) -> str:
     lines = [[_escaped(cell) if cell else "" for cell in cells] for cells in [table.header, *table.rows, *table.footer]]
-    aligned = _aligned(lines, num_text_columns=table.num_text_columns, min_width=3)
+    aligned = align(lines, num_text_columns=table.num_text_columns, min_width=3)
     rules = [
-        "-" * _width(cell) if column < table.num_text_columns else "-" * (_width(cell) - 1) + ":"
+        "-" * terminal_width(cell) if column < table.num_text_columns else "-" * (terminal_width(cell) - 1) + ":"
         for column, cell in enumerate(aligned[0])
     ]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [aligned[0], rules, *aligned[1:]])

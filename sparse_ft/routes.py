@@ -61,28 +61,31 @@ class Route:
         elif name != "task" and name not in names:
             raise ConfigError(unknown_name("route", name, [*ROUTES, *names]) + " A YAML file with rules works, too.")
 
-    def token_gate(self, task: str) -> Gate | None:
+    def token_gate(self, task: str | None = None) -> Gate | None:
         """Return the gate that is asked at every block while the rows of a task go through the model, if one is."""
         if self.gate is not None:
             return self.gate if self.gate.every_block else None
-        asked = self.name == "gate" or (self.name == "task" and self.model.tasks[task].gated)
+        asked = self.name == "gate" or (self.name == "task" and task is not None and self.model.tasks[task].gated)
         return self.model.gate if asked and isinstance(self.model.gate, TokenGate) else None
 
-    def rows(self, examples: Sequence[Example], texts: Sequence[str], *, task: str) -> Routing:
+    def rows(self, examples: Sequence[Example], texts: Sequence[str], *, task: str | None = None) -> Routing:
         """Route examples as wholes.
 
         Args:
             examples: Rows of model input.
             texts: What the ``row`` of an example points to.
-            task: That they belong to.
+            task: That they belong to, which only the route ``task`` asks for.
         """
-        slot = self.model.tasks[task]
         if self.name == "gate":
             return text_routing(self.model, examples)
-        if self.name == "task" and slot.gated:
-            return text_routing(self.model, examples, task=task)
         if self.gate is None:
-            index = self.model.experts.index(slot.experts[0] if self.name == "task" else self.name)
+            expert = self.name
+            if self.name == "task":
+                assert task is not None
+                if self.model.tasks[task].gated:
+                    return text_routing(self.model, examples, task=task)
+                (expert,) = self.model.tasks[task].experts
+            index = self.model.experts.index(expert)
             return Routing.rows([index] * len(examples), device=self.model.device)
         nothing = torch.zeros(len(examples), 1, 0, device=self.model.device)
         mask = torch.ones(len(examples), 1, device=self.model.device)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,9 +24,12 @@ class RoutingReport:
     usage: dict[str, dict[str, float]]
     """Task to expert to its mean weight, above 0 and up to 1; without those that were never chosen."""
     entropy: dict[str, float]
-    """Task to the mean entropy of the gate's probabilities, in bits; 0 where it is always sure."""
+    """Task to the mean entropy in bits of the gate's probabilities, or of the weights where tokens were routed; 0 where
+    it is always sure."""
     own: dict[str, tuple[str, ...]]
     """Task to the experts that serve it."""
+    blocks: dict[int, dict[str, dict[str, float]]] = field(default_factory=dict)
+    """Block to task to expert to its mean weight in that block; empty where whole texts were routed."""
 
     @property
     def accuracy(self) -> float:
@@ -45,13 +48,15 @@ class RoutingReport:
         return [expert for expert in self.experts if expert not in chosen]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what ``evaluate --json`` writes under ``routing``."""
+        """Return what ``evaluate --json`` writes under ``routing``; ``blocks`` only where tokens were routed."""
+        blocks = {str(block): usage for block, usage in self.blocks.items()}
         return {
             "accuracy": self.accuracy,
             "usage": self.usage,
             "entropy": self.entropy,
             "confusion": self.confusion,
             "dead": self.dead,
+            **({"blocks": blocks} if blocks else {}),
         }
 
     def to_text(self) -> str:
@@ -76,37 +81,47 @@ class RoutingReport:
 
 
 def report_routing(
-    routings: Mapping[str, Routing], *, experts: Sequence[str], own: Mapping[str, tuple[str, ...]]
+    routings: Mapping[str, Routing],
+    *,
+    experts: Sequence[str],
+    own: Mapping[str, tuple[str, ...]],
+    usage: Mapping[str, Tensor] | None = None,
+    first_block: int = 0,
 ) -> RoutingReport:
-    """Count what a gate chose for whole texts.
+    """Count what a gate chose.
 
     Args:
-        routings: Task to the routing of its rows.
+        routings: Task to the routing of its rows as wholes.
         experts: Names in the order of the model.
         own: Task to its experts.
+        usage: Task to the mean weights [rows, blocks, experts] in each block, if tokens were routed.
+        first_block: The block that ``usage`` begins with.
     """
-    confusion, usage, entropy = {}, {}, {}
+    confusion, shares, entropy = {}, {}, {}
     for task, routing in routings.items():
-        weights = _spread(routing, len(experts))
+        weights = routing.spread(len(experts))
         counts: dict[str, int] = {}
         for best, total in zip(weights.argmax(-1).tolist(), weights.sum(-1).tolist(), strict=True):
             name = experts[best] if total > 0 else UNKNOWN
             counts[name] = counts.get(name, 0) + 1
         confusion[task] = counts
-        shares = zip(experts, weights.mean(0).tolist(), strict=True)
-        usage[task] = {expert: share for expert, share in shares if share > 0}
-        entropy[task] = _entropy(routing)
-    return RoutingReport(list(experts), confusion, usage, entropy, dict(own))
+        shares[task] = _above_zero(experts, weights.mean(0))
+        if usage is not None and task in usage:
+            entropy[task] = _entropy(usage[task])
+        else:
+            entropy[task] = 0.0 if routing.logits is None else _entropy(routing.logits.softmax(-1))
+    blocks: dict[int, dict[str, dict[str, float]]] = {}
+    for task, weights in (usage or {}).items():
+        for block, mean in enumerate(weights.mean(0), start=first_block):
+            blocks.setdefault(block, {})[task] = _above_zero(experts, mean)
+    return RoutingReport(list(experts), confusion, shares, entropy, dict(own), blocks)
 
 
-def _spread(routing: Routing, num_experts: int) -> Tensor:
-    """Return the weight of every expert, [rows, experts]."""
-    if routing.experts is None:
-        return routing.weights
-    return routing.weights.new_zeros(len(routing.weights), num_experts).scatter(-1, routing.experts, routing.weights)
+def _above_zero(experts: Sequence[str], weights: Tensor) -> dict[str, float]:
+    """Name the weights [experts] that are above 0."""
+    return {expert: weight for expert, weight in zip(experts, weights.tolist(), strict=True) if weight > 0}
 
 
-def _entropy(routing: Routing) -> float:
-    if routing.logits is None or not len(routing.logits):
-        return 0.0
-    return float(torch.special.entr(routing.logits.softmax(-1)).sum(-1).mean()) / math.log(2)
+def _entropy(shares: Tensor) -> float:
+    """Return the mean entropy of shares [..., experts] in bits."""
+    return float(torch.special.entr(shares).sum(-1).mean()) / math.log(2) if len(shares) else 0.0

@@ -109,8 +109,8 @@ def train(
         return TrainResult(folder, evaluation, [], specs_of, 0.0)
     if run.start is not None and not resume:
         known = _tasks_in(Path(run.start))
-        wanted = run.tasks or (list(known) if run.stage == "joint" else [])
-        run = changed_config(run, {"tasks": [known.get(task, task) for task in wanted]})
+        asked = run.tasks or (list(known) if run.stage == "joint" else [])
+        run = changed_config(run, {"tasks": [known.get(task, task) for task in asked]})
     specs = [load_task(task) for task in run.tasks]
     if not specs:
         raise ConfigError("No task is given. Name at least one, e.g. --task ner; `sparse-ft tasks` lists them.")

@@ -4,8 +4,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sparse_ft.batching import collate
 from sparse_ft.encoding import Encoder
 from sparse_ft.inference import row_logits
+from sparse_ft.routes import arrow_gate
+from sparse_ft.routing import Routing
 
 WORDS = ["Ada", "met", "Charles", "in", "London", "and", "Lisbon", ",", "1996-08-22", "antidisestablishmentarianism"]
 
@@ -101,3 +104,33 @@ def test_no_texts_at_all(model):
     assert tag(model, []) == []
     [empty] = tag(model, [[]])
     assert empty.shape == (0, 5)
+
+
+class Shortlist:
+    """Routes tokens like another gate, but names the experts of each row."""
+
+    every_block = True
+
+    def __init__(self, gate):
+        self.gate, self.names = gate, gate.names
+
+    def route(self, inputs):
+        weights = self.gate.route(inputs).weights.flip(-1)
+        order = torch.arange(weights.shape[-1]).flip(0)
+        return Routing(order.expand(len(weights), -1), weights)
+
+
+@pytest.mark.parametrize("wrap", [lambda gate: gate, Shortlist], ids=["all experts", "a shortlist"])
+def test_usage_is_the_mean_over_the_tokens_of_each_text_in_each_block(model, wrap, monkeypatch):
+    gate, texts = wrap(arrow_gate(model)), [" ".join(words) for words in random_rows(5, longest=12)]
+    examples = Encoder(model.backbone, max_length=64).texts(texts)
+    usage = torch.zeros(len(texts), model.backbone.num_blocks, 2)
+    monkeypatch.setattr("sparse_ft.inference.MAX_TOKENS", 40)
+    row_logits(model, "mood", examples, num_rows=len(texts), gate=gate, usage=usage)
+    for example, mean in zip(examples, usage, strict=True):
+        seen = {}
+        with torch.no_grad():
+            model(collate([("mood", example)], pad_id=model.backbone.pad_id), gate=gate, seen=seen)
+        for block, routing in seen.items():
+            torch.testing.assert_close(mean[block], routing.spread(2)[0].mean(0), atol=1e-5, rtol=1e-5)
+    assert usage.sum(-1) == pytest.approx(1.0, abs=1e-5)

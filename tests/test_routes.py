@@ -1,5 +1,7 @@
 """The ways to route that evaluate compares."""
 
+import json
+
 import pytest
 import torch
 from conftest import add_random_expert
@@ -86,6 +88,19 @@ def test_arrow_routes_token_by_token_without_training(pair):
     for task in ("mood", "names"):
         assert set(result.routing.usage[task]) == {"mood", "names"}
         assert sum(result.routing.usage[task].values()) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_usage_per_block_is_told_where_tokens_were_routed_and_nowhere_else(pair):
+    result = sparse_ft.evaluate(pair, route="arrow", device="cpu")
+    content = result.to_dict()["routing"]
+    assert list(content["blocks"]) == ["1", "2"]  # experts begin at block 1
+    assert json.loads(json.dumps(content)) == content
+    for task, usage in result.routing.usage.items():
+        for expert, share in usage.items():
+            blocks = [result.routing.blocks[block][task].get(expert, 0.0) for block in (1, 2)]
+            assert sum(blocks) / 2 == pytest.approx(share, abs=1e-5)
+    for route in ("task", "gate", "uniform", "mood"):
+        assert "blocks" not in sparse_ft.evaluate(pair, route=route, device="cpu").to_dict()["routing"]
 
 
 def test_arrow_in_a_batch_equals_arrow_alone(pair):

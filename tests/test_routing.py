@@ -87,3 +87,14 @@ def test_stretches_are_the_rows_that_one_expert_serves_alone():
     assert cut(Routing(torch.tensor([[1], [1]]), torch.tensor([[0.5], [0.5]]))) == [(0, 1), (1, 2)]
     assert cut(Routing(torch.tensor([[1, 0], [1, 0]]), torch.tensor([[1.0, 0.0]] * 2))) == [(0, 1), (1, 2)]
     assert cut(Routing.rows([])) == []
+
+
+def test_the_weights_of_all_experts_whatever_form_the_routing_has():
+    per_row = Routing(torch.tensor([[2, 0], [1, 2]]), torch.tensor([[0.7, 0.3], [1.0, 0.0]]))
+    assert per_row.spread(4).tolist() == torch.tensor([[0.3, 0, 0.7, 0], [0, 1.0, 0, 0]]).tolist()
+    every_row = Routing(None, torch.tensor([[0.2, 0.8]]))
+    assert every_row.spread(2).shape == (1, 2)
+    shortlist = Routing(torch.tensor([[2, 0]]), torch.tensor([[[0.7, 0.3], [0.0, 1.0], [0.0, 0.0]]]))
+    expected = torch.tensor([[[0.3, 0.0, 0.7], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]])
+    assert torch.equal(shortlist.spread(3), expected)
+    assert torch.equal(Routing(None, expected).spread(3), expected)

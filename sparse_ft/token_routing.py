@@ -1,0 +1,188 @@
+"""Which experts each token of one text is sent to, block by block.
+
+Shapes: B blocks with experts, S tokens, E experts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparse_ft.batching import collate
+from sparse_ft.checkpoint import Checkpoint, load_checkpoint
+from sparse_ft.devices import find_device
+from sparse_ft.encoding import Encoder, Example
+from sparse_ft.errors import ConfigError
+from sparse_ft.gates import Gate
+from sparse_ft.model import SparseExpertModel
+from sparse_ft.routes import ROUTES, Route
+from sparse_ft.routing import Routing
+
+
+class Token(NamedTuple):
+    """One token of the text as the backbone reads it."""
+
+    text: str
+    start: int
+    """Character offset into the text as given; equal to ``end`` for what the tokenizer adds, such as [CLS]."""
+    end: int
+    """Exclusive."""
+
+
+@dataclass(frozen=True)
+class TokenRouting:
+    """How one text was routed."""
+
+    checkpoint: str
+    route: str
+    text: str
+    tokens: list[Token]
+    truncated: bool
+    """Whether the text has more tokens than the checkpoint reads."""
+    experts: list[str]
+    blocks: list[int]
+    """0-based blocks with experts, rising."""
+    weights: Tensor
+    """[B, S, E] float32; where one choice was made for the whole text it stands in every place."""
+    by_token: bool
+    """Whether tokens were routed, or the text as a whole."""
+    probabilities: dict[str, float] | None = None
+    """Expert to what a learned gate thinks of it for the whole text."""
+
+    @property
+    def choosable(self) -> bool:
+        """Whether there was anything to choose."""
+        return len(self.experts) > 1 or not bool((self.weights == 1).all())
+
+    @property
+    def usage(self) -> dict[str, float]:
+        """Expert to its mean weight over all tokens and blocks."""
+        return dict(zip(self.experts, self.weights.mean((0, 1)).tolist(), strict=True))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``inspect --json`` prints; ``blocks`` of a token only where tokens were routed."""
+        tokens: list[dict[str, Any]] = [token._asdict() for token in self.tokens]
+        for place, token in enumerate(tokens if self.by_token else []):
+            token["blocks"] = {
+                str(block): _above_zero(self.experts, weights[place].tolist())
+                for block, weights in zip(self.blocks, self.weights, strict=True)
+            }
+        return {
+            "checkpoint": self.checkpoint,
+            "route": self.route,
+            "text": self.text,
+            "truncated": self.truncated,
+            "by_token": self.by_token,
+            "experts": self.experts,
+            "blocks": self.blocks,
+            "usage": _above_zero(self.experts, list(self.usage.values())),
+            **({} if self.probabilities is None else {"probabilities": self.probabilities}),
+            "tokens": tokens,
+        }
+
+
+def route_tokens(
+    checkpoint: str | Path | Checkpoint,
+    text: str,
+    *,
+    route: str = "gate",
+    device: str = "auto",
+    backbone: str | None = None,
+) -> TokenRouting:
+    """Route one text, and keep which experts each of its tokens was sent to.
+
+    The text is read as a task on texts reads it: one row, cut to ``data.max_length`` tokens. Where a task of the
+    checkpoint is on pairs, a tab separates the two texts of one.
+
+    Args:
+        checkpoint: A folder, or what ``load_checkpoint`` gave.
+        text: Any text, also empty.
+        route: ``gate``, an expert, the path of a YAML file with rules, or one of ``routes.ROUTES`` but ``task``.
+        device: ``auto``, ``cpu``, ``cuda`` …
+        backbone: Where the backbone is now, if not where the checkpoint says.
+
+    Raises:
+        ConfigError: If the route is unknown, or needs what the checkpoint lacks.
+        CheckpointError: If the folder is no complete checkpoint.
+    """
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = load_checkpoint(checkpoint, device=find_device(device), backbone=backbone)
+    model = checkpoint.model
+    way = _find_route(route, model, seed=checkpoint.config.seed)
+    encoder = Encoder(model.backbone, max_length=checkpoint.config.data.max_length)
+    pairs = any("text_pair" in spec.columns for spec in checkpoint.tasks.values())
+    parts = text.split("\t", 1) if pairs else [text]
+    (example,) = encoder.texts(parts[:1], parts[1:] or None)
+    tokens, truncated = _tokens(encoder, parts, example)
+    blocks = list(range(model.first_block, model.backbone.num_blocks))
+    probabilities = None
+    gate = way.token_gate()
+    if gate is not None:
+        weights = _token_weights(model, example, gate)
+    else:
+        routing = way.rows([example], [text])
+        weights = routing.spread(len(model.experts.names))[0].expand(len(blocks), len(tokens), -1).float().cpu()
+        if routing.logits is not None:
+            names = model.text_gate().names if way.name == "gate" else model.experts.names
+            probabilities = dict(zip(names, routing.logits[0].softmax(-1).tolist(), strict=True))
+    return TokenRouting(
+        checkpoint=str(checkpoint.path),
+        route=way.name,
+        text=text,
+        tokens=tokens,
+        truncated=truncated,
+        experts=list(model.experts.names),
+        blocks=blocks,
+        weights=weights,
+        by_token=gate is not None,
+        probabilities=probabilities,
+    )
+
+
+def _find_route(name: str, model: SparseExpertModel, *, seed: int) -> Route:
+    experts = model.experts.names
+    others = ", ".join([*(route for route in ROUTES if route not in ("task", "gate")), *experts])
+    if name == "task":
+        raise ConfigError(
+            "--route 'task' sends a text to the expert of its task, but a text alone belongs to no task. Name the "
+            f"expert itself, or choose another route: gate, {others}."
+        )
+    if name == "gate" and model.gate is None:
+        if len(experts) > 1:
+            raise ConfigError(
+                "The checkpoint has no gate to choose among its experts. Fit one with `sparse-ft train --stage gate "
+                f"--from CHECKPOINT`, or choose another --route: {others}."
+            )
+        name = experts[0]
+    return Route(name, model, seed=seed)
+
+
+@torch.no_grad()
+def _token_weights(model: SparseExpertModel, example: Example, gate: Gate) -> Tensor:
+    """Return what the gate chose for each token in each block, [B, S, E] on the CPU."""
+    seen: dict[int, Routing] = {}
+    batch = collate([("", example)], pad_id=model.backbone.pad_id, device=model.device)
+    model(replace(batch, tasks=[]), routing=Routing.rows([0], device=model.device), gate=gate, seen=seen)
+    chosen = [seen[block].spread(len(model.experts.names))[0] for block in sorted(seen)]  # [S, E] each
+    return torch.stack([weights.expand(len(example.input_ids), -1) for weights in chosen]).float().cpu()
+
+
+def _tokens(encoder: Encoder, parts: Sequence[str], example: Example) -> tuple[list[Token], bool]:
+    """Cut the text as its tokens do; say also whether some did not fit."""
+    encoded = encoder.tokenizer(*parts, truncation=True, max_length=encoder.max_length).encodings[0]
+    names = encoder.tokenizer.convert_ids_to_tokens(example.input_ids)
+    if not encoded.ids:  # a text without tokens is read as one token of padding
+        return [Token(name, 0, 0) for name in names], False
+    text, second = "\t".join(parts), len(parts[0]) + 1
+    tokens = []
+    for name, (start, end), part in zip(names, encoded.offsets, encoded.sequence_ids, strict=True):
+        before = second if part == 1 else 0
+        tokens.append(Token(text[before + start : before + end] or name, before + start, before + end))
+    return tokens, bool(encoded.overflowing)
+
+
+def _above_zero(experts: Sequence[str], weights: Sequence[float]) -> dict[str, float]:
+    return {expert: weight for expert, weight in zip(experts, weights, strict=True) if weight > 0}

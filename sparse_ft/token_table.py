@@ -1,0 +1,106 @@
+"""The routing of one text for a terminal: tokens down, blocks across, the experts of each by a letter."""
+
+from collections.abc import Sequence
+
+from sparse_ft.tables import align, printable, terminal_width
+from sparse_ft.token_routing import TokenRouting
+
+MAX_IN_CELL = 3
+"""Experts that a cell names; how many more there are follows."""
+MAX_TOKEN_WIDTH = 24
+
+
+def token_table(routed: TokenRouting, *, width: int = 120) -> str:
+    """Show the experts, and where tokens were routed a table of these.
+
+    Args:
+        routed: What ``route_tokens`` gave.
+        width: Terminal columns; blocks that do not fit go into a second table below the first.
+    """
+    lines = [_headline(routed)]
+    if routed.truncated:
+        lines.append(f"The text is longer than the {len(routed.tokens)} tokens that are read (data.max_length).")
+    if not routed.weights.any():
+        lines.append("No expert was chosen: the text goes through the bare backbone.")
+    if routed.choosable:
+        lines += ["", *_expert_table(routed)]
+        if routed.by_token:
+            more = " +2: two more experts have less." if len(routed.experts) > MAX_IN_CELL else ""
+            lines += ["", f"A61: a weight of 0.61 on expert A.{more}"]
+            lines += [line for table in _token_tables(routed, width) for line in ["", *table]]
+    return "\n".join(lines)
+
+
+def span(routed: TokenRouting) -> str:
+    """Say how many tokens and which blocks were routed."""
+    count = "1 token" if len(routed.tokens) == 1 else f"{len(routed.tokens)} tokens"
+    first, last = routed.blocks[0], routed.blocks[-1]
+    return f"{count}, block {first}" if first == last else f"{count}, blocks {first} to {last}"
+
+
+def _headline(routed: TokenRouting) -> str:
+    if not routed.choosable:
+        return f"There is one expert, {routed.experts[0]}, so there is nothing to choose ({span(routed)})."
+    choice = "every token chooses its experts anew in each block"
+    if not routed.by_token:
+        choice = "one choice for the whole text, the same for all its tokens in all blocks"
+    return f"Route {routed.route}: {choice} ({span(routed)})."
+
+
+def _expert_table(routed: TokenRouting) -> list[str]:
+    marked = routed.by_token
+    rows = [
+        [*([_mark(place)] if marked else []), printable(expert), f"{weight:.2f}"]
+        for place, (expert, weight) in enumerate(routed.usage.items())
+    ]
+    header = ["", "expert", "mean weight"] if marked else ["expert", "weight"]
+    if routed.probabilities is not None:
+        header.append("probability")
+        rows = [[*row, f"{routed.probabilities[name]:.2f}"] for row, name in zip(rows, routed.experts, strict=True)]
+    return _lines([header, *rows], num_text_columns=2 if marked else 1)
+
+
+def _token_tables(routed: TokenRouting, width: int) -> list[list[str]]:
+    """Lay out the tokens and their mean, with as many blocks side by side as fit."""
+    labels = ["token", *(shortened(token.text) for token in routed.tokens), "mean"]
+    columns = [
+        [f"block {block}", *(_cell(row) for row in [*weights.tolist(), weights.mean(0).tolist()])]
+        for block, weights in zip(routed.blocks, routed.weights, strict=True)
+    ]
+    left = width - max(map(terminal_width, labels))
+    widths = [2 + max(map(terminal_width, column)) for column in columns]
+    tables, start = [], 0
+    while start < len(columns):
+        stop = start + 1
+        while stop < len(columns) and sum(widths[start : stop + 1]) <= left:
+            stop += 1
+        lines = [list(line) for line in zip(labels, *columns[start:stop], strict=True)]
+        tables.append(_lines(lines, num_text_columns=len(lines[0])))
+        start = stop
+    return tables
+
+
+def _mark(place: int) -> str:
+    """Name an expert by a letter: A to Z, then AA, AB and so on."""
+    letter = chr(ord("A") + place % 26)
+    return letter if place < 26 else _mark(place // 26 - 1) + letter
+
+
+def _cell(weights: Sequence[float]) -> str:
+    """Show the experts of one token [E], the heaviest first, in hundredths; ``-`` where there is none."""
+    order = sorted(range(len(weights)), key=lambda place: -weights[place])
+    shown = [f"{_mark(place)}{100 * weights[place]:.0f}" for place in order if weights[place] >= 0.005]
+    more = [f"+{len(shown) - MAX_IN_CELL}"] if len(shown) > MAX_IN_CELL else []
+    return " ".join([*shown[:MAX_IN_CELL], *more]) or "-"
+
+
+def shortened(token: str, *, width: int = MAX_TOKEN_WIDTH) -> str:
+    """Show a token or a name in one cell; blanks that begin or end a token are those of its tokenizer."""
+    shown = printable(token.strip() or token)
+    while terminal_width(shown) > width:
+        shown = shown[:-2] + "…"
+    return shown
+
+
+def _lines(rows: Sequence[Sequence[str]], *, num_text_columns: int) -> list[str]:
+    return ["  ".join(cells).rstrip() for cells in align(rows, num_text_columns=num_text_columns, min_width=0)]
