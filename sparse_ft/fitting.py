@@ -18,7 +18,7 @@ from sparse_ft.encoding import Example
 from sparse_ft.errors import ConfigError, SparseFTError
 from sparse_ft.evaluation import predict_rows, score_rows
 from sparse_ft.gradients import Gradients
-from sparse_ft.mixing import Domains, Mixing, Pairs
+from sparse_ft.mixing import Domains, Mixing, Pairs, has_gate
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.parameter_groups import build_optimizer, find_groups
 from sparse_ft.resume import Progress, fingerprint, load_resume, save_resume
@@ -95,7 +95,7 @@ class _Loop:
         model.requires_grad_(False)
         model.backbone_dropout = run.train.backbone_dropout
         examples = {name: task.examples for name, task in tasks.items()}
-        self.mixing = Mixing(model, examples, run=run) if run.stage == "joint" else None
+        self.mixing = Mixing(model, examples, run=run) if has_gate(run) else None
         domains = self.mixing is None and any(model.tasks[name].gated for name in tasks)
         self.tasks = _keep_trunks(model, tasks, limit=run.train.trunk_memory * 2**20)
         self.groups = find_groups(model, list(tasks), run=run)

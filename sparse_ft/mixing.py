@@ -52,6 +52,11 @@ def joint_choice(settings: GateConfig) -> Choice:
     )
 
 
+def has_gate(run: RunConfig) -> bool:
+    """Whether a run trains a gate with its experts; a pool of one is an expert that all tasks share."""
+    return run.stage == "joint" and run.experts.pool != 1
+
+
 def check_joint(run: RunConfig, *, num_experts: int) -> None:
     """Refuse settings that no joint run can have.
 
@@ -65,7 +70,7 @@ def check_joint(run: RunConfig, *, num_experts: int) -> None:
     settings = run.gate
     if settings.type == "prototype":
         raise ConfigError("gate.type is prototype, which learns nothing. A joint run takes sequence or token.")
-    if num_experts < 2:
+    if num_experts < 2 and has_gate(run):
         raise ConfigError(
             "A joint run mixes at least 2 experts, and here is 1. Name more tasks, start --from a checkpoint with "
             "other experts, or set experts.pool."

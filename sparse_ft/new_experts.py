@@ -14,7 +14,7 @@ from sparse_ft.gate_training import fit_gate, gate_block
 from sparse_ft.gates import SequenceGate, TokenGate
 from sparse_ft.inference import pooled_entering
 from sparse_ft.kinds import find_kind
-from sparse_ft.mixing import SHARED, joint_choice, pool_names, token_gate
+from sparse_ft.mixing import SHARED, has_gate, joint_choice, pool_names, token_gate
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.tasks import TaskSpec
 from sparse_ft.training_data import TrainingTask
@@ -37,7 +37,8 @@ def add_tasks(model: SparseExpertModel, ready: Mapping[str, TrainingTask], *, ru
         if joint:
             slot = model.tasks[spec.name]
             experts = tuple(pool_names(run.experts.pool)) or slot.experts
-            model.tasks[spec.name] = replace(slot, experts=experts, mixed=True, shared=shared or slot.shared)
+            mixed, added = has_gate(run), shared or slot.shared
+            model.tasks[spec.name] = replace(slot, experts=experts, mixed=mixed, shared=added)
         elif model.tasks[spec.name].mixed:
             raise ConfigError(
                 f"Task {spec.name!r} of {run.start!r} was trained together with its gate. Train it further with "

@@ -8,6 +8,7 @@ from torch import nn
 
 from sparse_ft.config import RunConfig
 from sparse_ft.gates import TokenGate
+from sparse_ft.mixing import has_gate
 from sparse_ft.model import SparseExpertModel
 
 
@@ -51,9 +52,10 @@ def find_groups(model: SparseExpertModel, tasks: Sequence[str], *, run: RunConfi
         for expert in model.tasks[task].used:
             learnt = {name: value for name, value in model.experts.parameters(expert).items() if value.numel()}
             parameters.update({f"{expert}/expert.{name}": value for name, value in learnt.items()})
-    assert model.gate is not None
-    linear = model.gate.linears if isinstance(model.gate, TokenGate) else model.gate.linear
-    parameters.update({f"gate/gate.{name}": value for name, value in linear.named_parameters()})
+    if has_gate(run):
+        assert model.gate is not None
+        linear = model.gate.linears if isinstance(model.gate, TokenGate) else model.gate.linear
+        parameters.update({f"gate/gate.{name}": value for name, value in linear.named_parameters()})
     return {"joint": Group(list(tasks), parameters, _tied(model, tasks) if run.experts.shared_a else [])}
 
 

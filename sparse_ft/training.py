@@ -19,7 +19,7 @@ from sparse_ft.fitting import fit
 from sparse_ft.folders import explain_os_errors, write_json
 from sparse_ft.gate_stage import add_gate, check_gate, kept_rows, note_accuracy, rows_by_expert, train_gate
 from sparse_ft.manifest import check_name, read_manifest, read_yaml
-from sparse_ft.mixing import check_joint
+from sparse_ft.mixing import check_joint, has_gate
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.new_experts import add_tasks, start_gate
 from sparse_ft.outputs import default_output, free_output, next_output
@@ -185,7 +185,7 @@ def _train(run: RunConfig, specs: Sequence[TaskSpec], *, resume: bool) -> TrainR
     with explain_os_errors(output):
         output.mkdir(parents=True, exist_ok=True)
     _LOG.info("Training %s on %s into %s", ", ".join(ready), model.device, output)
-    if run.stage == "joint":
+    if has_gate(run):
         rows = {**_others_rows(kept, ready, run=run, encoder=encoder), **ready}
         model.gate = start_gate(model.eval(), ready, rows_by_expert(model, rows), run=run)
     progress = _fit(model, ready, run=run, output=output, resume=resume)
