@@ -34,8 +34,8 @@ class ExpertConfig(_Section):
     pooling: Literal["auto", "mean", "first", "last"] = "auto"
     """How a text becomes one vector; auto is last for causal backbones, else mean."""
     pool: int = Field(default=0, ge=0, le=1024)
-    """Train so many experts that belong to no task, jointly with the gate that mixes them; 1 is an expert that all tasks
-    share, without a gate; 0: one expert a task."""
+    """Train so many experts that belong to no task, jointly with the gate that mixes them; 1 is an expert that all
+    tasks share, without a gate; 0: one expert a task."""
     shared: bool = False
     """In a joint run: whether there is one expert more that every row uses, whatever the gate chooses."""
     shared_a: bool = False
