@@ -27,10 +27,12 @@ _LOG = logging.getLogger("sparse_ft")
 _DPI = 130
 _WIDTH = 13.0
 """Inches that panels may take side by side before the next ones go below."""
+_HEIGHT = 300.0
+"""Inches that all panels may take; the rows of longer texts are lower. PNG files of matplotlib end at 65,535 dots."""
 _MAX_NUMBERS = 20
 """A matrix with more rows or columns has colours only."""
 _MAX_NAMES = 200
-"""A matrix with more rows has no names."""
+"""A confusion of more labels does not name them."""
 _MAX_NAME = 32
 _COLOURS = "Blues"
 # Asked for characters that matplotlib's own font lacks, if they are installed.
@@ -113,7 +115,7 @@ def _token_panels(routed: TokenRouting) -> "Figure":
         title=title,
         across="block",
         cell=(max(0.14, min(0.3, 2.0 / len(routed.blocks))), 0.19),
-        top=1.0,
+        top=float(routed.weights.max()) or 1.0,
     )
 
 
@@ -233,6 +235,8 @@ def _panels(
     room = max(width, 0.09 * max(map(len, panels)), 0.8) + 0.25
     side = max(1, min(len(panels), int(_WIDTH // room)))
     deep = -(-len(panels) // side)
+    height = min(height, _HEIGHT / deep)
+    cell = (cell[0], height / len(first))
     names = 0.08 * max((len(_shown(name)) for name in rows), default=0)
     below = 0.06 * max((len(_shown(name)) for name in columns), default=0)
     figure = _figure(max(names + side * room + 1.6, 0.085 * len(title)), deep * (height + below + 0.75) + 0.5)
@@ -269,7 +273,7 @@ def _label(axes: "Axes", *, rows: Sequence[str], columns: Sequence[str], cell: t
     axes.set_yticks(range(len(rows)), list(map(_shown, rows)), size=min(8, 60 * cell[1]))
     axes.tick_params(length=0)
     axes.spines[:].set_color("#bbbbbb")
-    if len(rows) <= _MAX_NAMES:
+    if rows:
         axes.set_xticks([place + 0.5 for place in range(len(columns) - 1)], minor=True)
         axes.set_yticks([place + 0.5 for place in range(len(rows) - 1)], minor=True)
         axes.grid(which="minor", color="#e5e5e5", linewidth=0.6)

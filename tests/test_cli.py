@@ -15,6 +15,7 @@ from test_training import settings, toy_rows, trained_toys, write_rows, write_to
 import sparse_ft
 from sparse_ft import cli as cli_module
 from sparse_ft.resources import bundled_names
+from sparse_ft.token_routing import route_tokens
 
 COMMANDS = ("tasks", "train", "evaluate", "predict", "inspect", "edit")
 
@@ -104,7 +105,8 @@ def test_train_predict_evaluate_inspect(cli, tmp_path, tiny_bert):
     content = json.loads((tmp_path / "scores.json").read_text())
     assert content["tasks"]["sentiment"]["n"] >= 100
     assert f"accuracy {content['tasks']['sentiment']['metrics']['accuracy']:.3f}" in out
-    assert sorted(file.name for file in (tmp_path / "report").iterdir()) == ["report.json", "report.md", "report.txt"]
+    files = ["confusion_sentiment.png", "report.json", "report.md", "report.txt"]
+    assert sorted(file.name for file in (tmp_path / "report").iterdir()) == files
     report = json.loads((tmp_path / "report/report.json").read_text())
     assert report["tasks"] == content["tasks"]
     code, out, err = cli("inspect", "runs/sentiment")
@@ -216,6 +218,69 @@ def test_resume(cli, tmp_path, tiny_bert, monkeypatch):
     code, out, err = cli(*shlex.split(advised))
     assert code == 0, err
     assert "Checkpoint: out\n" in out
+
+
+def test_the_report_shows_what_the_route_did(cli, toys, tmp_path):
+    code, _, err = cli("evaluate", toys, "--route", "arrow", "--report", "report", "--device", "cpu")
+    assert code == 0, err
+    names = {file.name for file in (tmp_path / "report").glob("*.png")}
+    assert names == {"confusion_mood.png", "confusion_reply.png", "routing.png", "routing_blocks.png"}
+    content = json.loads((tmp_path / "report/report.json").read_text())
+    assert list(content["routing"]["blocks"]) == ["0", "1", "2"]
+    markdown = (tmp_path / "report/report.md").read_text()
+    assert all(f"]({name})" in markdown for name in names)
+
+
+def test_a_report_without_matplotlib_has_no_pictures_and_says_how_to_get_them(cli, toys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, err = cli("evaluate", toys, "--task", "mood", "--report", "report", "--device", "cpu")
+    assert code == 0
+    assert "The report has no pictures. Pictures need matplotlib" in err
+    assert 'pip install "sparse-ft[plots]"' in err
+    assert sorted(file.name for file in (tmp_path / "report").iterdir()) == ["report.json", "report.md", "report.txt"]
+
+
+# Inspect
+
+
+def test_inspect_a_text(cli, toys, tmp_path):
+    code, out, err = cli("inspect", toys, "--text", "Ada in London", "--route", "arrow", "--picture", "new/ada.png")
+    assert (code, err) == (0, "")
+    assert out.startswith("Route arrow: every token chooses its experts anew in each block (5 tokens, blocks 0 to 2).")
+    assert out.endswith("\nPicture: new/ada.png\n")
+    assert (tmp_path / "new/ada.png").read_bytes().startswith(b"\x89PNG")
+    code, out, err = cli("inspect", toys, "--text", "Ada in London", "--route", "arrow", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out) == route_tokens(toys, "Ada in London", route="arrow", device="cpu").to_dict()
+    code, out, err = cli("inspect", toys, "--text", "")
+    assert (code, err) == (0, "")
+    assert out.startswith("Route gate: one choice for the whole text, the same for all its tokens in all blocks")
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--text", "Ada", "--route", "unifrom"], "Unknown route 'unifrom'. Did you mean 'uniform'?"),
+    (["--text", "Ada", "--route", "task"], "a text alone belongs to no task"),
+    (["--text", "Ada", "--picture", "ada.jpg"], "--picture 'ada.jpg' is no PNG. Give a file name that ends in .png."),
+    (["--text", "Ada", "--picture", "taken/ada.png"], "taken is a file, not a folder. Choose another folder."),
+    (["--picture", "ada.png"], "--picture is about the routing of a text, and none is given. Add --text TEXT."),
+    (["--json"], "--json is about the routing of a text, and none is given. Add --text TEXT."),
+])  # fmt: skip
+def test_what_inspect_cannot_show_is_explained_and_nothing_written(cli, toys, tmp_path, options, message):
+    (tmp_path / "taken").write_text("mine")
+    code, out, err = cli("inspect", toys, *options)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_picture_without_matplotlib_is_refused(cli, toys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, out, err = cli("inspect", toys, "--text", "Ada", "--picture", "ada.png")
+    assert (code, out) == (2, "")
+    assert err.startswith("Error: Pictures need matplotlib, which is not installed. Install it with `pip install")
+    assert err.count("\n") == 1
+    assert cli("inspect", toys, "--text", "Ada")[0] == 0
 
 
 # Predict

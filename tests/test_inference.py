@@ -106,12 +106,13 @@ def test_no_texts_at_all(model):
     assert empty.shape == (0, 5)
 
 
-class Shortlist:
+class Shortlist(torch.nn.Module):
     """Routes tokens like another gate, but names the experts of each row."""
 
     every_block = True
 
     def __init__(self, gate):
+        super().__init__()
         self.gate, self.names = gate, gate.names
 
     def route(self, inputs):

@@ -176,6 +176,13 @@ def test_write_report_writes_three_files(tmp_path, tagging, topic):
     assert content["tasks"]["ner"] == report_json(tagging)
 
 
+def test_pictures_are_written_and_shown_by_the_markdown(tmp_path, tagging):
+    paths = write_report(tmp_path, {"ner": TaskReport(tagging)}, pictures={"routing.png": b"PNG"})
+    assert [path.name for path in paths] == ["report.txt", "report.md", "report.json", "routing.png"]
+    assert (tmp_path / "routing.png").read_bytes() == b"PNG"
+    assert (tmp_path / "report.md").read_text().endswith("## Pictures\n\n![routing](routing.png)\n")
+
+
 def test_write_report_replaces_an_older_one(tmp_path, tagging):
     write_report(tmp_path, {"old": TaskReport(tagging)})
     write_report(tmp_path, {"new": TaskReport(tagging)})
