@@ -74,12 +74,14 @@ class ExpertLayer(nn.Module):
             scales: alpha / r of each.
         """
         pairs = [delta if delta is not None and delta[0].shape[0] else None for delta in deltas]
-        a_parts = [pair[0].t().to(self.bank_a).flatten() for pair in pairs if pair is not None]
-        b_parts = [pair[1].t().to(self.bank_b) for pair in pairs if pair is not None]
         ranks = tuple(0 if pair is None else pair[0].shape[0] for pair in pairs)
-        if a_parts:
-            self.bank_a, self.bank_b = torch.cat([self.bank_a, *a_parts]), torch.cat([self.bank_b, *b_parts])
         self.layout = _Layout.of(self.ranks + ranks, self.scales + tuple(scales))
+        piece = self.layout.piece  # where all ranks are equal, nothing is copied twice
+        a_parts = [pair[0].t().to(self.bank_a).reshape(-1, piece) for pair in pairs if pair is not None]
+        b_parts = [pair[1].t().to(self.bank_b) for pair in pairs if pair is not None]
+        if a_parts:
+            self.bank_a = torch.cat([self.bank_a.view(-1, piece), *a_parts]).flatten()
+            self.bank_b = torch.cat([self.bank_b, *b_parts])
         self._rebind()
 
     def remove(self, index: int) -> None:
@@ -401,7 +403,7 @@ class _Columns:
             weights = weights[..., self._together]
         elif self._together is not None:
             named = routing.experts.unsqueeze(-1) == self._together  # [N, K, M]
-            weights = weights @ named.to(weights.dtype)
+            weights = (weights.unsqueeze(-1) * named.unsqueeze(1)).sum(-2)
         gate = weights.index_select(-1, self._places) * self._scales
         self._gate = None if learns else gate
         return gate
