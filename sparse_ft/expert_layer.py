@@ -3,10 +3,10 @@
     y = W x + sum over chosen e of  w_e * (alpha_e / r_e) * B_e A_e x
 
 LoRA: Hu et al. 2021, https://arxiv.org/abs/2106.09685. Shapes: N rows, S tokens a row, I inputs, O outputs, r rank, R
-the sum of all ranks, C the columns (rank by rank) that one row uses.
+the sum of all ranks, C the columns (rank by rank) that one row uses, M the sets of experts: N, or 1 for all rows.
 
-The matrices of all experts stand below one another in two banks, A [R, I] and B [R, O], so that any choice of experts
-is one ``index_select``, whatever their number and ranks.
+The matrices of all experts stand one after another in two banks, so that any choice of experts is one
+``index_select`` from each, whatever their number and ranks.
 """
 
 import math
@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sparse_ft.routing import Routing, RoutingSlot
+
+_FEW = 2
+"""Times the experts a row uses: up to so many experts in a batch, all rows are multiplied by all of them."""
 
 
 class ExpertLayer(nn.Module):
@@ -33,7 +36,9 @@ class ExpertLayer(nn.Module):
     """
 
     bank_a: Tensor
+    """[R * I]: A transposed, [I, r], of one expert after another."""
     bank_b: Tensor
+    """[1 + R, O]: the bias of the frozen linear, then B transposed, [r, O], of one expert after another."""
 
     def __init__(self, frozen: nn.Module, *, slot: RoutingSlot) -> None:
         super().__init__()
@@ -46,8 +51,10 @@ class ExpertLayer(nn.Module):
         self.opened: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
         weight = frozen.weight
         assert isinstance(weight, Tensor)
-        self.register_buffer("bank_a", torch.zeros(0, self.in_features, device=weight.device), persistent=False)
-        self.register_buffer("bank_b", torch.zeros(0, self.out_features, device=weight.device), persistent=False)
+        bias = weight.new_zeros(self.out_features) if frozen.bias is None else frozen.bias
+        assert isinstance(bias, Tensor)
+        self.register_buffer("bank_a", torch.zeros(0, device=weight.device), persistent=False)
+        self.register_buffer("bank_b", bias.detach().to(torch.float32, copy=True).unsqueeze(0), persistent=False)
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -67,19 +74,21 @@ class ExpertLayer(nn.Module):
             scales: alpha / r of each.
         """
         pairs = [delta if delta is not None and delta[0].shape[0] else None for delta in deltas]
-        a_parts = [pair[0].to(self.bank_a) for pair in pairs if pair is not None]
-        b_parts = [pair[1].t().to(self.bank_b) for pair in pairs if pair is not None]
         ranks = tuple(0 if pair is None else pair[0].shape[0] for pair in pairs)
-        if a_parts:
-            self.bank_a, self.bank_b = torch.cat([self.bank_a, *a_parts]), torch.cat([self.bank_b, *b_parts])
         self.layout = _Layout.of(self.ranks + ranks, self.scales + tuple(scales))
+        piece = self.layout.piece  # where all ranks are equal, nothing is copied twice
+        a_parts = [pair[0].t().to(self.bank_a).reshape(-1, piece) for pair in pairs if pair is not None]
+        b_parts = [pair[1].t().to(self.bank_b) for pair in pairs if pair is not None]
+        if a_parts:
+            self.bank_a = torch.cat([self.bank_a.view(-1, piece), *a_parts]).flatten()
+            self.bank_b = torch.cat([self.bank_b, *b_parts])
         self._rebind()
 
     def remove(self, index: int) -> None:
         """Take one expert out; those behind it move up by one."""
-        rows = self.layout.rows_of(index)
-        kept = [place for place in range(len(self.bank_a)) if place not in rows]
-        self.bank_a, self.bank_b = self.bank_a[kept], self.bank_b[kept]
+        lora_a, lora_b = self.layout.places(index, self.in_features)
+        self.bank_a = torch.cat([self.bank_a[: lora_a.start], self.bank_a[lora_a.stop :]])
+        self.bank_b = torch.cat([self.bank_b[: lora_b.start], self.bank_b[lora_b.stop :]])
         ranks, scales = list(self.ranks), list(self.scales)
         del ranks[index], scales[index]
         self.layout = _Layout.of(tuple(ranks), tuple(scales))
@@ -88,11 +97,11 @@ class ExpertLayer(nn.Module):
 
     def get(self, index: int) -> tuple[Tensor, Tensor]:
         """Return views of (A [r, I], B [O, r]) of one expert."""
-        rows = self.layout.rows_of(index)
-        return self.bank_a[rows.start : rows.stop], self.bank_b[rows.start : rows.stop].t()
+        lora_a, lora_b = self._views(index)
+        return lora_a.t(), lora_b.t()
 
     def open(self, index: int) -> tuple[nn.Parameter, nn.Parameter]:
-        """Return (A [r, I], B transposed [r, O]) of one expert as parameters; they are views into the banks."""
+        """Return A and B of one expert as parameters, transposed: [I, r] and [r, O]; they are views into the banks."""
         if index not in self.opened:
             lora_a, lora_b = self._pair(index)
             self.opened[index] = (nn.Parameter(lora_a), nn.Parameter(lora_b))
@@ -102,8 +111,7 @@ class ExpertLayer(nn.Module):
     def _rebind(self) -> None:
         """Let the parameters be views into the present banks again."""
         for index, (lora_a, lora_b) in self.opened.items():
-            rows = self.layout.rows_of(index)
-            lora_a.data, lora_b.data = self.bank_a[rows.start : rows.stop], self.bank_b[rows.start : rows.stop]
+            lora_a.data, lora_b.data = self._views(index)
         self._register()
 
     def _register(self) -> None:
@@ -118,8 +126,8 @@ class ExpertLayer(nn.Module):
         super()._apply(fn, recurse)
         with torch.no_grad():
             for index, pair in self.opened.items():  # what was moved is no view any more
-                rows = self.layout.rows_of(index)
-                self.bank_a[rows.start : rows.stop], self.bank_b[rows.start : rows.stop] = pair
+                for view, parameter in zip(self._views(index), pair, strict=True):
+                    view.copy_(parameter)
         self._rebind()
         return self
 
@@ -129,76 +137,141 @@ class ExpertLayer(nn.Module):
         if routing is None:
             return self.frozen(x)
         drops = self.training and self.dropout > 0
+        learns = torch.is_grad_enabled() and not drops and not torch.is_autocast_enabled(x.device.type)
         only = routing.only
         if only is not None:
             if not self.ranks[only]:
                 return self.frozen(x)
-            bank_a, bank_b = self._pair(only)
-            if torch.is_grad_enabled() and not drops and not torch.is_autocast_enabled(x.device.type):
-                weight = self.frozen.weight
-                assert isinstance(weight, Tensor)
-                weight = weight if self.fan_in_fan_out else weight.t()
-                lora_a, lora_b = bank_a.to(x.dtype), bank_b.to(x.dtype)
-                return _LowRankLinear.apply(x, weight, self.frozen.bias, lora_a, lora_b, self.scales[only])
-            h = functional.linear(self.slot.dropout(x, self.dropout) if drops else x, bank_a.to(x.dtype))  # [N, S, r]
-            return _added(self.frozen(x), h, bank_b.to(x.dtype), scale=self.scales[only])
-        y = self.frozen(x)
-        present = routing.present
-        if not any(self.ranks[index] for index in (range(len(self.ranks)) if present is None else present)):
-            return y
-        if drops:
-            x = self.slot.dropout(x, self.dropout)
-        return self._gathered(x, y, routing) if routing.experts is not None else self._dense(x, y, routing)
+            lora_a, lora_b = (part.to(x.dtype) for part in self._pair(only))
+            if learns:
+                lora_b = torch.cat([lora_b, self.bank_b[:1].to(x.dtype)])
+                scale = x.new_full((), self.scales[only])
+                return _MixedLinear.apply(x, self._weight, lora_a.unsqueeze(0), lora_b.unsqueeze(0), scale)
+            dropped = self.slot.dropout(x, self.dropout) if drops else x
+            h = functional.linear(dropped, lora_a.t().contiguous())  # [N, S, r], of PEFT's matrix for PEFT's very bits
+            return _added(self.frozen(x), h, lora_b, scale=self.scales[only])
+        present = range(len(self.ranks)) if routing.present is None else routing.present
+        needed = tuple(index for index in present if self.ranks[index])
+        if not needed:
+            return self.frozen(x)
+        lora_a, lora_b, gate = (part.to(x.dtype) for part in self._matrices(routing, needed))
+        if learns:
+            return _MixedLinear.apply(x, self._weight, lora_a, lora_b, gate)
+        dropped = self.slot.dropout(x, self.dropout) if drops else x
+        return _mixed(x, dropped, self._weight, lora_a, lora_b, gate)[0]
 
-    def _banks(self, present: Sequence[int] | None) -> tuple[Tensor, Tensor, "_Layout"]:
-        """Return banks that hold at least the experts ``present`` (None: all), and where each stands in them.
+    @property
+    def _weight(self) -> Tensor:
+        """The frozen weight, [I, O]."""
+        weight = self.frozen.weight
+        assert isinstance(weight, Tensor)
+        return weight if self.fan_in_fan_out else weight.t()
 
-        Without gradients these are the banks of all experts, as they stand. With them, the parameters are joined, so
-        that each receives its own.
-        """
-        indices = range(len(self.ranks)) if present is None else present
-        needed = [index for index in indices if self.ranks[index]]
-        trained = torch.is_grad_enabled() and any(
-            parameter.requires_grad for index in needed for parameter in self.opened.get(index, ())
-        )
-        if not trained:
-            return self.bank_a, self.bank_b, self.layout
-        pairs = [self._pair(index) for index in needed]
-        return torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs]), self.layout.packed(tuple(needed))
+    def _views(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return A and B of one expert as they stand in the banks, [I, r] and [r, O]."""
+        lora_a, lora_b = self.layout.places(index, self.in_features)
+        return self.bank_a[lora_a].view(self.in_features, -1), self.bank_b[lora_b]
 
     def _pair(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return (A [r, I], B transposed [r, O]) of one expert: its parameters if it has some."""
-        if index in self.opened:
-            return self.opened[index]
-        rows = self.layout.rows_of(index)
-        return self.bank_a[rows.start : rows.stop], self.bank_b[rows.start : rows.stop]
+        """Return A [I, r] and B [r, O] of one expert: its parameters if it has some."""
+        return self.opened[index] if index in self.opened else self._views(index)
 
-    def _gathered(self, x: Tensor, y: Tensor, routing: Routing) -> Tensor:
-        """Fetch the matrices of each row's experts and multiply row by row; the cost does not grow with the experts."""
-        assert routing.experts is not None
-        present = routing.present or []
-        # Padded to the largest rank present, not of all experts: an expert outside the batch changes nothing in it.
-        width = max(self.ranks[index] for index in present)
-        bank_a, bank_b, layout = self._banks(present)
-        columns, gate = layout.columns(routing.experts, width)  # [N, K * width] both
-        weights = routing.weights.repeat_interleave(width, -1)  # [N, C] or [N, S, C]
-        gate = weights * (gate.unsqueeze(1) if routing.by_token else gate)
-        gate = gate if routing.by_token else gate.unsqueeze(1)  # [N, 1 or S, C]
-        rows, chosen = columns.shape
-        lora_a = bank_a.index_select(0, columns.flatten()).view(rows, chosen, -1).to(x.dtype)  # [N, C, I]
-        lora_b = bank_b.index_select(0, columns.flatten()).view(rows, chosen, -1).to(x.dtype)  # [N, C, O]
-        h = torch.bmm(x, lora_a.transpose(1, 2)) * gate.to(x.dtype)  # [N, S, C]
-        if torch.is_autocast_enabled(x.device.type):
-            return torch.baddbmm(y, h, lora_b)
-        return y.baddbmm_(h, lora_b)  # y is the fresh output of the frozen linear, and nobody's but ours
+    def _matrices(self, routing: Routing, needed: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """Fetch the matrices of the experts that rows use; the cost does not grow with the experts of the model.
 
-    def _dense(self, x: Tensor, y: Tensor, routing: Routing) -> Tensor:
-        """Multiply by the matrices of all experts at once; the weights scale the columns."""
-        bank_a, bank_b, layout = self._banks(None)
-        gate = layout.spread(routing.weights)  # [N, R] or [N, S, R]
-        gate = gate if routing.by_token else gate.unsqueeze(1)
-        h = functional.linear(x, bank_a.to(x.dtype)) * gate.to(x.dtype)  # [N, S, R]
-        return _added(y, h, bank_b.to(x.dtype), scale=1.0)
+        Parameters in training are joined first, so that each receives its own gradient.
+
+        Args:
+            routing: Of the rows.
+            needed: The experts that it names and that have a rank in this layer.
+
+        Returns:
+            A [M, I, C], B with the frozen bias below it [M, C + 1, O], and the weights on their columns [N, 1 or S, C].
+        """
+        bank_a, bank_b, layout = self.bank_a, self.bank_b, self.layout
+        if torch.is_grad_enabled() and any(p.requires_grad for index in needed for p in self.opened.get(index, ())):
+            pairs = [self._pair(index) for index in needed]
+            bank_a = torch.cat([lora_a.flatten() for lora_a, _ in pairs])
+            bank_b = torch.cat([bank_b[:1], *(lora_b for _, lora_b in pairs)])
+            layout = layout.packed(needed)
+        columns = layout.columns(routing, needed)
+        lora_a = bank_a.view(-1, layout.piece).index_select(0, columns.pieces(self.in_features))
+        lora_b = bank_b.index_select(0, columns.rows)
+        gate = columns.gate(routing)
+        return (
+            lora_a.view(columns.sets, self.in_features, -1),
+            lora_b.view(columns.sets, -1, self.out_features),
+            gate,
+        )
+
+
+def _mixed(
+    x: Tensor, dropped: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, gate: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute y = x W + b + (gate * (dropped A)) B.
+
+    The deltas come first, with the bias as their last column: the large product is then added to them in place, where
+    ``F.linear`` would first copy the bias to every row.
+
+    Args:
+        x: [N, S, I].
+        dropped: The same after dropout.
+        weight: [I, O].
+        lora_a: [M, I, C].
+        lora_b: [M, C + 1, O].
+        gate: Broadcast to [N, S, C].
+
+    Returns:
+        y [N, S, O], the product with A [N, S, C], and that times the gate, with a column of ones [N, S, C + 1].
+    """
+    h = _product(dropped, lora_a)
+    gated = functional.pad(h * gate, (0, 1), value=1.0)
+    y = _product(gated, lora_b)
+    rows = y.view(-1, y.shape[-1])
+    autocast = torch.is_autocast_enabled(x.device.type)
+    add = torch.addmm if autocast else torch.Tensor.addmm_
+    return add(rows, x.reshape(-1, x.shape[-1]), weight).view_as(y), h, gated
+
+
+def _product(x: Tensor, matrices: Tensor) -> Tensor:
+    """Multiply [N, S, I] by [M, I, O]: by a matrix for each row, or by one for all."""
+    return x @ matrices[0] if len(matrices) == 1 else torch.bmm(x, matrices)
+
+
+def _outer(left: Tensor, right: Tensor, *, sets: int) -> Tensor:
+    """Return what ``_product`` gives to its matrices as gradient: [M, I, O] of [N, S, I] and [N, S, O]."""
+    if sets == 1:
+        return (left.reshape(-1, left.shape[-1]).t() @ right.reshape(-1, right.shape[-1])).unsqueeze(0)
+    return torch.bmm(left.transpose(1, 2), right)
+
+
+class _MixedLinear(torch.autograd.Function):
+    """``_mixed`` without dropout, adding into the large products of the backward pass too.
+
+    The same numbers as the plain formula up to rounding; a training step takes 12 % less time on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, gate: Tensor) -> Tensor:
+        y, h, gated = _mixed(x, x, weight, lora_a, lora_b, gate)
+        ctx.save_for_backward(x, weight, lora_a, lora_b, gate, h, gated)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, lora_a, lora_b, gate, h, gated = ctx.saved_tensors
+        needs_x, _, needs_a, needs_b, needs_gate = ctx.needs_input_grad
+        grad, sets = grads[0], len(lora_a)
+        grad_gated = _product(grad, lora_b[:, :-1].transpose(1, 2))  # [N, S, C]
+        grad_h = grad_gated * gate
+        grad_x = None
+        if needs_x:
+            grad_x = _product(grad_h, lora_a.transpose(1, 2))
+            grad_x.view(-1, x.shape[-1]).addmm_(grad.reshape(-1, grad.shape[-1]), weight.t())
+        grad_a = _outer(x, grad_h, sets=sets) if needs_a else None
+        grad_b = _outer(gated, grad, sets=sets) if needs_b else None
+        grad_gate = (grad_gated * h).sum_to_size(gate.shape) if needs_gate else None
+        return grad_x, None, grad_a, grad_b, grad_gate
 
 
 def _added(y: Tensor, h: Tensor, bank_b: Tensor, *, scale: float) -> Tensor:
@@ -221,9 +294,10 @@ class _Layout:
 
     def __init__(self, ranks: tuple[int, ...], scales: tuple[float, ...], starts: tuple[int, ...]) -> None:
         self.ranks, self.scales, self.starts = ranks, scales, starts
+        self.piece = math.gcd(*ranks) or 1
+        """Columns of A that always stand side by side."""
         self._packed: dict[tuple[int, ...], _Layout] = {}
         self._tensors: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
-        self._last: tuple[Any, ...] | None = None
 
     @staticmethod
     @lru_cache(maxsize=256)
@@ -247,9 +321,10 @@ class _Layout:
             self._packed[needed] = _Layout(self.ranks, self.scales, tuple(starts))
         return self._packed[needed]
 
-    def rows_of(self, index: int) -> range:
-        """Return the rows of the banks that belong to an expert."""
-        return range(self.starts[index], self.starts[index] + self.ranks[index])
+    def places(self, index: int, in_features: int) -> tuple[slice, slice]:
+        """Return where an expert's A and B stand in the banks."""
+        start, stop = self.starts[index], self.starts[index] + self.ranks[index]
+        return slice(start * in_features, stop * in_features), slice(1 + start, 1 + stop)
 
     def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Return starts, ranks and scales, each [E]."""
@@ -261,65 +336,77 @@ class _Layout:
             )
         return self._tensors[device]
 
-    def columns(self, experts: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """Name the bank rows of each row's experts.
+    def columns(self, routing: Routing, needed: tuple[int, ...]) -> "_Columns":
+        """Find the columns of a routing's experts; layers of one layout share the answer.
 
         Args:
-            experts: [N, K].
-            width: Columns to give each expert; those beyond its rank have scale 0.
-
-        Returns:
-            Bank rows and the scales on them, both [N, K * width]. All layers of one layout ask for the same, one after
-            another, so the last answer is kept.
+            routing: Of the rows.
+            needed: The experts that it names and that have a rank here.
         """
-        last = self._last
-        if last is not None and last[0] is experts and last[1] == width:
-            return last[2], last[3]
-        starts, ranks, scales = self.tensors(experts.device)
-        steps = torch.arange(width, device=experts.device)
-        chosen = experts.flatten()
-        real = steps < ranks[chosen].unsqueeze(1)  # [N * K, width]
-        rows = torch.where(real, starts[chosen].unsqueeze(1) + steps, 0).view(len(experts), -1)
-        gate = torch.where(real, scales[chosen].unsqueeze(1), 0.0).view(len(experts), -1)
-        self._last = (experts, width, rows, gate)
-        return rows, gate
-
-    def spread(self, weights: Tensor) -> Tensor:
-        """Repeat each expert's weight [..., E] over its columns, times its scale: [..., R]."""
-        _, ranks, scales = self.tensors(weights.device)
-        return (weights * scales).repeat_interleave(ranks, -1, output_size=sum(self.ranks))
+        found: _Columns | None = routing.kept.get(self)
+        if found is None:
+            found = routing.kept[self] = _Columns(self, routing, needed)
+        return found
 
 
-class _LowRankLinear(torch.autograd.Function):
-    """y = x W + b + s (x A') B for one expert, adding into the large products in place of building temporaries.
+class _Columns:
+    """Where the columns of the experts that a routing names stand in the banks, as M sets.
 
-    The same numbers as the plain formula up to rounding; a training step takes 12 % less time on a CPU.
-    Shapes: x [..., I], weight [I, O], bias [O] or None, lora_a [r, I], lora_b [r, O].
+    Args:
+        layout: Of the banks.
+        routing: Of the rows.
+        needed: The experts that it names and that have a rank in the layout.
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float
-    ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])  # [T, I]
-        scaled_b = lora_b * scale
-        h = rows @ lora_a.t()  # [T, r]
-        y = rows @ weight if bias is None else torch.addmm(bias, rows, weight)  # [T, O]
-        y.addmm_(h, scaled_b)
-        ctx.save_for_backward(rows, weight, lora_a, scaled_b, h)
-        ctx.scale, ctx.shape = scale, x.shape
-        return y.view(*x.shape[:-1], -1)
+    def __init__(self, layout: _Layout, routing: Routing, needed: tuple[int, ...]) -> None:
+        device = routing.weights.device
+        starts, ranks, scales = layout.tensors(device)
+        experts, self._together = routing.experts, None
+        if experts is None or len(needed) <= _FEW * experts.shape[1]:
+            self._together = torch.tensor(needed, device=device)
+            experts = self._together.unsqueeze(0)
+        self.sets, chosen = experts.shape
+        # As wide as the largest rank present, not of all experts: an expert outside the batch changes nothing in it.
+        width = max(layout.ranks[index] for index in needed)
+        owners = experts.repeat_interleave(width, -1)  # [M, C]
+        places = torch.arange(chosen, device=device).repeat_interleave(width)
+        steps = torch.arange(width, device=device).repeat(chosen)
+        real = steps < ranks[owners]
+        if self._together is not None:  # all rows use the same columns, so none is padding
+            owners, places, steps = owners[real].unsqueeze(0), places[real[0]], steps[real[0]]
+            real = torch.ones_like(owners, dtype=torch.bool)
+        self._places = places
+        self._scales = torch.where(real, scales[owners], 0.0).unsqueeze(1)  # [M, 1, C]
+        starts, ranks, steps = starts[owners] * real, ranks[owners] * real, steps * real
+        self.rows = functional.pad(1 + starts + steps, (0, 1)).flatten()
+        """In the bank of B, [M * (C + 1)]; the last of each set is the bias."""
+        self._first, self._step, self._rank = (
+            part[:, :: layout.piece].unsqueeze(1) // layout.piece for part in (starts, steps, ranks)
+        )
+        self._pieces: dict[int, Tensor] = {}
+        self._gate: Tensor | None = None
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, lora_a, scaled_b, h = ctx.saved_tensors
-        grad = grads[0].reshape(-1, grads[0].shape[-1])  # [T, O]
-        grad_h = grad @ scaled_b.t()  # [T, r]
-        needs_x, _, _, needs_a, needs_b, _ = ctx.needs_input_grad
-        grad_x = (grad @ weight.t()).addmm_(grad_h, lora_a).view(ctx.shape) if needs_x else None
-        grad_a = grad_h.t() @ rows if needs_a else None
-        grad_b = (h.t() @ grad).mul_(ctx.scale) if needs_b else None
-        return grad_x, None, None, grad_a, grad_b, None
+    def pieces(self, in_features: int) -> Tensor:
+        """Return the places of the pieces of A in their bank, [M * I * C / piece]."""
+        if in_features not in self._pieces:
+            lines = torch.arange(in_features, device=self._rank.device).view(1, -1, 1)
+            self._pieces[in_features] = (self._first * in_features + self._step + lines * self._rank).flatten()
+        return self._pieces[in_features]
+
+    def gate(self, routing: Routing) -> Tensor:
+        """Return the weights on the columns, times the scales of their experts: [N, 1 or S, C]."""
+        learns = torch.is_grad_enabled() and routing.weights.requires_grad
+        if self._gate is not None and not learns:
+            return self._gate
+        weights = routing.weights if routing.by_token else routing.weights.unsqueeze(1)  # [N, 1 or S, K]
+        if routing.experts is None:
+            weights = weights[..., self._together]
+        elif self._together is not None:
+            named = routing.experts.unsqueeze(-1) == self._together  # [N, K, M]
+            weights = (weights.unsqueeze(-1) * named.unsqueeze(1)).sum(-2)
+        gate = weights.index_select(-1, self._places) * self._scales
+        self._gate = None if learns else gate
+        return gate
 
 
 def linear_shape(linear: nn.Module) -> tuple[int, int]:

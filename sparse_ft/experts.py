@@ -214,9 +214,9 @@ class Experts:
         return Expert(name, self.alphas[name], deltas, table if len(table) else None)
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """Return what an expert learns: ``<module>.lora_A`` [r, I], ``<module>.lora_B`` [r, O], ``word_shapes``.
+        """Return what an expert learns: ``<module>.lora_A`` [I, r], ``<module>.lora_B`` [r, O], ``word_shapes``.
 
-        B stands transposed here. What an optimizer writes into these, the layers compute with.
+        Both stand transposed here. What an optimizer writes into these, the layers compute with.
         """
         index = self.index(name)
         table = self.word_shapes.tables[index]

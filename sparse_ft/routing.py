@@ -67,6 +67,11 @@ class Routing:
         """The experts that any row names, in order; None if that is all of the model."""
         return None if self.experts is None else sorted(set(self.experts.flatten().tolist()))
 
+    @cached_property
+    def kept(self) -> dict[Any, Any]:
+        """What one layer made of this routing and others can use again."""
+        return {}
+
     def weights_of(self, index: int) -> Tensor:
         """Return the weight of one expert, [N, 1] per row or [N, S] per token; 0 where it is not chosen."""
         if self.experts is None:

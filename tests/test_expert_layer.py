@@ -92,7 +92,7 @@ def test_one_expert_is_pefts_lora(kind):
         expected[served].square().sum().backward()
         got[served].square().sum().backward()
         for ours, theirs in (
-            (ours_a.grad, lora_a.grad),
+            (ours_a.grad.T, lora_a.grad),
             (ours_b.grad.T, lora_b.grad),
             (x_ours.grad, x_peft.grad),
         ):
@@ -236,14 +236,57 @@ def test_mixtures_equal_the_dense_sum_in_float64(kind, by_token, chosen, grad):
         torch.testing.assert_close(call(layer, x, dense), got, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("by_token", [False, True], ids=["row", "token"])
-@pytest.mark.parametrize("named", [True, False], ids=["gathered", "dense"])
+@pytest.mark.parametrize("ranks", [[4] * 12, [4, 8] * 6, [1, 4, 0] * 4], ids=["one rank", "multiples", "any"])
+def test_a_row_gets_its_answer_whether_its_batch_names_few_experts_or_many(ranks, by_token, grad):
+    layer = random_layer("linear", [(rank, 2.0) for rank in ranks])
+    if grad:
+        open_all(layer)
+    x = torch.randn(8, 3, INPUTS, generator=torch.Generator().manual_seed(0))
+    routing = random_routing(8, 3, len(ranks), 2, seed=1, by_token=by_token)
+    with torch.set_grad_enabled(grad):
+        together = call(layer, x, routing)
+        alone = torch.cat([call(layer, x[row : row + 1], routing.take([row])) for row in range(8)])
+    torch.testing.assert_close(alone, together, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(together.double(), dense_mixture_float64(layer, x, routing), atol=1e-4, rtol=1e-5)
+
+
+def test_a_routing_used_again_gives_its_weights_their_gradient():
+    layer = random_layer("linear", EXPERTS)
+    x = torch.randn(2, 3, INPUTS)
+    weights = torch.rand(2, 2, requires_grad=True)
+    routing = Routing(torch.tensor([[0, 3], [1, 4]]), weights)
+    with torch.no_grad():
+        call(layer, x, routing)
+    gradients = []
+    for _ in range(2):
+        weights.grad = None
+        call(layer, x, routing).square().sum().backward()
+        gradients.append(weights.grad)
+    assert gradients[0].any()
+    assert torch.equal(*gradients)
+
+
+def test_a_frozen_linear_may_have_no_bias():
+    layer = ExpertLayer(nn.Linear(INPUTS, OUTPUTS, bias=False).requires_grad_(False), slot=RoutingSlot())
+    layer.extend([(torch.randn(4, INPUTS), torch.randn(OUTPUTS, 4)) for _ in range(2)], scales=[1.0, 1.0])
+    lora_a, lora_b = layer.open(1)
+    x = torch.randn(2, 3, INPUTS)
+    expected = layer.frozen(x) + x @ lora_a @ lora_b
+    torch.testing.assert_close(call(layer, x, [1, 1]), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(call(layer, x, [1, 0])[:1], expected[:1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("by_token", [False, True], ids=["row", "token"])
+@pytest.mark.parametrize("named", ["many", "few", None])
 def test_gradients_of_mixtures_and_their_weights_are_those_of_finite_differences(by_token, named):
-    layer = random_layer("linear", [(2, 2.0), (3, 0.5), (0, 1.0), (1, 1.5)], dtype=torch.float64)
+    layer = random_layer("linear", [(2, 2.0), (3, 0.5), (0, 1.0), (1, 1.5), (2, 1.0), (2, 0.5)], dtype=torch.float64)
     opened = [parameter for pair in open_all(layer) for parameter in pair if parameter.numel()]
     x = torch.randn(3, 2, INPUTS, dtype=torch.float64, generator=torch.Generator().manual_seed(3), requires_grad=True)
-    indices = torch.tensor([[0, 1], [3, 0], [2, 1]]) if named else None
-    shape = (3, 2, 2 if named else 4) if by_token else (3, 2 if named else 4)
+    choices = {"many": [[0, 1], [3, 4], [2, 5]], "few": [[0, 1], [3, 0], [2, 1]]}
+    indices = torch.tensor(choices[named]) if named else None
+    shape = (3, 2, 2 if named else 6) if by_token else (3, 2 if named else 6)
     weights = torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4), requires_grad=True)
     assert torch.autograd.gradcheck(
         lambda x, weights, *_: call(layer, x, Routing(indices, weights)), [x, weights, *opened]
@@ -306,7 +349,8 @@ def test_parameters_are_views_into_the_banks_through_adding_removing_and_moving(
     assert {id(parameter) for parameter in layer.parameters()} >= {id(lora_a), id(lora_b)}
     layer.remove(0)
     assert not layer.opened
-    assert len(layer.bank_a) == len(layer.bank_b) == 5
+    assert len(layer.bank_a) == 5 * INPUTS
+    assert len(layer.bank_b) == 1 + 5  # the bias
 
 
 def test_an_optimizer_step_moves_the_bank():
@@ -334,5 +378,5 @@ def test_one_more_expert_takes_the_memory_of_its_weights_only():
     layer = random_layer("linear", [(4, 1.0)] * 50)
     layer.open(3)
     size = sum(tensor.untyped_storage().nbytes() for tensor in (layer.bank_a, layer.bank_b))
-    assert size == 50 * 4 * (INPUTS + OUTPUTS) * 4
+    assert size == (50 * 4 * (INPUTS + OUTPUTS) + OUTPUTS) * 4  # and one bias
     assert layer.open(3)[0].untyped_storage().data_ptr() == layer.bank_a.untyped_storage().data_ptr()
