@@ -37,10 +37,10 @@ RECIPES = {
     "clinc150": (1e-4, 8),
     "banking77": (1e-4, 8),
 }
-"""Learning rate and epochs by task."""
+"""Learning rate and epochs by task; others get those of ``conll2003``."""
 
 
-def run_full(task: str, source: Path, seed: int, overrides: list[str]) -> dict[str, Any]:
+def run_full(task: str, source: Path | None, seed: int, overrides: list[str]) -> dict[str, Any]:
     """Train on the rows that an expert would get, and score validation after each epoch and test once."""
     limit = load_config(overrides=overrides).data.train_limit
     backbone = load_backbone("minilm")
@@ -57,12 +57,13 @@ def run_full(task: str, source: Path, seed: int, overrides: list[str]) -> dict[s
     evaluated = {split: prepare(found[split].to_dict(), spec=spec, encoder=encoder) for split in ("validation", "test")}
     torch.manual_seed(seed)
     classifier = _Classifier(spec, pad_id=backbone.pad_id)
-    rate, epochs = RECIPES[task]
+    rate, epochs = RECIPES.get(task, RECIPES["conll2003"])
     started = time.perf_counter()
     best = classifier.train(train, evaluated["validation"], rate=rate, epochs=epochs, seed=seed)
     entry = classifier.score(evaluated["test"])
     return {
         "metrics": entry.metrics,
+        "headline": entry.metrics[spec.metric],
         "token_report": entry.token_report,
         "validation": best,
         "epochs": epochs,

@@ -1,0 +1,180 @@
+"""Compare ways to serve several tasks with one backbone, on the same rows and epochs: scores and parameters.
+
+    python benchmarks/mixtures.py --tasks sentiment,topic,intent,ner --seeds 13,14,15
+    python benchmarks/mixtures.py --data-root DATA --tasks sst2,ag_news,clinc150,conll2003
+
+full: a full fine-tune per task. expert: a LoRA per task, the task known; the routes below it use the same experts.
+shared: one LoRA for all tasks. joint: experts and gate trained together, a text or a token going through two experts;
+pool: the same with experts of no task. Each finished run is one line of ``--results``; what is there is not run again.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from full_fine_tune import run_full
+
+import sparse_ft.evaluation
+import sparse_ft.training
+
+ROUTES = ("gate", "prototype", "arrow", "uniform", "random", "hash")
+"""Of the experts that were trained alone."""
+
+
+class Comparison:
+    """One seed on some tasks.
+
+    Args:
+        tasks: Bundled names.
+        data_root: Folder with a folder for each task; None takes the bundled samples.
+        seed: Of everything.
+        overrides: For all runs.
+        folder: For checkpoints.
+    """
+
+    def __init__(
+        self, tasks: list[str], *, data_root: Path | None, seed: int, overrides: list[str], folder: Path
+    ) -> None:
+        self.tasks, self.seed, self.overrides, self.folder = tasks, seed, overrides, folder
+        self.sources = {task: data_root / task for task in tasks} if data_root else None
+
+    def full(self) -> dict[str, dict[str, Any]]:
+        found = [
+            run_full(task, self.sources[task] if self.sources else None, self.seed, self.overrides)
+            for task in self.tasks
+        ]
+        scores = {task: entry["headline"] for task, entry in zip(self.tasks, found, strict=True)}
+        seconds = sum(entry["seconds"] for entry in found)
+        return {"full": {"scores": scores, "trained": sum(entry["trainable"] for entry in found), "seconds": seconds}}
+
+    def expert(self) -> dict[str, dict[str, Any]]:
+        found = {"expert": self._run("expert")}
+        path = self.folder / "expert"
+        for route in ROUTES:
+            asked, checkpoint = route, path
+            if route == "prototype":
+                asked, checkpoint = "gate", self.folder / "prototype"
+                sparse_ft.training.train(
+                    stage="gate",
+                    from_checkpoint=path,
+                    output=checkpoint,
+                    overrides=["gate.type=prototype"],
+                    device="cpu",
+                )
+            result = sparse_ft.evaluation.evaluate(checkpoint, route=asked, device="cpu")
+            found[f"expert, route {route}"] = {
+                "scores": _headlines(checkpoint, result),
+                "trained": found["expert"]["trained"],
+                "seconds": 0.0,
+                "right": result.routing.accuracy,
+            }
+        return found
+
+    def shared(self) -> dict[str, dict[str, Any]]:
+        return {"shared": self._run("shared", "experts.pool=1")}
+
+    def joint_sequence(self) -> dict[str, dict[str, Any]]:
+        return {"joint, by text": self._run("joint_sequence", "stage=joint")}
+
+    def joint_token(self) -> dict[str, dict[str, Any]]:
+        return {"joint, by token": self._run("joint_token", "stage=joint", "gate.type=token")}
+
+    def pool_token(self) -> dict[str, dict[str, Any]]:
+        number = len(self.tasks)
+        return {f"pool of {number}, by token": self._run("pool_token", f"experts.pool={number}", "gate.type=token")}
+
+    def _run(self, name: str, *overrides: str) -> dict[str, Any]:
+        started = time.perf_counter()
+        result = sparse_ft.training.train(
+            self.tasks,
+            data=None if self.sources is None else {task: str(path) for task, path in self.sources.items()},
+            output=self.folder / name,
+            overrides=[*self.overrides, *overrides],
+            seed=self.seed,
+            device="cpu",
+        )
+        weights = [*result.path.glob("experts/*/*.safetensors"), *result.path.glob("heads/*.safetensors")]
+        return {
+            "scores": _headlines(result.path, result.evaluation),
+            "trained": sum(file.stat().st_size for file in weights) // 4,
+            "seconds": time.perf_counter() - started,
+        }
+
+
+METHODS: dict[str, Callable[[Comparison], dict[str, dict[str, Any]]]] = {
+    "expert": Comparison.expert,
+    "shared": Comparison.shared,
+    "joint_sequence": Comparison.joint_sequence,
+    "joint_token": Comparison.joint_token,
+    "pool_token": Comparison.pool_token,
+    "full": Comparison.full,
+}
+
+
+def _headlines(checkpoint: Path, result: sparse_ft.evaluation.Evaluation) -> dict[str, float]:
+    """Return the score that each task is known by."""
+    loaded = sparse_ft.load(checkpoint, device="cpu")
+    return {task: entry.score.metrics[loaded.tasks[task].metric] for task, entry in result.tasks.items()}
+
+
+def _table(entries: list[dict[str, Any]], tasks: list[str]) -> str:
+    lines = [
+        f"| method | {' | '.join(tasks)} | mean | right expert | trained parameters | seconds |",
+        "|---|" + "---:|" * (len(tasks) + 4),
+    ]
+    for method in dict.fromkeys(entry["method"] for entry in entries):
+        rows = [entry for entry in entries if entry["method"] == method]
+        cells = [_spread([row["scores"][task] for row in rows]) for task in tasks]
+        cells.append(_spread([statistics.mean(row["scores"].values()) for row in rows]))
+        right = [row["right"] for row in rows if "right" in row]
+        cells.append(f"{statistics.mean(right):.3f}" if right else "")
+        cells.append(f"{rows[0]['trained']:,}")
+        cells.append(f"{statistics.mean(row['seconds'] for row in rows):.0f}")
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _spread(values: list[float]) -> str:
+    mean = f"{statistics.mean(values):.3f}"
+    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data-root", type=Path, help="folder with sst2/, conll2003/, …; default: the bundled samples")
+    parser.add_argument("--tasks", default="sentiment,topic,intent,ner")
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--seeds", default="13,14,15")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", help="section.key=value, for all runs")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--results", type=Path, default=Path("mixtures.jsonl"))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    tasks = options.tasks.split(",")
+    entries: list[dict[str, Any]] = []
+    if options.results.exists():
+        entries = [json.loads(line) for line in options.results.read_text(encoding="utf-8").splitlines()]
+    done = {(entry["run"], entry["seed"]) for entry in entries}
+    for seed in [int(seed) for seed in options.seeds.split(",")]:
+        for run in options.methods.split(","):
+            if (run, seed) in done:
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                comparison = Comparison(
+                    tasks, data_root=options.data_root, seed=seed, overrides=options.overrides, folder=Path(folder)
+                )
+                for method, found in METHODS[run](comparison).items():
+                    entries.append({"run": run, "method": method, "seed": seed, **found})
+                    with options.results.open("a", encoding="utf-8") as stream:
+                        stream.write(json.dumps(entries[-1]) + "\n")
+    print(_table(entries, tasks))
+
+
+if __name__ == "__main__":
+    main()
