@@ -358,7 +358,7 @@ def _report_pictures(result: "Evaluation") -> dict[str, bytes]:
     except ConfigError as error:
         logging.getLogger("sparse_ft").warning("The report has no pictures. %s", error)
         return {}
-    routing = result.routing if result.route != "task" else None
+    routing = result.routing if result.gated else None
     return report_pictures(result.tasks, routing=routing, route=result.route)
 
 

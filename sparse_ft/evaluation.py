@@ -65,8 +65,8 @@ class Evaluation:
     route: str
     tasks: dict[str, TaskReport]
     routing: RoutingReport
-    mixed: bool = False
-    """Whether a gate chose for some task although it was known."""
+    gated: bool = False
+    """Whether a gate chose, so that there is something to see in ``routing``."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return what ``evaluate --json`` writes."""
@@ -86,7 +86,7 @@ class Evaluation:
             report_text(entry.score, title=entry.title or task, unseen_rows=entry.unseen_rows)
             for task, entry in self.tasks.items()
         ]
-        return "\n".join(parts + ([self.routing.to_text()] if self.mixed or self.route != "task" else []))
+        return "\n".join(parts + ([self.routing.to_text()] if self.gated else []))
 
 
 def prepare(columns: Mapping[str, Sequence[Any]], *, spec: TaskSpec, encoder: Encoder) -> EvalData:
@@ -266,12 +266,13 @@ def evaluate(
         {task: scored.routing for task, scored in found.items()},
         experts=model.experts.names,
         own={task: model.tasks[task].experts for task in chosen},
+        shared=set(model.experts.names) - set(model.routed),
         usage={task: scored.usage for task, scored in found.items() if scored.usage is not None},
         first_block=model.first_block,
     )
     reports = {task: scored.report for task, scored in found.items()}
-    mixed = any(model.tasks[task].gated for task in chosen)
-    return Evaluation(str(checkpoint.path), splits, route, reports, routed, mixed)
+    gated = route != "task" or any(model.tasks[task].gated for task in chosen)
+    return Evaluation(str(checkpoint.path), splits, route, reports, routed, gated)
 
 
 def scored_split(spec: TaskSpec, source: str | None) -> Split:

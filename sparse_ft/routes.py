@@ -49,7 +49,7 @@ class Route:
     def __init__(self, name: str, model: SparseExpertModel, *, seed: int) -> None:
         self.name, self.model = name, model
         self.gate: Gate | None = None
-        names = model.experts.names
+        names = model.routed
         if name == "gate":
             if not isinstance(model.gate, TokenGate):
                 model.text_gate()
@@ -59,8 +59,9 @@ class Route:
             self.gate = arrow_gate(model)
         elif Path(name).suffix in {".yaml", ".yml"}:
             self.gate = RulesGate(names, load_rules(Path(name)))
-        elif name != "task" and name not in names:
-            raise ConfigError(unknown_name("route", name, [*ROUTES, *names]) + " A YAML file with rules works, too.")
+        elif name != "task" and name not in model.experts.names:
+            known = [*ROUTES, *model.experts.names]
+            raise ConfigError(unknown_name("route", name, known) + " A YAML file with rules works, too.")
 
     def token_gate(self, task: str | None = None) -> Gate | None:
         """Return the gate that is asked at every block while the rows of a task go through the model, if one is."""
@@ -90,7 +91,9 @@ class Route:
             return Routing.rows([index] * len(examples), device=self.model.device)
         nothing = torch.zeros(len(examples), 1, 0, device=self.model.device)
         mask = torch.ones(len(examples), 1, device=self.model.device)
-        return self.gate.route(GateInput(nothing, mask, 0, [texts[example.row] for example in examples]))
+        routing = self.gate.route(GateInput(nothing, mask, 0, [texts[example.row] for example in examples]))
+        places = [self.model.experts.index(name) for name in self.gate.names]
+        return routing.placed(places, num_experts=len(self.model.experts.names))
 
     def warnings(self) -> list[str]:
         """Say what about the rules should be looked at, after all rows were routed."""

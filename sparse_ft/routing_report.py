@@ -1,7 +1,7 @@
 """What the gate did on a split: how often it was right, which experts it used, which it never chose."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,7 +67,9 @@ class RoutingReport:
         first = max(len("task"), *(len(task) for task in self.confusion))
         widths = [max(6, len(column)) for column in columns]
         header = "  ".join(f"{column:>{width}}" for column, width in zip(columns, widths, strict=True))
-        lines = [f"routing (rows of each task by the expert that the gate chose), accuracy {self.accuracy:.4f}", ""]
+        wrong = any(set(self.experts) - set(own) for own in self.own.values())  # otherwise none can be
+        accuracy = f", accuracy {self.accuracy:.4f}" if wrong else ""
+        lines = [f"routing (rows of each task by the expert that the gate chose){accuracy}", ""]
         lines.append(f"{'task':<{first}}  {header}  right  entropy")
         for task, counts in self.confusion.items():
             cells = "  ".join(
@@ -85,6 +87,7 @@ def report_routing(
     *,
     experts: Sequence[str],
     own: Mapping[str, tuple[str, ...]],
+    shared: Collection[str] = (),
     usage: Mapping[str, Tensor] | None = None,
     first_block: int = 0,
 ) -> RoutingReport:
@@ -94,6 +97,7 @@ def report_routing(
         routings: Task to the routing of its rows as wholes.
         experts: Names in the order of the model.
         own: Task to its experts.
+        shared: Experts that rows use whatever the gate chooses; they are not reported.
         usage: Task to the mean weights [rows, blocks, experts] in each block, if tokens were routed.
         first_block: The block that ``usage`` begins with.
     """
@@ -114,7 +118,8 @@ def report_routing(
     for task, weights in (usage or {}).items():
         for block, mean in enumerate(weights.mean(0), start=first_block):
             blocks.setdefault(block, {})[task] = _above_zero(experts, mean)
-    return RoutingReport(list(experts), confusion, shares, entropy, dict(own), blocks)
+    chosen = [expert for expert in experts if expert not in shared]
+    return RoutingReport(chosen, confusion, shares, entropy, dict(own), blocks)
 
 
 def _above_zero(experts: Sequence[str], weights: Tensor) -> dict[str, float]:

@@ -128,15 +128,16 @@ def route_tokens(
         if routing.logits is not None:
             names = model.text_gate().names if way.name == "gate" else model.experts.names
             probabilities = dict(zip(names, routing.logits[0].softmax(-1).tolist(), strict=True))
+    shown = [model.experts.index(name) for name in model.routed]  # all but those that rows use anyway
     return TokenRouting(
         checkpoint=str(checkpoint.path),
         route=way.name,
         text=text,
         tokens=tokens,
         truncated=truncated,
-        experts=list(model.experts.names),
+        experts=model.routed,
         blocks=blocks,
-        weights=weights,
+        weights=weights[..., shown],
         by_token=gate is not None,
         probabilities=probabilities,
     )
@@ -164,8 +165,9 @@ def _find_route(name: str, model: SparseExpertModel, *, seed: int) -> Route:
 def _token_weights(model: SparseExpertModel, example: Example, gate: Gate) -> Tensor:
     """Return what the gate chose for each token in each block, [B, S, E] on the CPU."""
     seen: dict[int, Routing] = {}
-    batch = collate([("", example)], pad_id=model.backbone.pad_id, device=model.device)
-    model(replace(batch, tasks=[]), routing=Routing.rows([0], device=model.device), gate=gate, seen=seen)
+    mixed = [task for task, slot in model.tasks.items() if slot.mixed]  # whose rows may use a shared expert besides
+    batch = collate([(mixed[0] if mixed else "", example)], pad_id=model.backbone.pad_id, device=model.device)
+    model.hidden_states(batch if mixed else replace(batch, tasks=[]), gate=gate, seen=seen)
     chosen = [seen[block].spread(len(model.experts.names))[0] for block in sorted(seen)]  # [S, E] each
     return torch.stack([weights.expand(len(example.input_ids), -1) for weights in chosen]).float().cpu()
 
