@@ -103,7 +103,7 @@ def remove_expert(checkpoint: Checkpoint, name: str) -> list[str]:
     if left:
         raise ConfigError(
             f"Task {left[0]!r} was trained with the gate mixing {name!r} in, so it would answer otherwise without. "
-            "Remove that task's own expert, too, or train without this one."
+            "Train it anew without this expert."
         )
     for task in served:
         model.remove_task(task)

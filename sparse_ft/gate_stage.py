@@ -16,6 +16,7 @@ from sparse_ft.gates import SequenceGate
 from sparse_ft.inference import text_routing
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.outputs import free_output, next_output
+from sparse_ft.routes import check_token_routing
 from sparse_ft.tasks import TaskSpec
 from sparse_ft.training_data import TrainingTask, prepare_task
 
@@ -41,6 +42,8 @@ def check_gate(run: RunConfig, model: SparseExpertModel, *, num_experts: int) ->
         raise ConfigError(f"gate.top_k is {settings.top_k}, but there are {num_experts} experts. Lower it.")
     if settings.type == "token" and run.stage != "joint":
         raise ConfigError("gate.type is token, which is trained together with the experts: use --stage joint.")
+    if settings.type == "token":
+        check_token_routing(model)
 
 
 def kept_rows(

@@ -50,7 +50,8 @@ def row_logits(
         One float32 CPU tensor a text: (labels,), or (words, tags).
     """
     num_outputs = model.head(task).linear.out_features
-    if routing is None and gate is None and model.tasks[task].gated and not isinstance(model.gate, TokenGate):
+    asked = routing is None and gate is None and model.tasks[task].gated and not isinstance(model.gate, TokenGate)
+    if asked and any(example.hidden is None for example in examples):
         routing = text_routing(model, examples, task=task)
     if num_words is None:
         rows = [torch.zeros(num_outputs) for _ in range(num_rows)]

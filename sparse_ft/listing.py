@@ -73,7 +73,7 @@ def _expert_rows(manifest: dict[str, Any]) -> list[list[str]]:
             f"{entry['alpha']:g}",
             str(entry["layers"]),
             _megabytes(manifest, f"experts/{name}/"),
-            ", ".join(task for task, served in manifest["tasks"].items() if name in slot_experts(served)) or "none",
+            ", ".join(task for task, served in manifest["tasks"].items() if name in _used(served)) or "none",
         ]
         for name, entry in manifest["experts"].items()
     ]
@@ -97,6 +97,10 @@ def _task_rows(path: Path, manifest: dict[str, Any], metrics: dict[str, Any]) ->
             ]
         )
     return rows
+
+
+def _used(entry: dict[str, Any]) -> list[str]:
+    return [*slot_experts(entry), *([entry["shared"]] if "shared" in entry else [])]
 
 
 def _served_by(entry: dict[str, Any]) -> str:

@@ -285,6 +285,8 @@ class SparseExpertModel(nn.Module):
         shared: tuple[int, Tensor] | None,
     ) -> Tensor:
         """Let a gate decide for one block; the hidden states stay as they are."""
+        if isinstance(gate, TokenGate) and block not in gate.blocks:  # one of an expert that came later
+            return hidden
         running = self.slot.running
         assert running is not None
         routing = gate.route(GateInput(hidden, attention_mask, block, generator=running.generator))

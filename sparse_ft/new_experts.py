@@ -23,6 +23,12 @@ from sparse_ft.training_data import TrainingTask
 def add_tasks(model: SparseExpertModel, ready: Mapping[str, TrainingTask], *, run: RunConfig) -> None:
     """Give every task of a run its experts and its head; those that the model has already keep theirs."""
     joint = run.stage == "joint"
+    left = [name for name, slot in model.tasks.items() if slot.mixed and name not in ready]
+    if joint and left:
+        raise ConfigError(
+            f"Task {left[0]!r} of {run.start!r} is answered through the same gate, so its answers would change. Train "
+            f"it, too: add --task {run.start}/tasks/{left[0]}.yaml, or leave --task out to train all of the checkpoint."
+        )
     specs = [task.spec for task in ready.values()]
     words = any(find_kind(spec.kind).level == "word" for spec in specs)
     shared = SHARED if joint and run.experts.shared else None
@@ -31,6 +37,8 @@ def add_tasks(model: SparseExpertModel, ready: Mapping[str, TrainingTask], *, ru
         if name not in model.experts.names:
             pooled = name != shared and run.experts.shared_a
             _create(model, name, run=run, words=words, drawn_as="pool" if pooled else None)
+    if run.experts.shared_a:
+        _check_shared_a(model, run=run)
     for spec in specs:
         if spec.name not in model.tasks:
             _add_task(model, spec, run=run)
@@ -71,6 +79,18 @@ def _create(model: SparseExpertModel, name: str, *, run: RunConfig, words: bool,
     )
 
 
+def _check_shared_a(model: SparseExpertModel, *, run: RunConfig) -> None:
+    """Refuse a pool of a checkpoint whose experts have no A in common."""
+    first, *others = [model.experts.get(name) for name in pool_names(run.experts.pool)]
+    for other in others:
+        pairs = zip(first.deltas.values(), other.deltas.values(), strict=True)
+        if not all(torch.equal(own[0], theirs[0]) for own, theirs in pairs):
+            raise ConfigError(
+                f"The experts {first.name!r} and {other.name!r} of {run.start!r} were trained without "
+                "experts.shared_a, so each has an A of its own. Leave it out."
+            )
+
+
 def start_gate(
     model: SparseExpertModel,
     ready: Mapping[str, TrainingTask],
@@ -94,7 +114,7 @@ def start_gate(
         return token_gate(model, names, settings=run.gate, seed=run.seed)
     before = model.gate
     gate: SequenceGate
-    if isinstance(before, SequenceGate) and before.names == names and run.gate.block in (None, before.block):
+    if type(before) is SequenceGate and before.names == names and run.gate.block in (None, before.block):
         gate = before
     elif set(names) <= set(examples):
         gate = fit_gate(model, examples, names=names, settings=run.gate, seed=run.seed)

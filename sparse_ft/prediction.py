@@ -110,8 +110,7 @@ class LoadedModel:
             {expert: 1.0 for name in alone for expert in model.tasks[name].experts[:1]} for _ in texts
         ]
         for group in self._mixed_groups(names):
-            examples, weights = self._mixed(texts, group[0])
-            found = {_key(example, shapes=self._sees_shapes(group[0])): example for example in examples}
+            found, weights = self._mixed(texts, group[0])
             shared.update(dict.fromkeys(group, found))
             for routing, row in zip(routings, weights.tolist(), strict=True):
                 routing.update({name: weight for name, weight in zip(model.experts.names, row, strict=True) if weight})
@@ -136,7 +135,7 @@ class LoadedModel:
         slot = model.tasks[task]
         return slot.mixed and slot.level == "word" and bool(model.word_shapes.blocks_of(None))
 
-    def _mixed(self, texts: Sequence[Text], task: str) -> tuple[list[Example], Tensor]:
+    def _mixed(self, texts: Sequence[Text], task: str) -> tuple[dict[_Key, Example], Tensor]:
         """Run texts through the experts that the gate mixes, for all tasks that are mixed like this one.
 
         Returns:
@@ -145,9 +144,10 @@ class LoadedModel:
         model = self.checkpoint.model
         with self._lock:
             examples, usage = leaving(model, task, self._encoded(task, texts))
+        found = {_key(example, shapes=self._sees_shapes(task)): example for example in examples}
         rows = torch.tensor([example.row for example in examples], dtype=torch.long)
         sums = torch.zeros(len(texts), usage.shape[1]).index_add(0, rows, usage)
-        return examples, sums / rows.bincount(minlength=len(texts)).clamp_min(1).unsqueeze(1)
+        return found, sums / rows.bincount(minlength=len(texts)).clamp_min(1).unsqueeze(1)
 
     def _by_gate(self, texts: Sequence[Text]) -> list[Prediction]:
         """Let the gate choose an expert for every text, and answer the tasks of that expert."""
@@ -157,7 +157,11 @@ class LoadedModel:
             examples = entering(model, self._plain(texts), block=gate.block)
             decided = gate.decide(pooled(examples).to(model.device), excluded=self._unfit(texts, gate))
         reusable = self._keeps_trunk and gate.block == model.first_block
-        shared = {_key(example): example for example in examples} if reusable else {}
+        trunk = {_key(example): example for example in examples} if reusable else {}
+        names = [name for name in model.tasks if self._reads_pairs(name) == isinstance(texts[0], tuple)]
+        shared = dict.fromkeys(names, trunk)
+        for group in self._mixed_groups(names):
+            shared.update(dict.fromkeys(group, self._mixed(texts, group[0])[0]))
         assert decided.logits is not None
         assert decided.experts is not None
         routing = model.placed(decided)
@@ -167,12 +171,11 @@ class LoadedModel:
             for experts, weights in zip(decided.experts.tolist(), decided.weights.tolist(), strict=True)
         ]
         answers: list[dict[str, dict[str, Any]]] = [{} for _ in texts]
-        for name, slot in model.tasks.items():
-            if self._reads_pairs(name) != isinstance(texts[0], tuple):
-                continue
+        for name in names:
+            slot = model.tasks[name]
             places = [place for place, expert in enumerate(best) if expert in slot.experts]
-            own = routing.take(places)
-            found = self._answers(name, [texts[place] for place in places], shared=shared, routing=own)
+            own = None if slot.mixed else routing.take(places)
+            found = self._answers(name, [texts[place] for place in places], shared=shared[name], routing=own)
             for place, answer in zip(places, found, strict=True):
                 answers[place][name] = answer
         return [

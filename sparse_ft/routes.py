@@ -112,18 +112,27 @@ def arrow_gate(model: SparseExpertModel, *, top_k: int = 2) -> ArrowGate:
     Raises:
         ConfigError: If the architecture cannot route tokens.
     """
+    check_token_routing(model)
     names, hidden = model.experts.names, model.backbone.hidden_size
-    if not model.backbone.family.routes_rows:
-        raise ConfigError(
-            f"The tokens of backbone {model.backbone.name!r} cannot be routed one by one: its attention shares layers "
-            "between rows. Route whole texts."
-        )
     vectors = {
         block: torch.stack([_first_singular_vector(model, index, block, hidden) for index in range(len(names))])
         for block in range(model.first_block, model.backbone.num_blocks)
     }
     moved = {block: value.to(model.device) for block, value in vectors.items()}
     return ArrowGate(names, moved, choice=Choice(top_k=min(top_k, len(names))))
+
+
+def check_token_routing(model: SparseExpertModel) -> None:
+    """Refuse an architecture that cannot route tokens.
+
+    Raises:
+        ConfigError: If it cannot.
+    """
+    if not model.backbone.family.routes_rows:
+        raise ConfigError(
+            f"The tokens of backbone {model.backbone.name!r} cannot be routed one by one: its attention shares layers "
+            "between rows. Route whole texts."
+        )
 
 
 def _first_singular_vector(model: SparseExpertModel, index: int, block: int, hidden: int) -> Tensor:

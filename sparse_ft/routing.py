@@ -105,19 +105,20 @@ class Routing:
         return replace(self, weights=every.index_copy(-1, where, self.weights))
 
     def plus(self, expert: int, rows: Tensor) -> "Routing":
-        """Return this routing with one expert more in some rows, of weight 1 whatever else they choose.
+        """Return this routing with one expert in some rows at a weight of 1, whatever they choose.
 
         Args:
-            expert: Its index; no row chooses it yet.
+            expert: Its index.
             rows: [N], 1 for rows that use it, else 0.
         """
         added = rows.to(self.weights).view(-1, *[1] * (self.weights.dim() - 1))  # [N, 1] or [N, 1, 1]
-        added = added.expand(*self.weights.shape[:-1], 1)
-        if self.experts is not None:
-            experts = torch.cat([self.experts, torch.full_like(self.experts[:, :1], expert)], -1)
-            return replace(self, experts=experts, weights=torch.cat([self.weights, added], -1))
-        where = torch.tensor([expert], device=self.weights.device)
-        return replace(self, weights=self.weights.index_copy(-1, where, added))
+        if self.experts is None:
+            named = torch.arange(self.weights.shape[-1], device=self.weights.device) == expert
+            return replace(self, weights=torch.where(named & (added > 0), 1.0, self.weights))
+        named = self.experts == expert
+        weights = torch.where((named.unsqueeze(1) if self.by_token else named) & (added > 0), 0.0, self.weights)
+        experts = torch.cat([self.experts, torch.full_like(self.experts[:, :1], expert)], -1)
+        return replace(self, experts=experts, weights=torch.cat([weights, added.expand_as(weights[..., :1])], -1))
 
     def stretches(self, *, single_rows: bool = False) -> list[slice]:
         """Cut the rows into stretches that one expert serves alone; all other rows stand for themselves."""

@@ -52,7 +52,8 @@ def keep_trunk(
     kept = list(examples)
     with _stopping_before(blocks[first_block]):
         for members in length_batches([len(example.input_ids) for example in examples], max_tokens=_MAX_TOKENS):
-            batch = collate([("", examples[member]) for member in members], pad_id=pad_id, device=device)
+            rows = [("", replace(examples[member], targets=[])) for member in members]  # of any tasks, so no answers
+            batch = collate(rows, pad_id=pad_id, device=device)
             inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
             if batch.token_type_ids is not None:
                 inputs["token_type_ids"] = batch.token_type_ids

@@ -317,6 +317,65 @@ def test_token_gates_choose_for_each_token_by_the_weights_of_their_block(kind):
     assert not torch.equal(*answers)
 
 
+def shortlisted(*, shortlist, experts=12, seed=0, **choice):
+    """A token gate over many experts, sure enough of itself that texts differ in what they want."""
+    names = [f"e{index}" for index in range(experts)]
+    gate = TokenGate(names, HIDDEN, blocks=[0], choice=Choice(**choice), shortlist=shortlist)
+    with torch.no_grad():
+        gate.linears[0].weight.normal_(generator=torch.Generator().manual_seed(seed))
+    return gate.eval()
+
+
+@pytest.mark.parametrize("shortlist", [2, 3, 5, 11])
+@pytest.mark.parametrize("choice", [{"top_k": 2}, {"top_k": 1, "normalise": False}, {"top_k": 2, "top_p": 0.6}])
+def test_a_shortlist_is_as_if_the_other_logits_were_minus_infinity(shortlist, choice):
+    gate, inputs = shortlisted(shortlist=shortlist, **choice), random_input(rows=6)
+    routing = gate.route(inputs)
+    assert routing.experts.shape == (6, shortlist)
+    weight = gate.linears[0].weight.double()
+    for row, hidden in enumerate(inputs.hidden):
+        real = hidden[inputs.attention_mask[row].bool()].double()
+        logits = real @ weight.T  # [S, E]
+        wanted = logits.softmax(-1).mean(0)
+        kept = sorted(range(12), key=lambda index: -wanted[index])[:shortlist]
+        assert sorted(routing.experts[row].tolist()) == sorted(kept)
+        for place, token in enumerate(logits.tolist()):
+            among = [value if index in kept else -math.inf for index, value in enumerate(token)]
+            expected = torch.zeros(12)
+            for index, share in chosen_by_loop(among, gate.choice).items():
+                expected[index] = share
+            torch.testing.assert_close(routing.spread(12)[row, place], expected, atol=1e-5, rtol=1e-4)
+    assert len({tuple(sorted(row)) for row in routing.experts.tolist()}) > 1  # texts differ in what they want
+    every = torch.einsum("nsh,eh->nse", inputs.hidden, gate.linears[0].weight)
+    torch.testing.assert_close(routing.logits, every, atol=1e-3, rtol=1e-4)  # losses see all experts
+
+
+@pytest.mark.parametrize("shortlist", [3, None])
+def test_the_tokens_of_a_text_choose_the_same_in_any_batch_order_and_padding(shortlist):
+    gate, inputs = shortlisted(shortlist=shortlist, top_k=2), random_input(rows=4)
+    together = gate.route(inputs).spread(12)
+    order = torch.tensor([2, 0, 3, 1])
+    turned = gate.route(GateInput(inputs.hidden[order], inputs.attention_mask[order], 0)).spread(12)
+    torch.testing.assert_close(turned, together[order], atol=1e-6, rtol=1e-5)
+    for row in range(4):
+        length = int(inputs.attention_mask[row].sum())
+        alone = GateInput(inputs.hidden[row : row + 1, :length], inputs.attention_mask[row : row + 1, :length], 0)
+        torch.testing.assert_close(gate.route(alone).spread(12)[0], together[row, :length], atol=1e-6, rtol=1e-5)
+
+
+def test_a_shortlist_of_all_experts_is_none():
+    inputs = random_input()
+    expected = shortlisted(shortlist=None, top_k=2).route(inputs)
+    for shortlist in (12, 20):
+        assert torch.equal(shortlisted(shortlist=shortlist, top_k=2).route(inputs).weights, expected.weights)
+
+
+def test_the_gradient_reaches_a_shortlisted_gate():
+    gate = shortlisted(shortlist=3, top_k=2)
+    (gate.route(random_input()).spread(12) * torch.arange(12.0)).sum().backward()
+    assert gate.linears[0].weight.grad.abs().max() > 1e-4
+
+
 def test_arrow_does_not_care_for_the_sign_of_a_vector_and_an_expert_without_deltas_responds_to_nothing():
     vectors = torch.nn.functional.normalize(torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(0)), dim=-1)
     vectors[2] = 0

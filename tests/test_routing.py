@@ -89,12 +89,76 @@ def test_stretches_are_the_rows_that_one_expert_serves_alone():
     assert cut(Routing.rows([])) == []
 
 
-def test_the_weights_of_all_experts_whatever_form_the_routing_has():
-    per_row = Routing(torch.tensor([[2, 0], [1, 2]]), torch.tensor([[0.7, 0.3], [1.0, 0.0]]))
-    assert per_row.spread(4).tolist() == torch.tensor([[0.3, 0, 0.7, 0], [0, 1.0, 0, 0]]).tolist()
-    every_row = Routing(None, torch.tensor([[0.2, 0.8]]))
-    assert every_row.spread(2).shape == (1, 2)
-    shortlist = Routing(torch.tensor([[2, 0]]), torch.tensor([[[0.7, 0.3], [0.0, 1.0], [0.0, 0.0]]]))
-    expected = torch.tensor([[[0.3, 0.0, 0.7], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]])
-    assert torch.equal(shortlist.spread(3), expected)
-    assert torch.equal(Routing(None, expected).spread(3), expected)
+# Routings that a gate made, turned into those of the model
+
+
+def random_routing(kind, *, rows=4, tokens=5, gated=3, chosen=2):
+    """Weights of all experts of a gate or of some, by row or by token."""
+    generator = torch.Generator().manual_seed(0)
+    experts = torch.stack([torch.randperm(gated, generator=generator)[:chosen] for _ in range(rows)])
+    shape = (rows, *([tokens] if "token" in kind else []), gated if "all" in kind else chosen)
+    return Routing(None if "all" in kind else experts, torch.rand(shape, generator=generator))
+
+
+def by_loop(routing, num_experts):
+    """The weight of every expert, row by row and choice by choice, [N, E] or [N, S, E]."""
+    every = torch.zeros(*routing.weights.shape[:-1], num_experts)
+    for row in range(len(every)):
+        for choice in range(routing.weights.shape[-1]):
+            expert = choice if routing.experts is None else int(routing.experts[row, choice])
+            every[row, ..., expert] += routing.weights[row, ..., choice]
+    return every
+
+
+KINDS = pytest.mark.parametrize("kind", ["some by row", "all by row", "some by token", "all by token"])
+
+
+@KINDS
+def test_spread_gives_every_expert_its_weight(kind):
+    routing = random_routing(kind)
+    assert torch.equal(routing.spread(3), by_loop(routing, 3))
+    if "some" in kind:
+        assert torch.equal(routing.spread(7)[..., :3], routing.spread(3))
+        assert not routing.spread(7)[..., 3:].any()
+
+
+@KINDS
+def test_placed_moves_each_weight_to_the_place_of_its_expert(kind):
+    routing = random_routing(kind)
+    expected = torch.zeros(*routing.weights.shape[:-1], 6)
+    expected[..., [4, 0, 2]] = by_loop(routing, 3)
+    placed = routing.placed([4, 0, 2], num_experts=6)
+    assert torch.equal(placed.spread(6), expected)
+    assert (placed.experts is None) == (routing.experts is None)
+    assert routing.placed([0, 1, 2], num_experts=3) is routing
+    assert torch.equal(routing.placed([0, 2, 1], num_experts=3).spread(3), by_loop(routing, 3)[..., [0, 2, 1]])
+
+
+@KINDS
+def test_placed_keeps_what_the_gate_said_and_lets_the_gradient_through(kind):
+    routing = random_routing(kind)
+    weights, logits = routing.weights.requires_grad_(), torch.rand(4, 3)
+    placed = Routing(routing.experts, weights, logits).placed([4, 0, 2], num_experts=6)
+    assert placed.logits is logits
+    (placed.spread(6) * torch.arange(6.0)).sum().backward()
+    assert weights.grad.abs().sum() > 0
+
+
+@KINDS
+@pytest.mark.parametrize("expert", [1, 4], ids=["that some rows choose", "that no row chooses"])
+def test_plus_gives_one_expert_a_weight_of_1_in_some_rows(kind, expert):
+    routing = random_routing(kind).placed([4, 1, 2] if expert == 1 else [0, 1, 2], num_experts=6)
+    rows = torch.tensor([1.0, 0.0, 1.0, 0.0])
+    expected = by_loop(routing, 6)
+    expected[rows.bool(), ..., expert] = 1.0
+    assert torch.equal(routing.plus(expert, rows).spread(6), expected)
+    assert torch.equal(routing.plus(expert, torch.zeros(4)).spread(6), by_loop(routing, 6))
+
+
+@KINDS
+def test_one_row_of_a_routing_with_a_shared_expert_is_that_row_alone(kind):
+    routing, rows = random_routing(kind).placed([4, 0, 2], num_experts=6), torch.tensor([1.0, 0.0, 1.0, 0.0])
+    whole = routing.plus(5, rows).spread(6)
+    for row in range(4):
+        alone = routing.take(slice(row, row + 1)).plus(5, rows[row : row + 1])
+        assert torch.equal(alone.spread(6)[0], whole[row])
