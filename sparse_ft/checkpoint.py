@@ -120,6 +120,7 @@ def _describe_gate(gate: SequenceGate) -> dict[str, Any]:
         "type": kind,
         "experts": gate.names,
         "block": gate.block,
+        "pairs": len(gate.familiarity.pairs),
         **{key: getattr(gate.choice, key) for key in _CHOICE},
     }
 
@@ -130,7 +131,13 @@ def _load_gate(path: Path, manifest: Mapping[str, Any], hidden_size: int) -> Seq
         return None
     try:
         choice = Choice(**{key: described[key] for key in _CHOICE})
-        gate = TEXT_GATES[described["type"]](described["experts"], hidden_size, block=described["block"], choice=choice)
+        gate = TEXT_GATES[described["type"]](
+            described["experts"],
+            hidden_size,
+            block=described["block"],
+            choice=choice,
+            num_pairs=described["pairs"],
+        )
     except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{str(path / MANIFEST)!r} describes a gate that this version does not know: {error!r}. Update sparse-ft."

@@ -76,17 +76,17 @@ class GateConfig(_Section):
     """The gate that decides which expert a text goes to when no task is named."""
 
     type: Literal["sequence", "prototype"] = "sequence"
-    """sequence learns a linear classifier over whole texts; prototype takes the nearest mean of each expert's texts."""
+    """sequence learns a small perceptron over whole texts; prototype takes the nearest mean of each expert's texts."""
     block: int | None = Field(default=None, ge=0)
-    """Block whose input the gate reads; null is the middle one, or the lowest with experts if that is higher. Above the
-    lowest with experts, a text costs the blocks up to here once more."""
+    """Highest block whose input the gate reads; null is the middle one, or the lowest with experts if that is higher.
+    Above the lowest with experts, a text costs the blocks up to here once more."""
     top_k: int = Field(default=1, ge=1)
     """Experts that a text is sent through, their deltas weighted by the gate."""
     temperature: float = Field(default=1.0, gt=0)
     """Above 1 the weights of several experts come closer to each other."""
     min_confidence: float = Field(default=0.0, ge=0, le=1)
     """Texts that look less familiar than all but this share of the training texts are answered with unknown."""
-    rows: int = Field(default=2000, ge=2)
+    rows: int = Field(default=10000, ge=2)
     """Training rows of each expert that the gate is fitted on."""
 
 

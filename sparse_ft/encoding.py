@@ -30,6 +30,8 @@ class Example:
     """Class indices (one, or one a word; -100 is ignored), or 0/1 per label. Empty in prediction."""
     trunk: Tensor | None = None
     """Hidden states (tokens, hidden) that enter the lowest block with experts, if they are kept; see trunk.py."""
+    means: Tensor | None = None
+    """Mean over the tokens of what enters each block up to the gate's, (blocks, hidden) float32, if it was asked."""
 
 
 class Encoder:

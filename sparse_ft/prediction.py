@@ -14,7 +14,7 @@ from sparse_ft.checkpoint import Checkpoint, load_checkpoint
 from sparse_ft.devices import find_device
 from sparse_ft.encoding import Encoder, Example
 from sparse_ft.errors import ConfigError, DataError
-from sparse_ft.inference import entering, pooled, row_logits
+from sparse_ft.inference import entering, row_logits, stacked_means
 from sparse_ft.kinds import find_kind
 from sparse_ft.routing import Routing
 from sparse_ft.tasks import TaskSpec
@@ -111,8 +111,9 @@ class LoadedModel:
         model = self.checkpoint.model
         gate = model.text_gate()
         with self._lock, torch.no_grad():
-            examples = entering(model, self._plain(texts), block=gate.block)
-            routing = gate.decide(pooled(examples).to(model.device), excluded=self._unfit(texts))
+            examples = entering(model, self._plain(texts), block=gate.block, means=True)
+            tokens = [example.input_ids for example in examples]
+            routing = gate.decide(stacked_means(examples).to(model.device), tokens, excluded=self._unfit(texts))
         reusable = self._keeps_trunk and gate.block == model.first_block
         shared = {_key(example): example for example in examples} if reusable else {}
         assert routing.logits is not None
