@@ -124,7 +124,7 @@ def _describe_slot(slot: TaskSlot) -> dict[str, Any]:
 def _describe_gate(gate: SequenceGate | TokenGate) -> dict[str, Any]:
     kind = next(name for name, known in GATES.items() if type(gate) is known)
     reads = (
-        {"block": gate.block}
+        {"block": gate.block, "pairs": len(gate.familiarity.pairs)}
         if isinstance(gate, SequenceGate)
         else {"blocks": gate.blocks, "shortlist": gate.shortlist}
     )
@@ -148,7 +148,8 @@ def _load_gate(path: Path, manifest: Mapping[str, Any], hidden_size: int) -> Seq
             blocks, shortlist = described["blocks"], described["shortlist"]
             gate = kind(names, hidden_size, blocks=blocks, choice=choice, shortlist=shortlist)
         else:
-            gate = kind(names, hidden_size, block=described["block"], choice=choice)
+            block, num_pairs = described["block"], described["pairs"]
+            gate = kind(names, hidden_size, block=block, choice=choice, num_pairs=num_pairs)
     except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{str(path / MANIFEST)!r} describes a gate that this version does not know: {error!r}. Update sparse-ft."

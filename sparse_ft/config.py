@@ -83,11 +83,11 @@ class GateConfig(_Section):
     """The gate: which experts a text, or each of its tokens, goes through."""
 
     type: Literal["sequence", "prototype", "token"] = "sequence"
-    """sequence learns a linear classifier over whole texts; prototype takes the nearest mean of each expert's texts;
+    """sequence learns a small perceptron over whole texts; prototype takes the nearest mean of each expert's texts;
     token lets every token choose in every block, and is trained jointly with the experts."""
     block: int | None = Field(default=None, ge=0)
-    """Block whose input the gate reads; null is the middle one, or the lowest with experts if that is higher. Above the
-    lowest with experts, a text costs the blocks up to here once more."""
+    """Highest block whose input the gate reads; null is the middle one, or the lowest with experts if that is higher.
+    Above the lowest with experts, a text costs the blocks up to here once more."""
     top_k: int | None = Field(default=None, ge=1)
     """Experts that a text or a token is sent through, their deltas weighted by the gate; null is 2 in a joint run, else
     1."""
@@ -97,7 +97,7 @@ class GateConfig(_Section):
     """Above 1 the weights of several experts come closer to each other."""
     min_confidence: float = Field(default=0.0, ge=0, le=1)
     """Texts that look less familiar than all but this share of the training texts are answered with unknown."""
-    rows: int = Field(default=2000, ge=2)
+    rows: int = Field(default=10000, ge=2)
     """Training rows of each expert that the gate is fitted on."""
     shortlist: int | None = Field(default=None, ge=1)
     """Experts that the tokens of one text choose among; null is all, or 4 where there are more than 16."""

@@ -32,6 +32,8 @@ class Example:
     """Hidden states (tokens, hidden) that enter the lowest block with experts, if they are kept; see trunk.py."""
     hidden: Tensor | None = None
     """Hidden states (tokens, hidden) that leave the backbone, if several heads read them; see inference.py."""
+    means: Tensor | None = None
+    """Mean over the tokens of what enters each block up to the gate's, (blocks, hidden) float32, if it was asked."""
 
 
 class Encoder:

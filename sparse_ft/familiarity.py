@@ -1,4 +1,4 @@
-"""How familiar a text looks: its distance to the texts that the experts were trained on."""
+"""How familiar a text looks: how far it is from the texts that the experts were trained on."""
 
 from collections.abc import Sequence
 
@@ -7,59 +7,121 @@ from torch import Tensor, nn
 
 _QUANTILES = 1001
 _SHRINKAGE = 0.1
-"""Of the covariance towards its diagonal, so that it can be inverted whatever the number of rows."""
+"""Of the covariances towards their diagonal, so that they can be inverted whatever the number of rows."""
+_PAIR = 1 << 31
+"""A pair of neighbouring tokens is kept as first * _PAIR + second."""
 
 
 class Familiarity(nn.Module):
-    """The share of in-domain texts that lie as far from their nearest expert's texts as this one, or farther.
+    """The share of in-domain texts that look as strange as this one, or stranger.
 
-    Mahalanobis distance with one covariance for all classes: Lee et al. 2018, section 2.1,
-    https://arxiv.org/abs/1807.03888. The distances of held-out texts turn it into a share, so that a threshold of 0.02
-    turns away about 2 % of the texts that belong here, whatever the data.
+    Two things make a text strange, and are added up, each in units of its spread: the distance of its features to the
+    nearest expert's texts, and the share of its pairs of neighbouring tokens that no training text has. The distance is
+    Mahalanobis', as of Lee et al. 2018, section 2.1, https://arxiv.org/abs/1807.03888, but with a covariance for each
+    expert. Held-out texts turn the sum into a share, so that a threshold of 0.02 turns away about 2 % of the texts that
+    belong here, whatever the data.
 
     Args:
         num_experts: E.
         num_features: F.
+        num_pairs: P, pairs of tokens that are known; ``fit`` finds out.
     """
 
     means: Tensor
     whitening: Tensor
-    distances: Tensor
+    offsets: Tensor
+    pairs: Tensor
+    location: Tensor
+    spread: Tensor
+    quantiles: Tensor
 
-    def __init__(self, num_experts: int, num_features: int) -> None:
+    def __init__(self, num_experts: int, num_features: int, *, num_pairs: int = 0) -> None:
         super().__init__()
         self.register_buffer("means", torch.zeros(num_experts, num_features))
-        self.register_buffer("whitening", torch.eye(num_features))
-        self.register_buffer("distances", torch.zeros(_QUANTILES))
+        self.register_buffer("whitening", torch.eye(num_features).repeat(num_experts, 1, 1))
+        self.register_buffer("offsets", torch.zeros(num_experts))
+        self.register_buffer("pairs", torch.zeros(num_pairs, dtype=torch.long))
+        self.register_buffer("location", torch.zeros(2))
+        self.register_buffer("spread", torch.ones(2))
+        self.register_buffer("quantiles", torch.zeros(_QUANTILES))
 
     @property
     def fitted(self) -> bool:
         """Whether ``fit`` was called, or a fitted one was loaded."""
-        return bool(self.distances.any())
+        return bool(self.quantiles.any())
 
-    def fit(self, features: Sequence[Tensor], held_out: Tensor) -> None:
-        """Learn the distances of texts that belong here.
+    def fit(
+        self,
+        features: Sequence[Tensor],
+        tokens: Sequence[Sequence[int]],
+        *,
+        held_out: Tensor,
+        held_out_tokens: Sequence[Sequence[int]],
+    ) -> None:
+        """Learn how strange texts are that belong here.
 
         Args:
             features: Training texts of each expert, [rows, F] each, none empty.
+            tokens: Ids of these texts.
             held_out: Texts of all experts that are in none of these, [rows, F].
+            held_out_tokens: Their ids.
         """
         means = torch.stack([rows.double().mean(0) for rows in features])
-        centred = torch.cat([rows.double() - mean for rows, mean in zip(features, means, strict=True)])
-        covariance = centred.t() @ centred / max(1, len(centred) - len(features))
-        diagonal = torch.diag(covariance.diagonal().clamp_min(1e-6))
-        covariance = (1 - _SHRINKAGE) * covariance + _SHRINKAGE * diagonal
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
+        scatters = [
+            (rows.double() - mean).t() @ (rows.double() - mean) for rows, mean in zip(features, means, strict=True)
+        ]
+        shared = torch.stack(scatters).sum(0) / sum(len(rows) for rows in features)
+        for place, (rows, scatter) in enumerate(zip(features, scatters, strict=True)):
+            # The shared covariance stands for as many rows as there are features: Friedman 1989, regularised
+            # discriminant analysis, https://doi.org/10.1080/01621459.1989.10478752
+            covariance = (scatter + len(shared) * shared) / (len(rows) + len(shared))
+            diagonal = torch.diag(covariance.diagonal().clamp_min(1e-6))
+            factor = torch.linalg.cholesky((1 - _SHRINKAGE) * covariance + _SHRINKAGE * diagonal)
+            self.whitening[place] = torch.linalg.cholesky(torch.cholesky_inverse(factor))  # (x - m) W is white
+            self.offsets[place] = 2 * factor.diagonal().log().sum()  # log determinant
         self.means.copy_(means)
-        self.whitening.copy_(torch.linalg.cholesky(inverse))  # (x - m) L has the identity as its covariance
+        self.pairs = torch.cat([_pairs(row) for row in tokens]).unique().to(self.pairs.device)  # sorted
+        strangeness = self._strangeness(held_out, held_out_tokens)
+        self.location.copy_(strangeness.mean(0))
+        self.spread.copy_(strangeness.std(0, correction=0).clamp_min(1e-6))
         shares = torch.linspace(0, 1, _QUANTILES, dtype=torch.float64)
-        self.distances.copy_(torch.quantile(self._distance(held_out).double(), shares))
+        self.quantiles.copy_(torch.quantile(self._total(strangeness).double(), shares))
 
-    def _distance(self, features: Tensor) -> Tensor:
-        apart = (features.float().unsqueeze(1) - self.means) @ self.whitening  # [N, E, F]
-        return apart.square().sum(-1).amin(-1)  # [N]
+    def distance(self, features: Tensor) -> Tensor:
+        """Return -2 log of the largest of the experts' normal densities, but for a constant: [N, F] to [N]."""
+        apart = (features.float().unsqueeze(0) - self.means.unsqueeze(1)) @ self.whitening  # [E, N, F]
+        return (apart.square().sum(-1) + self.offsets.unsqueeze(1)).amin(0)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Return the familiarity of each row of ``features`` [N, F]: [N], 0 to 1, float32."""
-        nearer = torch.searchsorted(self.distances, self._distance(features))
+    def novelty(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Return the share of each text's pairs of neighbours that no training text has, [N]."""
+        rows = [_pairs(row) for row in tokens]
+        keys = torch.cat(rows).to(self.pairs.device)
+        if not len(self.pairs):
+            return torch.ones(len(rows), device=keys.device)
+        place = torch.searchsorted(self.pairs, keys).clamp_max(len(self.pairs) - 1)
+        unseen = (self.pairs[place] != keys).float().split([len(row) for row in rows])
+        return torch.stack([row.sum() / max(1, len(row)) for row in unseen])
+
+    def _strangeness(self, features: Tensor, tokens: Sequence[Sequence[int]]) -> Tensor:
+        return torch.stack([self.distance(features), self.novelty(tokens)], -1)  # [N, 2]
+
+    def _total(self, strangeness: Tensor) -> Tensor:
+        return ((strangeness - self.location) / self.spread).sum(-1)
+
+    def forward(self, features: Tensor, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Return the familiarity of texts.
+
+        Args:
+            features: [N, F].
+            tokens: Ids of each, N sequences.
+
+        Returns:
+            [N], 0 to 1, float32.
+        """
+        nearer = torch.searchsorted(self.quantiles, self._total(self._strangeness(features, tokens)))
         return 1 - nearer.float() / _QUANTILES
+
+
+def _pairs(tokens: Sequence[int]) -> Tensor:
+    ids = torch.tensor(tokens, dtype=torch.long)
+    return ids[:-1] * _PAIR + ids[1:]

@@ -1,26 +1,30 @@
 """Fit the gate that reads whole texts: which expert does a text belong to?
 
-The experts stay as they are. The gate sees the mean of the hidden states that enter a block, by default the middle one,
-as the bare backbone computes them. These are the same whichever expert will be chosen, so it is a linear classifier on
-fixed features.
+The experts stay as they are. The gate sees the means of the hidden states that enter the blocks up to one, by default
+the middle one, as the bare backbone computes them. These are the same whichever expert will be chosen, so it is a
+classifier on fixed features.
 """
 
 import random
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from sparse_ft.choosing import Choice
 from sparse_ft.config import GateConfig
 from sparse_ft.encoding import Example
 from sparse_ft.errors import ConfigError
-from sparse_ft.gates import PrototypeGate, SequenceGate
-from sparse_ft.inference import pooled_entering, text_routing
+from sparse_ft.experts import named_generator
+from sparse_ft.gates import TEXT_GATES, PrototypeGate, SequenceGate
+from sparse_ft.inference import mean_states, text_routing
 from sparse_ft.model import SparseExpertModel
 
+_EPOCHS, _MIN_STEPS, _BATCH_SIZE, _LEARNING_RATE = 10, 300, 128, 1e-3
+_LABEL_SMOOTHING = 0.1
 _HELD_OUT = 5
-"""One text in so many says how far from its expert's texts a text that belongs here may be."""
+"""One text in so many says how strange a text that belongs here may look. The classifier learns from all."""
 
 
 def fit_gate(
@@ -51,23 +55,44 @@ def fit_gate(
             "with --data, or remove the expert."
         )
     block = gate_block(model, settings)
-    pooled = {
-        name: pooled_entering(model, _draw(examples[name], settings.rows, f"{seed}/{name}"), block=block)
-        for name in names
-    }
-    kind = PrototypeGate if settings.type == "prototype" else SequenceGate
+    drawn = {name: _draw(examples[name], settings.rows, f"{seed}/{name}") for name in names}
+    means = {name: mean_states(model, rows, block=block) for name, rows in drawn.items()}
+    tokens = {name: [row.input_ids for row in rows] for name, rows in drawn.items()}
+    return fit_on_means(means, tokens, settings=settings, seed=seed).to(model.device)
+
+
+def fit_on_means(
+    means: Mapping[str, Tensor], tokens: Mapping[str, Sequence[Sequence[int]]], *, settings: GateConfig, seed: int
+) -> SequenceGate:
+    """Fit a gate on what it sees of texts.
+
+    Args:
+        means: Of what enters the blocks up to the highest that it reads, [rows, blocks, H] for each expert, two rows at
+            least.
+        tokens: Ids of these texts.
+        settings: Of the run.
+        seed: Of the perceptron.
+    """
+    names = list(means)
+    _, num_blocks, hidden_size = means[names[0]].shape
     choice = Choice(top_k=settings.top_k or 1, temperature=settings.temperature, min_confidence=settings.min_confidence)
-    gate = kind(names, model.backbone.hidden_size, block=block, choice=choice)
-    train = {name: rows[torch.arange(len(rows)) % _HELD_OUT > 0] for name, rows in pooled.items()}
-    held_out = torch.cat([rows[::_HELD_OUT] for rows in pooled.values()])
+    gate = TEXT_GATES[settings.type](names, hidden_size, block=num_blocks - 1, choice=choice)
+    gate.standardise(torch.cat([means[name] for name in names]))
+    features = [gate.features(means[name]) for name in names]
+    uppermost = [gate.uppermost(rows) for rows in features]
+    gate.familiarity.fit(
+        [rows[torch.arange(len(rows)) % _HELD_OUT > 0] for rows in uppermost],
+        [ids for name in names for place, ids in enumerate(tokens[name]) if place % _HELD_OUT],
+        held_out=torch.cat([rows[::_HELD_OUT] for rows in uppermost]),
+        held_out_tokens=[ids for name in names for ids in tokens[name][::_HELD_OUT]],
+    )
     if isinstance(gate, PrototypeGate):
-        gate.fit(train)
+        gate.fit(features)
     else:
-        gate.standardise(torch.cat(list(train.values())))
-        _fit_linear(gate, train)
-    with torch.no_grad():
-        gate.familiarity.fit([gate.features(rows) for rows in train.values()], gate.features(held_out))
-    return gate.requires_grad_(False).eval().to(model.device)
+        generator = named_generator(seed, "gate")
+        gate.initialise(generator)
+        _fit_perceptron(gate.classifier, features, generator=generator)
+    return gate.requires_grad_(False).eval()
 
 
 def gate_block(model: SparseExpertModel, settings: GateConfig) -> int:
@@ -80,19 +105,22 @@ def _draw(examples: Sequence[Example], number: int, key: str) -> list[Example]:
     return random.Random(key).sample(list(examples), min(number, len(examples)))
 
 
-def _fit_linear(gate: SequenceGate, train: Mapping[str, Tensor]) -> None:
-    """Logistic regression, each expert weighing the same however many rows it has."""
-    from sklearn.linear_model import LogisticRegression
-
-    features = torch.cat([gate.features(rows) for rows in train.values()]).double().numpy()
-    targets = [place for place, rows in enumerate(train.values()) for _ in range(len(rows))]
-    fitted = LogisticRegression(C=0.1, max_iter=2000, class_weight="balanced").fit(features, targets)
-    weights, bias = torch.from_numpy(fitted.coef_).float(), torch.from_numpy(fitted.intercept_).float()
-    if len(train) == 2:  # one row of weights, for the second class
-        weights, bias = torch.cat([-weights / 2, weights / 2]), torch.cat([-bias / 2, bias / 2])
-    with torch.no_grad():
-        gate.linear.weight.copy_(weights)
-        gate.linear.bias.copy_(bias)
+def _fit_perceptron(classifier: nn.Module, features: Sequence[Tensor], *, generator: torch.Generator) -> None:
+    """Minimise the cross-entropy over [rows, F] of each expert; all experts are drawn equally often."""
+    inputs = torch.cat(list(features))
+    sizes = torch.tensor([len(rows) for rows in features])
+    starts = sizes.cumsum(0) - sizes
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=_LEARNING_RATE)
+    steps = max(_MIN_STEPS, _EPOCHS * len(inputs) // _BATCH_SIZE)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = _LEARNING_RATE * (1 - step / steps)
+        targets = torch.randint(len(sizes), (_BATCH_SIZE,), generator=generator)
+        places = (torch.rand(_BATCH_SIZE, generator=generator) * sizes[targets]).long()
+        logits = classifier(inputs[starts[targets] + places])
+        loss = functional.cross_entropy(logits, targets, label_smoothing=_LABEL_SMOOTHING)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
 
 def routing_accuracy(model: SparseExpertModel, examples: Sequence[Example], *, expert: str) -> float:

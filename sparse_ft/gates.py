@@ -4,6 +4,7 @@ A gate sees the hidden states that enter a block and answers with a routing. Log
 backbone computes in. Shapes: N rows, S tokens a row, H hidden size, E experts, K chosen.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -15,6 +16,9 @@ from sparse_ft.choosing import Choice
 from sparse_ft.familiarity import Familiarity
 from sparse_ft.heads import pool
 from sparse_ft.routing import Routing
+
+_UNITS = 128
+"""Of the perceptron's hidden layer."""
 
 
 @dataclass(frozen=True)
@@ -48,83 +52,121 @@ class Gate(Protocol):
 
 
 class SequenceGate(nn.Module):
-    """A linear classifier over the mean of the hidden states: one decision a text.
+    """A perceptron over the means of what enters the lower blocks: one decision a text, before the model runs on it.
+
+    All states are those of the bare backbone, so they are the same whichever expert is chosen, and all of them are
+    there once the highest block that is read is reached.
 
     Args:
         names: Experts to choose among.
         hidden_size: H.
-        block: 0-based block whose input it reads, as the bare backbone computes it.
+        block: 0-based; it reads what enters this block and each below it.
         choice: How the logits become a routing.
+        num_pairs: Of the familiarity, if it is to be loaded.
     """
-
-    every_block = False
 
     center: Tensor
     scale: Tensor
 
-    def __init__(self, names: Sequence[str], hidden_size: int, *, block: int, choice: Choice) -> None:
+    def __init__(
+        self, names: Sequence[str], hidden_size: int, *, block: int, choice: Choice, num_pairs: int = 0
+    ) -> None:
         super().__init__()
         self.names = list(names)
         self.block = block
         self.choice = choice
-        self.register_buffer("center", torch.zeros(hidden_size))
-        self.register_buffer("scale", torch.ones(hidden_size))
-        self.linear = nn.Linear(hidden_size, len(self.names))
-        self.familiarity = Familiarity(len(self.names), hidden_size)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
+        num_features = (block + 1) * hidden_size
+        self.register_buffer("center", torch.zeros(num_features))
+        self.register_buffer("scale", torch.ones(num_features))
+        self.classifier = self._classifier(num_features)
+        self.familiarity = Familiarity(len(self.names), hidden_size, num_pairs=num_pairs)
 
-    def standardise(self, pooled: Tensor) -> None:
-        """Centre and scale the features by what ``pooled`` [rows, H] shows."""
-        self.center.copy_(pooled.mean(0))
-        self.scale.copy_(_inverse(pooled.std(0, correction=0)))
+    def _classifier(self, num_features: int) -> nn.Module:
+        last = nn.Linear(_UNITS, len(self.names))
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        return nn.Sequential(nn.Linear(num_features, _UNITS), nn.GELU(), last)
 
-    def features(self, pooled: Tensor) -> Tensor:
-        """Return what the classifier reads of pooled hidden states, [N, H]."""
-        return (pooled - self.center) * self.scale
+    def initialise(self, generator: torch.Generator) -> None:
+        """Fill the classifier as ``nn.Linear`` does, with a bias of 0."""
+        for parameter in self.classifier.parameters():
+            if parameter.dim() == 2:
+                nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=generator)
+            else:
+                nn.init.zeros_(parameter)
 
-    def decide(self, pooled: Tensor, *, excluded: Sequence[int] = (), training: bool = False) -> Routing:
+    def standardise(self, means: Tensor) -> None:
+        """Centre and scale the features by what ``means`` [rows, block + 1, H] show."""
+        self.center.copy_(means.flatten(1).mean(0))
+        spread = means.flatten(1).std(0, correction=0)
+        self.scale.copy_(torch.where(spread > 1e-6, 1 / spread, 1.0))
+
+    def features(self, means: Tensor) -> Tensor:
+        """Return what the classifier reads: [N, block + 1, H] to [N, (block + 1) * H]."""
+        return (means.float().flatten(1) - self.center) * self.scale
+
+    def decide(
+        self,
+        means: Tensor,
+        tokens: Sequence[Sequence[int]] | None = None,
+        *,
+        excluded: Sequence[int] = (),
+        abstains: bool = True,
+        training: bool = False,
+    ) -> Routing:
         """Choose experts for texts.
 
         Args:
-            pooled: Mean over the real tokens of each, [N, H] float32.
+            means: Of what enters the blocks 0 to ``block``, over the real tokens of each text, [N, block + 1, H].
+            tokens: Ids of each text, for its familiarity; None takes the probability of the best expert in its place.
             excluded: Experts that may not be chosen.
+            abstains: Whether ``choice.min_confidence`` holds.
             training: Whether the capacity of experts holds.
         """
-        with _float32(pooled):
-            features = self.features(pooled)
-            confidence = self.familiarity(features) if self.familiarity.fitted else None
-            logits = self.linear(features)
+        with _float32(means):
+            features = self.features(means)
+            confidence = None
+            if tokens is not None and self.familiarity.fitted:
+                confidence = self.familiarity(self.uppermost(features), tokens)
+            logits = self.classifier(features)
             if excluded:
                 logits[:, list(excluded)] = -torch.inf
-            return self.choice(logits, confidence=confidence, training=training)
+            choice = self.choice if abstains else replace(self.choice, min_confidence=0.0)
+            return choice(logits, confidence=confidence, training=training)
 
-    def route(self, inputs: GateInput) -> Routing:
-        """Choose experts for each row."""
-        return self.decide(pool(inputs.hidden, inputs.attention_mask, "mean"))
+    def uppermost(self, features: Tensor) -> Tensor:
+        """Return the features of the highest block that is read, [N, H]."""
+        return features[:, -features.shape[1] // (self.block + 1) :]
 
 
 class PrototypeGate(SequenceGate):
-    """The nearest mean of each expert's training texts, by cosine; learns nothing by gradient.
+    """The nearest mean of each expert's training texts, by Mahalanobis distance; learns nothing by gradient.
 
-    As the router of Arrow and of mergekit-moe's "hidden" mode: https://arxiv.org/abs/2405.11157.
+    With one covariance for all experts this is linear discriminant analysis: Hastie, Tibshirani and Friedman 2009,
+    section 4.3, https://hastie.su.domains/ElemStatLearn/. Every expert counts the same, however many texts it has.
     """
 
-    sharpness = 20.0
-    """Multiplies the cosine, -1 to 1, to give logits."""
+    def _classifier(self, num_features: int) -> nn.Module:
+        linear = nn.Linear(num_features, len(self.names))
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        return linear
 
-    def fit(self, pooled: Mapping[str, Tensor]) -> None:
-        """Take the mean of each expert's pooled texts, [rows, H] each; every expert counts the same."""
-        self.center.copy_(torch.stack([pooled[name].mean(0) for name in self.names]).mean(0))
-        spread = torch.stack([pooled[name].std(0, correction=0) for name in self.names]).mean(0)
-        self.scale.copy_(_inverse(spread))
-        means = torch.stack([(pooled[name].mean(0) - self.center) * self.scale for name in self.names])
+    def fit(self, features: Sequence[Tensor]) -> None:
+        """Take the mean of each expert's texts and the covariance around them, from [rows, features] of each."""
+        from sklearn.covariance import ledoit_wolf_shrinkage
+
+        means = torch.stack([rows.double().mean(0) for rows in features])  # [E, F]
+        centred = [rows.double() - mean for rows, mean in zip(features, means, strict=True)]
+        covariance = torch.stack([rows.t() @ rows / len(rows) for rows in centred]).mean(0)
+        level = covariance.diagonal().mean().clamp_min(1e-6)
+        shrinkage = max(1e-3, float(ledoit_wolf_shrinkage(torch.cat(centred).numpy(), assume_centered=True)))
+        covariance = (1 - shrinkage) * covariance + shrinkage * level * torch.eye(len(covariance), dtype=torch.float64)
+        weight = torch.cholesky_solve(means.t(), torch.linalg.cholesky(covariance)).t()  # [E, F]
+        assert isinstance(self.classifier, nn.Linear)
         with torch.no_grad():
-            self.linear.weight.copy_(torch.nn.functional.normalize(means, dim=-1) * self.sharpness)
-
-    def features(self, pooled: Tensor) -> Tensor:
-        """Return what the cosine is taken of, [N, H] of length 1."""
-        return torch.nn.functional.normalize(super().features(pooled), dim=-1)
+            self.classifier.weight.copy_(weight)
+            self.classifier.bias.copy_(-(weight * means).sum(1) / 2)
 
 
 TEXT_GATES: dict[str, type[SequenceGate]] = {"sequence": SequenceGate, "prototype": PrototypeGate}
@@ -222,8 +264,3 @@ class ArrowGate(nn.Module):
 def _float32(tensor: Tensor) -> torch.autocast:
     """Keep autocast from a gate's matrix products: near ties would fall to another expert."""
     return torch.autocast(tensor.device.type, enabled=False)
-
-
-def _inverse(spread: Tensor) -> Tensor:
-    """Return 1 / spread, and 1 where a feature is constant."""
-    return torch.where(spread > 1e-6, 1 / spread, 1.0)

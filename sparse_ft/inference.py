@@ -110,8 +110,9 @@ def text_routing(model: SparseExpertModel, examples: Sequence[Example], *, task:
     excluded: list[int] = []
     if task is not None and not model.tasks[task].mixed:
         excluded = [place for place, name in enumerate(gate.names) if name not in model.tasks[task].experts]
-    pooled = pooled_entering(model, examples, block=gate.block).to(model.device)
-    return model.placed(gate.decide(pooled, excluded=excluded))
+    means = mean_states(model, examples, block=gate.block).to(model.device)
+    tokens = [example.input_ids for example in examples] if task is None else None  # a known task is never unknown
+    return model.placed(gate.decide(means, tokens, excluded=excluded, abstains=task is None))
 
 
 @torch.no_grad()
@@ -144,39 +145,43 @@ def leaving(model: SparseExpertModel, task: str, examples: Sequence[Example]) ->
     return kept, usage
 
 
-def entering(model: SparseExpertModel, examples: Sequence[Example], *, block: int | None = None) -> list[Example]:
+def entering(
+    model: SparseExpertModel, examples: Sequence[Example], *, block: int | None = None, means: bool = False
+) -> list[Example]:
     """Run the bare backbone up to a block, and keep what enters it in each example's ``trunk``.
 
     Args:
         model: In evaluation mode.
         examples: Rows of model input.
         block: 0-based; None takes the lowest with experts, below which all experts share the blocks.
+        means: Whether to keep the mean of what enters each block up to there, too.
     """
     backbone = model.backbone
     last = backbone.num_blocks - 1
     wanted = min(model.first_block, last) if block is None else block  # a model without experts has none to enter
     with model.slot.filled(Pass(None)):
-        return keep_trunk(backbone.model, backbone.blocks, examples, first_block=wanted, pad_id=backbone.pad_id)
+        return keep_trunk(
+            backbone.model, backbone.blocks, examples, first_block=wanted, pad_id=backbone.pad_id, means=means
+        )
 
 
-def pooled(examples: Sequence[Example]) -> Tensor:
-    """Return the mean over the tokens of each example's ``trunk``, [examples, hidden] float32."""
-    return torch.stack([example.trunk.float().mean(0) for example in examples if example.trunk is not None])
+def stacked_means(examples: Sequence[Example]) -> Tensor:
+    """Return the ``means`` that the examples carry, [examples, blocks, hidden] float32."""
+    return torch.stack([example.means for example in examples if example.means is not None])
 
 
-def pooled_entering(
-    model: SparseExpertModel, examples: Sequence[Example], *, block: int | None = None, size: int = 2048
-) -> Tensor:
-    """Return the mean of what enters a block, over the tokens of each example.
+def mean_states(model: SparseExpertModel, examples: Sequence[Example], *, block: int, size: int = 2048) -> Tensor:
+    """Return the mean over the tokens of what enters each block from the lowest to this one.
 
     Args:
         model: In evaluation mode.
         examples: Rows of model input, at least one.
-        block: As for ``entering``.
+        block: 0-based; the last that is read.
         size: Examples whose hidden states are in memory at once.
 
     Returns:
-        [examples, hidden] float32, on the CPU.
+        [examples, block + 1, hidden] float32, on the CPU.
     """
     starts = range(0, len(examples), size)
-    return torch.cat([pooled(entering(model, examples[start : start + size], block=block)).cpu() for start in starts])
+    parts = (entering(model, examples[start : start + size], block=block, means=True) for start in starts)
+    return torch.cat([stacked_means(part).cpu() for part in parts])

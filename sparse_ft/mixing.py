@@ -18,7 +18,7 @@ from sparse_ft.encoding import Example
 from sparse_ft.errors import ConfigError
 from sparse_ft.experts import named_generator
 from sparse_ft.gates import SequenceGate, TokenGate
-from sparse_ft.inference import pooled_entering, text_routing
+from sparse_ft.inference import mean_states, text_routing
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.routing import Routing
 
@@ -119,9 +119,9 @@ class Mixing:
         self.names = gate.names
         self.places = [model.experts.index(name) for name in gate.names]
         self.targets = {task: self._target(model, task) for task in examples}
-        self.pooled: dict[str, Tensor] = {}
+        self.means: dict[str, Tensor] = {}
         if isinstance(gate, SequenceGate):  # what it reads is that of the bare backbone, so it never changes
-            self.pooled = {task: pooled_entering(model, rows, block=gate.block) for task, rows in examples.items()}
+            self.means = {task: mean_states(model, rows, block=gate.block) for task, rows in examples.items()}
 
     def _target(self, model: SparseExpertModel, task: str) -> int:
         experts = model.tasks[task].experts
@@ -147,8 +147,9 @@ class Mixing:
             logits = model(batch, gate=gate, seen=seen, generator=generator)
             routings, mask = list(seen.values()), batch.attention_mask
         else:
-            read = torch.stack([self.pooled[task][row] for task, row in pairs]).to(model.device)
-            routing = model.placed(gate.decide(gate.choice.shaken(read, generator), training=True))
+            read = torch.stack([self.means[task][row] for task, row in pairs]).to(model.device)
+            chosen = gate.decide(gate.choice.shaken(read, generator), abstains=False, training=True)
+            routing = model.placed(chosen)
             logits = model(batch, routing=routing, generator=generator)
             routings, mask = [routing], None
         targets = torch.tensor([self.targets[task] for task, _ in pairs], device=model.device)

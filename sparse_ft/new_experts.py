@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from sparse_ft.config import RunConfig
 from sparse_ft.encoding import Example
@@ -12,7 +11,7 @@ from sparse_ft.errors import ConfigError
 from sparse_ft.experts import named_generator
 from sparse_ft.gate_training import fit_gate, gate_block
 from sparse_ft.gates import SequenceGate, TokenGate
-from sparse_ft.inference import pooled_entering
+from sparse_ft.inference import mean_states
 from sparse_ft.kinds import find_kind
 from sparse_ft.mixing import SHARED, has_gate, joint_choice, pool_names, token_gate
 from sparse_ft.model import SparseExpertModel
@@ -130,7 +129,6 @@ def _random_gate(
     block = gate_block(model, run.gate)
     gate = SequenceGate(names, model.backbone.hidden_size, block=block, choice=joint_choice(run.gate))
     rows = [example for task in ready.values() for example in task.examples[: run.gate.rows]]
-    gate.standardise(pooled_entering(model, rows, block=block))
-    with torch.no_grad():
-        nn.init.normal_(gate.linear.weight, 0.0, 0.02, generator=named_generator(run.seed, "gate"))
+    gate.standardise(mean_states(model, rows, block=block))
+    gate.initialise(named_generator(run.seed, "gate"))
     return gate.to(model.device)

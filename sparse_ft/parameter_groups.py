@@ -54,8 +54,8 @@ def find_groups(model: SparseExpertModel, tasks: Sequence[str], *, run: RunConfi
             parameters.update({f"{expert}/expert.{name}": value for name, value in learnt.items()})
     if has_gate(run):
         assert model.gate is not None
-        linear = model.gate.linears if isinstance(model.gate, TokenGate) else model.gate.linear
-        parameters.update({f"gate/gate.{name}": value for name, value in linear.named_parameters()})
+        classifier = model.gate.linears if isinstance(model.gate, TokenGate) else model.gate.classifier
+        parameters.update({f"gate/gate.{name}": value for name, value in classifier.named_parameters()})
     return {"joint": Group(list(tasks), parameters, _tied(model, tasks) if run.experts.shared_a else [])}
 
 

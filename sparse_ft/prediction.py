@@ -15,7 +15,7 @@ from sparse_ft.devices import find_device
 from sparse_ft.encoding import Encoder, Example
 from sparse_ft.errors import ConfigError, DataError
 from sparse_ft.gates import SequenceGate
-from sparse_ft.inference import entering, leaving, pooled, row_logits
+from sparse_ft.inference import entering, leaving, row_logits, stacked_means
 from sparse_ft.kinds import find_kind
 from sparse_ft.routing import Routing
 from sparse_ft.tasks import TaskSpec
@@ -154,8 +154,9 @@ class LoadedModel:
         model = self.checkpoint.model
         gate = model.text_gate()
         with self._lock, torch.no_grad():
-            examples = entering(model, self._plain(texts), block=gate.block)
-            decided = gate.decide(pooled(examples).to(model.device), excluded=self._unfit(texts, gate))
+            examples = entering(model, self._plain(texts), block=gate.block, means=True)
+            tokens, unfit = [example.input_ids for example in examples], self._unfit(texts, gate)
+            decided = gate.decide(stacked_means(examples).to(model.device), tokens, excluded=unfit)
         reusable = self._keeps_trunk and gate.block == model.first_block
         trunk = {_key(example): example for example in examples} if reusable else {}
         names = [name for name in model.tasks if self._reads_pairs(name) == isinstance(texts[0], tuple)]

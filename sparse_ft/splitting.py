@@ -9,7 +9,7 @@ from sparse_ft.errors import ConfigError
 from sparse_ft.experts import Expert
 from sparse_ft.gate_stage import rows_by_expert
 from sparse_ft.gate_training import fit_gate, gate_block
-from sparse_ft.inference import pooled_entering
+from sparse_ft.inference import mean_states
 from sparse_ft.model import SparseExpertModel, TaskSlot
 from sparse_ft.training_data import prepare_task
 
@@ -60,8 +60,8 @@ def split_expert(checkpoint: Checkpoint, name: str, new: str) -> list[str]:
 def _halves(
     model: SparseExpertModel, examples: list[Example], *, block: int, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    pooled = pooled_entering(model, examples, block=block)
-    features = (pooled - pooled.mean(0)) / pooled.std(0, correction=0).clamp_min(1e-6)
+    read = mean_states(model, examples, block=block)[:, -1]
+    features = (read - read.mean(0)) / read.std(0, correction=0).clamp_min(1e-6)
     groups = KMeans(2, n_init=4, random_state=seed).fit_predict(features.double().numpy())
     first, second = ([examples[place] for place in np.flatnonzero(groups == half)] for half in (0, 1))
     if min(len(first), len(second)) < 2:

@@ -4,7 +4,7 @@ It is the same for all tasks and never changes in training, so it is computed on
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sparse_ft.batching import collate, length_batches
 from sparse_ft.encoding import Example
+from sparse_ft.heads import pool
 
 _MAX_TOKENS = 4096
 
@@ -32,7 +33,13 @@ def trunk_bytes(examples: Sequence[Example], *, hidden_size: int, dtype: torch.d
 
 @torch.no_grad()
 def keep_trunk(
-    encoder: nn.Module, blocks: nn.ModuleList, examples: Sequence[Example], *, first_block: int, pad_id: int
+    encoder: nn.Module,
+    blocks: nn.ModuleList,
+    examples: Sequence[Example],
+    *,
+    first_block: int,
+    pad_id: int,
+    means: bool = False,
 ) -> list[Example]:
     """Run the trunk over rows and keep what enters block ``first_block``.
 
@@ -44,13 +51,15 @@ def keep_trunk(
         examples: Rows of model input.
         first_block: Lowest block with expert layers; 0 keeps the embeddings.
         pad_id: Token id for padding.
+        means: Whether to note the mean over the tokens of what enters each block up to there, too.
 
     Returns:
-        The same rows with ``trunk`` filled.
+        The same rows with ``trunk`` filled, and ``means`` if asked.
     """
     device = next(encoder.parameters()).device
     kept = list(examples)
-    with _stopping_before(blocks[first_block]):
+    passed: list[Tensor] = []  # what entered the blocks before, [N, S, hidden] each
+    with _stopping_before(blocks[first_block]), _noting(blocks[:first_block] if means else [], passed):
         for members in length_batches([len(example.input_ids) for example in examples], max_tokens=_MAX_TOKENS):
             rows = [("", replace(examples[member], targets=[])) for member in members]  # of any tasks, so no answers
             batch = collate(rows, pad_id=pad_id, device=device)
@@ -63,7 +72,25 @@ def keep_trunk(
                 for member, hidden in zip(members, reached.hidden, strict=True):
                     size = len(examples[member].input_ids)
                     kept[member] = replace(examples[member], trunk=hidden[:size].clone())
+                if means:
+                    pooled = [pool(hidden, batch.attention_mask, "mean") for hidden in (*passed, reached.hidden)]
+                    for member, row in zip(members, torch.stack(pooled, 1), strict=True):
+                        kept[member] = replace(kept[member], means=row)
+                passed.clear()
     return kept
+
+
+@contextlib.contextmanager
+def _noting(blocks: Iterable[nn.Module], into: list[Tensor]) -> Iterator[None]:
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        into.append(args[0] if args else kwargs["hidden_states"])
+
+    handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager

@@ -262,7 +262,7 @@ def test_a_rank_that_is_no_pruning_is_refused(rank):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({}, r"No change is asked for\. Give at least one --remove, --rename, --copy, --add or --prune\."),
+    ({}, r"No change is asked for\. Give at least one --remove, --rename, --copy, --add, --prune or --split\."),
     ({"remove": ["moood"]}, r"Unknown expert 'moood'\. Did you mean 'mood'\? Known: mood, about, names\."),
     ({"rename": [("nams", "x")]}, r"Unknown expert 'nams'\. Did you mean 'names'\?"),
     ({"copy": [("abuot", "x")]}, r"Unknown expert 'abuot'\. Did you mean 'about'\?"),

@@ -5,11 +5,14 @@ import shutil
 
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from test_training import run, settings, toy_rows, write_rows, write_toy
 
 import sparse_ft
 from sparse_ft.checkpoint import load_checkpoint
+from sparse_ft.config import GateConfig
 from sparse_ft.errors import CheckpointError, ConfigError, DataError
+from sparse_ft.gate_training import fit_on_means
 from sparse_ft.gates import PrototypeGate, SequenceGate
 from sparse_ft.inference import text_routing
 from sparse_ft.manifest import MANIFEST, read_manifest
@@ -234,7 +237,7 @@ def test_an_expert_with_a_single_text_costs_the_gate_and_not_the_run(tmp_path, t
 def test_stage_gate_heeds_the_seed_that_was_asked(gated, tmp_path):
     options = {"from_checkpoint": gated, "stage": "gate", "device": "cpu", "overrides": ["gate.rows=20"]}
     paths = [sparse_ft.train(output=tmp_path / str(seed), seed=seed, **options).path for seed in (1, 2)]
-    first, second = (load_checkpoint(path).model.gate.linear.weight for path in paths)
+    first, second = (load_checkpoint(path).model.gate.classifier[0].weight for path in paths)
     assert not torch.equal(first, second)
 
 
@@ -287,3 +290,48 @@ def test_top_two_mixes_the_experts(gated, tmp_path):
     usage = mixed.routing.usage["mood"]
     assert 0.2 < usage["names"] < usage["mood"] < 0.8
     assert alone.routing.usage["mood"]["mood"] == 1.0
+
+
+def rings(rows, *, seed):
+    """Two experts that no hyperplane separates: means of what enters two blocks, near to 0 and far from it."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.nn.functional.normalize(torch.randn(2, rows, 4, generator=generator), dim=-1)
+    return {"near": directions[0].view(rows, 2, 2), "far": 4 * directions[1].view(rows, 2, 2)}
+
+
+def test_the_perceptron_separates_what_no_linear_classifier_does():
+    train, test = rings(400, seed=0), rings(200, seed=1)
+    tokens = {name: [[1, 2, 3]] * len(rows) for name, rows in train.items()}
+    gate = fit_on_means(train, tokens, settings=GateConfig(), seed=0)
+    assert gate.block == 1
+    targets = [place for place, rows in enumerate(test.values()) for _ in rows]
+    routing = gate.decide(torch.cat(list(test.values())), [[1, 2, 3]] * len(targets))
+    right = sum(map(int.__eq__, routing.experts.flatten().tolist(), targets)) / len(targets)
+    linear = LogisticRegression().fit(torch.cat(list(train.values())).flatten(1).numpy(), [0] * 400 + [1] * 400)
+    assert linear.score(torch.cat(list(test.values())).flatten(1).numpy(), targets) < 0.7
+    assert right > 0.95
+
+
+@pytest.mark.parametrize("kind", ["sequence", "prototype"])
+def test_an_expert_with_many_texts_counts_as_much_as_one_with_few(kind):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(rows, middle):
+        return middle + torch.randn(rows, 1, 6, generator=generator)
+
+    train = {"few": draw(100, 1.0), "many": draw(2000, -1.0)}
+    tokens = {name: [[1, 2]] * len(rows) for name, rows in train.items()}
+    gate = fit_on_means(train, tokens, settings=GateConfig(type=kind), seed=0)
+    best = [gate.decide(draw(500, middle), [[1, 2]] * 500).logits.argmax(-1) for middle in (0.5, -0.5)]
+    errors = [float((chosen != place).float().mean()) for place, chosen in enumerate(best)]
+    assert abs(errors[0] - errors[1]) < 0.1
+    assert max(errors) < 0.25
+
+
+def test_a_gate_fitted_on_the_same_rows_with_the_same_seed_is_the_same():
+    train = rings(50, seed=0)
+    tokens = {name: [[1, 2, 3]] * 50 for name in train}
+    first, second, other = (fit_on_means(train, tokens, settings=GateConfig(), seed=seed) for seed in (1, 1, 2))
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name])
+    assert not torch.equal(first.classifier[0].weight, other.classifier[0].weight)

@@ -5,8 +5,11 @@ import itertools
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from sklearn.covariance import ledoit_wolf_shrinkage, shrunk_covariance
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from sparse_ft.choosing import Choice, within_capacity
 from sparse_ft.gates import ArrowGate, GateInput, PrototypeGate, SequenceGate, TokenGate
@@ -212,76 +215,123 @@ def test_capacity_counts_in_training_only():
 # Gates.
 
 
-def random_sequence_gate(kind=SequenceGate):
-    gate = kind([f"e{index}" for index in range(EXPERTS)], HIDDEN, block=0, choice=Choice(top_k=2))
-    with torch.no_grad():
-        gate.linear.weight.normal_(generator=torch.Generator().manual_seed(1))
+BLOCKS = 3
+TEXT_KINDS = pytest.mark.parametrize("kind", [SequenceGate, PrototypeGate])
+
+
+def random_means(rows=20, *, seed=0):
+    """Means of what enters BLOCKS blocks, with features of unlike size and place."""
+    means = torch.randn(rows, BLOCKS, HIDDEN, generator=torch.Generator().manual_seed(seed))
+    return 5 + means * torch.logspace(-2, 2, HIDDEN)
+
+
+def random_text_gate(kind):
+    names = [f"e{index}" for index in range(EXPERTS)]
+    gate = kind(names, HIDDEN, block=BLOCKS - 1, choice=Choice(top_k=2)).requires_grad_(False)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in gate.classifier.parameters():
+        parameter.normal_(generator=generator)
+    gate.standardise(random_means(200, seed=2))
     return gate
 
 
-def test_a_fresh_sequence_gate_prefers_nobody():
-    routing = SequenceGate(["a", "b", "c"], HIDDEN, block=0, choice=Choice(top_k=3)).route(random_input())
-    torch.testing.assert_close(routing.weights, torch.full((4, 3), 1 / 3))
+@TEXT_KINDS
+def test_a_fresh_text_gate_prefers_nobody(kind):
+    gate = kind(["a", "b", "c"], HIDDEN, block=BLOCKS - 1, choice=Choice(top_k=3))
+    torch.testing.assert_close(gate.decide(random_means(4), [[1, 2]] * 4).weights, torch.full((4, 3), 1 / 3))
 
 
-def test_the_sequence_gate_classifies_the_standardised_mean_of_real_tokens():
-    inputs, gate = random_input(), random_sequence_gate()
-    rows = zip(inputs.hidden.double(), inputs.attention_mask.bool(), strict=True)
-    means = torch.stack([hidden[mask].mean(0) for hidden, mask in rows])
-    weight, bias = gate.linear.weight.double(), gate.linear.bias.double()
-    torch.testing.assert_close(gate.route(inputs).logits.double(), means @ weight.T + bias, atol=1e-5, rtol=1e-5)
-    gate.standardise(means.float())
-    features = (means - means.mean(0)) / means.std(0, correction=0)
-    torch.testing.assert_close(gate.route(inputs).logits.double(), features @ weight.T + bias, atol=1e-4, rtol=1e-4)
+@TEXT_KINDS
+def test_a_text_gate_classifies_the_standardised_means_of_all_its_blocks(kind):
+    gate, seen, means = random_text_gate(kind), random_means(200, seed=2).double(), random_means().double()
+    features = ((means - seen.mean(0)) / seen.std(0, correction=0)).flatten(1)
+    expected = copy.deepcopy(gate.classifier).double()(features)
+    got = gate.decide(means.float(), [[1, 2]] * len(means)).logits
+    torch.testing.assert_close(got.double(), expected, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(gate.uppermost(features), features.view(-1, BLOCKS, HIDDEN)[:, -1])
 
 
-@pytest.mark.parametrize("kind", [SequenceGate, PrototypeGate])
-def test_a_text_gets_the_same_answer_in_any_batch_order_and_padding(kind):
-    inputs, gate = random_input(rows=4), random_sequence_gate(kind)
-    together = gate.route(inputs)
-    order = torch.tensor([2, 0, 3, 1])
-    turned = gate.route(GateInput(inputs.hidden[order], inputs.attention_mask[order], 0))
-    torch.testing.assert_close(spread(turned), spread(together)[order])
-    for row in range(4):
-        length = int(inputs.attention_mask[row].sum())
-        alone = GateInput(inputs.hidden[row : row + 1, :length], inputs.attention_mask[row : row + 1, :length], 0)
-        torch.testing.assert_close(spread(gate.route(alone))[0], spread(together)[row], atol=1e-6, rtol=1e-5)
+@TEXT_KINDS
+def test_excluded_experts_are_never_chosen_and_a_constant_feature_does_no_harm(kind):
+    gate, means = random_text_gate(kind), random_means()
+    routing = gate.decide(means, [[1, 2]] * len(means), excluded=[0, 3])
+    assert not torch.isin(routing.experts, torch.tensor([0, 3])).any()
+    gate.standardise(torch.ones(5, BLOCKS, HIDDEN))
+    assert gate.decide(means, [[1, 2]] * len(means)).logits.isfinite().all()
 
 
 def clusters(num, rows, *, distance, seed):
-    """Texts' pooled states: one point cloud per expert, on a common offset and with features of unlike size."""
+    """Features of texts: one point cloud per expert, all stretched and turned alike, on a common offset."""
     generator = torch.Generator().manual_seed(seed)
-    centers = distance * torch.randn(num, 1, HIDDEN, generator=torch.Generator().manual_seed(99))
+    fixed = torch.Generator().manual_seed(99)
+    centers, turned = distance * torch.randn(num, 1, HIDDEN, generator=fixed), torch.randn(8, 8, generator=fixed)
     points = centers + torch.randn(num, rows, HIDDEN, generator=generator)
-    return 5 + points * torch.logspace(-2, 2, HIDDEN)
+    return 5 + points @ turned * torch.logspace(-1, 1, HIDDEN)
+
+
+def prototypes(clouds):
+    gate = PrototypeGate([f"e{index}" for index in range(len(clouds))], HIDDEN, block=0, choice=Choice())
+    gate.fit(list(clouds))
+    return gate
 
 
 def test_prototypes_of_separable_clusters_classify_new_points():
-    names = ["a", "b", "c", "d"]
-    gate = PrototypeGate(names, HIDDEN, block=0, choice=Choice())
-    gate.fit(dict(zip(names, clusters(4, 30, distance=4, seed=0), strict=True)))
     new = clusters(4, 25, distance=4, seed=1)
-    routing = gate.route(GateInput(new.view(100, 1, HIDDEN), torch.ones(100, 1, dtype=torch.long), 0))
+    routing = prototypes(clusters(4, 30, distance=4, seed=0)).decide(new.view(100, 1, HIDDEN), [[1, 2]] * 100)
     assert routing.experts.flatten().tolist() == [index for index in range(4) for _ in range(25)]
-    assert routing.logits.abs().max() <= PrototypeGate.sharpness + 1e-4
+
+
+def test_prototypes_are_linear_discriminant_analysis():
+    clouds = [rows[: 40 + 30 * place] for place, rows in enumerate(clusters(3, 100, distance=1, seed=0))]
+    centred = torch.cat([rows - rows.mean(0) for rows in clouds]).double().numpy()
+    shrinkage = max(1e-3, ledoit_wolf_shrinkage(centred, assume_centered=True))
+    covariance = sum(np.cov(rows.double().numpy().T, bias=True) for rows in clouds) / 3
+    covariance = shrunk_covariance(covariance, shrinkage)
+    means = np.stack([rows.double().numpy().mean(0) for rows in clouds])
+    new = clusters(3, 50, distance=1, seed=1).view(150, HIDDEN)
+    apart = new.double().numpy()[:, None] - means
+    distances = np.einsum("nef,fg,neg->ne", apart, np.linalg.inv(covariance), apart)
+    expected = torch.from_numpy(-distances / 2).softmax(-1)
+    gate = prototypes(clouds)
+    got = gate.decide(new.unsqueeze(1), [[1, 2]] * 150).logits.softmax(-1)
+    torch.testing.assert_close(got.double(), expected, atol=1e-3, rtol=1e-2)
+
+    class Shrunk:  # hands the same covariance to scikit-learn, whatever the class
+        def fit(self, rows):
+            self.covariance_ = covariance
+            return self
+
+    reference = LinearDiscriminantAnalysis(solver="lsqr", covariance_estimator=Shrunk(), priors=[1 / 3] * 3)
+    reference.fit(torch.cat(clouds).double().numpy(), np.repeat(range(3), [len(rows) for rows in clouds]))
+    torch.testing.assert_close(
+        got.double(), torch.from_numpy(reference.predict_proba(new.double().numpy())), atol=1e-3, rtol=1e-2
+    )
 
 
 def test_a_prototype_does_not_weigh_more_for_having_more_texts():
-    cloud = clusters(2, 40, distance=3, seed=0)
-    few = PrototypeGate(["a", "b"], HIDDEN, block=0, choice=Choice())
-    many = copy.deepcopy(few)
-    few.fit({"a": cloud[0], "b": cloud[1]})
-    many.fit({"b": cloud[1], "a": cloud[0].repeat(50, 1)})
-    torch.testing.assert_close(many.linear.weight, few.linear.weight, atol=0.2, rtol=0.05)
+    cloud = clusters(2, 200, distance=1, seed=0)
+    new = clusters(2, 200, distance=1, seed=1).view(400, 1, HIDDEN)
+    few, many = (
+        gate.decide(new, [[1, 2]] * 400) for gate in (prototypes(cloud), prototypes([cloud[0].repeat(9, 1), cloud[1]]))
+    )
+    assert (few.experts == many.experts).float().mean() > 0.97
 
 
 def test_one_text_is_enough_for_a_prototype():
-    gate = PrototypeGate(["a", "b"], HIDDEN, block=0, choice=Choice())
     points = clusters(2, 1, distance=4, seed=0)
-    gate.fit({"a": points[0], "b": points[1]})
-    routing = gate.route(GateInput(points, torch.ones(2, 1, dtype=torch.long), 0))
+    routing = prototypes(points).decide(points, [[1, 2]] * 2)
     assert routing.logits.isfinite().all()
     assert routing.experts.flatten().tolist() == [0, 1]
+
+
+@TEXT_KINDS
+def test_text_gates_decide_in_float32_under_bf16_autocast_and_on_bf16_states(kind):
+    gate, means = random_text_gate(kind), random_means().bfloat16()
+    exact = gate.decide(means, [[1, 2]] * len(means))
+    assert exact.weights.dtype == exact.logits.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        again = gate.decide(means.float(), [[1, 2]] * len(means))
+    torch.testing.assert_close(again.logits, exact.logits, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["token", "arrow"])
@@ -386,14 +436,13 @@ def test_arrow_does_not_care_for_the_sign_of_a_vector_and_an_expert_without_delt
     assert not first.weights[..., 2][inputs.attention_mask.bool()].any()
 
 
-@pytest.mark.parametrize("kind", ["sequence", "token", "arrow"])
-def test_gates_decide_in_float32_under_bf16_autocast_and_on_bf16_states(kind):
+@pytest.mark.parametrize("kind", ["token", "arrow"])
+def test_token_gates_decide_in_float32_under_bf16_autocast_and_on_bf16_states(kind):
     names = [f"e{index}" for index in range(EXPERTS)]
-    gate = random_sequence_gate()
     if kind == "token":
         gate = TokenGate(names, HIDDEN, blocks=[0], choice=Choice(top_k=2))
         gate.initialise(torch.Generator().manual_seed(0))
-    if kind == "arrow":
+    else:
         vectors = torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(0))
         gate = ArrowGate(names, {0: vectors}, choice=Choice(top_k=2))
     inputs = random_input()

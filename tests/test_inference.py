@@ -6,7 +6,7 @@ import torch
 
 from sparse_ft.batching import collate
 from sparse_ft.encoding import Encoder
-from sparse_ft.inference import row_logits
+from sparse_ft.inference import entering, mean_states, row_logits
 from sparse_ft.routes import arrow_gate
 from sparse_ft.routing import Routing
 
@@ -104,6 +104,19 @@ def test_no_texts_at_all(model):
     assert tag(model, []) == []
     [empty] = tag(model, [[]])
     assert empty.shape == (0, 5)
+
+
+def test_mean_states_are_those_of_the_bare_backbone(model):
+    texts = [" ".join(words) for words in random_rows(9, longest=15)] + ["Ada"]
+    examples = Encoder(model.backbone, max_length=64).texts(texts)
+    last = model.backbone.num_blocks - 1
+    got = mean_states(model, examples, block=last, size=4)
+    assert got.shape == (10, last + 1, model.backbone.hidden_size)
+    for example, row in zip(examples, got, strict=True):
+        kept = [entering(model, [example], block=block)[0] for block in range(last + 1)]
+        expected = torch.stack([alone.trunk.mean(0) for alone in kept])
+        torch.testing.assert_close(row, expected, atol=1e-5, rtol=1e-4)
+        assert all(alone.means is None for alone in kept)
 
 
 class Shortlist(torch.nn.Module):
