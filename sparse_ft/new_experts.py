@@ -37,7 +37,7 @@ def add_tasks(model: SparseExpertModel, ready: Mapping[str, TrainingTask], *, ru
         if name not in model.experts.names:
             pooled = name != shared and run.experts.shared_a
             _create(model, name, run=run, words=words, drawn_as="pool" if pooled else None)
-    if run.experts.shared_a:
+    if run.experts.pool and run.experts.shared_a:
         _check_shared_a(model, run=run)
     for spec in specs:
         if spec.name not in model.tasks:
