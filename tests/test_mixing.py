@@ -22,7 +22,7 @@ from sparse_ft.encoding import Encoder
 from sparse_ft.errors import ConfigError
 from sparse_ft.gates import SequenceGate, TokenGate
 from sparse_ft.manifest import read_manifest
-from sparse_ft.mixing import Mixing, joint_choice
+from sparse_ft.mixing import Mixing, joint_choice, token_gate
 
 POOL = {"experts__pool": 4, "experts__shared": True, "experts__shared_a": True}
 MIXTURES = {"token": {"gate__type": "token", **POOL}, "sequence": {}}
@@ -141,8 +141,8 @@ def test_a_gate_for_texts_is_fitted_before_and_stays_right(tmp_path, tiny_bert):
 
 
 def test_the_rows_of_a_token_run_teach_their_own_expert_to_the_gate(tmp_path, tiny_bert):
-    tasks = [marked(tmp_path, name, sizes=(48, 8, 8)) for name in ("mood", "names")]
-    changes = {"train__epochs": 4, "gate__type": "token", "gate__learning_rate": 0.01}
+    tasks = [marked(tmp_path, name, sizes=(24, 8, 8)) for name in ("mood", "names")]
+    changes = {"train__epochs": 4, "gate__type": "token", "gate__learning_rate": 0.03}
     taught = mix(tasks, tiny_bert, tmp_path / "taught", gate__routing_loss=1.0, **changes).history
     left = mix(tasks, tiny_bert, tmp_path / "left", gate__routing_loss=0.0, **changes).history
     assert taught[-1]["auxiliary"]["routing"] < taught[0]["auxiliary"]["routing"] / 2
@@ -288,7 +288,7 @@ def test_a_gate_that_uses_all_experts_raises_none(tmp_path, tiny_bert, caplog):
 # The same numbers again
 
 
-@pytest.mark.parametrize(("gate", "workers"), [("token", 1), ("token", 3), ("sequence", 3)])
+@pytest.mark.parametrize(("gate", "workers"), [("token", 3), ("sequence", 1)])
 def test_the_seed_decides_every_bit(tmp_path, tiny_bert, gate, workers):
     options = {"gate__type": gate, "gate__jitter": 0.1, "experts__dropout": 0.1, "train__workers": workers, **POOL}
     options["train__epochs"] = 1
@@ -479,18 +479,27 @@ def test_a_joint_run_goes_on_from_a_gate_of_prototypes_with_one_that_learns(tmp_
     assert read_manifest(new)["gate"]["type"] == "sequence"
 
 
-def test_many_experts_get_a_shortlist_unless_it_is_said_otherwise(tmp_path, tiny_bert):
-    tasks = small(tmp_path, "mood")
-    options = {"gate__type": "token", "train__epochs": 1, "experts__targets": ["query"], "experts__rank": 2}
-    for pool, changes, expected in (
-        (17, {}, 4),
-        (17, {"gate__top_k": 6}, 6),
-        (17, {"gate__capacity": 2.0}, None),
-        (3, {}, None),
-        (3, {"gate__shortlist": 2}, 2),
-    ):
-        path = mix(tasks, tiny_bert, tmp_path / f"{pool}{changes}", experts__pool=pool, **options, **changes).path
-        assert load_checkpoint(path).model.gate.shortlist == expected
+@pytest.mark.parametrize(("experts", "settings", "expected"), [
+    (17, {}, 4),
+    (17, {"top_k": 6}, 6),
+    (17, {"shortlist": 5}, 5),
+    (17, {"capacity": 2.0}, None),
+    (16, {}, None),
+    (3, {"shortlist": 2}, 2),
+])  # fmt: skip
+def test_many_experts_get_a_shortlist_unless_it_is_said_otherwise(mixed, experts, settings, expected):
+    names = [f"e{place}" for place in range(experts)]
+    assert token_gate(mixed, names, settings=GateConfig(**settings), seed=1).shortlist == expected
+
+
+def test_a_gate_for_tokens_goes_on_for_the_same_experts_and_begins_anew_for_others(mixed):
+    names = mixed.experts.names
+    mixed.gate = token_gate(mixed, names, settings=GateConfig(), seed=1)
+    weight, further = mixed.gate.linears[0].weight, GateConfig(top_k=1, jitter=0.1)
+    gate = token_gate(mixed, names, settings=further, seed=2)
+    assert torch.equal(gate.linears[0].weight, weight)
+    assert (gate.choice.top_k, gate.choice.jitter) == (1, 0.1)
+    assert not torch.equal(token_gate(mixed, names[::-1], settings=further, seed=2).linears[0].weight, weight)
 
 
 # Other families
