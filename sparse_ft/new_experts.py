@@ -34,6 +34,12 @@ def add_tasks(model: SparseExpertModel, ready: Mapping[str, TrainingTask], *, ru
     shared = SHARED if joint and run.experts.shared else None
     common = [*pool_names(run.experts.pool), *([] if shared is None else [shared])]
     for name in common:
+        taken = [task for task, slot in model.tasks.items() if name in slot.experts and not slot.mixed]
+        if taken:
+            raise ConfigError(
+                f"The expert {name!r} of {run.start!r} serves task {taken[0]!r}, so it cannot be one that tasks share. "
+                f"Rename it: sparse-ft edit {run.start} --rename {name}=NEW."
+            )
         if name not in model.experts.names:
             pooled = name != shared and run.experts.shared_a
             _create(model, name, run=run, words=words, drawn_as="pool" if pooled else None)

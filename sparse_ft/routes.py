@@ -50,8 +50,9 @@ class Route:
         self.name, self.model = name, model
         self.gate: Gate | None = None
         names = model.experts.names
-        if name == "gate" and not isinstance(model.gate, TokenGate):
-            model.text_gate()
+        if name == "gate":
+            if not isinstance(model.gate, TokenGate):
+                model.text_gate()
         elif name in BASELINES:
             self.gate = BASELINES[name](names, seed)
         elif name == "arrow":

@@ -29,10 +29,7 @@ MIXTURES = {"token": {"gate__type": "token", **POOL}, "sequence": {}}
 """By token among a pool with a shared expert and one A; by text among the tasks' own experts."""
 MIXED = ["mood", "about", "names"]
 GATES = pytest.mark.parametrize("gate", ["token", "sequence"])
-ALL = (
-    pytest.mark.parametrize("gate", ["token", "sequence"]),
-    pytest.mark.parametrize("pool", [{}, POOL], ids=["own", "pool"]),
-)
+POOLS = pytest.mark.parametrize("pool", [{}, POOL], ids=["own", "pool"])
 
 
 def mix(tasks, backbone, output, *, start=None, seed=None, data=None, **changes):
@@ -149,12 +146,24 @@ def test_the_rows_of_a_token_run_teach_their_own_expert_to_the_gate(tmp_path, ti
     assert taught[-1]["auxiliary"]["routing"] < 0.7 * left[-1]["auxiliary"]["routing"]
 
 
+def test_evaluate_scores_mixed_tasks_as_the_gate_mixes_them_and_otherwise_if_it_is_said(mixture):
+    by_task, by_gate = (sparse_ft.evaluate(mixture, route=route, device="cpu") for route in ("task", "gate"))
+    assert by_task.mixed
+    assert by_task.to_dict()["tasks"] == by_gate.to_dict()["tasks"]
+    assert by_task.routing.usage == by_gate.routing.usage
+    names = read_manifest(mixture)["gate"]["experts"]
+    assert {name for used in by_task.routing.usage.values() for name in used} == set(names)
+    assert all(sum(used.values()) == pytest.approx(1, abs=1e-4) for used in by_task.routing.usage.values())
+    alone = sparse_ft.evaluate(mixture, route=names[0], tasks=["mood"], device="cpu")
+    assert alone.routing.usage == {"mood": {names[0]: 1.0}}
+
+
 # The gradient
 
 
 @GATES
-@pytest.mark.parametrize(("top_k", "flows"), [(1, True), (2, True)])
-def test_the_task_loss_alone_teaches_the_gate(tmp_path, tiny_bert, monkeypatch, gate, top_k, flows):
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_the_task_loss_alone_teaches_the_gate(tmp_path, tiny_bert, monkeypatch, gate, top_k):
     started, start = [], mixing.Mixing.__init__
 
     def watch(self, model, *arguments, **options):
@@ -188,19 +197,19 @@ def rows_of(model):
     return {"mood": encoder.texts(texts), "names": encoder.words([text.split() for text in texts])}
 
 
-def mixing_of(model, gate, settings):
+def mixing_of(model, gate, config):
     """What a joint run would route with, over rows of both tasks in one batch."""
     if gate == "token":
-        model.gate = TokenGate(model.experts.names, 32, blocks=[0, 1, 2], choice=joint_choice(settings))
+        model.gate = TokenGate(model.experts.names, 32, blocks=[0, 1, 2], choice=joint_choice(config))
         model.gate.initialise(torch.Generator().manual_seed(0))
     else:
-        model.gate = SequenceGate(model.experts.names, 32, block=1, choice=joint_choice(settings))
+        model.gate = SequenceGate(model.experts.names, 32, block=1, choice=joint_choice(config))
         torch.nn.init.normal_(model.gate.linear.weight, generator=torch.Generator().manual_seed(0))
     model.gate.requires_grad_(True)
     examples = rows_of(model)
     pairs = [(task, row) for task in examples for row in range(3)]
     batch = collate([(task, examples[task][row]) for task, row in pairs], pad_id=model.backbone.pad_id)
-    return Mixing(model, examples, run=load_config(values={"gate": settings.model_dump()})), batch, pairs
+    return Mixing(model, examples, run=load_config(values={"gate": config.model_dump()})), batch, pairs
 
 
 @GATES
@@ -303,8 +312,8 @@ def test_the_seed_decides_every_bit(tmp_path, tiny_bert, gate, workers):
     assert not any(torch.equal(first[name], other[name]) for name in learnt)
 
 
-@ALL[0]
-@ALL[1]
+@GATES
+@POOLS
 def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path, tiny_bert, caught, gate, pool):
     path = mix(small(tmp_path, "mood", "names"), tiny_bert, tmp_path / "out", gate__type=gate, **pool).path
     model = sparse_ft.load(path, device="cpu")
@@ -398,8 +407,8 @@ def test_the_experts_of_a_pool_share_their_a_and_nothing_else(tmp_path, tiny_ber
     assert not (tmp_path / "no").exists()
 
 
-@ALL[0]
-@ALL[1]
+@GATES
+@POOLS
 def test_tasks_that_are_not_trained_answer_as_before(tmp_path, tiny_bert, gate, pool):
     old = run(small(tmp_path, "mood", "about"), tiny_bert, tmp_path / "old", train__epochs=1).path
     before = sparse_ft.load(old, device="cpu")
@@ -471,6 +480,17 @@ def test_some_of_the_tasks_that_one_gate_mixes_cannot_be_trained_alone(tmp_path,
     assert model.tasks["names"].experts == ("names",)
 
 
+def test_an_expert_of_one_task_does_not_become_one_that_tasks_share(tmp_path, tiny_bert):
+    (about,) = small(tmp_path, "about")
+    own = write_toy(tmp_path, "mood", sizes=(16, 8, 8), as_name="shared")
+    old = run([own], tiny_bert, tmp_path / "old", train__epochs=1).path
+    with pytest.raises(
+        ConfigError, match=r"expert 'shared' of .* serves task 'shared', .* edit .*old --rename shared="
+    ):
+        mix([about], None, tmp_path / "new", start=old, experts__pool=2, experts__shared=True)
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_joint_run_goes_on_from_a_gate_of_prototypes_with_one_that_learns(tmp_path, tiny_bert):
     tasks = small(tmp_path, "mood", "names")
     old = run(tasks, tiny_bert, tmp_path / "old", train__epochs=1, gate__type="prototype").path
@@ -479,7 +499,7 @@ def test_a_joint_run_goes_on_from_a_gate_of_prototypes_with_one_that_learns(tmp_
     assert read_manifest(new)["gate"]["type"] == "sequence"
 
 
-@pytest.mark.parametrize(("experts", "settings", "expected"), [
+@pytest.mark.parametrize(("experts", "changes", "expected"), [
     (17, {}, 4),
     (17, {"top_k": 6}, 6),
     (17, {"shortlist": 5}, 5),
@@ -487,9 +507,9 @@ def test_a_joint_run_goes_on_from_a_gate_of_prototypes_with_one_that_learns(tmp_
     (16, {}, None),
     (3, {"shortlist": 2}, 2),
 ])  # fmt: skip
-def test_many_experts_get_a_shortlist_unless_it_is_said_otherwise(mixed, experts, settings, expected):
+def test_many_experts_get_a_shortlist_unless_it_is_said_otherwise(mixed, experts, changes, expected):
     names = [f"e{place}" for place in range(experts)]
-    assert token_gate(mixed, names, settings=GateConfig(**settings), seed=1).shortlist == expected
+    assert token_gate(mixed, names, settings=GateConfig(**changes), seed=1).shortlist == expected
 
 
 def test_a_gate_for_tokens_goes_on_for_the_same_experts_and_begins_anew_for_others(mixed):
