@@ -33,10 +33,18 @@ def add_tasks(model: SparseExpertModel, ready: Mapping[str, TrainingTask], *, ru
     shared = SHARED if joint and run.experts.shared else None
     common = [*pool_names(run.experts.pool), *([] if shared is None else [shared])]
     for name in common:
+        pool = tuple(pool_names(run.experts.pool))
+        slots = model.tasks.items()
+        taken = [task for task, slot in slots if name in slot.experts and not slot.mixed and slot.experts != pool]
+        if taken:
+            raise ConfigError(
+                f"The expert {name!r} of {run.start!r} serves task {taken[0]!r}, so it cannot be one that tasks share. "
+                f"Rename it: sparse-ft edit {run.start} --rename {name}=NEW."
+            )
         if name not in model.experts.names:
             pooled = name != shared and run.experts.shared_a
             _create(model, name, run=run, words=words, drawn_as="pool" if pooled else None)
-    if run.experts.shared_a:
+    if run.experts.pool and run.experts.shared_a:
         _check_shared_a(model, run=run)
     for spec in specs:
         if spec.name not in model.tasks:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from test_cli import call, quick
+from test_mixing import trained_mixture
 from test_training import toy_rows, trained_toys, write_rows, write_toy
 
 TRAIN = ["train", "--task", "mood.yaml", "--backbone", "{bert}", *quick()]
@@ -103,6 +104,43 @@ def as_tsv(content: str | bytes, **changes) -> None:
 ], ids=lambda value: " ".join(value)[:60].replace("/", "_") if isinstance(value, list) else None)  # fmt: skip
 def test_options(refused, arguments, said):
     refused(arguments, *said)
+
+
+JOINT = [*TRAIN, "--task", "names.yaml", "--stage", "joint"]
+POOL = ["--set", "experts.pool=4"]
+
+
+def sets(*changes):
+    return [part for change in changes for part in ("--set", change)]
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    ([*TRAIN, *sets("gate.type=token")], ["gate.type is token", "use --stage joint"]),
+    ([*TRAIN, "--from", "{toys}", *sets("gate.type=token")], ["gate.type is token", "use --stage joint"]),
+    (["train", "--stage", "gate", "--from", "{toys}", *sets("gate.type=token")], ["token", "use --stage joint"]),
+    ([*JOINT, *sets("gate.type=prototype")], ["prototype, which learns nothing", "takes sequence or token"]),
+    ([*TRAIN, "--stage", "joint"], ["mixes at least 2 experts, and here is 1", "set experts.pool"]),
+    ([*TRAIN, *sets("experts.pool=1")], ["mixes at least 2 experts, and here is 1"]),
+    ([*JOINT, *sets("gate.top_k=3")], ["gate.top_k is 3, but there are 2 experts", "Lower it"]),
+    ([*TRAIN, *POOL, *sets("gate.top_k=5")], ["gate.top_k is 5, but there are 4 experts"]),
+    ([*TRAIN, *POOL, *sets("gate.type=token", "gate.shortlist=1")], ["gate.shortlist is 1", "gate.top_k=2"]),
+    ([*TRAIN, *POOL, *sets("gate.type=token", "gate.shortlist=3", "gate.capacity=2")], ["gate.capacity", "shortlist"]),
+    ([*JOINT, *sets("experts.shared_a=true")], ["experts.shared_a needs a pool", "set experts.pool"]),
+    ([*JOINT, *sets("gate.block=3")], ["gate.block is 3, but the blocks are 0 to 2"]),
+    ([*TRAIN, *sets("experts.pool=-1")], ["experts.pool", "greater than or equal to 0 (got -1)"]),
+    ([*TRAIN, *sets("gate.jitter=1")], ["gate.jitter", "less than 1 (got 1)"]),
+    (["train", "--stage", "joint"], ["No task is given"]),
+    (["train", "--stage", "joint", "--from", "mood"], ["mood' holds no manifest.json"]),
+    (["train", "--stage", "gate", "--from", "{mixed}"], ["'mood'", "trained together with the gate", "joint"]),
+    ([*TRAIN, "--from", "{mixed}", "--stage", "experts"], ["'mood'", "trained together with its gate", "joint"]),
+    ([*TRAIN, "--from", "{mixed}", "--stage", "joint"], ["'about'", "would change", "--task {mixed}/tasks/about.yaml"]),
+    (["edit", "{mixed}", "--remove", "mood", "--output", "out"], ["'about'", "the gate mixing 'mood' in"]),
+    (["edit", "{toys}", "--add", "{mixed}", "--output", "out"], ["'mood'", "mixing several experts", "anew"]),
+], ids=lambda value: " ".join(value[-4:])[:60].replace("/", "_") if isinstance(value, list) else None)  # fmt: skip
+def test_joint_runs(refused, tmp_path_factory, tiny_bert, arguments, said):
+    mixed = str(trained_mixture(tmp_path_factory, tiny_bert, "sequence"))
+    filled = [argument.replace("{mixed}", mixed) for argument in arguments]
+    refused(filled, *(part.replace("{mixed}", mixed) for part in said))
 
 
 @pytest.mark.parametrize("option", ["--json", "--report"])

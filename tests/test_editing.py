@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from test_cli import call
 from test_experts import all_logits, assert_bit_identical
 from test_training import write_toy
 
+import sparse_ft
 from sparse_ft.checkpoint import load_checkpoint, save_checkpoint
 from sparse_ft.config import RunConfig
 from sparse_ft.editing import (
@@ -23,7 +25,7 @@ from sparse_ft.editing import (
 )
 from sparse_ft.errors import CheckpointError, ConfigError
 from sparse_ft.experts import Expert
-from sparse_ft.gates import Choice, SequenceGate
+from sparse_ft.gates import Choice, SequenceGate, TokenGate
 from sparse_ft.listing import describe_checkpoint
 from sparse_ft.low_rank import prune, truncate
 from sparse_ft.manifest import read_manifest, read_metrics
@@ -434,3 +436,105 @@ def test_an_expert_without_a_task_is_shown(bert, tmp_path):
     save_checkpoint(tmp_path / "out", model=loaded.model, tasks=loaded.tasks, config=loaded.config, metrics={})
     rows = {line.split()[0]: line.split() for line in describe_checkpoint(tmp_path / "out").splitlines() if line}
     assert rows["mood2"][-1] == rows["mood"][-1] == "none"
+
+
+# Tasks that a gate mixes
+
+
+def mixed_by(kind, folder, make_model):
+    """A checkpoint of two mixed tasks with a shared expert, and of one task that has an expert of its own."""
+    path = saved(folder, make_model, "bert")
+    loaded = load_checkpoint(path)
+    model = loaded.model
+    add_random_expert(model, "common", rank=3, seed=3)
+    for name in ("mood", "about"):
+        model.tasks[name] = replace(model.tasks[name], mixed=True, shared="common")
+    names, generator = ["mood", "about"], torch.Generator().manual_seed(2)
+    gate = (
+        TokenGate(names, 32, blocks=[0, 1, 2], choice=Choice(top_k=2))
+        if kind == "token"
+        else SequenceGate(names, 32, block=1, choice=Choice(top_k=2))
+    )
+    for parameter in gate.parameters():
+        parameter.data.normal_(0, 0.3, generator=generator)
+    model.gate = gate.requires_grad_(False).eval()
+    target = folder / "mixed"
+    save_checkpoint(target, model=model, tasks=loaded.tasks, config=loaded.config, metrics=loaded.metrics)
+    return target
+
+
+@pytest.fixture(params=["token", "sequence"])
+def mixed(request, tmp_path, make_model):
+    return mixed_by(request.param, tmp_path / "first", make_model)
+
+
+def answers(path):
+    """Logits of every task of a checkpoint, by task."""
+    model = sparse_ft.load(path, device="cpu")
+    texts = ["The quick brown fox", "Ada Lovelace met Charles Babbage in London", ""]
+    found = {name: model.logits(texts, name) for name in model.tasks}
+    return {name: logits if isinstance(logits, torch.Tensor) else torch.cat(logits) for name, logits in found.items()}
+
+
+def test_a_mixed_checkpoint_with_other_names_answers_as_before(mixed, tmp_path):
+    before = answers(mixed)
+    edit(mixed, rename=[("mood", "feeling"), ("common", "everyone")], output=tmp_path / "out")
+    assert_bit_identical(before, answers(tmp_path / "out"))
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest["gate"]["experts"] == ["feeling", "about"]
+    assert manifest["tasks"]["mood"] == {
+        **read_manifest(mixed)["tasks"]["mood"],
+        "expert": "feeling",
+        "shared": "everyone",
+    }
+    assert "everyone  3     8      18      0.02  mood, about" in describe_checkpoint(tmp_path / "out")
+
+
+@pytest.mark.parametrize(("name", "task"), [("mood", "about"), ("about", "mood"), ("common", "mood")])
+def test_an_expert_that_a_mixed_task_needs_is_not_removed(mixed, tmp_path, name, task):
+    with pytest.raises(
+        ConfigError, match=rf"Task '{task}' was trained with the gate mixing '{name}' in, .*Train it anew"
+    ):
+        edit(mixed, remove=[name], output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_expert_beside_the_mixed_ones_goes_and_the_gate_stays(mixed, tmp_path):
+    before = answers(mixed)
+    result = edit(mixed, remove=["names"], output=tmp_path / "out")
+    assert result.changes[1] == (
+        "The gate is kept as it is, for tasks 'mood', 'about'; it does not know other experts than before."
+    )
+    assert_bit_identical({name: before[name] for name in ("mood", "about")}, answers(tmp_path / "out"))
+
+
+def test_copies_and_new_experts_change_no_mixed_answer(mixed, tmp_path, make_model):
+    other, before = saved(tmp_path / "other", make_model, "bert", seed=2), answers(mixed)
+    add = [("big", other / "experts/about")]
+    result = edit(mixed, copy=[("mood", "mood2"), ("names", "names2")], add=add, output=tmp_path / "out")
+    assert result.changes[0] == "Copied expert 'mood' to 'mood2'; it serves no task."
+    assert "Copied expert 'names' to 'names2', which serves task 'names2'." in result.changes
+    after = answers(tmp_path / "out")
+    assert_bit_identical(before, {name: after[name] for name in before})
+    assert torch.equal(after["names"], after["names2"])
+    assert set(after) == {*HEADS, "names2", "big"}
+
+
+@pytest.mark.parametrize("name", ["about", "common"])
+def test_pruning_a_mixed_expert_drops_the_scores_of_all_that_mix_it(mixed, tmp_path, name):
+    edit(mixed, prune=[(name, 2)], output=tmp_path / "out")
+    assert read_metrics(tmp_path / "out").keys() == {"names"}
+    before, after = answers(mixed), answers(tmp_path / "out")
+    assert torch.equal(before["names"], after["names"])
+    assert not torch.equal(before["mood"], after["mood"])
+
+
+@pytest.mark.parametrize("part", ["", "experts/about"])
+def test_mixed_experts_do_not_serve_elsewhere(mixed, tmp_path, make_model, part):
+    home = saved(tmp_path / "home", make_model, "bert", heads={"names": HEADS["names"]})
+    message = r"Task '(mood|about)' of .* was trained with the gate there mixing several experts, .*Train the task anew"
+    with pytest.raises(CheckpointError, match=message):
+        edit(home, add=[(None, mixed / part)], output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    said = edit(home, add=[("names2", mixed / "experts/names")], output=tmp_path / "out").changes
+    assert said == [f"Added 'names2' from {str(mixed)!r}, which serves task 'names2'."]

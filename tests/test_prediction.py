@@ -6,13 +6,16 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
-from test_training import FILLERS, run, toy_rows, trained_minilm, trained_toys, write_toy
+from test_mixing import MIXTURES, mix, trained_mixture
+from test_training import FILLERS, logits_of, run, toy_rows, trained_minilm, trained_toys, write_toy
 
 import sparse_ft
 from sparse_ft.errors import ConfigError, DataError
+from sparse_ft.gates import TokenGate
 from sparse_ft.prediction import CHUNK, Prediction
 from sparse_ft.words import split_words
 
@@ -178,6 +181,91 @@ def test_asking_for_one_task_answers_as_asking_for_all(model):
         assert [list(answer.tasks) for answer in apart] == [[name]] * len(texts)
         assert [answer.tasks[name] for answer in apart] == [answer.tasks[name] for answer in together]
         assert apart[0].routing == {name: 1.0}
+
+
+# Mixed by the gate
+
+
+@pytest.fixture(params=MIXTURES)
+def mixture(request, tmp_path_factory, tiny_bert):
+    return sparse_ft.load(trained_mixture(tmp_path_factory, tiny_bert, request.param), device="cpu")
+
+
+def passes(model, call) -> int:
+    """Count how often a call runs the backbone, whole or in part."""
+    count = []
+    handle = model.checkpoint.model.encoder.register_forward_pre_hook(lambda *_: count.append(1))
+    call()
+    handle.remove()
+    return len(count)
+
+
+def test_mixed_tasks_are_answered_together_as_one_at_a_time(mixture):
+    texts = mixed_texts(20)
+    together = mixture.predict(texts, "all")
+    assert list(together[0].tasks) == SINGLE
+    for name in SINGLE:
+        apart = mixture.predict(texts, name)
+        for one, other in zip(apart, together, strict=True):
+            assert_same([one], [replace(other, tasks={name: other.tasks[name]}, routing=one.routing)])
+
+
+def test_mixed_answers_are_those_of_the_logits(mixture):
+    texts = mixed_texts(20)
+    answers, logits = mixture.predict(texts, "all"), mixture.logits(texts, "mood")
+    labels = mixture.tasks["mood"].label_names
+    scores = [max(zip(row.softmax(-1).tolist(), labels, strict=True)) for row in logits]
+    assert [answer.tasks["mood"]["label"] for answer in answers] == [label for _, label in scores]
+    assert [answer.tasks["mood"]["score"] for answer in answers] == pytest.approx(
+        [score for score, _ in scores], abs=1e-5
+    )
+    expected = logits_of(mixture.checkpoint.model, "mood", texts[:5])
+    torch.testing.assert_close(logits[:5], torch.stack(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_one_gated_pass_serves_all_heads_that_read_texts(mixture):
+    texts = ["the table loved", "half boring of", "Ada met Mozart"]
+    own = 1 if isinstance(mixture.checkpoint.model.gate, TokenGate) else 2  # a gate for texts reads them first
+    assert passes(mixture, lambda: mixture.predict(texts, "mood")) == own
+    assert passes(mixture, lambda: mixture.predict(texts, ["mood", "about"])) == own
+    assert passes(mixture, lambda: mixture.predict(texts, SINGLE)) == 2 * own  # words are seen as they are written
+
+
+def test_the_routing_of_a_mixed_answer_sums_to_one_without_the_shared_expert(mixture):
+    gate = mixture.checkpoint.model.gate
+    for answer in mixture.predict(mixed_texts(10), ["mood"]):
+        assert answer.routing.keys() <= set(gate.names)
+        assert sum(answer.routing.values()) == pytest.approx(1, abs=1e-4)
+
+
+def test_without_tasks_a_gate_for_tokens_answers_all_and_one_for_texts_those_of_its_choice(mixture):
+    texts, gate = mixed_texts(10), mixture.checkpoint.model.gate
+    found, named = mixture(texts), mixture.predict(texts, SINGLE)
+    for one, other in zip(found, named, strict=True):
+        best = SINGLE if isinstance(gate, TokenGate) else [max(one.routing, key=one.routing.get)]
+        assert list(one.tasks) == best
+        assert_same([one], [replace(other, tasks={name: other.tasks[name] for name in best}, routing=one.routing)])
+
+
+def test_a_pool_behind_a_gate_for_texts_answers_all_tasks_in_one_pass(tmp_path, tiny_bert):
+    tasks = [write_toy(tmp_path, name, sizes=(16, 8, 8)) for name in ("mood", "about", "reply")]
+    model = sparse_ft.load(mix(tasks, tiny_bert, tmp_path / "out", train__epochs=1, experts__pool=3).path, device="cpu")
+    texts, pairs = ["the table loved", "half boring of"], [("the table", "half loved"), ("of", "boring")]
+    assert passes(model, lambda: model(texts)) == 3  # the gate's for choosing, then its and the whole one for mixing
+    for given, names in ((texts, ["mood", "about"]), (pairs, ["reply"])):
+        found = model(given)
+        assert [list(answer.tasks) for answer in found] == [names] * 2
+        named = model.predict(given, names)
+        assert_same(found, [replace(other, routing=one.routing) for one, other in zip(found, named, strict=True)])
+
+
+def test_pairs_and_texts_mix_the_same_experts_whether_their_task_is_named_or_not(tmp_path, tiny_bert):
+    tasks = [write_toy(tmp_path, name, sizes=(16, 8, 8)) for name in ("mood", "reply")]
+    model = sparse_ft.load(mix(tasks, tiny_bert, tmp_path / "out", train__epochs=1).path, device="cpu")
+    for given, name in (("the table loved", "mood"), (("the table", "half loved"), "reply")):
+        found, named = model([given]), model.predict([given], name)
+        assert list(found[0].tasks) == [name]
+        assert_same(found, [replace(named[0], routing=found[0].routing)])
 
 
 # Streams

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_mixing import POOL, mix
 from test_training import run, settings, tensors, write_rows, write_toy
 
 import sparse_ft
@@ -53,7 +54,7 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train_and_die(tasks: list[str], backbone: str, output: Path, moment: str, number: int) -> None:
+def train_and_die(tasks: list[str], backbone: str, output: Path, moment: str, number: int, joint: dict) -> None:
     """Train in this process, and kill it when the moment has come."""
     from sparse_ft import checkpoint, fitting, resume, training
 
@@ -77,7 +78,9 @@ def train_and_die(tasks: list[str], backbone: str, output: Path, moment: str, nu
     else:  # the old folder of the run is moved away last of all
         rename = Path.rename
         Path.rename = lambda path, target: (rename(path, target), die() if path == output else None)
-    sparse_ft.train(tasks, backbone=backbone, output=output, overrides=settings(**OPTIONS), device="cpu")
+    stage = "joint" if joint else None
+    overrides = settings(**OPTIONS, **joint)
+    sparse_ft.train(tasks, backbone=backbone, output=output, overrides=overrides, device="cpu", stage=stage)
 
 
 @pytest.fixture(scope="module")
@@ -88,11 +91,13 @@ def uninterrupted(tmp_path_factory, tiny_bert):
     return tasks, run(tasks, tiny_bert, folder / "out", **OPTIONS).path
 
 
-def killed_run(tasks: list[str], backbone: Path, output: Path, moment: str, number: int = 1) -> None:
+def killed_run(
+    tasks: list[str], backbone: Path, output: Path, moment: str, number: int = 1, joint: dict | None = None
+) -> None:
     """Run ``train_and_die`` in a new process; a server forks it, so that it need not import everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["sparse_ft.training", "sklearn.metrics", "peft", "transformers.models.bert"])
-    process = context.Process(target=train_and_die, args=(tasks, str(backbone), output, moment, number))
+    process = context.Process(target=train_and_die, args=(tasks, str(backbone), output, moment, number, joint or {}))
     process.start()
     process.join(timeout=300)
     assert process.exitcode == -signal.SIGKILL
@@ -139,6 +144,22 @@ def test_a_run_killed_twice_ends_there_too(tmp_path, tiny_bert, uninterrupted, m
     killed_run(tasks, tiny_bert, output, "after step", 3)
     interrupt(monkeypatch, after=10, start=lambda: sparse_ft.train(output=output, resume=True))
     assert_same_end(sparse_ft.train(output=output, resume=True).path, expected)
+
+
+@pytest.mark.parametrize(("gate", "moment", "number"), [("token", "after step", 5), ("sequence", "in save", 6)])
+def test_a_killed_joint_run_ends_where_the_uninterrupted_one_ends(
+    tmp_path, tiny_bert, uninterrupted, gate, moment, number
+):
+    tasks, joint = uninterrupted[0], {"gate__type": gate, "gate__jitter": 0.1, "train__workers": 1, **POOL}
+    expected = mix(tasks, tiny_bert, tmp_path / "expected", **OPTIONS, **joint)
+    output = tmp_path / "out"
+    killed_run(tasks, tiny_bert, output, moment, number, joint)
+    assert not (output / "manifest.json").exists()
+    with pytest.raises(ConfigError, match=r"has other settings: stage\. --resume continues it unchanged"):
+        sparse_ft.train(output=output, resume=True, stage="experts")
+    result = sparse_ft.train(output=output, resume=True)
+    assert_same_end(result.path, expected.path)
+    assert result.history == expected.history  # the gate's losses and the use of the experts, too
 
 
 class Interrupted(BaseException):
