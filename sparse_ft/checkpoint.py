@@ -152,7 +152,8 @@ def _load_gate(path: Path, manifest: Mapping[str, Any], hidden_size: int) -> Seq
             gate = kind(names, hidden_size, block=block, choice=choice, num_pairs=num_pairs)
     except (KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{str(path / MANIFEST)!r} describes a gate that this version does not know: {error!r}. Update sparse-ft."
+            f"{str(path / MANIFEST)!r} describes a gate that this version does not know: {error!r}. Update "
+            "sparse-ft, or train again if the checkpoint is the older of the two."
         ) from error
     _load_into(gate, path / _GATE, what="the experts that it chooses among")
     return gate

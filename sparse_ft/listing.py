@@ -60,7 +60,7 @@ def _gate(gate: dict[str, Any] | None, metrics: dict[str, Any]) -> str:
     shares = {task: entry["routing_accuracy"] for task, entry in metrics.items() if "routing_accuracy" in entry}
     right = ", ".join(f"{task} {share:.3f}" for task, share in shares.items())
     threshold = f", unknown below {gate['min_confidence']:g}" if gate["min_confidence"] else ""
-    reads = f"block {gate['block']}" if "block" in gate else "every block with experts"
+    reads = f"blocks 0 to {gate['block']}" if "block" in gate else "every block with experts"
     about = f"{gate['type']}, top {gate['top_k']}, reads what enters {reads}{threshold}"
     return f"{about}; right on validation rows: {right}" if right else about
 

@@ -184,6 +184,11 @@ def test_loading_gives_the_same_gate(gated, tmp_path):
         CheckpointError, match=r"describes a gate that this version does not know: KeyError\('oracle'\)"
     ):
         load_checkpoint(tmp_path / "copy")
+    manifest["gate"]["type"] = "sequence"
+    del manifest["gate"]["pairs"]  # as before gates knew any
+    (tmp_path / "copy" / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"KeyError\('pairs'\)\. Update sparse-ft, or train again if"):
+        load_checkpoint(tmp_path / "copy")
 
 
 def test_stage_gate_changes_the_gate_only(gated, tmp_path):

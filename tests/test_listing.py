@@ -89,7 +89,9 @@ def test_a_checkpoint_without_scores_is_shown(toys, tmp_path):
 
 def test_a_checkpoint_says_what_its_gate_is_and_how_often_it_is_right(toys):
     line = next(line for line in describe_checkpoint(toys).splitlines() if line.startswith("gate:"))
-    assert line.startswith("gate:       sequence, top 1, reads what enters block 1; right on validation rows: mood ")
+    assert line.startswith(
+        "gate:       sequence, top 1, reads what enters blocks 0 to 1; right on validation rows: mood "
+    )
     for name in KINDS:
         share = read_metrics(toys)[name]["routing_accuracy"]
         assert f"{name} {share:.3f}" in line
