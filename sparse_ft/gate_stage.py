@@ -44,6 +44,11 @@ def check_gate(run: RunConfig, model: SparseExpertModel, *, num_experts: int) ->
         raise ConfigError("gate.type is token, which is trained together with the experts: use --stage joint.")
     if settings.type == "token":
         check_token_routing(model)
+    elif settings.shortlist is not None:
+        raise ConfigError(f"gate.shortlist is for tokens, but gate.type is {settings.type}. Leave it out.")
+    if run.stage != "joint" and (run.experts.shared or run.experts.shared_a):
+        setting = "shared" if run.experts.shared else "shared_a"
+        raise ConfigError(f"experts.{setting} is for experts that are trained jointly. Add --stage joint.")
 
 
 def kept_rows(

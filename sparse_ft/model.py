@@ -136,6 +136,11 @@ class SparseExpertModel(nn.Module):
                 "The gate of this model decides for every token, not for whole texts. Name the tasks with --task."
             )
         unknown = [name for name in names if name not in gate.names]
+        if unknown and any(slot.mixed for slot in self.tasks.values()):
+            raise ConfigError(
+                f"The gate was trained with the experts that it mixes and does not know {unknown[0]!r}. Name the tasks "
+                "with --task."
+            )
         if unknown:
             raise ConfigError(f"The gate does not know the expert {unknown[0]!r}, which came later. {advice}")
         if set(gate.names) != set(names):

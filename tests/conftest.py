@@ -219,16 +219,29 @@ def _train(tokenizer, trainer):
     return tokenizer
 
 
+def _pieces(number, *, pre_tokenizer, normalizer=None):
+    """Return pieces of words by BPE: its trainer gives the same in every process, WordPiece's and Unigram's do not."""
+    from tokenizers import Tokenizer, models, trainers
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizer
+    if normalizer is not None:
+        raw.normalizer = normalizer
+    vocabulary = _train(raw, trainers.BpeTrainer(vocab_size=number, show_progress=False)).get_vocab()
+    return sorted(vocabulary, key=vocabulary.get)
+
+
 def _word_pieces(*, has_types):
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import BertTokenizerFast
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    raw = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    raw.normalizer = normalizers.BertNormalizer(lowercase=True)
-    raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    normalizer, pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    pieces = _pieces(147, pre_tokenizer=pre_tokenizer, normalizer=normalizer)
+    tokens = [*special, *pieces, *(f"##{piece}" for piece in pieces)]
+    raw = Tokenizer(models.WordPiece({token: place for place, token in enumerate(tokens)}, unk_token="[UNK]"))
+    raw.normalizer, raw.pre_tokenizer = normalizer, pre_tokenizer
     raw.decoder = decoders.WordPiece()
-    _train(raw, trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False))
     raw.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
@@ -237,14 +250,15 @@ def _word_pieces(*, has_types):
 
 
 def _unigram():
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import DebertaV2TokenizerFast
 
     special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
-    raw = Tokenizer(models.Unigram())
+    pieces = _pieces(295, pre_tokenizer=pre_tokenizers.Metaspace())
+    scores = [(token, 0.0) for token in special] + [(piece, -10 - rank / 1000) for rank, piece in enumerate(pieces)]
+    raw = Tokenizer(models.Unigram(scores, unk_id=special.index("[UNK]")))
     raw.pre_tokenizer = pre_tokenizers.Metaspace()
     raw.decoder = decoders.Metaspace()
-    _train(raw, trainers.UnigramTrainer(vocab_size=300, special_tokens=special, unk_token="[UNK]", show_progress=False))
     raw.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
     )

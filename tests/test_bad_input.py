@@ -125,6 +125,8 @@ def sets(*changes):
     ([*TRAIN, *POOL, *sets("gate.type=token", "gate.shortlist=1")], ["gate.shortlist is 1", "gate.top_k=2"]),
     ([*TRAIN, *POOL, *sets("gate.type=token", "gate.shortlist=3", "gate.capacity=2")], ["gate.capacity", "shortlist"]),
     ([*JOINT, *sets("experts.shared_a=true")], ["experts.shared_a needs a pool", "set experts.pool"]),
+    ([*TRAIN, *sets("experts.shared=true")], ["experts.shared is for experts that are trained", "--stage joint"]),
+    ([*JOINT, *sets("gate.shortlist=2")], ["gate.shortlist is for tokens, but gate.type is sequence"]),
     ([*JOINT, *sets("gate.block=3")], ["gate.block is 3, but the blocks are 0 to 2"]),
     ([*TRAIN, *sets("experts.pool=-1")], ["experts.pool", "greater than or equal to 0 (got -1)"]),
     ([*TRAIN, *sets("gate.jitter=1")], ["gate.jitter", "less than 1 (got 1)"]),
