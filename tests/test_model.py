@@ -427,7 +427,8 @@ def test_every_layer_is_the_sum_over_its_experts_in_float64(gated, shortlist):
         weights[..., common] = shares.unsqueeze(1)
         torch.testing.assert_close(y.double(), by_loops(gated, module, x, weights), atol=1e-4, rtol=1e-4)
     block = seen[1].spread(len(gated.experts.names))
-    assert len({tuple(token.nonzero().flatten().tolist()) for token in block.flatten(0, 1)}) > 1  # tokens do differ
+    if shortlist != 2:  # of 2, every token of a text takes both
+        assert len({tuple(token.nonzero().flatten().tolist()) for token in block.flatten(0, 1)}) > 1
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "modernbert"])
