@@ -100,17 +100,12 @@ def train(
         run = changed_config(run, {"stage": "joint"})
     if from_checkpoint is not None:
         run = changed_config(run, {"start": str(Path(from_checkpoint).absolute())})
-    if resume:
-        run = _resumed_config(run, output, data=data)
+    run = _resumed_config(run, output, data=data) if resume else _find_tasks(run, run.start)
     if run.stage == "gate":
         if run.tasks or resume:
             raise ConfigError("--stage gate fits the gate over all tasks of --from; leave out --task and --resume.")
         folder, evaluation, specs_of = train_gate(run, data=data, output=output)
         return TrainResult(folder, evaluation, [], specs_of, 0.0)
-    if run.start is not None and not resume:
-        known = _tasks_in(Path(run.start))
-        asked = run.tasks or (list(known) if run.stage == "joint" else [])
-        run = changed_config(run, {"tasks": [known.get(task, task) for task in asked]})
     specs = [load_task(task) for task in run.tasks]
     if not specs:
         raise ConfigError("No task is given. Name at least one, e.g. --task ner; `sparse-ft tasks` lists them.")
@@ -125,9 +120,14 @@ def train(
     return _train(run, specs, resume=resume)
 
 
-def _tasks_in(checkpoint: Path) -> dict[str, str]:
-    """Return the task files of a checkpoint by the names of the tasks."""
-    return {name: str(checkpoint / "tasks" / f"{name}.yaml") for name in read_manifest(checkpoint)["tasks"]}
+def _find_tasks(run: RunConfig, start: str | None) -> RunConfig:
+    """Take the files of a checkpoint for the tasks that it has; a joint run without tasks is one of all of them."""
+    if start is None:
+        return run
+    names = read_manifest(Path(start))["tasks"]
+    known = {name: str(Path(start) / "tasks" / f"{name}.yaml") for name in names}
+    asked = run.tasks or (list(known) if run.stage == "joint" else [])
+    return changed_config(run, {"tasks": [known.get(task, task) for task in asked]}) if asked else run
 
 
 def _sources_of(checkpoint: str | None) -> dict[str, str]:
@@ -147,8 +147,12 @@ def _resumed_config(
     run: RunConfig, output: str | Path | None, *, data: str | Path | Mapping[str, str] | None
 ) -> RunConfig:
     """Take over the config of the interrupted run; refuse options that say otherwise."""
-    folder = Path(output or run.output or default_output([load_task(task).name for task in run.tasks]))
+    wanted = output or run.output
+    if wanted is None:
+        wanted = default_output([load_task(task).name for task in _find_tasks(run, run.start).tasks])
+    folder = Path(wanted)
     saved = find_resume(folder)
+    run = _find_tasks(run, saved.start) if run.tasks else run
     written = {"output": str(folder.absolute())}
     names = [load_task(task).name for task in saved.tasks]
     asked = changed_config(run, {"sources": {**run.sources, **name_sources(data, names)}, **written})

@@ -203,6 +203,13 @@ def test_settings_may_be_repeated_when_resuming(interrupted, tiny_bert):
     assert (path / "manifest.json").is_file()
 
 
+def test_tasks_of_a_checkpoint_may_be_repeated_when_resuming(tmp_path, uninterrupted, monkeypatch):
+    again = {"output": tmp_path / "out", "from_checkpoint": uninterrupted[1], "device": "cpu"}
+    again["overrides"] = settings(train__save_steps=1)
+    interrupt(monkeypatch, after=2, start=lambda: sparse_ft.train(["mood"], **again))
+    assert list(sparse_ft.train(["mood"], resume=True, **again).tasks) == ["mood"]
+
+
 @pytest.mark.parametrize(("options", "named"), [
     ({"overrides": ["train.batch_size=9"]}, "train.batch_size"),
     ({"overrides": ["experts.rank=2", "data.max_length=64"]}, "experts.rank, data.max_length"),
