@@ -111,7 +111,7 @@ def note_accuracy(model: SparseExpertModel, ready: Mapping[str, TrainingTask], *
     for name, task in ready.items():
         experts, gate = model.tasks[name].experts, model.gate
         if isinstance(gate, SequenceGate) and set(experts) < set(gate.names):
-            accuracy = sum(routing_accuracy(model, task.validation.examples, expert=expert) for expert in experts)
+            accuracy = routing_accuracy(model, task.validation.examples, experts=experts)
             metrics.setdefault(name, {})["routing_accuracy"] = accuracy
             _LOG.info("The gate sends %.1f %% of the validation rows of %s to its expert", 100 * accuracy, name)
 

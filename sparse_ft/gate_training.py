@@ -123,8 +123,8 @@ def _fit_perceptron(classifier: nn.Module, features: Sequence[Tensor], *, genera
         optimizer.step()
 
 
-def routing_accuracy(model: SparseExpertModel, examples: Sequence[Example], *, expert: str) -> float:
-    """Return the share of rows whose best expert is ``expert``, 0 to 1."""
-    logits = text_routing(model, examples).logits
+def routing_accuracy(model: SparseExpertModel, examples: Sequence[Example], *, experts: Sequence[str]) -> float:
+    """Return the share of rows whose best expert is one of ``experts``, 0 to 1."""
+    logits, names = text_routing(model, examples).logits, model.text_gate().names
     assert logits is not None
-    return float((logits.argmax(-1) == model.text_gate().names.index(expert)).float().mean())
+    return sum(names[best] in experts for best in logits.argmax(-1).tolist()) / len(logits)

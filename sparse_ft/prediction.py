@@ -15,7 +15,7 @@ from sparse_ft.devices import find_device
 from sparse_ft.encoding import Encoder, Example
 from sparse_ft.errors import ConfigError, DataError
 from sparse_ft.gates import SequenceGate
-from sparse_ft.inference import entering, leaving, row_logits, stacked_means
+from sparse_ft.inference import entering, leaving, row_logits, stacked_means, text_routing
 from sparse_ft.kinds import find_kind
 from sparse_ft.routing import Routing
 from sparse_ft.tasks import TaskSpec
@@ -106,13 +106,15 @@ class LoadedModel:
         alone = [name for name in names if not model.tasks[name].mixed]
         trunk = self._shared(texts) if len(alone) > 1 and self._keeps_trunk else {}
         shared = dict.fromkeys(alone, trunk)
-        routings: list[dict[str, float]] = [
-            {expert: 1.0 for name in alone for expert in model.tasks[name].experts[:1]} for _ in texts
-        ]
+        single = [name for name in alone if not model.tasks[name].gated]
+        routings = [{model.tasks[name].experts[0]: 1.0 for name in single} for _ in texts]
+        weights = [self._domain_weights(texts, name) for name in alone if name not in single]
         for group in self._mixed_groups(names):
-            found, weights = self._mixed(texts, group[0])
+            found, own = self._mixed(texts, group[0])
             shared.update(dict.fromkeys(group, found))
-            for routing, row in zip(routings, weights.tolist(), strict=True):
+            weights.append(own)
+        for given in weights:
+            for routing, row in zip(routings, given.tolist(), strict=True):
                 routing.update({name: weight for name, weight in zip(model.experts.names, row, strict=True) if weight})
         answers = {name: self._answers(name, texts, shared=shared[name]) for name in names}
         return [
@@ -146,8 +148,15 @@ class LoadedModel:
             examples, usage = leaving(model, task, self._encoded(task, texts))
         found = {_key(example, shapes=self._sees_shapes(task)): example for example in examples}
         rows = torch.tensor([example.row for example in examples], dtype=torch.long)
-        sums = torch.zeros(len(texts), usage.shape[1]).index_add(0, rows, usage)
-        return found, sums / rows.bincount(minlength=len(texts)).clamp_min(1).unsqueeze(1)
+        return found, _mean_by_text(usage, rows, len(texts))
+
+    def _domain_weights(self, texts: Sequence[Text], task: str) -> Tensor:
+        """Return the weights that the gate gives the several experts of a task, [texts, experts]."""
+        model = self.checkpoint.model
+        with self._lock:
+            examples = self._encoded(task, texts)
+            usage = text_routing(model, examples, task=task).spread(len(model.experts.names)).cpu()
+        return _mean_by_text(usage, torch.tensor([example.row for example in examples]), len(texts))
 
     def _by_gate(self, texts: Sequence[Text]) -> list[Prediction]:
         """Let the gate choose an expert for every text, and answer the tasks of that expert."""
@@ -300,6 +309,12 @@ class LoadedModel:
 def _key(example: Example, *, shapes: bool = False) -> _Key:
     """Tell examples apart by what the backbone sees of them, or with their word shapes, which experts may see."""
     return (*example.input_ids, -1, *(example.token_type_ids or ()), -2, *(example.word_shapes if shapes else ()))
+
+
+def _mean_by_text(usage: Tensor, rows: Tensor, number: int) -> Tensor:
+    """Average [examples, experts] over the examples of each text, [number, experts]; 0 for a text without any."""
+    sums = torch.zeros(number, usage.shape[1]).index_add(0, rows, usage)
+    return sums / rows.bincount(minlength=number).clamp_min(1).unsqueeze(1)
 
 
 def _prediction(

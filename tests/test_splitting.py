@@ -46,6 +46,14 @@ def test_the_gate_chooses_among_the_halves_and_nothing_else(halved):
     assert report.entropy["mood"] >= 0
 
 
+def test_a_prediction_names_the_half_that_the_gate_took(halved):
+    model = sparse_ft.load(halved.path, device="cpu")
+    for answer in model.predict(TEXTS, tasks=["mood", "about"]):
+        chosen = set(answer.routing) - {"about"}
+        assert chosen in ({"mood"}, {"mood-2"})
+        assert set(answer.routing.values()) == {1.0}
+
+
 def test_each_half_is_trained_further_on_its_own_texts(tmp_path, whole, halved):
     trained = sparse_ft.train(
         ["mood"], from_checkpoint=halved.path, output=tmp_path / "out", overrides=settings(), device="cpu"
