@@ -18,7 +18,8 @@ from sparse_ft.encoding import Example
 from sparse_ft.errors import ConfigError, SparseFTError
 from sparse_ft.evaluation import predict_rows, score_rows
 from sparse_ft.gradients import Gradients
-from sparse_ft.mixing import Domains, Mixing, Pairs, has_gate
+from sparse_ft.joint import has_gate
+from sparse_ft.mixing import Domains, Mixing, Pairs
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.parameter_groups import build_optimizer, find_groups
 from sparse_ft.resume import Progress, fingerprint, load_resume, save_resume

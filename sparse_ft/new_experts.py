@@ -1,22 +1,26 @@
 """What a run adds to the model before it trains: an expert a task, or a pool that tasks share, and the gate on them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
-from sparse_ft.config import RunConfig
+from sparse_ft.config import GateConfig, RunConfig
 from sparse_ft.encoding import Example
 from sparse_ft.errors import ConfigError
 from sparse_ft.experts import named_generator
 from sparse_ft.gate_training import fit_gate, gate_block
 from sparse_ft.gates import SequenceGate, TokenGate
 from sparse_ft.inference import mean_states
+from sparse_ft.joint import SHARED, has_gate, joint_choice, pool_names
 from sparse_ft.kinds import find_kind
-from sparse_ft.mixing import SHARED, has_gate, joint_choice, pool_names, token_gate
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.tasks import TaskSpec
 from sparse_ft.training_data import TrainingTask
+
+_MANY = 16
+"""Above so many experts, tokens choose from a shortlist by default, of …"""
+_SHORT = 4
 
 
 def add_tasks(model: SparseExpertModel, ready: Mapping[str, TrainingTask], *, run: RunConfig) -> None:
@@ -129,6 +133,22 @@ def start_gate(
         gate = _random_gate(model, names, ready, run=run)
     gate.choice = joint_choice(run.gate)
     return gate
+
+
+def token_gate(model: SparseExpertModel, names: Sequence[str], *, settings: GateConfig, seed: int) -> TokenGate:
+    """Build a token gate, or go on with the one that the model has for the same experts."""
+    before = model.gate
+    choice = joint_choice(settings)
+    shortlist = settings.shortlist
+    if shortlist is None and len(names) > _MANY and settings.capacity is None:
+        shortlist = max(_SHORT, choice.top_k)
+    blocks = range(model.first_block, model.backbone.num_blocks)
+    gate = TokenGate(names, model.backbone.hidden_size, blocks=blocks, choice=choice, shortlist=shortlist)
+    if isinstance(before, TokenGate) and before.names == gate.names and before.blocks == gate.blocks:
+        gate.load_state_dict(before.state_dict())
+    else:
+        gate.initialise(named_generator(seed, "gate"))
+    return gate.to(model.device)
 
 
 def _random_gate(

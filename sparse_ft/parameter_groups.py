@@ -8,7 +8,7 @@ from torch import nn
 
 from sparse_ft.config import RunConfig
 from sparse_ft.gates import TokenGate
-from sparse_ft.mixing import has_gate
+from sparse_ft.joint import has_gate
 from sparse_ft.model import SparseExpertModel
 
 

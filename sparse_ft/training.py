@@ -18,8 +18,8 @@ from sparse_ft.evaluation import Evaluation, evaluate, name_sources, scored_spli
 from sparse_ft.fitting import fit
 from sparse_ft.folders import explain_os_errors, write_json
 from sparse_ft.gate_stage import add_gate, check_gate, kept_rows, note_accuracy, rows_by_expert, train_gate
+from sparse_ft.joint import check_joint, has_gate
 from sparse_ft.manifest import check_name, read_manifest, read_yaml
-from sparse_ft.mixing import check_joint, has_gate
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.new_experts import add_tasks, start_gate
 from sparse_ft.outputs import default_output, free_output, next_output

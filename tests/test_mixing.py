@@ -21,8 +21,10 @@ from sparse_ft.config import GateConfig, load_config
 from sparse_ft.encoding import Encoder
 from sparse_ft.errors import ConfigError
 from sparse_ft.gates import SequenceGate, TokenGate
+from sparse_ft.joint import joint_choice
 from sparse_ft.manifest import read_manifest
-from sparse_ft.mixing import Mixing, joint_choice, token_gate
+from sparse_ft.mixing import Mixing
+from sparse_ft.new_experts import token_gate
 
 POOL = {"experts__pool": 4, "experts__shared": True, "experts__shared_a": True}
 MIXTURES = {"token": {"gate__type": "token", **POOL}, "sequence": {}}
