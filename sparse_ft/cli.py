@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from sparse_ft import __version__
+from sparse_ft.checkpoint_commands import edit
 from sparse_ft.errors import ConfigError, SparseFTError
+from sparse_ft.options import (
+    BackboneOption,
+    CheckpointArgument,
+    DataOption,
+    DeviceOption,
+    TaskNameOption,
+    TaskOption,
+    data_sources,
+    shown_path,
+)
 
 if TYPE_CHECKING:
     from sparse_ft.evaluation import Evaluation
@@ -26,23 +37,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
 )
-
-TaskOption = Annotated[
-    list[str] | None,
-    typer.Option("--task", metavar="NAME_OR_PATH", help="Bundled name, or path of a task file. Repeatable."),
-]
-TaskNameOption = Annotated[
-    list[str] | None, typer.Option("--task", metavar="NAME", help="A task of the checkpoint. Repeatable.")
-]
-DataOption = Annotated[
-    list[str] | None,
-    typer.Option("--data", metavar="[TASK=]PATH", help="Folder or file of the data; with TASK= for several."),
-]
-DeviceOption = Annotated[str | None, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.")]
-BackboneOption = Annotated[
-    str | None, typer.Option(metavar="FOLDER", help="Where the backbone is now, if not where the checkpoint says.")
-]
-CheckpointArgument = Annotated[Path, typer.Argument(help="Folder that `train` wrote.")]
 
 
 def main() -> None:
@@ -124,7 +118,7 @@ def train(
     try:
         result = train_experts(
             task or [],
-            data=_sources(data),
+            data=data_sources(data),
             output=output,
             backbone=backbone,
             config=config,
@@ -139,7 +133,7 @@ def train(
         typer.echo("\nStopped. `sparse-ft train --resume --output FOLDER` goes on from the last save.", err=True)
         raise typer.Exit(130) from None
     typer.echo(result.evaluation.to_text())
-    shown = _shown_path(result.path)
+    shown = shown_path(result.path)
     spec = next(iter(result.tasks.values()))
     example = spec.example or "Your text here."
     if "text_pair" in spec.columns and "\t" not in example:
@@ -174,7 +168,7 @@ def evaluate(
     result = evaluate_checkpoint(
         checkpoint,
         tasks=task,
-        data=_sources(data),
+        data=data_sources(data),
         split=split,  # type: ignore[arg-type]  # checked there
         route=route,
         device=device or "auto",
@@ -296,57 +290,11 @@ def _inspect_text(
         return
     typer.echo(token_table(routed, width=shutil.get_terminal_size((120, 24)).columns))
     if picture is not None:
-        typer.echo(f"\nPicture: {_shown_path(picture)}")
+        typer.echo(f"\nPicture: {shown_path(picture)}")
 
 
-@app.command()
-def edit(
-    checkpoint: CheckpointArgument,
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write; must not hold anything.")],
-    remove: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Remove an expert and its tasks. Repeatable.")
-    ] = None,
-    rename: Annotated[
-        list[str] | None,
-        typer.Option(metavar="OLD=NEW", help="Rename an expert; its tasks keep their names. Repeatable."),
-    ] = None,
-    copy: Annotated[
-        list[str] | None, typer.Option(metavar="OLD=NEW", help="Copy an expert and its task. Repeatable.")
-    ] = None,
-    add: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="[NAME=]PATH",
-            help="Add the experts of a checkpoint, one of them (CHECKPOINT/experts/NAME), or PEFT's LoRA. Repeatable.",
-        ),
-    ] = None,
-    prune: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=RANK", help="Lower the rank of an expert. Repeatable.")
-    ] = None,
-    split: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=NEW", help="Give half of a task's texts to a copy of its expert. Repeatable."),
-    ] = None,
-    backbone: BackboneOption = None,
-) -> None:
-    """Remove, rename, copy, add, prune and split experts, in this order, and write a new checkpoint."""
-    from sparse_ft.editing import edit as edit_checkpoint
-
-    result = edit_checkpoint(
-        checkpoint,
-        output=output,
-        remove=remove or [],
-        rename=[_two_names("--rename", entry) for entry in rename or []],
-        copy=[_two_names("--copy", entry) for entry in copy or []],
-        add=[_named_path(entry) for entry in add or []],
-        prune=[_named_rank(entry) for entry in prune or []],
-        split=[_two_names("--split", entry) for entry in split or []],
-        backbone=backbone,
-    )
-    for line in result.changes:
-        typer.echo(line)
-    shown = _shown_path(result.path)
-    typer.echo(f"\nCheckpoint: {shown}\nNext: sparse-ft inspect {shlex.quote(shown)}")
+for command in (edit,):
+    app.command()(command)
 
 
 def _report_pictures(result: "Evaluation") -> dict[str, bytes]:
@@ -360,46 +308,3 @@ def _report_pictures(result: "Evaluation") -> dict[str, bytes]:
         return {}
     routing = result.routing if result.gated else None
     return report_pictures(result.tasks, routing=routing, route=result.route)
-
-
-def _two_names(option: str, entry: str) -> tuple[str, str]:
-    """Read ``OLD=NEW``."""
-    old, _, new = entry.partition("=")
-    if not old or not new:
-        raise ConfigError(f"{option} {entry!r} is not of the form OLD=NEW. Write e.g. {option} ner=names.")
-    return old, new
-
-
-def _named_path(entry: str) -> tuple[str | None, str]:
-    """Read ``PATH`` or ``NAME=PATH``."""
-    name, equals, path = entry.partition("=")
-    return (name, path) if equals and "/" not in name else (None, entry)
-
-
-def _named_rank(entry: str) -> tuple[str, int]:
-    """Read ``NAME=RANK``."""
-    name, _, rank = entry.partition("=")
-    if not name or not rank.isdecimal():
-        raise ConfigError(f"--prune {entry!r} is not of the form NAME=RANK. Write e.g. --prune ner=4.")
-    return name, int(rank)
-
-
-def _sources(data: list[str] | None) -> str | dict[str, str] | None:
-    """Read ``--data PATH`` and ``--data TASK=PATH``."""
-    if not data:
-        return None
-    named = {}
-    for entry in data:
-        task, equals, path = entry.partition("=")
-        if equals and "/" not in task:
-            named[task] = path
-        elif len(data) == 1:
-            return entry
-        else:
-            raise ConfigError(f"--data {entry!r} names no task. With several --data write TASK=PATH each time.")
-    return named
-
-
-def _shown_path(path: Path) -> str:
-    """Show a path below the current folder as the user would type it."""
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
