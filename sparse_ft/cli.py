@@ -113,6 +113,7 @@ def train(
     device: DeviceOption = None,
 ) -> None:
     """Train one expert per task on a frozen backbone, and print the classification report."""
+    from sparse_ft.processes import place
     from sparse_ft.training import train as train_experts
 
     try:
@@ -132,6 +133,8 @@ def train(
     except KeyboardInterrupt:
         typer.echo("\nStopped. `sparse-ft train --resume --output FOLDER` goes on from the last save.", err=True)
         raise typer.Exit(130) from None
+    if place() > 0:  # of several processes one speaks
+        return
     typer.echo(result.evaluation.to_text())
     shown = shown_path(result.path)
     spec = next(iter(result.tasks.values()))
@@ -308,3 +311,7 @@ def _report_pictures(result: "Evaluation") -> dict[str, bytes]:
         return {}
     routing = result.routing if result.gated else None
     return report_pictures(result.tasks, routing=routing, route=result.route)
+
+
+if __name__ == "__main__":
+    main()

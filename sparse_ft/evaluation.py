@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +43,17 @@ class EvalData:
     def num_rows(self) -> int:
         """Number of texts."""
         return len(self.columns["row"])
+
+    def take(self, rows: Sequence[int]) -> "EvalData":
+        """Return some of the rows, which may not repeat, as data of their own."""
+        if len(rows) == self.num_rows:
+            return self
+        places = {row: place for place, row in enumerate(rows)}
+        return EvalData(
+            {name: [values[row] for row in rows] for name, values in self.columns.items()},
+            [replace(example, row=places[example.row]) for example in self.examples if example.row in places],
+            None if self.num_words is None else [self.num_words[row] for row in rows],
+        )
 
 
 class ScoredTask(NamedTuple):

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -15,13 +16,14 @@ from sparse_ft.auxiliary import alarms
 from sparse_ft.batching import epoch_batches
 from sparse_ft.config import RunConfig
 from sparse_ft.encoding import Example
-from sparse_ft.errors import ConfigError, SparseFTError
+from sparse_ft.errors import SparseFTError
 from sparse_ft.evaluation import predict_rows, score_rows
 from sparse_ft.gradients import Gradients
 from sparse_ft.joint import has_gate
 from sparse_ft.mixing import Domains, Mixing, Pairs
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.parameter_groups import build_optimizer, find_groups
+from sparse_ft.processes import place, shared_out
 from sparse_ft.resume import Progress, fingerprint, load_resume, save_resume
 from sparse_ft.training_data import TrainingTask
 from sparse_ft.trunk import keep_trunk, trunk_bytes
@@ -52,17 +54,13 @@ def fit(
         SparseFTError: If the loss is no longer finite.
     """
     accelerator = Accelerator(cpu=model.device.type == "cpu", device_placement=False)
-    if accelerator.num_processes > 1:
-        raise ConfigError(
-            f"Training runs in one process, not in {accelerator.num_processes}. "
-            "Start it with `sparse-ft train`, without a launcher."
-        )
     loop = _Loop(model, tasks, run=run, output=output, accelerator=accelerator)
     torch.manual_seed(run.seed)
     if resume:
         loop.load()
     progress, settings = loop.progress, run.train
-    with tqdm(total=loop.total_steps, initial=progress.step, desc="training", unit="step", mininterval=0.5) as bar:
+    shown = {"desc": "training", "unit": "step", "mininterval": 0.5, "disable": place() > 0}
+    with tqdm(total=loop.total_steps, initial=progress.step, **shown) as bar:
         while progress.epoch < loop.epochs and not _patience_is_out(progress, settings.patience):
             model.train()
             batches = loop.plan(progress.epoch)
@@ -168,7 +166,7 @@ class _Loop:
         progress = self.progress
         scores: dict[str, float] = {}
         for name, task in self.tasks.items():
-            predictions = predict_rows(self.model, task.spec, task.validation)
+            predictions = self._predicted(task)
             scores[name] = score_rows(task.spec, task.validation, predictions).metrics[task.spec.metric]
         for name, group in self.groups.items():
             score = sum(scores[task] for task in group.tasks) / len(group.tasks)
@@ -196,6 +194,12 @@ class _Loop:
         progress.epoch, progress.batch = progress.epoch + 1, 0
         progress.losses, progress.counts, progress.auxiliary, progress.usage = {}, {}, {}, {}
 
+    def _predicted(self, task: TrainingTask) -> list[Any]:
+        """Predict the validation rows of a task."""
+        return shared_out(
+            task.validation.num_rows, lambda rows: predict_rows(self.model, task.spec, task.validation.take(rows))
+        )
+
     def take_best(self) -> None:
         """Give every parameter the value it had when its task scored best."""
         with torch.no_grad():
@@ -205,6 +209,8 @@ class _Loop:
         self.gradients.close()
 
     def save(self) -> None:
+        if place() > 0:
+            return
         save_resume(
             self.output,
             config=self.run,

@@ -16,6 +16,7 @@ from sparse_ft.kinds import find_kind
 from sparse_ft.kinds.classification import IGNORED
 from sparse_ft.mixing import Domains, Mixing, Pairs
 from sparse_ft.model import SparseExpertModel
+from sparse_ft.processes import from_each, launched, number, place, sum_gradients
 from sparse_ft.training_data import TrainingTask
 
 
@@ -55,7 +56,7 @@ class Gradients:
     On a CPU, ``train.workers`` threads each compute a part of a batch with their share of the cores. On short texts
     that beats giving all cores to one matrix product after the other, most of which are too small to share. Gradients
     are added in the order of the parts and every part has random numbers of its own, so the same seed and number of
-    workers give the same weights.
+    workers give the same weights. Several processes share the parts in the same way.
 
     Args:
         model: In training mode when ``add`` is called.
@@ -92,11 +93,18 @@ class Gradients:
         targets = _count_targets(self.tasks, pairs)
         whole = _Whole(len(pairs), targets, {name: sum(task == name for task, _ in pairs) for name in targets})
         told = Found(dict.fromkeys(targets, 0.0))
-        size = math.ceil(len(pairs) / (self.run.train.accumulation * self.workers))
+        size = math.ceil(len(pairs) / (self.run.train.accumulation * self.workers * number()))
         parts = [pairs[start : start + size] for start in range(0, len(pairs), size)]
-        for start in range(0, len(parts), self.workers):
-            for found in self._backward(parts[start : start + self.workers], step, start, whole=whole):
+        own = list(enumerate(parts))[place() :: number()]
+        for start in range(0, len(own), self.workers):
+            for found in self._backward(own[start : start + self.workers], step, whole=whole):
                 told.add(found)
+        if launched():
+            sum_gradients(self.parameters)
+            first, *others = from_each(told)
+            for other in others:
+                first.add(other)
+            return first
         return told
 
     def close(self) -> None:
@@ -104,25 +112,37 @@ class Gradients:
         if self.pool is not None:
             self.pool.shutdown()
 
-    def _backward(self, parts: Sequence[Pairs], step: int, first: int, *, whole: "_Whole") -> list[Found]:
-        """Compute some parts side by side; return what each adds to the means over the batch."""
-        if self.pool is None:
-            (part,) = parts
+    def _backward(self, parts: Sequence[tuple[int, Pairs]], step: int, *, whole: "_Whole") -> list[Found]:
+        """Compute some numbered parts side by side; return what each adds to the means over the batch."""
+        if self.pool is None and not launched():
+            ((_, part),) = parts
             total, told = self._losses(part, None, whole=whole)
             self.accelerator.backward(total)
             return [told]
 
-        def work(place: int) -> tuple[Sequence[Tensor | None], Found]:
-            generator = named_generator(self.run.seed, f"step/{step}/{first + place}")
-            total, told = self._losses(parts[place], generator, whole=whole)
+        def work(numbered: tuple[int, Pairs]) -> tuple[Sequence[Tensor | None], Found]:
+            generator = self._generator(f"step/{step}/{numbered[0]}")
+            total, told = self._losses(numbered[1], generator, whole=whole)
             return torch.autograd.grad(total, self.parameters, allow_unused=True), told
 
-        found = list(self.pool.map(work, range(len(parts))))
+        found = [work(part) for part in parts] if self.pool is None else list(self.pool.map(work, parts))
         for gradients, _ in found:
             for parameter, gradient in zip(self.parameters, gradients, strict=True):
-                if gradient is not None:
-                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+                if gradient is None:
+                    continue
+                if parameter.grad is None:  # laid out as the parameter: fused AdamW pairs numbers by their address
+                    parameter.grad = torch.empty_like(parameter).copy_(gradient)
+                else:
+                    parameter.grad.add_(gradient)
         return [told for _, told in found]
+
+    def _generator(self, name: str) -> torch.Generator:
+        generator = named_generator(self.run.seed, name)
+        if self.model.backbone_dropout:  # which draws from the global one
+            torch.manual_seed(generator.initial_seed())
+        if self.model.device.type == "cpu":
+            return generator
+        return torch.Generator(self.model.device).manual_seed(generator.initial_seed())
 
     def _losses(
         self,

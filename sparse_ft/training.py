@@ -23,6 +23,7 @@ from sparse_ft.manifest import check_name, read_manifest, read_yaml
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.new_experts import add_tasks, start_gate
 from sparse_ft.outputs import default_output, free_output, next_output
+from sparse_ft.processes import from_first, own_device, place
 from sparse_ft.reports import report_json
 from sparse_ft.resume import Progress, find_resume
 from sparse_ft.tasks import TaskSpec, load_task
@@ -100,11 +101,14 @@ def train(
         run = changed_config(run, {"stage": "joint"})
     if from_checkpoint is not None:
         run = changed_config(run, {"start": str(Path(from_checkpoint).absolute())})
-    run = _resumed_config(run, output, data=data) if resume else _find_tasks(run, run.start)
+    unresumed = run
+    run = from_first(
+        lambda: _resumed_config(unresumed, output, data=data) if resume else _find_tasks(unresumed, unresumed.start)
+    )
     if run.stage == "gate":
         if run.tasks or resume:
             raise ConfigError("--stage gate fits the gate over all tasks of --from; leave out --task and --resume.")
-        folder, evaluation, specs_of = train_gate(run, data=data, output=output)
+        folder, evaluation, specs_of = from_first(lambda: train_gate(run, data=data, output=output))
         return TrainResult(folder, evaluation, [], specs_of, 0.0)
     specs = [load_task(task) for task in run.tasks]
     if not specs:
@@ -115,7 +119,7 @@ def train(
     if not resume:
         sources = {**_sources_of(run.start), **run.sources, **name_sources(data, names)}
         wanted = output or run.output
-        folder = next_output(names) if wanted is None else free_output(wanted)
+        folder = from_first(lambda: next_output(names) if wanted is None else free_output(wanted))
         run = changed_config(run, {"sources": sources, "output": str(folder)})
     return _train(run, specs, resume=resume)
 
@@ -174,7 +178,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _train(run: RunConfig, specs: Sequence[TaskSpec], *, resume: bool) -> TrainResult:
-    device = find_device(run.device)
+    device = own_device(find_device(run.device))
     output = Path(run.output or "")
     model, kept, metrics = _start_model(run, device)
     encoder = Encoder(model.backbone, max_length=run.data.max_length)
@@ -186,15 +190,32 @@ def _train(run: RunConfig, specs: Sequence[TaskSpec], *, resume: bool) -> TrainR
         check_joint(run, num_experts=num_experts)
     model.experts.set_dropout(run.experts.dropout)
     model.to(device)
-    with explain_os_errors(output):
-        output.mkdir(parents=True, exist_ok=True)
+    if place() == 0:
+        with explain_os_errors(output):
+            output.mkdir(parents=True, exist_ok=True)
     _LOG.info("Training %s on %s into %s", ", ".join(ready), model.device, output)
     if has_gate(run):
         rows = {**_others_rows(kept, ready, run=run, encoder=encoder), **ready}
         model.gate = start_gate(model.eval(), ready, rows_by_expert(model, rows), run=run)
     progress = _fit(model, ready, run=run, output=output, resume=resume)
-    trained = {name: task.spec for name, task in ready.items()}
     metrics.update({task: {"validation": score} for task, score in progress.scores.items()})
+    evaluation = from_first(lambda: _finish(model, ready, kept, run=run, encoder=encoder, metrics=metrics))
+    rate = progress.tokens / progress.seconds if progress.seconds else 0.0
+    trained = {name: task.spec for name, task in ready.items()}
+    return TrainResult(output, evaluation, progress.history, trained, rate)
+
+
+def _finish(
+    model: SparseExpertModel,
+    ready: Mapping[str, TrainingTask],
+    kept: Mapping[str, TaskSpec],
+    *,
+    run: RunConfig,
+    encoder: Encoder,
+    metrics: dict[str, Any],
+) -> Evaluation:
+    """Fit the gate, save the checkpoint in place of the unfinished run, and score it."""
+    output = Path(run.output or "")
     try:
         if run.stage == "joint":
             note_accuracy(model, ready, metrics=metrics)
@@ -204,7 +225,8 @@ def _train(run: RunConfig, specs: Sequence[TaskSpec], *, resume: bool) -> TrainR
     except ConfigError as error:  # what was trained is worth keeping without a gate, too
         _LOG.warning("The checkpoint gets no gate. %s", error)
     # The new folder takes the place of the old one with its resume/, which is done with.
-    save_checkpoint(output, model=model, tasks={**kept, **trained}, config=run, metrics=metrics)
+    tasks = {**kept, **{name: task.spec for name, task in ready.items()}}
+    save_checkpoint(output, model=model, tasks=tasks, config=run, metrics=metrics)
     evaluation = _evaluate(output, ready, run=run)
     for name, entry in evaluation.tasks.items():
         metrics[name].update(
@@ -212,8 +234,7 @@ def _train(run: RunConfig, specs: Sequence[TaskSpec], *, resume: bool) -> TrainR
         )
     with explain_os_errors(output / "metrics.json"):
         write_json(output / "metrics.json", metrics)
-    rate = progress.tokens / progress.seconds if progress.seconds else 0.0
-    return TrainResult(output, evaluation, progress.history, trained, rate)
+    return evaluation
 
 
 def _start_model(run: RunConfig, device: torch.device) -> tuple[SparseExpertModel, dict[str, TaskSpec], dict[str, Any]]:

@@ -368,6 +368,22 @@ def test_the_parts_of_a_batch_change_no_result(tmp_path, tiny_bert, monkeypatch,
     assert moved > 1e-2  # a thousand times the tolerance
 
 
+def test_adamw_takes_the_gradients_of_workers_for_what_they_are(tmp_path, tiny_bert):
+    """Fused AdamW reads a transposed gradient by address and gives each number the step of another one."""
+    task = write_toy(tmp_path, "mood", sizes=(32, 8, 8))
+    start, one, two = (
+        tensors(run([task], tiny_bert, tmp_path / str(place), train__epochs=3, **changes).path)
+        for place, changes in enumerate([
+            {"train__learning_rate": 1e-12, "train__weight_decay": 0.0},
+            {"train__workers": 1, "experts__dropout": 1e-9},  # takes the way of dropout, and drops nothing
+            {"train__workers": 2, "experts__dropout": 1e-9},
+        ])
+    )  # fmt: skip
+    for key, tensor in one.items():
+        moved = (tensor - start[key]).abs().mean()
+        assert float((two[key] - tensor).abs().mean()) <= 0.05 * float(moved), key
+
+
 def test_workers_repeat_every_bit_and_leave_the_number_of_threads_alone(tmp_path, tiny_bert):
     tasks = [write_toy(tmp_path, name, sizes=(24, 8, 8)) for name in ("mood", "names")]
     options = {"train__head_dropout": 0.3, "experts__dropout": 0.2, "train__workers": 3}

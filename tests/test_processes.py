@@ -1,0 +1,187 @@
+"""Runs of several processes, as a launcher starts them, end where the run of one process ends."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+
+import pytest
+import torch
+from test_mixing import POOL
+from test_resume import OPTIONS, assert_same_end
+from test_training import run, settings, write_toy
+
+import sparse_ft
+from sparse_ft import processes
+from sparse_ft.devices import find_device
+from sparse_ft.encoding import Encoder
+from sparse_ft.errors import ConfigError
+from sparse_ft.evaluation import prepare
+from sparse_ft.tasks import load_task
+
+
+def in_processes(number, work, *arguments, exitcode=0):
+    """Call a function in several processes at once, with the environment that a launcher gives them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["sparse_ft.training", "sklearn.metrics", "peft", "transformers.models.bert"])
+    started = [
+        context.Process(target=as_launched, args=(place, number, port, work, arguments)) for place in range(number)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(timeout=300)
+    assert [process.exitcode for process in started] == [exitcode] * number
+
+
+def as_launched(place, number, port, work, arguments):
+    os.environ.update(
+        RANK=str(place),
+        LOCAL_RANK=str(place),
+        WORLD_SIZE=str(number),
+        LOCAL_WORLD_SIZE=str(number),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+        HF_HUB_OFFLINE="1",
+    )
+    torch.set_num_threads(1)
+    work(*arguments)
+
+
+def train(tasks, backbone, output, overrides, die_at):
+    from sparse_ft import fitting
+
+    if die_at:
+        step = fitting._Loop.step
+
+        def mortal(loop, pairs):
+            step(loop, pairs)
+            if loop.progress.step == die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        fitting._Loop.step = mortal
+    options = {"resume": True} if tasks is None else {"backbone": str(backbone), "device": "cpu"}
+    result = sparse_ft.train(tasks or (), output=output, overrides=overrides, **options)
+    told = {"history": result.history, "scores": result.scores}
+    (output.parent / f"told-{processes.place()}.json").write_text(json.dumps(told))
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """Task files of two toy tasks; the last batch of an epoch is smaller than the others."""
+    folder = tmp_path_factory.mktemp("tasks")
+    return [write_toy(folder, name, sizes=(size, 9, 8)) for name, size in (("mood", 37), ("names", 20))]
+
+
+@pytest.mark.parametrize("joint", [{}, {"gate__type": "token", **POOL}], ids=["experts", "joint"])
+def test_two_processes_train_what_two_workers_train(tmp_path, tiny_bert, tasks, joint):
+    """Bit for bit: the parts of a batch, their random numbers and the order of their sum are the same."""
+    expected = run(tasks, tiny_bert, tmp_path / "expected", **OPTIONS, train__workers=2, **joint)
+    output = tmp_path / "both" / "out"
+    in_processes(2, train, tasks, tiny_bert, output, settings(**OPTIONS, train__workers=1, **joint), 0)
+    for file in sorted(expected.path.rglob("*.safetensors")):
+        name = file.relative_to(expected.path)
+        assert (output / name).read_bytes() == file.read_bytes(), name
+    first, second = (json.loads((output.parent / f"told-{place}.json").read_text()) for place in (0, 1))
+    assert first == second
+    assert first["scores"] == expected.scores
+    for ours, theirs in zip(first["history"], expected.history, strict=True):
+        assert ours["validation"] == theirs["validation"]
+        for task, loss in theirs["loss"].items():
+            assert ours["loss"][task] == pytest.approx(loss, rel=1e-6)
+        assert ours.get("usage", {}) == pytest.approx(theirs.get("usage", {}), rel=1e-5)
+
+
+def test_killed_processes_resume_and_end_where_the_uninterrupted_ones_end(tmp_path, tiny_bert, tasks):
+    overrides = settings(**OPTIONS, train__workers=1)
+    whole, output = tmp_path / "whole" / "out", tmp_path / "killed" / "out"
+    in_processes(2, train, tasks, tiny_bert, whole, overrides, 0)
+    in_processes(2, train, tasks, tiny_bert, output, overrides, 11, exitcode=-signal.SIGKILL)
+    assert not (output / "manifest.json").exists()
+    in_processes(2, train, None, tiny_bert, output, [], 0)
+    assert_same_end(output, whole)
+
+
+def check_collectives():
+    error = None
+    try:
+        processes.from_first(refuse)
+    except ConfigError as found:
+        error = str(found)
+    assert error == "no such thing"
+    assert processes.from_first(processes.place) == 0
+    assert processes.number() == 2
+    assert processes.from_each(processes.place()) == [0, 1]
+    assert processes.shared_out(5, lambda rows: [(row, processes.place()) for row in rows]) == [
+        (0, 0),
+        (1, 1),
+        (2, 0),
+        (3, 1),
+        (4, 0),
+    ]
+    assert processes.shared_out(1, lambda rows: [row * 10 for row in rows]) == [0]
+    both, one, none = (torch.nn.Parameter(torch.zeros(2, 3)) for _ in range(3))
+    both.grad = torch.full((2, 3), processes.place() + 1.0)
+    if processes.place() == 1:
+        one.grad = torch.full((2, 3), 5.0)
+    processes.sum_gradients([both, one, none])
+    assert both.grad.tolist() == [[3.0] * 3] * 2
+    assert one.grad.tolist() == [[5.0] * 3] * 2
+    assert none.grad is None
+    assert processes.own_device(torch.device("cpu")) == torch.device("cpu")
+    assert processes.own_device(torch.device("cuda")) == torch.device("cuda", processes.place())
+    assert processes.own_device(torch.device("cuda:7")) == torch.device("cuda:7")
+
+
+def refuse():
+    assert processes.place() == 0
+    raise ConfigError("no such thing")
+
+
+def test_what_processes_tell_each_other():
+    in_processes(2, check_collectives)
+
+
+def test_a_mistake_is_told_by_every_process_and_nothing_is_written(tmp_path, tiny_bert, tasks):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "notes.txt").write_text("mine")
+    in_processes(2, expect_refusal, tasks, tiny_bert, taken)
+    assert [entry.name for entry in taken.iterdir()] == ["notes.txt"]
+
+
+def expect_refusal(tasks, backbone, output):
+    with pytest.raises(ConfigError, match="is not empty and no checkpoint"):
+        sparse_ft.train(tasks, output=output, backbone=str(backbone), device="cpu")
+
+
+def test_one_process_asks_nobody():
+    assert not processes.launched()
+    assert (processes.number(), processes.place()) == (1, 0)
+    assert processes.from_each("own") == ["own"]
+    assert processes.shared_out(3, lambda rows: [row + 1 for row in rows]) == [1, 2, 3]
+    assert processes.own_device(find_device("cpu")) == torch.device("cpu")
+
+
+def test_rows_that_are_shared_out_are_rows_of_their_own(tiny_bert, tmp_path, make_model):
+    spec = load_task(write_toy(tmp_path, "names", labels=["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]))
+    model = make_model("bert", {"names": ("word", 5)})
+    columns = {
+        "tokens": [["Ada"], ["met"] * 60, [], ["London", "and", "Lisbon"]],
+        "tags": [["B-PER"], ["O"] * 60, [], ["B-LOC", "O", "B-LOC"]],
+        "row": [0, 1, 2, 3],
+    }
+    data = prepare(columns, spec=spec, encoder=Encoder(model.backbone, max_length=16))
+    taken = data.take([1, 3])
+    assert taken.num_rows == 2
+    assert taken.num_words == [60, 3]
+    assert taken.columns["tokens"] == [columns["tokens"][1], columns["tokens"][3]]
+    assert {example.row for example in taken.examples} == {0, 1}
+    windows = [example.input_ids for example in data.examples if example.row in (1, 3)]
+    assert len(windows) > 2
+    assert [example.input_ids for example in taken.examples] == windows
