@@ -9,7 +9,6 @@ type), as many other rows choose the best epoch, and the whole test split is sco
 
 import argparse
 import json
-import random
 import statistics
 import tempfile
 import time
@@ -17,48 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+from few_rows import draw
 
 import sparse_ft.training
-from sparse_ft.kinds import find_kind
-from sparse_ft.readers import label_names, read
-from sparse_ft.tasks import TaskSpec, load_task
+from sparse_ft.tasks import load_task
 
 METHODS = {"alone": [], "by text": ["stage=joint"], "by token": ["stage=joint", "gate.type=token"]}
-
-
-def draw(spec: TaskSpec, source: Path, *, rows: int, seed: int, folder: Path) -> Path:
-    """Write a task with few training rows; return its task file."""
-    found = read(spec, data=source)
-    answers = "tags" if find_kind(spec.kind).level == "word" else "label"
-    train = found["train"].to_list()
-    random.Random(seed).shuffle(train)
-    splits: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "test": found["test"].to_list()}
-    for split in ("train", "validation"):
-        counts: dict[str, int] = {}
-        for row in list(train):
-            classes = {tag[2:] for tag in row["tags"] if tag != "O"} if answers == "tags" else {row["label"]}
-            if any(counts.get(name, 0) < rows for name in classes):
-                splits[split].append(row)
-                train.remove(row)
-                counts.update({name: counts.get(name, 0) + 1 for name in classes})
-    columns = {name: name for name in spec.columns if name in ("text", "text_pair", "tokens")} | {answers: answers}
-    for split, kept in splits.items():
-        lines = [json.dumps({name: row[name] for name in columns}, ensure_ascii=False) for row in kept]
-        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    content = {
-        "name": f"new_{spec.name}",
-        "kind": spec.kind,
-        "language": spec.language,
-        "files": {"format": "jsonl", "root": ".", **{split: f"{split}.jsonl" for split in splits}},
-        "columns": columns,
-        "labels": label_names(spec, found["train"]),
-        "metric": spec.metric,
-        **({"label_scheme": "iob2"} if answers == "tags" else {}),
-    }
-    path = folder / "task.yaml"
-    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    return path
 
 
 def run(method: str, task: Path, base: Path, *, seed: int, overrides: list[str], output: Path) -> dict[str, float]:

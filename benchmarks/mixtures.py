@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from full_fine_tune import run_full
+from trainer_peers import run_trainer
 
 import sparse_ft.evaluation
 import sparse_ft.training
@@ -46,7 +46,7 @@ class Comparison:
 
     def full(self) -> dict[str, dict[str, Any]]:
         found = [
-            run_full(task, self.sources[task] if self.sources else None, self.seed, self.overrides)
+            run_trainer("full", task, self.sources[task] if self.sources else None, self.seed, self.overrides)
             for task in self.tasks
         ]
         scores = {task: entry["headline"] for task, entry in zip(self.tasks, found, strict=True)}

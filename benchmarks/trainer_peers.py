@@ -1,4 +1,7 @@
-"""The peer of quality.py: a full fine-tune of the same backbone by transformers' Trainer.
+"""The peers of our experts on the same backbone, trained by transformers' Trainer on the same rows, scored alike.
+
+full: all weights. head: only what stands on the backbone. bitfit: that and the biases (Ben Zaken et al. 2022,
+https://arxiv.org/abs/2106.10199). peft: a LoRA of PEFT with its defaults and those of the Trainer, in batches of 8.
 
 Tagging is scored with legal tags only, as our experts are; the F1 of the best tag of each word is kept as ``plain_f1``.
 """
@@ -12,6 +15,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from peft import LoraConfig, TaskType, get_peft_model
 from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -37,11 +41,19 @@ RECIPES = {
     "clinc150": (1e-4, 8),
     "banking77": (1e-4, 8),
 }
-"""Learning rate and epochs by task; others get those of ``conll2003``."""
+"""Learning rate and epochs of the full fine-tune by task; others get those of ``conll2003``."""
+
+RATES = {"full": 1.0, "bitfit": 10.0, "head": 10.0}
+"""Factor on the learning rate: what trains few weights needs a higher one."""
 
 
-def run_full(task: str, source: Path | None, seed: int, overrides: list[str]) -> dict[str, Any]:
-    """Train on the rows that an expert would get, and score validation after each epoch and test once."""
+def run_trainer(
+    method: str, task: str, source: Path | None, seed: int, overrides: list[str], *, epochs: int | None = None
+) -> dict[str, Any]:
+    """Train on the rows that an expert would get, and score validation after each epoch and test once.
+
+    ``epochs`` is for rows so few that the recipe's would be a handful of steps.
+    """
     limit = load_config(overrides=overrides).data.train_limit
     backbone = load_backbone("minilm")
     encoder = Encoder(backbone, max_length=256)
@@ -56,26 +68,42 @@ def run_full(task: str, source: Path | None, seed: int, overrides: list[str]) ->
     train = kind.encode(rows.to_dict(), encoder=encoder, labels=spec.label_names, language=spec.language)
     evaluated = {split: prepare(found[split].to_dict(), spec=spec, encoder=encoder) for split in ("validation", "test")}
     torch.manual_seed(seed)
-    classifier = _Classifier(spec, pad_id=backbone.pad_id)
-    rate, epochs = RECIPES.get(task, RECIPES["conll2003"])
+    classifier = _Classifier(spec, pad_id=backbone.pad_id, method=method)
+    rate, usual = RECIPES.get(task, RECIPES["conll2003"])
+    epochs = epochs or usual
+    ours = {"learning_rate": rate * RATES.get(method, 1.0), "num_train_epochs": epochs, **_OURS}
+    settings = {} if method == "peft" else ours
     started = time.perf_counter()
-    best = classifier.train(train, evaluated["validation"], rate=rate, epochs=epochs, seed=seed)
+    best = classifier.train(train, evaluated["validation"], settings=settings, seed=seed)
+    seconds = time.perf_counter() - started
     entry = classifier.score(evaluated["test"])
+    tokens = sum(len(example.input_ids) for example in train) * (epochs if settings else 3)
     return {
         "metrics": entry.metrics,
         "headline": entry.metrics[spec.metric],
         "token_report": entry.token_report,
         "validation": best,
-        "epochs": epochs,
-        "seconds": time.perf_counter() - started,
-        "trainable": sum(parameter.numel() for parameter in classifier.model.parameters()),
+        "epochs": epochs if settings else 3,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "trainable": sum(value.numel() for value in classifier.model.parameters() if value.requires_grad),
     }
 
 
-class _Classifier:
-    """``AutoModelFor…Classification`` on the packaged MiniLM, all weights trained."""
+_OURS: dict[str, Any] = {
+    "per_device_train_batch_size": 32,
+    "warmup_steps": 0.1,
+    "weight_decay": 0.01,
+    "train_sampling_strategy": "group_by_length",
+    "length_column_name": "length",
+}
+"""What the Trainer is told where it does not run with its defaults."""
 
-    def __init__(self, spec: TaskSpec, *, pad_id: int) -> None:
+
+class _Classifier:
+    """``AutoModelFor…Classification`` on the packaged MiniLM; the method says which weights are trained."""
+
+    def __init__(self, spec: TaskSpec, *, pad_id: int, method: str) -> None:
         self.spec, self.pad_id, self.kind = spec, pad_id, find_kind(spec.kind)
         self.words = self.kind.level == "word"
         self.outputs = self.kind.outputs(spec.label_names or [])
@@ -83,6 +111,13 @@ class _Classifier:
         self.model = head.from_pretrained(
             packaged_minilm_dir(), num_labels=len(self.outputs), attn_implementation="eager"
         )
+        if method == "peft":
+            kind = TaskType.TOKEN_CLS if self.words else TaskType.SEQ_CLS
+            self.model = get_peft_model(self.model, LoraConfig(task_type=kind))
+        elif method != "full":
+            for name, parameter in self.model.named_parameters():
+                on_top = name.startswith("classifier") or ".pooler." in name
+                parameter.requires_grad_(on_top or (method == "bitfit" and name.endswith(".bias")))
 
     def features(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
         rows = []
@@ -130,7 +165,7 @@ class _Classifier:
             scored.metrics["plain_f1"] = score_rows(self.spec, data, plain).metrics["f1"]
         return scored
 
-    def train(self, examples: Sequence[Example], validation: EvalData, *, rate: float, epochs: int, seed: int) -> float:
+    def train(self, examples: Sequence[Example], validation: EvalData, *, settings: dict[str, Any], seed: int) -> float:
         """Train, keep the weights of the best epoch, and return its validation score."""
         rows = datasets.Dataset.from_list(self.features(examples))
         with tempfile.TemporaryDirectory() as output:
@@ -138,13 +173,7 @@ class _Classifier:
                 model=self.model,
                 args=TrainingArguments(
                     output_dir=output,
-                    learning_rate=rate,
-                    num_train_epochs=epochs,
-                    per_device_train_batch_size=32,
-                    warmup_steps=0.1,
-                    weight_decay=0.01,
-                    train_sampling_strategy="group_by_length",
-                    length_column_name="length",
+                    **settings,
                     eval_strategy="epoch",
                     save_strategy="no",
                     report_to=[],
