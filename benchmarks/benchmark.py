@@ -6,10 +6,10 @@
     python benchmarks/benchmark.py sst2,banking77 --data-root DATA
 
 Methods: expert (one of ours a task), mixture (one of our checkpoints for all tasks, each answered by its own expert),
-and those of trainer_peers.py: full, bitfit, head, peft. All read the same rows through the same tokens and are scored by
-the same code; the validation split chooses the best epoch, and test is scored once per run. fewshot: 10 rows a class.
-Each finished run is one line of ``--results``; what is there already is not run again. Seconds are those of the whole
-run, validation included.
+and those of trainer_peers.py: full, bitfit, head, peft. All read the same rows through the same tokens and are scored
+by the same code; the validation split chooses the best epoch, and test is scored once per run. fewshot: 10 rows a
+class. Each finished run is one line of ``--results``; what is there already is not run again. Seconds are those of the
+whole run, validation included.
 """
 
 import argparse
@@ -150,7 +150,10 @@ def plot(entries: list[dict[str, Any]], path: Path) -> None:
         for axes, key in ((left, "trainable"), (right, "seconds")):
             axes.scatter([row[key] for row in rows], score, label=f"{task}, {method}", **style)
     for axes, name in ((left, "trained parameters"), (right, "seconds")):
-        axes.set(xscale="log", xlabel=name)
+        axes.set_xlabel(name)
+        low, high = axes.get_xlim()
+        if high > 10 * max(low, 1):
+            axes.set_xscale("log")
         axes.grid(alpha=0.3)
     left.set_ylabel("test score")
     figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
