@@ -4,9 +4,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sparse_ft.answers import Prediction
     from sparse_ft.errors import SparseFTError
+    from sparse_ft.estimator import SparseFTClassifier
     from sparse_ft.evaluation import Evaluation, evaluate
-    from sparse_ft.prediction import LoadedModel, Prediction, load, predict
+    from sparse_ft.prediction import LoadedModel, load, predict
     from sparse_ft.training import TrainResult, train
 
 __version__ = "0.1.0"
@@ -15,7 +17,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "Evaluation": "sparse_ft.evaluation",
     "LoadedModel": "sparse_ft.prediction",
-    "Prediction": "sparse_ft.prediction",
+    "Prediction": "sparse_ft.answers",
+    "SparseFTClassifier": "sparse_ft.estimator",
     "SparseFTError": "sparse_ft.errors",
     "TrainResult": "sparse_ft.training",
     "evaluate": "sparse_ft.evaluation",
@@ -28,6 +31,7 @@ __all__ = [
     "Evaluation",
     "LoadedModel",
     "Prediction",
+    "SparseFTClassifier",
     "SparseFTError",
     "TrainResult",
     "__version__",

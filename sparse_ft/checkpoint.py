@@ -27,6 +27,9 @@ from sparse_ft.tasks import TaskSpec, parse_task
 
 _PEFT_PREFIX = "base_model.model."
 _WORD_SHAPES = "word_shapes.safetensors"
+MODEL_TYPE = "sparse-ft"
+"""What config.json calls a checkpoint, so that transformers' pipelines find our module."""
+
 _GATE = "gate.safetensors"
 _CHOICE = ("top_k", "top_p", "temperature", "normalise", "min_confidence")
 
@@ -71,6 +74,7 @@ def save_checkpoint(
             gate = {key: value.detach().cpu().contiguous() for key, value in model.gate.state_dict().items()}
             write_bytes(folder / _GATE, safetensors.torch.save(gate))
         write_bytes(folder / "config.yaml", _yaml(config.model_dump()))
+        write_json(folder / "config.json", {"model_type": MODEL_TYPE})
         write_json(folder / "metrics.json", metrics)
         model.backbone.tokenizer.save_pretrained(folder / "tokenizer")
         write_json(folder / MANIFEST, _manifest(folder, model=model, tasks=tasks))

@@ -17,6 +17,7 @@ from sparse_ft.errors import ConfigError, SparseFTError
 from sparse_ft.options import (
     BackboneOption,
     CheckpointArgument,
+    CombineOption,
     DataOption,
     DeviceOption,
     TaskNameOption,
@@ -156,6 +157,7 @@ def evaluate(
     route: Annotated[
         str, typer.Option(metavar="ROUTE", help="task, gate, an expert, a YAML file with rules, or a baseline.")
     ] = "task",
+    combine: CombineOption = None,
     json_: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the scores as JSON.")] = None,
     report: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write report.txt, report.md, report.json and pictures.")
@@ -174,6 +176,7 @@ def evaluate(
         data=data_sources(data),
         split=split,  # type: ignore[arg-type]  # checked there
         route=route,
+        combine=combine,
         device=device or "auto",
         backbone=backbone,
     )
@@ -201,6 +204,7 @@ def predict(
         list[str] | None,
         typer.Option("--task", metavar="NAME", help="A task, or all; without, the gate decides. Repeatable."),
     ] = None,
+    combine: CombineOption = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object a text.")] = False,
     device: DeviceOption = None,
     backbone: BackboneOption = None,
@@ -221,7 +225,7 @@ def predict(
         if name in model.tasks
     )
     rows: Any = ((tuple(line.split("\t", 1)) if "\t" in line else line) for line in texts) if pairs else texts
-    for prediction in model.stream(rows, wanted):
+    for prediction in model.stream(rows, wanted, combine=combine):
         line = json.dumps(prediction.to_dict(), ensure_ascii=False) if json_ else format_prediction(prediction)
         typer.echo(line)
 

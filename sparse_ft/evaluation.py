@@ -12,6 +12,7 @@ from torch import Tensor
 from sparse_ft.checkpoint import Checkpoint, load_checkpoint
 from sparse_ft.devices import find_device
 from sparse_ft.encoding import Encoder, Example
+from sparse_ft.ensembles import Ensemble, ensemble_logits, equal_routing, find_ensembles
 from sparse_ft.errors import ConfigError, DataError, unknown_name
 from sparse_ft.gates import Gate
 from sparse_ft.inference import row_logits
@@ -174,8 +175,20 @@ def evaluate_task(
     source: str | None,
     encoder: Encoder,
     route: Route,
+    ensemble: Ensemble | None = None,
+    specs: Mapping[str, TaskSpec] | None = None,
 ) -> ScoredTask:
-    """Read a split of a task and score the model on it.
+    """Read a split of a task and score the model, or an ensemble of its experts, on it.
+
+    Args:
+        model: In evaluation mode.
+        spec: One of its tasks.
+        split: To score on.
+        source: Folder or file of its data; None takes the bundled, else the hub's.
+        encoder: Of the backbone.
+        route: Of the rows.
+        ensemble: Answers in place of the route.
+        specs: All task files of the model, for an ensemble of several tasks.
 
     Raises:
         DataError: If the source has no such split, or its answers are hidden.
@@ -189,7 +202,15 @@ def evaluate_task(
             f"The {split} split of task {spec.name!r} has no answers; its publisher hides them. Use --split validation."
         )
     gate, usage = route.token_gate(spec.name), None
-    if gate is not None:
+    title = f"{spec.name} · {split}"
+    if ensemble is not None:
+        logits = ensemble_logits(
+            model, specs or {}, ensemble, data.examples, num_rows=data.num_rows, num_words=data.num_words
+        )
+        predictions = find_kind(spec.kind).predictions(logits, labels=spec.label_names or [])
+        routing = equal_routing(model, ensemble.experts, number=len(data.examples))
+        title = f"{title} · {ensemble.combine} of {', '.join(ensemble.experts)}"
+    elif gate is not None:
         num_blocks = model.backbone.num_blocks - model.first_block
         usage = torch.zeros(len(data.examples), num_blocks, len(model.experts.names))
         predictions = predict_rows(model, spec, data, gate=gate, usage=usage)
@@ -206,8 +227,13 @@ def evaluate_task(
     seen = rows_seen_in_train(spec, split, data=source)
     fresh = [place for place, row in enumerate(data.columns["row"]) if row not in seen]
     unseen = score_rows(spec, data, predictions, rows=fresh) if seen and len(fresh) < data.num_rows else None
-    report = TaskReport(score=score, title=f"{spec.name} · {split}", unseen_rows=unseen)
+    report = TaskReport(score=score, title=title, unseen_rows=unseen)
     return ScoredTask(report, routing, usage)
+
+
+def _own_experts(model: SparseExpertModel, task: str, ensemble: Ensemble | None) -> tuple[str, ...]:
+    """Return the experts that a row of the task is meant for."""
+    return model.tasks[task].experts if ensemble is None else tuple(ensemble.experts)
 
 
 def _texts(data: EvalData) -> list[str]:
@@ -224,6 +250,7 @@ def evaluate(
     data: str | Path | Mapping[str, str] | None = None,
     split: Split | Mapping[str, Split] = "test",
     route: str = "task",
+    combine: str | None = None,
     device: str = "auto",
     backbone: str | None = None,
 ) -> Evaluation:
@@ -237,6 +264,8 @@ def evaluate(
         route: ``task``: every row goes to the expert of its task; ``gate``: the gate chooses for each row; the name of
             an expert: all rows go there; the path of a YAML file: rules choose; or a baseline, see ``routes.ROUTES``.
             The head is that of the task each time.
+        combine: ``mix``, ``average`` or ``vote``, see ``ensembles.Combine``: the several experts of a task, and tasks
+            with the same labels, answer together, on the data of the first of these tasks.
         device: ``auto``, ``cpu``, ``cuda`` …
         backbone: Where the backbone is now, if not where the checkpoint says.
 
@@ -260,6 +289,11 @@ def evaluate(
             raise ConfigError(unknown_name("split", name, SPLITS))
     sources = {**checkpoint.config.sources, **name_sources(data, chosen)}
     encoder = Encoder(checkpoint.model.backbone, max_length=checkpoint.config.data.max_length)
+    ensembles: dict[str, Ensemble | None] = dict.fromkeys(chosen)
+    if combine is not None:
+        if route != "task":
+            raise ConfigError(f"--combine {combine} and --route {route} both say which experts answer. Choose one.")
+        ensembles = find_ensembles(model, checkpoint.tasks, chosen, combine=combine)
     found = {
         task: evaluate_task(
             model,
@@ -268,21 +302,24 @@ def evaluate(
             source=sources.get(task),
             encoder=encoder,
             route=way,
+            ensemble=ensemble,
+            specs=checkpoint.tasks,
         )
-        for task in chosen
+        for task, ensemble in ensembles.items()
     }
     for warning in way.warnings():
         _LOG.warning("%s", warning)
     routed = report_routing(
         {task: scored.routing for task, scored in found.items()},
         experts=model.experts.names,
-        own={task: model.tasks[task].experts for task in chosen},
+        own={task: _own_experts(model, task, ensemble) for task, ensemble in ensembles.items()},
         shared=set(model.experts.names) - set(model.routed),
         usage={task: scored.usage for task, scored in found.items() if scored.usage is not None},
         first_block=model.first_block,
     )
     reports = {task: scored.report for task, scored in found.items()}
     gated = route != "task" or any(model.tasks[task].gated for task in chosen)
+    splits = {task: splits[task] for task in found}
     return Evaluation(str(checkpoint.path), splits, route, reports, routed, gated)
 
 

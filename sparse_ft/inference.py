@@ -116,20 +116,24 @@ def text_routing(model: SparseExpertModel, examples: Sequence[Example], *, task:
 
 
 @torch.no_grad()
-def leaving(model: SparseExpertModel, task: str, examples: Sequence[Example]) -> tuple[list[Example], Tensor]:
-    """Run examples through backbone and experts as the gate mixes them, once for the heads of all tasks so trained.
+def leaving(
+    model: SparseExpertModel, task: str, examples: Sequence[Example], *, routing: Routing | None = None
+) -> tuple[list[Example], Tensor]:
+    """Run examples through backbone and experts, once for the heads of all tasks that share the routing.
 
     Args:
         model: In evaluation mode.
-        task: One of the tasks that the gate mixes for; the others must use the same shared expert.
+        task: One of the tasks; the others must use the same shared expert.
         examples: Rows of model input.
+        routing: Of the examples; None lets the gate mix, for tasks that were trained so.
 
     Returns:
         The examples with ``hidden`` filled, and the mean weight of each expert, [examples, experts].
     """
     kept = list(examples)
     usage = torch.zeros(len(examples), len(model.experts.names))
-    routing = None if isinstance(model.gate, TokenGate) else text_routing(model, examples, task=task)
+    if routing is None and not isinstance(model.gate, TokenGate):
+        routing = text_routing(model, examples, task=task)
     if routing is not None:
         usage.copy_(routing.spread(usage.shape[1]))
     for members in _batches(examples):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sparse_ft.errors import DataError
 
 if TYPE_CHECKING:
-    from sparse_ft.prediction import Prediction
+    from sparse_ft.answers import Answer, Prediction
 
 
 def read_texts(source: str) -> Iterator[str]:
@@ -53,7 +53,7 @@ def format_prediction(prediction: "Prediction") -> str:
     return "\n".join(lines)
 
 
-def _format_answer(answer: dict[str, Any]) -> str:
+def _format_answer(answer: "Answer") -> str:
     if "label" in answer:
         return f"{answer['label']} ({answer['score']:.2f})"
     if "labels" in answer:

@@ -22,6 +22,13 @@ DeviceOption = Annotated[str | None, typer.Option(metavar="DEVICE", help="auto, 
 BackboneOption = Annotated[
     str | None, typer.Option(metavar="FOLDER", help="Where the backbone is now, if not where the checkpoint says.")
 ]
+CombineOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="mix|average|vote",
+        help="One answer of the experts of a task, and of tasks with the same labels: mixed, averaged or by majority.",
+    ),
+]
 CheckpointArgument = Annotated[Path, typer.Argument(help="Folder that `train` wrote.")]
 
 

@@ -3,16 +3,18 @@
 import itertools
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparse_ft.answers import Answer, Prediction
 from sparse_ft.checkpoint import Checkpoint, load_checkpoint
 from sparse_ft.devices import find_device
 from sparse_ft.encoding import Encoder, Example
+from sparse_ft.ensembles import Ensemble, ensemble_logits, find_ensembles
 from sparse_ft.errors import ConfigError, DataError
 from sparse_ft.gates import SequenceGate
 from sparse_ft.inference import entering, leaving, row_logits, stacked_means, text_routing
@@ -28,27 +30,6 @@ _Key = tuple[int, ...]
 
 Text = str | tuple[str, str]
 """A text, or a pair of texts for tasks on pairs."""
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The answers to one text."""
-
-    text: str
-    tasks: dict[str, dict[str, Any]]
-    """Task to its answer: label and score, labels, or entities."""
-    routing: dict[str, float]
-    """Expert to weight: 1 where a task was named that one expert serves; the mean over tokens and blocks where the gate
-    mixes for it; else what the gate thinks of every expert."""
-    text_pair: str | None = None
-    unknown: bool = False
-    """Whether the gate turned the text away as unlike anything the experts know; ``tasks`` is empty then."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what a line of ``predict --json`` holds."""
-        pair = {} if self.text_pair is None else {"text_pair": self.text_pair}
-        unknown = {"unknown": True} if self.unknown else {}
-        return {"text": self.text, **pair, "tasks": self.tasks, "routing": self.routing, **unknown}
 
 
 class LoadedModel:
@@ -74,34 +55,47 @@ class LoadedModel:
             return self.predict([texts])[0]
         return self.predict(texts)
 
-    def predict(self, texts: Sequence[Text], tasks: Sequence[str] | str | None = None) -> list[Prediction]:
+    def predict(
+        self, texts: Sequence[Text], tasks: Sequence[str] | str | None = None, *, combine: str | None = None
+    ) -> list[Prediction]:
         """Answer tasks for a list of texts.
 
         Args:
             texts: Raw texts, also empty; (text, text) for tasks on pairs. A single string is a list of one.
             tasks: Names, or ``"all"``. None lets the gate choose an expert for each text, whose tasks are answered;
                 without a gate, or with one that chooses for tokens, it means all.
+            combine: ``mix``, ``average`` or ``vote``, see ``ensembles.Combine``: tasks with the same labels, and the
+                several experts of a task, give one answer, under the name of the first task. None of ``tasks`` means
+                all then.
 
         Returns:
             One prediction a text, in order. An answer does not depend on the other texts of the call.
 
         Raises:
-            ConfigError: If a task is not in the checkpoint, or the gate no longer fits the experts.
+            ConfigError: If a task is not in the checkpoint, the gate no longer fits the experts, or there is nothing to
+                combine.
             DataError: If a task on pairs gets single texts, or the other way round.
         """
         texts = [texts] if isinstance(texts, str) else texts
-        by_gate = tasks is None and isinstance(self.checkpoint.model.gate, SequenceGate)
+        by_gate = tasks is None and combine is None and isinstance(self.checkpoint.model.gate, SequenceGate)
         names = self._task_names("all" if tasks is None else tasks)
+        ensembles: dict[str, Ensemble] = {}
+        if combine is not None:
+            groups = find_ensembles(self.checkpoint.model, self.tasks, names, combine=combine)
+            names = [name for name, ensemble in groups.items() if ensemble is None]
+            ensembles = {name: ensemble for name, ensemble in groups.items() if ensemble is not None}
         found: list[Prediction] = []
         for start in range(0, len(texts), CHUNK):
             chunk = texts[start : start + CHUNK]
-            found.extend(self._by_gate(chunk) if by_gate else self._by_task(chunk, names))
+            found.extend(self._by_gate(chunk) if by_gate else self._by_task(chunk, names, ensembles))
         return found
 
-    def _by_task(self, texts: Sequence[Text], names: Sequence[str]) -> list[Prediction]:
-        """Answer these tasks for every text."""
+    def _by_task(
+        self, texts: Sequence[Text], names: Sequence[str], ensembles: Mapping[str, Ensemble]
+    ) -> list[Prediction]:
+        """Answer these tasks for every text, each by its own experts, and others by ensembles."""
         model = self.checkpoint.model
-        for name in names:
+        for name in (*names, *ensembles):
             _columns(self.tasks[name], texts)  # says what is wrong with the texts
         alone = [name for name in names if not model.tasks[name].mixed]
         trunk = self._shared(texts) if len(alone) > 1 and self._keeps_trunk else {}
@@ -117,8 +111,12 @@ class LoadedModel:
             for routing, row in zip(routings, given.tolist(), strict=True):
                 routing.update({name: weight for name, weight in zip(model.experts.names, row, strict=True) if weight})
         answers = {name: self._answers(name, texts, shared=shared[name]) for name in names}
+        for name, ensemble in ensembles.items():
+            answers[name] = self._answers(name, texts, shared={}, ensemble=ensemble)
+            for routing in routings:
+                routing.update(dict.fromkeys(ensemble.experts, 1 / len(ensemble.experts)))
         return [
-            _prediction(text, {name: answers[name][place] for name in names}, routings[place])
+            _prediction(text, {name: found[place] for name, found in answers.items()}, routings[place])
             for place, text in enumerate(texts)
         ]
 
@@ -180,7 +178,7 @@ class LoadedModel:
             None if not weights[0] else gate.names[experts[0]]
             for experts, weights in zip(decided.experts.tolist(), decided.weights.tolist(), strict=True)
         ]
-        answers: list[dict[str, dict[str, Any]]] = [{} for _ in texts]
+        answers: list[dict[str, Answer]] = [{} for _ in texts]
         for name in names:
             slot = model.tasks[name]
             places = [place for place, expert in enumerate(best) if expert in slot.experts]
@@ -221,12 +219,14 @@ class LoadedModel:
         with self._lock:
             return {_key(row): row for row in entering(self.checkpoint.model, self._plain(texts))}
 
-    def stream(self, texts: Iterable[Text], tasks: Sequence[str] | str | None = None) -> Iterator[Prediction]:
+    def stream(
+        self, texts: Iterable[Text], tasks: Sequence[str] | str | None = None, *, combine: str | None = None
+    ) -> Iterator[Prediction]:
         """Answer tasks for any number of texts, holding no more than ``CHUNK`` of them in memory."""
         self._task_names("all" if tasks is None else tasks)
         iterator = iter(texts)
         while chunk := list(itertools.islice(iterator, CHUNK)):
-            yield from self.predict(chunk, tasks)
+            yield from self.predict(chunk, tasks, combine=combine)
 
     def logits(self, texts: Sequence[Text], task: str) -> Tensor | list[Tensor]:
         """Compute the raw outputs of one task.
@@ -243,6 +243,21 @@ class LoadedModel:
         if find_kind(self.tasks[name].kind).level == "word":
             return rows
         return torch.stack(rows) if rows else torch.zeros(0, self.checkpoint.model.head(name).linear.out_features)
+
+    def probabilities(self, texts: Sequence[Text], task: str) -> Tensor:
+        """Compute the probability of every label of a task, float32 (texts, labels), in the order of its label names.
+
+        Raises:
+            ConfigError: If the task tags words; ``logits`` has what it says of each.
+        """
+        (name,) = self._task_names([task])
+        kind = find_kind(self.tasks[name].kind)
+        logits = self.logits(texts, name)
+        if isinstance(logits, list):
+            raise ConfigError(
+                f"Task {name!r} tags words and has no probabilities of a text. Ask logits for those of words."
+            )
+        return kind.probabilities(logits)
 
     def _task_names(self, tasks: Sequence[str] | str) -> list[str]:
         if tasks == "all":
@@ -261,10 +276,11 @@ class LoadedModel:
         *,
         shared: Mapping[_Key, Example],
         routing: Routing | None = None,
-    ) -> list[dict[str, Any]]:
+        ensemble: Ensemble | None = None,
+    ) -> list[Answer]:
         spec = self.tasks[task]
         kind, labels = find_kind(spec.kind), spec.label_names or []
-        rows = self._row_logits(task, texts, shared=shared, routing=routing)
+        rows = self._row_logits(task, texts, shared=shared, routing=routing, ensemble=ensemble)
         return [
             kind.answer(logits, text=text if isinstance(text, str) else text[0], labels=labels, language=spec.language)
             for text, logits in zip(texts, rows, strict=True)
@@ -284,6 +300,7 @@ class LoadedModel:
         *,
         shared: Mapping[_Key, Example] | None = None,
         routing: Routing | None = None,
+        ensemble: Ensemble | None = None,
     ) -> list[Tensor]:
         spec = self.tasks[task]
         kind = find_kind(spec.kind)
@@ -293,6 +310,10 @@ class LoadedModel:
             num_words = [len(split_words(text, spec.language)) for text in columns["text"]]
         with self._lock:  # over the encoding, too: a tokenizer keeps its truncation settings in itself
             examples = self._encoded(task, texts)
+            if ensemble is not None:
+                return ensemble_logits(
+                    self.checkpoint.model, self.tasks, ensemble, examples, num_rows=len(texts), num_words=num_words
+                )
             if shared:
                 shapes = self._sees_shapes(task)
                 kept = [shared.get(_key(example, shapes=shapes)) for example in examples]
@@ -318,7 +339,7 @@ def _mean_by_text(usage: Tensor, rows: Tensor, number: int) -> Tensor:
 
 
 def _prediction(
-    text: Text, tasks: dict[str, dict[str, Any]], routing: dict[str, float], *, unknown: bool = False
+    text: Text, tasks: dict[str, Answer], routing: dict[str, float], *, unknown: bool = False
 ) -> Prediction:
     first, second = (text, None) if isinstance(text, str) else text
     return Prediction(first, tasks, routing, second, unknown)

@@ -51,7 +51,7 @@ def change_manifest(folder: Path, **changes) -> None:
 
 def test_the_set_of_files(toys):
     experts = [f"experts/{name}/adapter_{part}" for name in KINDS for part in ("config.json", "model.safetensors")]
-    files = ["manifest.json", "config.yaml", "metrics.json", "gate.safetensors", *experts]
+    files = ["manifest.json", "config.json", "config.yaml", "metrics.json", "gate.safetensors", *experts]
     files += [f"heads/{name}.safetensors" for name in KINDS] + [f"tasks/{name}.yaml" for name in KINDS]
     files += ["experts/names/word_shapes.safetensors"]  # of the one that tags words on an uncased backbone
     found = all_files(toys)

@@ -87,7 +87,9 @@ def test_only_the_backbone_reaches_into_transformers_and_only_resources_knows_wh
     def importers(name):
         return {module for module in FILES if any(found.partition(".")[0] == name for found in imports_of(module))}
 
-    assert importers("transformers") == {"sparse_ft.backbone", "sparse_ft.checkpoint"}
+    # pipeline.py registers with transformers' own pipelines, which is all that it is for.
+    assert importers("transformers") == {"sparse_ft.backbone", "sparse_ft.checkpoint", "sparse_ft.pipeline"}
+    assert importers("spacy") == {"sparse_ft.spacy_component"}
     assert FILES["sparse_ft.checkpoint"].read_text("utf-8").count("transformers.") == 1  # its version, to write it down
     users = {
         module
@@ -103,8 +105,14 @@ def test_importing_in_a_fresh_process_loads_nothing_heavy(module):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(json.loads(done.stdout))
     assert module in loaded
-    assert not loaded & {*HEAVY, "numpy", "peft", "accelerate", "pyarrow", "matplotlib"}
+    assert not loaded & {*HEAVY, "numpy", "peft", "accelerate", "pyarrow", "matplotlib", "spacy"}
     assert not reachable(module, top_level=True) & set(HEAVY)
+
+
+def test_nobody_imports_what_fits_us_into_other_libraries():
+    """Their modules load whole libraries; whoever needs one imports it."""
+    adapters = {"sparse_ft.pipeline", "sparse_ft.estimator", "sparse_ft.spacy_component"}
+    assert not [module for module in FILES if imports_of(module) & adapters]
 
 
 def test_public_names_are_listed_and_come_from_their_modules():

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sparse_ft.answers import LabelAnswer
 from sparse_ft.encoding import Encoder, Example
 from sparse_ft.kinds.kind import Columns
 
@@ -53,8 +55,16 @@ class Classification:
 
         return score_classification(references, predictions, labels=labels, out_of_scope=out_of_scope)
 
-    def answer(self, logits: Tensor, *, text: str, labels: Sequence[str], language: str) -> dict[str, Any]:
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Softmax over the labels."""
+        return logits.softmax(-1)
+
+    def logits(self, probabilities: Tensor) -> Tensor:
+        """The logarithm; a probability of 0 becomes the least that float32 holds."""
+        return probabilities.clamp_min(torch.finfo(torch.float32).tiny).log()
+
+    def answer(self, logits: Tensor, *, text: str, labels: Sequence[str], language: str) -> LabelAnswer:
         """Return ``{"label", "score"}``; the score is the softmax probability, 0 to 1."""
-        probabilities = logits.softmax(-1)
+        probabilities = self.probabilities(logits)
         best = int(probabilities.argmax())
         return {"label": labels[best], "score": float(probabilities[best])}

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import Tensor
 
+from sparse_ft.answers import Answer
 from sparse_ft.encoding import Encoder, Example
 
 if TYPE_CHECKING:
@@ -52,6 +53,14 @@ class TaskKind(Protocol):
         """Compare predictions with the truth."""
         ...
 
-    def answer(self, logits: Tensor, *, text: str, labels: Sequence[str], language: str) -> dict[str, Any]:
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Turn logits into probabilities of the outputs, of the same shape."""
+        ...
+
+    def logits(self, probabilities: Tensor) -> Tensor:
+        """Return logits that have these ``probabilities``."""
+        ...
+
+    def answer(self, logits: Tensor, *, text: str, labels: Sequence[str], language: str) -> Answer:
         """Turn the logits of one text into its entry in ``predict --json``."""
         ...

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sparse_ft.answers import LabelsAnswer
 from sparse_ft.encoding import Encoder, Example
 from sparse_ft.kinds.kind import Columns
 
@@ -55,9 +57,17 @@ class MultiLabel:
 
         return score_multi_label(references, predictions, labels=labels)
 
-    def answer(self, logits: Tensor, *, text: str, labels: Sequence[str], language: str) -> dict[str, Any]:
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Each label's own."""
+        return logits.sigmoid()
+
+    def logits(self, probabilities: Tensor) -> Tensor:
+        """The inverse of the sigmoid; 0 and 1 become the nearest that float32 tells apart from them."""
+        return probabilities.logit(torch.finfo(torch.float32).eps)
+
+    def answer(self, logits: Tensor, *, text: str, labels: Sequence[str], language: str) -> LabelsAnswer:
         """Return ``{"labels": [{"label", "score"}, …]}``, the most probable first; the score is the probability."""
-        probabilities = logits.sigmoid()
+        probabilities = self.probabilities(logits)
         order = probabilities.argsort(descending=True).tolist()
         chosen = [place for place in order if probabilities[place] >= THRESHOLD]
         return {"labels": [{"label": labels[place], "score": float(probabilities[place])} for place in chosen]}

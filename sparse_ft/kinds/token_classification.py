@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sparse_ft.answers import EntitiesAnswer, Entity
 from sparse_ft.decoding import best_legal_tags
 from sparse_ft.encoding import Encoder, Example
 from sparse_ft.kinds.classification import IGNORED
@@ -67,15 +68,24 @@ class TokenClassification:
 
         return score_tagging(references, predictions, labels=self.outputs(labels))
 
-    def answer(self, logits: Tensor, *, text: str, labels: Sequence[str], language: str) -> dict[str, Any]:
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Softmax over the tags."""
+        return logits.softmax(-1)
+
+    def logits(self, probabilities: Tensor) -> Tensor:
+        """The logarithm; a probability of 0 becomes the least that float32 holds."""
+        return probabilities.clamp_min(torch.finfo(torch.float32).tiny).log()
+
+    def answer(self, logits: Tensor, *, text: str, labels: Sequence[str], language: str) -> EntitiesAnswer:
         """Return ``{"entities": [{"type", "text", "start", "end", "score"}, …]}``.
 
         ``start`` and ``end`` count characters of the text as given; the score is the mean probability of its tags.
         """
         words, tags = split_words(text, language), self.outputs(labels)
         places = best_legal_tags(logits, tags)
-        probabilities = logits.softmax(-1).gather(1, torch.tensor(places, dtype=torch.long).unsqueeze(1)).squeeze(1)
-        entities = []
+        chosen = torch.tensor(places, dtype=torch.long).unsqueeze(1)
+        probabilities = self.probabilities(logits).gather(1, chosen).squeeze(1)
+        entities: list[Entity] = []
         for span in spans_from_tags([tags[place] for place in places]):
             start, end = words[span.start].start, words[span.end - 1].end
             score = float(probabilities[span.start : span.end].mean())

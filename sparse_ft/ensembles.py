@@ -1,0 +1,249 @@
+"""One answer of several experts: their deltas mixed in one pass, their probabilities averaged, or their votes counted.
+
+The functions on tensors give logits again, so that what decodes and scores the answer of one expert does so here, too.
+
+Shapes: M members of an ensemble, N words of a text, L labels or tags.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from sparse_ft.decoding import best_legal_tags
+from sparse_ft.encoding import Example
+from sparse_ft.errors import ConfigError, unknown_name
+from sparse_ft.inference import leaving, row_logits
+from sparse_ft.kinds import find_kind
+from sparse_ft.kinds.multi_label import THRESHOLD
+from sparse_ft.model import SparseExpertModel
+from sparse_ft.routing import Routing
+from sparse_ft.schemes import Span, spans_from_tags
+from sparse_ft.tasks import TaskSpec
+
+Combine = Literal["mix", "average", "vote"]
+"""mix: all experts in one pass, their deltas and heads weighted equally; average: one pass each, the mean of their
+probabilities; vote: one pass each, the majority, ties broken by confidence."""
+
+
+class Member(NamedTuple):
+    """An expert of an ensemble, and the task whose head reads what it gives."""
+
+    task: str
+    expert: str
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """The experts that answer one question together."""
+
+    members: tuple[Member, ...]
+    """At least two."""
+    combine: Combine
+
+    @property
+    def experts(self) -> list[str]:
+        """Its experts, each once."""
+        return list(dict.fromkeys(member.expert for member in self.members))
+
+
+def average(rows: Tensor, *, kind: str) -> Tensor:
+    """Average the probabilities of several experts.
+
+    Args:
+        rows: Logits, [M, L] or [M, N, L].
+        kind: Of the task.
+
+    Returns:
+        Logits whose probabilities are the mean of those of the members, [L] or [N, L].
+    """
+    own = find_kind(kind)
+    return own.logits(own.probabilities(rows).mean(0))
+
+
+def vote(rows: Tensor, *, kind: str, outputs: Sequence[str]) -> Tensor:
+    """Let the experts vote, for a label, for each label, or for each span, by the kind of the task.
+
+    Args:
+        rows: Logits, [M, L] or [M, N, L].
+        kind: Of the task.
+        outputs: Names of the L columns.
+
+    Returns:
+        Logits of what the majority says, [L] or [N, L]; the probability of an answer is the mean of those who gave it,
+        but no less than a little more than an even share.
+    """
+    own = find_kind(kind)
+    return own.logits(_VOTES[kind](own.probabilities(rows), outputs))
+
+
+def _vote_label(probabilities: Tensor, outputs: Sequence[str]) -> Tensor:
+    """Elect the label with the most votes; of those with equally many, the one whose voters are surest."""
+    confidence, choice = probabilities.max(-1)
+    votes = torch.zeros(len(outputs)).index_add(0, choice, torch.ones(len(choice)))
+    mean = torch.zeros(len(outputs)).index_add(0, choice, confidence) / votes.clamp_min(1)
+    winner = int(torch.where(votes == votes.max(), mean, -1).argmax())
+    return _certain(winner, float(mean[winner]), number=len(outputs))
+
+
+def _vote_each_label(probabilities: Tensor, outputs: Sequence[str]) -> Tensor:
+    """Decide each label by itself; of two camps equally large, the one that is farther from doubt wins."""
+    for_it = probabilities >= THRESHOLD
+    camps = [for_it, ~for_it]
+    votes = torch.stack([camp.sum(0) for camp in camps])
+    means = torch.stack([(probabilities * camp).sum(0) / camp.sum(0).clamp_min(1) for camp in camps])
+    tied_for = probabilities.mean(0) >= THRESHOLD
+    wins = torch.where(votes[0] == votes[1], tied_for, votes[0] > votes[1])
+    return torch.where(wins, means[0], means[1])
+
+
+class _Candidate(NamedTuple):
+    votes: int
+    confidence: float
+    span: Span
+
+
+def _vote_spans(probabilities: Tensor, outputs: Sequence[str]) -> Tensor:
+    """Keep the spans that over half of the experts found, and those of half who are surer there than the others."""
+    logits = find_kind("token_classification").logits(probabilities)
+    paths = [best_legal_tags(member, outputs) for member in logits]
+    places = torch.tensor(paths, dtype=torch.long).view(*probabilities.shape[:2], 1)
+    confidence = probabilities.gather(2, places).squeeze(2)  # [M, N]
+    found = [set(spans_from_tags([outputs[place] for place in path])) for path in paths]
+    kept: list[_Candidate] = []
+    for span in set().union(*found):
+        within = confidence[:, span.start : span.end].mean(1)
+        voters = torch.tensor([span in own for own in found])
+        votes, sure = int(voters.sum()), float(within[voters].mean())
+        tied = 2 * votes == len(found) and sure > float(within[~voters].mean())
+        if 2 * votes > len(found) or tied:
+            kept.append(_Candidate(votes, sure, span))
+    outside = probabilities[..., outputs.index("O")].mean(0).tolist()
+    rows = [_certain(outputs.index("O"), max(share, 0.5), number=len(outputs)) for share in outside]
+    taken: set[int] = set()
+    for entry in sorted(kept, key=lambda entry: (-entry.votes, -entry.confidence, entry.span)):
+        words = range(entry.span.start, entry.span.end)
+        if taken.isdisjoint(words):
+            taken.update(words)
+            for word in words:
+                tag = f"{'B' if word == words.start else 'I'}-{entry.span.type}"
+                rows[word] = _certain(outputs.index(tag), entry.confidence, number=len(outputs))
+    return torch.stack(rows) if rows else probabilities.new_zeros(0, len(outputs))
+
+
+def _certain(place: int, share: float, *, number: int) -> Tensor:
+    """Return probabilities, one of them given and the others equal.
+
+    The one is made the largest: a tag that is best only together with its neighbours may have less than an even share.
+    """
+    share = max(share, 1.01 / number)
+    row = torch.full((number,), (1 - share) / max(number - 1, 1))
+    row[place] = share
+    return row
+
+
+_VOTES: dict[str, Callable[[Tensor, Sequence[str]], Tensor]] = {
+    "classification": _vote_label,
+    "multi_label": _vote_each_label,
+    "token_classification": _vote_spans,
+}
+
+
+def find_ensembles(
+    model: SparseExpertModel, specs: Mapping[str, TaskSpec], names: Sequence[str], *, combine: str
+) -> dict[str, Ensemble | None]:
+    """Group tasks that ask the same question: of one kind and language, with the same labels.
+
+    Args:
+        model: With the tasks.
+        specs: Its task files.
+        names: The tasks to answer.
+        combine: See ``Combine``.
+
+    Returns:
+        First task of each group to its ensemble: each expert of each of its tasks, with that task's head. None where
+        there is only one.
+
+    Raises:
+        ConfigError: If ``combine`` means nothing, a task is mixed by the gate already, or no task has several experts.
+    """
+    if combine not in get_args(Combine):
+        raise ConfigError(unknown_name("way to combine", combine, get_args(Combine)))
+    groups: dict[Any, list[Member]] = {}
+    for name in names:
+        spec, slot = specs[name], model.tasks[name]
+        if slot.mixed or slot.shared is not None:
+            raise ConfigError(
+                f"Task {name!r} was trained jointly, so its experts are combined already. Leave out --combine, or name "
+                "other tasks."
+            )
+        question = (spec.kind, spec.language, frozenset(spec.label_names or []), "text_pair" in spec.columns)
+        groups.setdefault(question, []).extend(Member(name, expert) for expert in slot.experts)
+    found = {
+        group[0].task: Ensemble(tuple(group), combine) if len(group) > 1 else None  # type: ignore[arg-type]
+        for group in groups.values()
+    }
+    if not any(found.values()):
+        raise ConfigError(
+            f"Nothing to combine: {', '.join(names)} {'has' if len(names) == 1 else 'have'} one expert each and no "
+            "labels in common. Name several tasks with the same labels, e.g. --task a --task b."
+        )
+    return found
+
+
+def equal_routing(model: SparseExpertModel, experts: Sequence[str], *, number: int) -> Routing:
+    """Send rows through several experts at once, with equal weights."""
+    places = torch.tensor([model.experts.index(name) for name in experts], device=model.device)
+    return Routing(
+        places.expand(number, -1).contiguous(),
+        torch.full((number, len(experts)), 1 / len(experts), device=model.device),
+    )
+
+
+@torch.no_grad()
+def ensemble_logits(
+    model: SparseExpertModel,
+    specs: Mapping[str, TaskSpec],
+    ensemble: Ensemble,
+    examples: Sequence[Example],
+    *,
+    num_rows: int,
+    num_words: Sequence[int] | None = None,
+) -> list[Tensor]:
+    """Compute the logits of an ensemble for each text.
+
+    Args:
+        model: In evaluation mode.
+        specs: Its task files.
+        ensemble: Some of its experts and heads.
+        examples: Rows of model input, encoded for its first task.
+        num_rows: Number of texts.
+        num_words: Words of each text, for tasks that tag words.
+
+    Returns:
+        One float32 CPU tensor a text, (labels,) or (words, tags), in the order of the first task's labels.
+    """
+    first = specs[ensemble.members[0].task]
+    outputs = find_kind(first.kind).outputs(first.label_names or [])
+    members: Sequence[Member] = ensemble.members
+    routings = [
+        Routing.rows([model.experts.index(expert)] * len(examples), device=model.device) for _, expert in members
+    ]
+    if ensemble.combine == "mix":
+        routing = equal_routing(model, ensemble.experts, number=len(examples))
+        examples, _ = leaving(model, first.name, examples, routing=routing)
+        routings = [routing] * len(members)
+    parts = []
+    for member, own in zip(members, routings, strict=True):
+        rows = row_logits(model, member.task, examples, num_rows=num_rows, num_words=num_words, routing=own)
+        theirs = find_kind(first.kind).outputs(specs[member.task].label_names or [])
+        order = [theirs.index(output) for output in outputs]
+        parts.append([row[..., order] for row in rows])
+    stacked = [torch.stack(rows) for rows in zip(*parts, strict=True)]
+    if ensemble.combine == "mix":  # a mean of heads, which are linear
+        return [rows.mean(0) for rows in stacked]
+    if ensemble.combine == "average":
+        return [average(rows, kind=first.kind) for rows in stacked]
+    return [vote(rows, kind=first.kind, outputs=outputs) for rows in stacked]

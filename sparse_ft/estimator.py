@@ -1,0 +1,202 @@
+"""A scikit-learn classifier of texts: an expert and its head, trained by ``fit``."""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import yaml
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils import Tags, check_random_state
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d
+
+from sparse_ft.folders import replace_folder, write_bytes
+from sparse_ft.outputs import free_output
+from sparse_ft.prediction import LoadedModel, load
+from sparse_ft.training import train
+
+TASK = "classifier"
+"""Name of the one task, and of its expert."""
+
+
+class SparseFTClassifier(ClassifierMixin, BaseEstimator):
+    """Classify texts with an expert on a frozen backbone.
+
+    The fitted state is the files of a checkpoint, held in memory, so that pickle and joblib keep it whole; like any
+    checkpoint it does not contain the backbone. One tenth of the training rows is cut off to choose the best epoch.
+
+    Args:
+        backbone: As for ``sparse_ft.train``; None, here as below, takes the default of the run config.
+        rank: Of the expert's deltas.
+        epochs: Passes over the data.
+        learning_rate: Of expert and head.
+        overrides: Any other settings, as ``--set`` takes them, e.g. ``["train.min_steps=100"]``.
+        device: ``auto``, ``cpu``, ``cuda`` …
+        random_state: Of everything random, as scikit-learn understands it: None draws it anew at each ``fit``.
+
+    Attributes:
+        classes_: The labels, sorted, in the order of the columns of ``predict_proba``.
+        checkpoint_: The files of the checkpoint, by path.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: str | None = None,
+        rank: int | None = None,
+        epochs: int | None = None,
+        learning_rate: float | None = None,
+        overrides: Sequence[str] = (),
+        device: str | None = None,
+        random_state: int | np.random.RandomState | None = None,
+    ) -> None:
+        self.backbone = backbone
+        self.rank = rank
+        self.epochs = epochs
+        self.learning_rate = learning_rate
+        self.overrides = overrides
+        self.device = device
+        self.random_state = random_state
+
+    def fit(self, X: Sequence[str], y: Sequence[Any]) -> Self:
+        """Train an expert and a head.
+
+        Args:
+            X: Texts, also as a 1-D array or a Series.
+            y: Their labels, at least two different ones.
+
+        Raises:
+            ValueError: If texts and labels do not fit each other, or there is only one class.
+            SparseFTError: If the backbone or a setting is wrong.
+        """
+        texts = _texts(X)
+        if y is None:
+            raise ValueError("SparseFTClassifier requires y to be passed, but the target y is None.")
+        labels = column_or_1d(y, warn=True)
+        check_consistent_length(texts, labels)
+        check_classification_targets(labels)
+        self.classes_, places = np.unique(labels, return_inverse=True)
+        if len(self.classes_) < 2:
+            raise ValueError(f"SparseFTClassifier needs at least two classes, the data has one class: {self.classes_}.")
+        seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
+        with tempfile.TemporaryDirectory() as folder:
+            task = _write_task(Path(folder), texts, places.tolist(), names=_label_names(self.classes_))
+            output = Path(folder) / "checkpoint"
+            train(
+                [str(task)],
+                output=output,
+                backbone=self.backbone,
+                overrides=self._settings(),
+                seed=seed,
+                device=self.device,
+            )
+            files = sorted(file for file in output.rglob("*") if file.is_file())
+            self.checkpoint_ = {file.relative_to(output).as_posix(): file.read_bytes() for file in files}
+            self._model = load(output, device=self.device or "auto")
+        return self
+
+    def predict(self, X: Sequence[str]) -> np.ndarray:
+        """Return the most probable label of each text."""
+        probabilities = self.predict_proba(X)
+        return np.asarray(self.classes_[probabilities.argmax(1)])
+
+    def predict_proba(self, X: Sequence[str]) -> np.ndarray:
+        """Return the probability of every class, (texts, classes), float32."""
+        check_is_fitted(self)
+        found: np.ndarray = self.model.probabilities(_texts(X), TASK).numpy()
+        return found
+
+    @property
+    def model(self) -> LoadedModel:
+        """What ``sparse_ft.load`` gives for the fitted checkpoint; read again after unpickling."""
+        check_is_fitted(self)
+        if "_model" not in self.__dict__:
+            with tempfile.TemporaryDirectory() as folder:
+                _write_files(Path(folder), self.checkpoint_)
+                self._model = load(folder, device=self.device or "auto")
+        return self._model
+
+    def save(self, path: str | Path) -> Path:
+        """Write the fitted checkpoint for ``sparse_ft.load`` and the command line; the folder must not hold anything.
+
+        Raises:
+            ConfigError: If the folder holds something.
+            CheckpointError: If it cannot be written.
+        """
+        check_is_fitted(self)
+        output = free_output(path)
+        replace_folder(output, lambda folder: _write_files(folder, self.checkpoint_))
+        return output
+
+    def _settings(self) -> list[str]:
+        """Return the parameters as overrides of the run config."""
+        named = {
+            "experts.rank": self.rank,
+            "train.epochs": self.epochs,
+            "train.learning_rate": self.learning_rate,
+        }
+        given = [f"{key}={value}" for key, value in named.items() if value is not None]
+        return ["train.patience=0", *given, *self.overrides]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in super().__getstate__().items() if key != "_model"}
+
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.one_d_array = True
+        tags.input_tags.two_d_array = False
+        tags.input_tags.string = True
+        return tags
+
+
+def _texts(X: Any) -> list[str]:
+    """Return texts as a list.
+
+    Raises:
+        ValueError: If these are no texts.
+    """
+    if isinstance(X, str | bytes):
+        raise ValueError(f"Expected a list or 1-D array of texts, got a single {type(X).__name__}: {X!r}.")
+    if getattr(X, "ndim", 1) != 1:
+        raise ValueError(
+            f"Expected 1-D texts, got {X.ndim}-D data of shape {X.shape}. Pass one column, e.g. X['text']."
+        )
+    texts = list(X)
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"Expected texts, got {type(text).__name__}: {text!r}.")
+    if not texts:
+        raise ValueError("Expected at least one text, found 0 samples.")
+    return [str(text) for text in texts]
+
+
+def _label_names(classes: np.ndarray) -> list[str]:
+    """Name the classes for the task file; by their place where they have no name that a file keeps."""
+    names = [str(entry) for entry in classes]
+    good = len(set(names)) == len(names) and all(name and name == name.strip() for name in names)
+    return names if good else [f"class_{place}" for place in range(len(names))]
+
+
+def _write_task(folder: Path, texts: Sequence[str], places: Sequence[int], *, names: Sequence[str]) -> Path:
+    """Write rows and their task file; the reader cuts off one tenth of the rows for validation."""
+    rows = [json.dumps({"text": text, "label": names[place]}) for text, place in zip(texts, places, strict=True)]
+    write_bytes(folder / "data" / "train.jsonl", "".join(f"{row}\n" for row in rows).encode())
+    task = {
+        "name": TASK,
+        "kind": "classification",
+        "files": {"format": "jsonl", "root": "data", "train": "train.jsonl"},
+        "columns": {"text": "text", "label": "label"},
+        "labels": list(names),
+        "metric": "accuracy",
+    }
+    path = folder / "task.yaml"
+    write_bytes(path, yaml.safe_dump(task, allow_unicode=True).encode())
+    return path
+
+
+def _write_files(folder: Path, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        write_bytes(folder / name, content)

@@ -1,0 +1,133 @@
+"""The component ``sparse_ft`` of spaCy pipelines; needs the extra ``spacy``.
+
+``nlp.add_pipe("sparse_ft", config={"checkpoint": "runs/all"})`` sets ``doc.cats``, ``"task:label"`` to probability for
+every label of the tasks on texts, and ``doc.ents``, from the tasks that tag words. spaCy finds the component of an
+installed sparse-ft by itself.
+"""
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from spacy.language import Language
+from spacy.tokens import Doc, Span
+from spacy.util import filter_spans
+
+from sparse_ft.answers import Entity
+from sparse_ft.errors import ConfigError, unknown_name
+from sparse_ft.folders import write_json
+from sparse_ft.prediction import LoadedModel, load
+
+ALIGNMENTS = ("strict", "contract", "expand")
+
+
+class SparseFTComponent:
+    """Answers tasks of a checkpoint for docs.
+
+    Args:
+        name: In the spaCy pipeline.
+        checkpoint: Folder that ``train`` wrote, or ``save``; kept as a path when the pipeline is serialised.
+        tasks: Names, or ``"all"``: all that read one text.
+        device: ``auto``, ``cpu``, ``cuda`` …
+        alignment: What happens to an entity that begins or ends inside a token of spaCy: ``expand`` takes the tokens
+            that it touches, ``contract`` those that it covers, ``strict`` drops it.
+
+    Raises:
+        ConfigError: If a name is unknown.
+        CheckpointError: If the folder is no complete checkpoint.
+    """
+
+    def __init__(self, name: str, *, checkpoint: str, tasks: Sequence[str] | str, device: str, alignment: str) -> None:
+        if alignment not in ALIGNMENTS:
+            raise ConfigError(unknown_name("alignment", alignment, ALIGNMENTS))
+        if not checkpoint:
+            raise ConfigError(
+                'The component sparse_ft names no checkpoint. Add config={"checkpoint": FOLDER} to add_pipe.'
+            )
+        self.name = name
+        self.settings: dict[str, Any] = {"checkpoint": checkpoint, "tasks": tasks, "alignment": alignment}
+        self.device = device
+        self._read()
+
+    def __call__(self, doc: Doc) -> Doc:
+        """Set the categories and entities of one doc."""
+        return next(self.pipe([doc], batch_size=1))
+
+    def pipe(self, docs: Iterable[Doc], *, batch_size: int = 128) -> Iterator[Doc]:
+        """Set the categories and entities of docs, ``batch_size`` at a time."""
+        iterator = iter(docs)
+        while chunk := list(itertools.islice(iterator, batch_size)):
+            self._annotate(chunk)
+            yield from chunk
+
+    def to_disk(self, path: str | Path, *, exclude: Sequence[str] = ()) -> None:
+        """Write which checkpoint and tasks these are; the checkpoint stays where it is."""
+        write_json(Path(path) / "sparse_ft.json", self.settings)
+
+    def from_disk(self, path: str | Path, *, exclude: Sequence[str] = ()) -> "SparseFTComponent":
+        """Read what ``to_disk`` wrote, and the checkpoint if it is another one."""
+        self._change(json.loads((Path(path) / "sparse_ft.json").read_text(encoding="utf-8")))
+        return self
+
+    def to_bytes(self, *, exclude: Sequence[str] = ()) -> bytes:
+        """Return what ``to_disk`` writes."""
+        return json.dumps(self.settings).encode()
+
+    def from_bytes(self, content: bytes, *, exclude: Sequence[str] = ()) -> "SparseFTComponent":
+        """Read what ``to_bytes`` returned."""
+        self._change(json.loads(content))
+        return self
+
+    def _change(self, settings: dict[str, Any]) -> None:
+        before, self.settings = self.settings, settings
+        if before != settings:
+            self._read()
+
+    def _read(self) -> None:
+        """Load the checkpoint and sort the tasks by what they set."""
+        wanted = self.settings["tasks"]
+        self.model: LoadedModel = load(self.settings["checkpoint"], device=self.device)
+        single = [name for name, spec in self.model.tasks.items() if "text_pair" not in spec.columns]
+        names = single if wanted == "all" else [wanted] if isinstance(wanted, str) else list(wanted)
+        for name in names:
+            if name not in single:
+                raise ConfigError(unknown_name("task on single texts", name, single))
+        tags_words = {name: self.model.tasks[name].kind == "token_classification" for name in names}
+        self.on_texts = [name for name in names if not tags_words[name]]
+        self.on_words = [name for name in names if tags_words[name]]
+
+    def _annotate(self, docs: Sequence[Doc]) -> None:
+        texts = [doc.text for doc in docs]
+        for task in self.on_texts:
+            labels = self.model.tasks[task].label_names or []
+            for doc, row in zip(docs, self.model.probabilities(texts, task).tolist(), strict=True):
+                doc.cats.update({f"{task}:{label}": score for label, score in zip(labels, row, strict=True)})
+        if not self.on_words:
+            return
+        for doc, found in zip(docs, self.model.predict(texts, self.on_words), strict=True):
+            entities = [
+                entity for answer in found.tasks.values() if "entities" in answer for entity in answer["entities"]
+            ]
+            spans = [self._span(doc, entity) for entity in entities]
+            doc.set_ents(filter_spans([span for span in spans if span is not None]))
+
+    def _span(self, doc: Doc, entity: Entity) -> Span | None:
+        alignment = self.settings["alignment"]
+        return doc.char_span(entity["start"], entity["end"], label=entity["type"], alignment_mode=alignment)
+
+
+def make_component(
+    nlp: Language, name: str, checkpoint: str, tasks: list[str] | str, device: str, alignment: str
+) -> SparseFTComponent:
+    """Build the component from its config; spaCy calls this."""
+    return SparseFTComponent(name, checkpoint=checkpoint, tasks=tasks, device=device, alignment=alignment)
+
+
+Language.factory(
+    "sparse_ft",
+    assigns=["doc.cats", "doc.ents"],
+    default_config={"checkpoint": "", "tasks": "all", "device": "auto", "alignment": "expand"},
+    func=make_component,
+)

@@ -1,0 +1,86 @@
+"""One checkpoint in every form that applications use gives one answer."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from test_cli import call
+from test_prediction import assert_same
+from test_training import settings, toy_rows, trained_toys
+from transformers import pipeline
+
+import sparse_ft
+import sparse_ft.pipeline
+
+TEXTS = ["the table loved", "half boring of", "", "Ada Lovelace in London, then Mozart", "company 😀 weather at six"]
+
+
+def answers_of(lines, task):
+    """Answers without their scores, and the scores."""
+    answers = [line["tasks"][task] for line in lines]
+    found = [[answer] if "score" in answer else answer["entities"] for answer in answers]
+    plain = [[{key: value for key, value in entry.items() if key != "score"} for entry in entries] for entries in found]
+    return plain, [entry["score"] for entries in found for entry in entries]
+
+
+def in_spacy(checkpoint, task):
+    spacy = pytest.importorskip("spacy", reason="the extra `spacy` is not installed")
+    import sparse_ft.spacy_component  # noqa: F401  # registers it where the package is not installed
+
+    nlp = spacy.blank("en")
+    nlp.add_pipe("sparse_ft", config={"checkpoint": str(checkpoint), "device": "cpu", "tasks": [task]})
+    return list(nlp.pipe(TEXTS))
+
+
+@pytest.mark.parametrize("task", ["classifier", "names"])
+def test_the_same_text_gets_the_same_answer_everywhere(
+    tmp_path, tmp_path_factory, tiny_bert, monkeypatch, capsys, task
+):
+    if task == "classifier":
+        rows = toy_rows("mood", 64)
+        options = settings(train__epochs=1, train__batch_size=8)
+        estimator = sparse_ft.SparseFTClassifier(
+            backbone=str(tiny_bert), overrides=options, device="cpu", random_state=0
+        ).fit([row["text"] for row in rows], [row["label"] for row in rows])
+        checkpoint = estimator.save(tmp_path / "saved")
+    else:
+        checkpoint = trained_toys(tmp_path_factory, tiny_bert)
+    loaded = [answer.to_dict() for answer in sparse_ft.load(checkpoint, device="cpu").predict(TEXTS, task)]
+    piped = pipeline("sparse-ft", model=str(checkpoint), device="cpu", tasks=task)(TEXTS)
+    (tmp_path / "texts").write_text("".join(f"{text}\n" for text in TEXTS), encoding="utf-8")
+    arguments = ["predict", checkpoint, "--file", tmp_path / "texts", "--task", task, "--json", "--device", "cpu"]
+    code, out, err = call(monkeypatch, capsys, *arguments)
+    assert code == 0, err
+    printed = [json.loads(line) for line in out.splitlines()]
+    expected, scores = answers_of(loaded, task)
+    for lines in (piped, printed):
+        found, theirs = answers_of(lines, task)
+        assert found == expected
+        assert theirs == pytest.approx(scores, abs=1e-6)
+    docs = in_spacy(checkpoint, task)
+    if task == "names":
+        places = [[(entity.label_, entity.start_char, entity.end_char) for entity in doc.ents] for doc in docs]
+        assert places == [[(entry["type"], entry["start"], entry["end"]) for entry in entries] for entries in expected]
+        return
+    labels = [entries[0]["label"] for entries in expected]
+    assert list(estimator.predict(TEXTS)) == labels
+    assert estimator.predict_proba(TEXTS).max(1) == pytest.approx(scores, abs=1e-6)
+    best = [max(doc.cats, key=doc.cats.get) for doc in docs]
+    assert best == [f"classifier:{label}" for label in labels]
+    assert [max(doc.cats.values()) for doc in docs] == pytest.approx(scores, abs=1e-6)
+
+
+def test_one_object_serves_threads_that_ask_for_different_things(tmp_path_factory, tiny_bert):
+    model = sparse_ft.load(trained_toys(tmp_path_factory, tiny_bert), device="cpu")
+    pairs = list(zip(TEXTS, TEXTS[::-1], strict=True))
+    jobs = [
+        lambda: model.predict(TEXTS, ["mood", "names", "about"]),
+        lambda: model(TEXTS),  # the gate decides
+        lambda: model.predict(pairs, "reply"),
+        lambda: list(model.stream(TEXTS, "names")),
+    ]
+    expected = [job() for job in jobs]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda place: jobs[place % len(jobs)](), range(24)))
+    for place, answers in enumerate(found):
+        assert_same(answers, expected[place % len(jobs)])

@@ -1,0 +1,205 @@
+"""The scikit-learn estimator, on a tiny backbone and on toy rows whose answer hangs on one word."""
+
+import copy
+import io
+import pickle
+
+import joblib
+import numpy as np
+import pytest
+from sklearn.base import clone
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
+from sklearn.utils import estimator_checks
+from sklearn.utils.validation import check_array, check_is_fitted
+from test_training import settings, toy_rows
+
+import sparse_ft
+from sparse_ft import SparseFTClassifier
+from sparse_ft.errors import BackboneError, ConfigError
+
+ROWS = toy_rows("mood", 160)
+TEXTS, MOODS = [row["text"] for row in ROWS], [row["label"] for row in ROWS]
+TEST = toy_rows("mood", 60, seed=2)
+TEST_TEXTS, TEST_MOODS = [row["text"] for row in TEST], [row["label"] for row in TEST]
+
+
+@pytest.fixture(scope="module")
+def make(tiny_bert):
+    """Return ``make(**parameters)``: an estimator whose fit takes a second."""
+
+    def build(**parameters):
+        options = settings(train__epochs=1, train__batch_size=8, train__learning_rate=0.005)
+        return SparseFTClassifier(
+            **{"backbone": str(tiny_bert), "overrides": options, "device": "cpu", "random_state": 0, **parameters}
+        )
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def fitted(make):
+    return make(overrides=settings(train__epochs=6, train__batch_size=8, train__learning_rate=0.005)).fit(TEXTS, MOODS)
+
+
+def test_it_learns_and_its_methods_agree(fitted):
+    assert list(fitted.classes_) == ["bad", "good"]
+    probabilities, answers = fitted.predict_proba(TEST_TEXTS), fitted.predict(TEST_TEXTS)
+    assert probabilities.shape == (60, 2)
+    np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-6)
+    assert list(answers) == [fitted.classes_[place] for place in probabilities.argmax(1)]
+    assert fitted.score(TEST_TEXTS, TEST_MOODS) == np.mean(answers == np.array(TEST_MOODS)) > 0.85
+
+
+@pytest.mark.parametrize("copied", [
+    lambda model: pickle.loads(pickle.dumps(model)),
+    copy.deepcopy,
+    lambda model: joblib.load(io.BytesIO(dumped(model))),
+])  # fmt: skip
+def test_what_was_fitted_survives_a_copy(fitted, copied):
+    again = copied(fitted)
+    assert again.get_params() == fitted.get_params()
+    np.testing.assert_array_equal(again.predict_proba(TEST_TEXTS), fitted.predict_proba(TEST_TEXTS))
+
+
+def dumped(model) -> bytes:
+    stream = io.BytesIO()
+    joblib.dump(model, stream)
+    return stream.getvalue()
+
+
+def test_the_state_has_no_backbone_in_it(fitted, tiny_bert):
+    backbone = (tiny_bert / "model.safetensors").stat().st_size
+    assert set(fitted.__getstate__()) == {*fitted.get_params(), "classes_", "checkpoint_"}
+    assert not any(len(content) >= backbone for content in fitted.checkpoint_.values())
+
+
+def test_what_was_fitted_can_be_saved_as_a_checkpoint(fitted, tmp_path):
+    path = fitted.save(tmp_path / "saved")
+    answers = sparse_ft.load(path, device="cpu").predict(TEST_TEXTS, "classifier")
+    assert [answer.tasks["classifier"]["label"] for answer in answers] == list(fitted.predict(TEST_TEXTS))
+    with pytest.raises(ConfigError, match="holds a checkpoint already"):
+        fitted.save(path)
+
+
+def test_the_same_random_state_gives_the_same_model(make):
+    one, other, third = (make(random_state=seed).fit(TEXTS[:32], MOODS[:32]) for seed in (3, 3, 4))
+    np.testing.assert_array_equal(one.predict_proba(TEST_TEXTS), other.predict_proba(TEST_TEXTS))
+    assert (one.predict_proba(TEST_TEXTS) != third.predict_proba(TEST_TEXTS)).any()
+
+
+def test_parameters_reach_the_run(make):
+    few = ["train.min_steps=0", "train.precision=fp32"]
+    model = clone(make(rank=3, epochs=2, learning_rate=0.004, overrides=few)).set_params(rank=5)
+    config = model.fit(TEXTS[:16], MOODS[:16]).model.checkpoint.config
+    assert (config.experts.rank, config.train.epochs, config.train.learning_rate) == (5, 2, 0.004)
+
+
+def test_it_works_in_a_pipeline_a_search_and_cross_validation(make):
+    shorter = make_pipeline(FunctionTransformer(lambda texts: [text.lower() for text in texts]), make())
+    scores = cross_val_score(shorter, TEXTS[:24], MOODS[:24], cv=2, error_score="raise")
+    assert scores.shape == (2,)
+    search = GridSearchCV(make(), {"rank": [1, 4]}, cv=2, error_score="raise").fit(np.array(TEXTS[:24]), MOODS[:24])
+    assert search.best_params_["rank"] in (1, 4)
+    assert search.predict(TEST_TEXTS[:3]).shape == (3,)
+
+
+@pytest.mark.parametrize("labels", [[0, 1], [True, False], ["yes", " "]])
+def test_labels_come_back_as_they_are(make, labels):
+    given = np.array([labels[mood == "good"] for mood in MOODS[:24]])
+    model = make().fit(TEXTS[:24], given)
+    assert model.classes_.dtype == given.dtype
+    assert set(model.predict(TEST_TEXTS)) <= set(labels)
+
+
+@pytest.mark.parametrize(("texts", "labels", "message"), [
+    ("one text", ["a"], "got a single str"),
+    ([1, 2], ["a", "b"], "Expected texts, got int: 1"),
+    ([["a"], ["b"]], ["a", "b"], "Expected texts, got list"),
+    (np.array([["a"], ["b"]]), ["a", "b"], r"Expected 1-D texts, got 2-D data of shape \(2, 1\)"),
+    ([], [], "0 samples"),
+    (["a", "b"], ["a"], "inconsistent numbers of samples"),
+    (["a", "b"], ["a", "a"], "one class"),
+    (["a", "b"], [0.1, 0.2], "continuous"),
+    (["a", "b"], None, "requires y to be passed"),
+])  # fmt: skip
+def test_what_cannot_be_fitted_is_refused(make, texts, labels, message):
+    with pytest.raises(ValueError, match=message):
+        make().fit(texts, labels)
+
+
+def test_wrong_settings_are_explained_when_fitting(make):
+    with pytest.raises(BackboneError, match=r"'\./nowhere' does not exist"):
+        make(backbone="./nowhere").fit(TEXTS[:8], MOODS[:8])
+    with pytest.raises(ConfigError, match="experts"):
+        make(rank=-1).fit(TEXTS[:8], MOODS[:8])
+
+
+# scikit-learn's own checks. Nearly all of them feed numbers, so they skip an estimator for texts; here each number
+# becomes a word. Those on the number of features (check_n_features_in, …_after_fitting, check_classifiers_train) fail,
+# for a text has none; all others pass, and the quick ones of them are here.
+
+
+class OnNumbers(SparseFTClassifier):
+    """Reads a row of numbers as a text."""
+
+    def fit(self, X, y):
+        return super().fit(as_texts(X), y)
+
+    def predict_proba(self, X):
+        check_is_fitted(self)
+        return super().predict_proba(as_texts(X))
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.input_tags.two_d_array, tags.input_tags.one_d_array, tags.input_tags.string = True, False, False
+        return tags
+
+
+def as_texts(rows):
+    words = ["the", "first", "second", "half", "loved", "boring", "table", "company"]
+    return [" ".join(words[int(abs(value) * 3) % 8] for value in row[:6]) for row in check_array(rows)]
+
+
+CHECKS = [
+    "check_classifiers_one_label",
+    "check_classifiers_regression_target",
+    "check_dict_unchanged",
+    "check_do_not_raise_errors_in_init_or_set_params",
+    "check_dont_overwrite_parameters",
+    "check_estimator_cloneable",
+    "check_estimator_repr",
+    "check_estimator_sparse_array",
+    "check_estimators_empty_data_messages",
+    "check_estimators_fit_returns_self",
+    "check_estimators_pickle",
+    "check_estimators_unfitted",
+    "check_fit2d_1sample",
+    "check_fit_idempotent",
+    "check_fit_score_takes_y",
+    "check_get_params_invariance",
+    "check_methods_subset_invariance",
+    "check_mixin_order",
+    "check_no_attributes_set_in_init",
+    "check_parameters_default_constructible",
+    "check_requires_y_none",
+    "check_set_params",
+    "check_supervised_y_no_nan",
+    "check_valid_tag_types",
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_check_of_scikit_learn_passes(tiny_bert, name):
+    options = settings(train__epochs=1, train__batch_size=64)
+    model = OnNumbers(backbone=str(tiny_bert), rank=2, overrides=options, device="cpu", random_state=0)
+    getattr(estimator_checks, name)("OnNumbers", model)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_scikit_learn_skips_what_it_cannot_feed_with_texts_and_passes_the_rest():
+    done = estimator_checks.check_estimator(SparseFTClassifier(), on_fail=None, on_skip=None)
+    assert done
+    assert {entry["status"] for entry in done} == {"passed"}

@@ -1,0 +1,115 @@
+"""A checkpoint through ``transformers.pipeline``."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_training import trained_toys
+from transformers import pipeline
+
+import sparse_ft
+import sparse_ft.pipeline
+from sparse_ft.errors import CheckpointError, ConfigError
+
+TEXTS = ["the table loved", "Ada met Mozart in Lisbon", "half boring of", "", "music then football"]
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory, tiny_bert):
+    return trained_toys(tmp_path_factory, tiny_bert)
+
+
+@pytest.fixture(scope="module")
+def model(toys):
+    return sparse_ft.load(toys, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def pipe(toys):
+    return pipeline("sparse-ft", model=str(toys), device="cpu")
+
+
+def lines(model, texts, tasks=None) -> list[dict]:
+    return [answer.to_dict() for answer in model.predict(texts, tasks)]
+
+
+def test_one_import_and_a_path_are_enough_in_a_new_process(toys):
+    script = """
+import sys
+from transformers import pipeline
+import sparse_ft.pipeline
+print(pipeline("sparse-ft", model=sys.argv[1], device="cpu", tasks="mood")("the table loved")["tasks"]["mood"]["label"])
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(toys)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "good"
+
+
+def test_a_text_gives_an_answer_and_a_list_a_list(pipe, model):
+    assert pipe(TEXTS[0]) == lines(model, TEXTS[:1])[0]
+    assert pipe(TEXTS) == lines(model, TEXTS)
+    assert pipe([]) == []
+
+
+@pytest.mark.parametrize("tasks", ["mood", ["names", "about"]])
+def test_tasks_are_those_of_the_call_or_else_of_the_pipeline(toys, pipe, model, tasks):
+    assert pipe(TEXTS, tasks=tasks) == lines(model, TEXTS, tasks)
+    own = pipeline("sparse-ft", model=model, device=-1, tasks=tasks)
+    assert own(TEXTS) == lines(model, TEXTS, tasks)
+    assert list(own(TEXTS[0], tasks="mood")["tasks"]) == ["mood"]
+
+
+def test_a_pair_is_one_input(pipe, model):
+    pair = ("the table", "half loved")
+    assert pipe(pair, tasks="reply") == lines(model, [pair], "reply")[0]
+    assert pipe([pair, pair[::-1]], tasks="reply") == lines(model, [pair, pair[::-1]], "reply")
+
+
+@pytest.mark.parametrize("size", [1, 2, 16])
+def test_a_generator_is_read_a_batch_at_a_time(pipe, model, size):
+    read = 0
+
+    def source():
+        nonlocal read
+        for text in TEXTS * 4:
+            read += 1
+            yield text
+
+    answers = pipe(source(), tasks="mood", batch_size=size)
+    assert read == 0
+    first = next(answers)
+    assert read == size
+    found = [first, *answers]
+    expected = lines(model, TEXTS * 4, "mood")
+    assert [line["text"] for line in found] == TEXTS * 4
+    for one, other in zip(found, expected, strict=True):  # in other batches scores differ in the last bits
+        assert one["tasks"]["mood"]["label"] == other["tasks"]["mood"]["label"]
+        assert one["tasks"]["mood"]["score"] == pytest.approx(other["tasks"]["mood"]["score"], abs=1e-5)
+
+
+def test_a_data_set_is_streamed(pipe, model):
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(TEXTS)
+
+        def __getitem__(self, place):
+            if place >= len(TEXTS):
+                raise IndexError(place)
+            return TEXTS[place]
+
+    assert list(pipe(Rows(), tasks="mood")) == lines(model, TEXTS, "mood")
+
+
+def test_a_device_is_a_number_or_a_name(toys, model):
+    assert pipeline("sparse-ft", model=model, device=-1).device == torch.device("cpu")
+    with pytest.raises(ConfigError, match="'tpu'"):
+        pipeline("sparse-ft", model=str(toys), device="tpu")
+
+
+def test_mistakes_are_explained_by_us(pipe, tmp_path):
+    with pytest.raises(ConfigError, match=r"Unknown task in this model 'moood'\. Did you mean 'mood'\?"):
+        pipe("a", tasks="moood")
+    (tmp_path / "config.json").write_text('{"model_type": "sparse-ft"}')
+    with pytest.raises(CheckpointError, match=r"holds no manifest\.json"):
+        pipeline("sparse-ft", model=str(tmp_path))
