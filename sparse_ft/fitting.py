@@ -30,6 +30,9 @@ from sparse_ft.trunk import keep_trunk, trunk_bytes
 
 _LOG = logging.getLogger("sparse_ft")
 
+_EPOCHS = 10
+"""Evaluations that ``train.min_steps`` steps have at most: few rows are passed over several times between two."""
+
 
 def fit(
     model: SparseExpertModel, tasks: Mapping[str, TrainingTask], *, run: RunConfig, output: Path, resume: bool
@@ -114,19 +117,27 @@ class _Loop:
         )
         self.progress = Progress()
         self.best = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self.passes = 1
+        self.passes = math.ceil(run.train.min_steps / _EPOCHS / len(self.plan(0))) or 1
         steps_per_epoch = len(self.plan(0))
-        self.epochs = max(run.train.epochs, math.ceil(run.train.min_steps / steps_per_epoch))
+        wanted = math.ceil(run.train.epochs / self.passes)
+        self.epochs = max(wanted, math.ceil(run.train.min_steps / steps_per_epoch))
         self.total_steps = self.epochs * steps_per_epoch
 
     def plan(self, epoch: int) -> list[list[tuple[str, int]]]:
-        return epoch_batches(
-            self.lengths,
-            batch_size=self.run.train.batch_size,
-            mixture=self.run.train.mixture,
-            seed=self.run.seed,
-            epoch=epoch,
-            mix_tasks=self.model.backbone.family.routes_rows,
-        )
+        """Return the batches between two evaluations: one pass over the rows, or several over few rows."""
+        return [
+            batch
+            for number in range(epoch * self.passes, (epoch + 1) * self.passes)
+            for batch in epoch_batches(
+                self.lengths,
+                batch_size=self.run.train.batch_size,
+                mixture=self.run.train.mixture,
+                seed=self.run.seed,
+                epoch=number,
+                mix_tasks=self.model.backbone.family.routes_rows,
+            )
+        ]
 
     def step(self, pairs: Pairs) -> None:
         """Take one optimizer step on a batch, computed in parts if ``train.accumulation`` asks for it."""
@@ -170,9 +181,10 @@ class _Loop:
             scores[name] = score_rows(task.spec, task.validation, predictions).metrics[task.spec.metric]
         for name, group in self.groups.items():
             score = sum(scores[task] for task in group.tasks) / len(group.tasks)
-            progress.stale[name] = progress.stale.get(name, 0) + 1
-            if score > progress.best.get(name, -math.inf):
-                progress.best[name], progress.stale[name] = score, 0
+            best = progress.best.get(name, -math.inf)
+            progress.stale[name] = 0 if score > best else progress.stale.get(name, 0) + 1
+            if score >= best:  # of equals the one that has learnt longest: few validation rows tie early
+                progress.best[name] = score
                 progress.scores.update({task: scores[task] for task in group.tasks})
                 for part, parameter in group.parameters.items():
                     self.best[part] = parameter.detach().clone()

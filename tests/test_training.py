@@ -406,6 +406,23 @@ def test_every_mixture_trains_every_task(tmp_path, tiny_bert, mixture):
 # When to stop, and what to keep
 
 
+def test_few_rows_are_passed_over_several_times_between_evaluations(tmp_path, tiny_bert):
+    task = write_toy(tmp_path, "mood", sizes=(6, 4, 4))
+    options = {"train__min_steps": 50, "train__batch_size": 4, "train__patience": 1, "train__learning_rate": 1e-12}
+    first, second = run([task], tiny_bert, tmp_path / "out", **options).history  # the second is no better
+    assert (first["step"], second["step"]) == (6, 12)  # 2 batches a pass, 5 steps at least
+
+
+def test_of_equal_scores_the_latest_state_is_kept(tmp_path, tiny_bert):
+    task = write_toy(tmp_path, "mood", sizes=(16, 1, 4))
+    options = {"train__learning_rate": 1e-6}  # too low to change the answer on the one validation row
+    one, three = (run([task], tiny_bert, tmp_path / str(epochs), train__epochs=epochs, **options) for epochs in (1, 3))
+    assert len({epoch["validation"]["mood"] for epoch in three.history}) == 1
+    steps = [load_checkpoint(result.path).model.experts.get("mood").deltas for result in (one, three)]
+    moved = [max(float(lora_b.abs().max()) for _, lora_b in deltas.values()) for deltas in steps]
+    assert moved[1] > 1.5 * moved[0]
+
+
 def test_training_stops_when_no_task_gets_better(tmp_path, tiny_bert):
     task = write_toy(tmp_path, "mood", sizes=(16, 8, 8))
     result = run([task], tiny_bert, tmp_path / "out", train__learning_rate=1e-12, train__epochs=9, train__patience=2)
@@ -451,9 +468,9 @@ def test_each_task_keeps_its_best_state(tmp_path, tiny_bert, monkeypatch):
     tasks = [write_toy(tmp_path, name, sizes=(16, 4, 4)) for name in scores]
     path = run(tasks, tiny_bert, tmp_path / "out", train__epochs=3).path
     saved = load_checkpoint(path).model
-    for name, best in (("mood", 1), ("about", 0)):  # of equal scores the first
+    for name, best, other in (("mood", 1, 2), ("about", 2, 0)):  # of equal scores the last
         assert equal(dict(saved.trainable(name)), states[name][best])
-        assert not equal(states[name][best], states[name][2])
+        assert not equal(states[name][best], states[name][other])
     assert json.loads((path / "metrics.json").read_text())["mood"]["validation"] == 0.9
 
 
