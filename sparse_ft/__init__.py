@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sparse_ft.errors import SparseFTError
     from sparse_ft.evaluation import Evaluation, evaluate
+    from sparse_ft.merging import Merge, merge
     from sparse_ft.prediction import LoadedModel, Prediction, load, predict
     from sparse_ft.training import TrainResult, train
 
@@ -15,11 +16,13 @@ __version__ = "0.1.0"
 _HOMES = {
     "Evaluation": "sparse_ft.evaluation",
     "LoadedModel": "sparse_ft.prediction",
+    "Merge": "sparse_ft.merging",
     "Prediction": "sparse_ft.prediction",
     "SparseFTError": "sparse_ft.errors",
     "TrainResult": "sparse_ft.training",
     "evaluate": "sparse_ft.evaluation",
     "load": "sparse_ft.prediction",
+    "merge": "sparse_ft.merging",
     "predict": "sparse_ft.prediction",
     "train": "sparse_ft.training",
 }
@@ -27,12 +30,14 @@ _HOMES = {
 __all__ = [
     "Evaluation",
     "LoadedModel",
+    "Merge",
     "Prediction",
     "SparseFTError",
     "TrainResult",
     "__version__",
     "evaluate",
     "load",
+    "merge",
     "predict",
     "train",
 ]
