@@ -12,7 +12,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from sparse_ft.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from sparse_ft.checkpoint import Checkpoint, load_checkpoint
 from sparse_ft.editing import add_from
 from sparse_ft.encoding import Encoder
 from sparse_ft.evaluation import evaluate_task

@@ -22,7 +22,7 @@ from sparse_ft.outputs import free_output
 from sparse_ft.reports import TaskReport, report_json
 from sparse_ft.routes import Route
 from sparse_ft.tables import align
-from sparse_ft.tasks import Split, TaskSpec
+from sparse_ft.tasks import SPLITS, Split, TaskSpec
 
 STACK = "stack"
 
@@ -134,6 +134,8 @@ def merge(
     folder = free_output(output)
     given = {"weights": weights, "density": density, "rank": rank, "energy": energy, "name": name, "heads": heads}
     _check({**given, "search": search or None}, method=method)
+    if split not in SPLITS:
+        raise ConfigError(unknown_name("split", split, SPLITS))
     parts = _gather(checkpoints, together=method != STACK, backbone=backbone)
     checkpoint = parts.checkpoint
     sources = {**checkpoint.config.sources, **name_sources(data, list(checkpoint.tasks))}
@@ -208,7 +210,8 @@ def _gather(
     for as_name, path in named:
         found = find_experts(path)
         if not together or as_name is not None or found is None:
-            notes.extend(add_from(checkpoint, path, as_name=as_name))
+            changes = add_from(checkpoint, path, as_name=as_name)
+            notes.extend(changes[1:] if together and found is not None else changes)  # it does not stay as it was added
             continue
         for expert in found.experts:
             served = _served(found.home, expert)
