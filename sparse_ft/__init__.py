@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from sparse_ft.errors import SparseFTError
     from sparse_ft.estimator import SparseFTClassifier
     from sparse_ft.evaluation import Evaluation, evaluate
+    from sparse_ft.merging import Merge, merge
     from sparse_ft.prediction import LoadedModel, load, predict
     from sparse_ft.training import TrainResult, train
 
@@ -17,12 +18,14 @@ __version__ = "0.1.0"
 _HOMES = {
     "Evaluation": "sparse_ft.evaluation",
     "LoadedModel": "sparse_ft.prediction",
+    "Merge": "sparse_ft.merging",
     "Prediction": "sparse_ft.answers",
     "SparseFTClassifier": "sparse_ft.estimator",
     "SparseFTError": "sparse_ft.errors",
     "TrainResult": "sparse_ft.training",
     "evaluate": "sparse_ft.evaluation",
     "load": "sparse_ft.prediction",
+    "merge": "sparse_ft.merging",
     "predict": "sparse_ft.prediction",
     "train": "sparse_ft.training",
 }
@@ -30,6 +33,7 @@ _HOMES = {
 __all__ = [
     "Evaluation",
     "LoadedModel",
+    "Merge",
     "Prediction",
     "SparseFTClassifier",
     "SparseFTError",
@@ -37,6 +41,7 @@ __all__ = [
     "__version__",
     "evaluate",
     "load",
+    "merge",
     "predict",
     "train",
 ]

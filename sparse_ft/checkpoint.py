@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -210,18 +210,8 @@ def load_checkpoint(
         CheckpointError: If the folder is no complete checkpoint of a known format.
         BackboneError: If the backbone is not found or its weights are not those it was trained on.
     """
-    path = Path(path)
-    manifest = read_manifest(path)
-    named = manifest["backbone"]
-    loaded = load_backbone(
-        backbone or named["name"],
-        revision=None if backbone else named["revision"],
-        expected_sha256=named["weights_sha256"],
-        tokenizer_folder=path / "tokenizer",
-        dtype=dtype,
-    )
-    model = SparseExpertModel(loaded, pooling=manifest["pooling"])
-    config = RunConfig.model_validate(read_yaml(path / "config.yaml"))
+    checkpoint = load_bare(path, backbone=backbone, dtype=dtype)
+    path, model, manifest = checkpoint.path, checkpoint.model, checkpoint.manifest
     model.experts.add(*(load_expert(path / "experts" / check_name(name), name=name) for name in manifest["experts"]))
     tasks = {
         task: load_task_into(
@@ -234,9 +224,29 @@ def load_checkpoint(
         )
         for task, entry in manifest["tasks"].items()
     }
-    model.gate = _load_gate(path, manifest, loaded.hidden_size)
-    metrics = read_metrics(path)
-    return Checkpoint(path, model.to(device).eval().requires_grad_(False), tasks, config, metrics, manifest)
+    model.gate = _load_gate(path, manifest, model.backbone.hidden_size)
+    model.to(device).eval().requires_grad_(False)
+    return replace(checkpoint, tasks=tasks, metrics=read_metrics(path))
+
+
+def load_bare(path: str | Path, *, backbone: str | None = None, dtype: torch.dtype = torch.float32) -> Checkpoint:
+    """Load what a checkpoint stands on, its backbone and settings, without experts, tasks, gate and scores.
+
+    The arguments and errors are those of ``load_checkpoint``; the model is on the CPU.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    named = manifest["backbone"]
+    loaded = load_backbone(
+        backbone or named["name"],
+        revision=None if backbone else named["revision"],
+        expected_sha256=named["weights_sha256"],
+        tokenizer_folder=path / "tokenizer",
+        dtype=dtype,
+    )
+    model = SparseExpertModel(loaded, pooling=manifest["pooling"]).eval().requires_grad_(False)
+    config = RunConfig.model_validate(read_yaml(path / "config.yaml"))
+    return Checkpoint(path, model, {}, config, {}, manifest)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -6,7 +6,18 @@ from typing import Annotated
 
 import typer
 
-from sparse_ft.options import BackboneOption, CheckpointArgument, named_path, named_rank, shown_path, two_names
+from sparse_ft.options import (
+    BackboneOption,
+    CheckpointArgument,
+    DataOption,
+    DeviceOption,
+    data_sources,
+    named_path,
+    named_rank,
+    numbers,
+    shown_path,
+    two_names,
+)
 
 
 def edit(
@@ -56,3 +67,77 @@ def edit(
         typer.echo(line)
     shown = shown_path(result.path)
     typer.echo(f"\nCheckpoint: {shown}\nNext: sparse-ft inspect {shlex.quote(shown)}")
+
+
+def merge(
+    checkpoints: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[NAME=]PATH ...",
+            help="Checkpoints, for all their experts; CHECKPOINT/experts/NAME, for one; or PEFT's LoRA.",
+        ),
+    ],
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="METHOD",
+            help="stack keeps all experts. One of them make: linear, task_arithmetic, ties, dare, dare_ties, della, "
+            "breadcrumbs, magnitude_prune, slerp, model_stock, cat, svd.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write; must not hold anything.")],
+    weights: Annotated[
+        str | None, typer.Option(metavar="W,W,…", help="One an expert, in their order; default: all equal, sum 1.")
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Of the entries that sparse methods keep; default 0.5.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(metavar="N", help="Of the merged expert; default: the sum of the ranks.")
+    ] = None,
+    energy: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Of each delta's squared norm to keep, in place of a rank.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="Of the merged expert; default merged.")] = None,
+    heads: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CHOICE", help="Of tasks with the same labels: average (default), the expert it is from, separate."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of what is dropped at random, and of the search.")] = 13,
+    evaluate: Annotated[bool, typer.Option("--evaluate", help="Score all tasks before and after.")] = False,
+    split: Annotated[str, typer.Option(metavar="SPLIT", help="That --evaluate scores.")] = "test",
+    search: Annotated[bool, typer.Option("--search", help="Find weights and density on validation rows.")] = False,
+    budget: Annotated[int, typer.Option(metavar="N", help="Trials of --search.")] = 20,
+    rows: Annotated[int, typer.Option(metavar="N", help="Validation rows of each task in a trial, at most.")] = 500,
+    data: DataOption = None,
+    device: DeviceOption = None,
+    backbone: BackboneOption = None,
+) -> None:
+    """Merge the experts of checkpoints: side by side, or into one."""
+    from sparse_ft.merging import merge as merge_checkpoints
+
+    result = merge_checkpoints(
+        [named_path(entry) for entry in checkpoints],
+        method=method,
+        output=output,
+        weights=None if weights is None else numbers("--weights", weights),
+        density=density,
+        rank=rank,
+        energy=energy,
+        name=name,
+        heads=heads,
+        seed=seed,
+        evaluate=evaluate,
+        split=split,  # type: ignore[arg-type]  # checked there
+        search=search,
+        budget=budget,
+        rows=rows,
+        data=data_sources(data),
+        device=device or "auto",
+        backbone=backbone,
+    )
+    typer.echo(result.to_text())
+    shown = shown_path(result.path)
+    typer.echo(f"\nCheckpoint: {shown}\nNext: sparse-ft evaluate {shlex.quote(shown)}")

@@ -4,6 +4,7 @@ import copy as copying
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from sparse_ft.checkpoint import Checkpoint, load_checkpoint, load_expert, load_task_into, save_checkpoint
 from sparse_ft.config import RunConfig
@@ -25,6 +26,14 @@ class Edit:
     path: Path
     changes: list[str]
     """One or more sentences a change, in the order in which they were made."""
+
+
+class FoundExperts(NamedTuple):
+    """Experts that a path names."""
+
+    home: Path
+    """Their checkpoint."""
+    experts: list[str]
 
 
 def edit(
@@ -153,7 +162,7 @@ def copy_expert(checkpoint: Checkpoint, old: str, new: str) -> list[str]:
     model = checkpoint.model
     expert = model.experts.get(old)
     served = [task for task, slot in model.tasks.items() if slot.experts == (old,) and not slot.mixed]
-    names = _new_task_names(served, expert=old, new=new)
+    names = new_task_names(served, expert=old, new=new)
     _check_new(checkpoint, [new], list(names.values()))
     model.experts.add(Expert(new, expert.alpha, expert.deltas, expert.word_shapes))
     for task, copied in names.items():
@@ -203,21 +212,14 @@ def add_from(checkpoint: Checkpoint, path: str | Path, *, as_name: str | None = 
         CheckpointError: If the folder is neither, or its experts do not fit this backbone.
     """
     folder = Path(path).expanduser().absolute()
-    recover_folder(folder)
-    home = folder.parent.parent
-    if folder.parent.name == "experts" and (home / MANIFEST).is_file():
-        experts = read_manifest(home)["experts"]
-        if folder.name not in experts:
-            raise ConfigError(unknown_name(f"expert of {str(home)!r}", folder.name, experts))
-        return _add_saved(checkpoint, home, {folder.name: as_name or folder.name})
-    if (folder / MANIFEST).is_file():
-        experts = list(read_manifest(folder)["experts"])
-        if as_name is not None and len(experts) > 1:
+    found = find_experts(folder)
+    if found is not None:
+        if as_name is not None and len(found.experts) > 1:
             raise ConfigError(
-                f"{str(path)!r} holds {len(experts)} experts ({', '.join(experts)}), which cannot all be named "
-                f"{as_name!r}. Name one by its folder, {str(Path(path) / 'experts' / experts[0])!r}."
+                f"{str(path)!r} holds {len(found.experts)} experts ({', '.join(found.experts)}), which cannot all be "
+                f"named {as_name!r}. Name one by its folder, {str(Path(path) / 'experts' / found.experts[0])!r}."
             )
-        return _add_saved(checkpoint, folder, {name: as_name or name for name in experts})
+        return _add_saved(checkpoint, found.home, {name: as_name or name for name in found.experts})
     if (folder / ADAPTER_CONFIG).is_file():
         return _add_foreign(checkpoint, folder, as_name or folder.name)
     problem = f"holds neither {MANIFEST} nor {ADAPTER_CONFIG}" if folder.is_dir() else "does not exist"
@@ -225,6 +227,27 @@ def add_from(checkpoint: Checkpoint, path: str | Path, *, as_name: str | None = 
         f"{str(path)!r} {problem}. Give a checkpoint, one expert of it (CHECKPOINT/experts/NAME), or a LoRA folder "
         "that PEFT wrote."
     )
+
+
+def find_experts(path: str | Path) -> FoundExperts | None:
+    """Say which experts of which checkpoint a path names: all of ``CHECKPOINT``, or one, ``CHECKPOINT/experts/NAME``.
+
+    Returns:
+        None if it names neither.
+
+    Raises:
+        ConfigError: If the checkpoint has no expert of that name.
+        CheckpointError: If the checkpoint is damaged.
+    """
+    folder = Path(path).expanduser().absolute()
+    recover_folder(folder)
+    home = folder.parent.parent
+    if folder.parent.name == "experts" and (home / MANIFEST).is_file():
+        experts = read_manifest(home)["experts"]
+        if folder.name not in experts:
+            raise ConfigError(unknown_name(f"expert of {str(home)!r}", folder.name, experts))
+        return FoundExperts(home, [folder.name])
+    return FoundExperts(folder, list(read_manifest(folder)["experts"])) if (folder / MANIFEST).is_file() else None
 
 
 def _add_saved(checkpoint: Checkpoint, path: Path, names: Mapping[str, str]) -> list[str]:
@@ -248,14 +271,15 @@ def _add_saved(checkpoint: Checkpoint, path: Path, names: Mapping[str, str]) -> 
     tasks: dict[str, str] = {}
     for old, new in names.items():
         served = [task for task, entry in manifest["tasks"].items() if slot_experts(entry) == [old]]
-        tasks |= {task: task for task in served} if old == new else _new_task_names(served, expert=old, new=new)
+        tasks |= {task: task for task in served} if old == new else new_task_names(served, expert=old, new=new)
     reads_texts = [task for task in tasks if find_kind(manifest["tasks"][task]["kind"]).level == "text"]
     if reads_texts and manifest["pooling"] != model.pooling:
         raise CheckpointError(
             f"The head of task {reads_texts[0]!r} in {str(path)!r} reads {manifest['pooling']} pooling; this "
             f"checkpoint has {model.pooling}. Train the task anew with `sparse-ft train --from {checkpoint.path}`."
         )
-    _check_new(checkpoint, list(names.values()), list(tasks.values()))
+    advice = f" NAME={path / 'experts' / next(iter(names))} gives an expert, and the task that it serves, another name."
+    _check_new(checkpoint, list(names.values()), list(tasks.values()), advice=advice)
     model.experts.add(*(load_expert(path / "experts" / old, name=new) for old, new in names.items()))
     config, metrics = RunConfig.model_validate(read_yaml(path / "config.yaml")), read_metrics(path)
     same_length = config.data.max_length == checkpoint.config.data.max_length
@@ -307,7 +331,7 @@ def _tasks_of(checkpoint: Checkpoint, expert: str) -> list[str]:
     return [task for task, slot in checkpoint.model.tasks.items() if expert in slot.used or (slot.mixed and chosen)]
 
 
-def _new_task_names(tasks: Sequence[str], *, expert: str, new: str) -> dict[str, str]:
+def new_task_names(tasks: Sequence[str], *, expert: str, new: str) -> dict[str, str]:
     """Name the tasks that follow an expert to a new name: the only one, or that of its name, is called as it is."""
     return {task: new if task == expert or len(tasks) == 1 else f"{new}_{task}" for task in tasks}
 

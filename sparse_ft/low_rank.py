@@ -1,4 +1,4 @@
-"""The nearest delta of lower rank, without building the dense matrix.
+"""The nearest delta of lower rank: of a LoRA without building the dense matrix, and of a dense matrix.
 
 Shapes: I inputs, O outputs, r rank before, k rank after.
 """
@@ -11,6 +11,9 @@ from torch import Tensor
 
 from sparse_ft.errors import ConfigError
 from sparse_ft.experts import Expert
+
+_NOTHING = 1e-12
+"""Times the largest singular value: what is smaller is rounding."""
 
 
 @dataclass(frozen=True)
@@ -90,4 +93,27 @@ def truncate(lora_a: Tensor, lora_b: Tensor, rank: int) -> Truncation:
         (q_b @ (left[:, :rank] * values[:rank])).to(lora_b.dtype),
         norm=float(values.norm()),
         lost=float(values[rank:].norm()),
+    )
+
+
+def factor(delta: Tensor, *, rank: int | None = None, energy: float | None = None) -> Truncation:
+    """Approximate a dense delta by a product B A, the nearest one of its rank (see ``truncate``).
+
+    Args:
+        delta: [O, I] float64.
+        rank: Largest rank.
+        energy: Share of the squared Frobenius norm to keep, above 0 to 1, by the lowest rank that does.
+
+    Returns:
+        Factors in float64; their rank is not above that of ``delta``, and 0 for a delta of zeros.
+    """
+    left, values, right = torch.linalg.svd(delta, full_matrices=False)
+    found = int((values > _NOTHING * values[0]).sum())
+    if rank is not None:
+        found = min(found, rank)
+    if energy is not None:
+        shares = values.square().cumsum(0) / values.square().sum()
+        found = min(found, 1 + int((shares < energy).sum()))
+    return Truncation(
+        right[:found], left[:, :found] * values[:found], norm=float(values.norm()), lost=float(values[found:].norm())
     )

@@ -54,6 +54,14 @@ def named_rank(entry: str) -> tuple[str, int]:
     return name, int(rank)
 
 
+def numbers(option: str, entry: str) -> list[float]:
+    """Read ``0.5,0.5``."""
+    try:
+        return [float(part) for part in entry.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"{option} {entry!r} is no list of numbers. Write e.g. {option} 0.7,0.3.") from error
+
+
 def data_sources(data: list[str] | None) -> str | dict[str, str] | None:
     """Read ``--data PATH`` and ``--data TASK=PATH``."""
     if not data:

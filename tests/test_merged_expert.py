@@ -1,0 +1,211 @@
+"""One expert of several, against dense float64 deltas and against PEFT's merges on whole deltas."""
+
+import math
+
+import pytest
+import torch
+from test_editing import saved
+
+from sparse_ft.checkpoint import load_checkpoint
+from sparse_ft.errors import ConfigError
+from sparse_ft.experts import Expert
+from sparse_ft.low_rank import factor
+from sparse_ft.merge_methods import MERGE_METHODS
+from sparse_ft.merged_expert import merge_experts, merge_settings
+
+LAYERS = {"both": (24, 30), "first": (16, 12), "second": (12, 16)}
+
+
+def dense(expert):
+    return {
+        module: expert.alpha / len(lora_a) * lora_b.double() @ lora_a.double()
+        for module, (lora_a, lora_b) in expert.deltas.items()
+    }
+
+
+def expert(name, modules, *, rank, alpha, seed, shapes=False):
+    generator = torch.Generator().manual_seed(seed)
+    deltas = {
+        module: (
+            torch.randn(rank, LAYERS[module][1], generator=generator),
+            torch.randn(LAYERS[module][0], rank, generator=generator),
+        )
+        for module in modules
+    }
+    return Expert(name, alpha, deltas, torch.randn(9, 8, generator=generator) if shapes else None)
+
+
+@pytest.fixture
+def pair():
+    """Two experts that differ in rank, alpha and layers."""
+    return [
+        expert("one", ["both", "first"], rank=2, alpha=8.0, seed=1),
+        expert("two", ["both", "second"], rank=3, alpha=2.0, seed=2),
+    ]
+
+
+def settings(method, number=2, **changes):
+    if method == "svd" and not {"rank", "energy"} & set(changes):
+        changes["energy"] = 1.0
+    return merge_settings(method, num_experts=number, **changes)
+
+
+def largest_difference(found, expected):
+    return max(float((found[module] - expected[module]).abs().max()) for module in expected)
+
+
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "cat", "svd", "slerp"])
+def test_at_the_sum_of_the_ranks_the_outcome_is_the_sum_of_the_deltas(pair, method):
+    weights = [0.3, 0.7]
+    merged = merge_experts(pair, settings(method, weights=weights), name="merged")
+    one, two = dense(pair[0]), dense(pair[1])
+    if method == "slerp":
+        cosine = (one["both"] * two["both"]).sum() / one["both"].norm() / two["both"].norm()
+        angle = math.acos(cosine)
+        weights_of = {"both": [math.sin(weight * angle) / math.sin(angle) for weight in weights]}
+    else:
+        weights_of = {}
+    expected = {
+        module: sum(
+            weight * part[module]
+            for weight, part in zip(weights_of.get(module, weights), (one, two), strict=True)
+            if module in part
+        )
+        for module in LAYERS
+    }
+    assert merged.expert.ranks == {"both": 5, "first": 2, "second": 3}
+    assert largest_difference(dense(merged.expert), expected) < 1e-5 * max(map(float, (one["both"].norm(),)))
+    assert merged.error < 1e-6
+    assert max(merged.errors.values()) < 1e-6
+
+
+@pytest.mark.parametrize("method", ["ties", "breadcrumbs", "magnitude_prune", "dare", "dare_ties", "della"])
+def test_sparse_methods_need_all_ranks_and_say_what_fewer_lose(pair, method):
+    whole = merge_experts(pair, settings(method, energy=1.0), name="merged")
+    assert whole.error < 1e-6
+    assert whole.expert.ranks["both"] == 24
+    cut = merge_experts(pair, settings(method), name="merged")
+    assert cut.expert.ranks["both"] == 5
+    for module, delta in dense(whole.expert).items():
+        lost = torch.linalg.svdvals(delta)[cut.expert.ranks[module] :].norm() / delta.norm()
+        assert cut.errors[module] == pytest.approx(float(lost), abs=1e-6)
+        assert float((dense(cut.expert)[module] - delta).norm() / delta.norm()) == pytest.approx(float(lost), abs=1e-6)
+    norms = {module: float(delta.norm()) for module, delta in dense(whole.expert).items()}
+    together = math.hypot(*(cut.errors[module] * norm for module, norm in norms.items())) / math.hypot(*norms.values())
+    assert cut.error == pytest.approx(together, abs=1e-6)
+
+
+@pytest.mark.parametrize("energy", [0.5, 0.9, 0.999])
+def test_an_energy_is_reached_by_the_lowest_rank_that_does(pair, energy):
+    merged = merge_experts(pair, settings("svd", energy=energy), name="merged")
+    for module, delta in dense(merge_experts(pair, settings("cat"), name="all").expert).items():
+        shares = torch.linalg.svdvals(delta).square()
+        kept = (shares.cumsum(0) / shares.sum())[: merged.expert.ranks[module]]
+        assert kept[-1] >= energy
+        assert len(kept) == 1 or kept[-2] < energy
+
+
+@pytest.mark.parametrize("method", MERGE_METHODS)
+def test_an_expert_merged_with_itself_comes_back_in_its_rank(pair, method):
+    density = {"density": 1.0} if "density" in MERGE_METHODS[method].heeds else {}
+    merged = merge_experts([pair[0], pair[0]], settings(method, **density), name="again")
+    expected = dense(pair[0])
+    assert largest_difference(dense(merged.expert), expected) < 1e-6 * float(expected["both"].norm())
+    assert merged.expert.ranks == ({"both": 4, "first": 4} if method == "cat" else pair[0].ranks)
+
+
+def test_the_order_of_layers_and_other_layers_do_not_change_what_is_drawn(pair):
+    drawn = merge_experts(pair, settings("dare", seed=5), name="merged").expert.deltas["both"]
+    alone = [Expert(part.name, part.alpha, {"both": part.deltas["both"]}) for part in pair]
+    again = merge_experts(alone, settings("dare", seed=5), name="merged").expert
+    assert torch.allclose(drawn[0], again.deltas["both"][0])
+
+
+def test_word_shapes_are_merged_as_vectors_of_those_that_have_them(pair):
+    tagger = expert("three", ["both"], rank=2, alpha=4.0, seed=3, shapes=True)
+    other = expert("four", ["both"], rank=2, alpha=4.0, seed=4, shapes=True)
+    three = merge_experts([*pair, tagger], settings("linear", 3), name="merged").expert
+    assert torch.allclose(three.word_shapes, tagger.word_shapes)
+    both = merge_experts([tagger, other], settings("ties", weights=[1, 3]), name="merged").expert
+    assert torch.allclose(both.word_shapes, tagger.word_shapes / 4 + 3 * other.word_shapes / 4)
+    taken = merge_experts([tagger, other], settings("task_arithmetic", weights=[1, -0.5]), name="merged").expert
+    assert torch.allclose(taken.word_shapes, tagger.word_shapes - other.word_shapes / 2)
+    assert merge_experts(pair, settings("linear"), name="merged").expert.word_shapes is None
+
+
+def test_deltas_that_cancel_are_refused(pair):
+    with pytest.raises(ConfigError, match="Nothing is left of the experts: their deltas cancel in every layer"):
+        merge_experts([pair[0], pair[0]], settings("task_arithmetic", weights=[1, -1]), name="merged")
+
+
+def test_factors_of_a_delta_are_its_truncated_svd():
+    delta = torch.randn(9, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = factor(delta, rank=3)
+    values = torch.linalg.svdvals(delta)
+    assert found.lora_a.shape == (3, 7)
+    assert float((delta - found.lora_b @ found.lora_a).norm()) == pytest.approx(float(values[3:].norm()))
+    assert (found.norm, found.lost) == pytest.approx((float(delta.norm()), float(values[3:].norm())))
+    assert len(factor(torch.zeros(9, 7, dtype=torch.float64)).lora_a) == 0
+
+
+# PEFT builds dense deltas for its svd types, so there the two agree; its other types mix A and B apart.
+@pytest.mark.parametrize(("method", "combination", "extra"), [
+    ("svd", "svd", {}),
+    ("task_arithmetic", "svd", {}),
+    ("magnitude_prune", "magnitude_prune_svd", {"density": 0.5}),
+    ("ties", "ties_svd", {"density": 0.5}),
+])  # fmt: skip
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_as_peft_merges_whole_deltas(tmp_path, make_model, tiny_folder, family, method, combination, extra):
+    from peft import PeftModel
+    from transformers import AutoModel
+
+    path = saved(tmp_path / "both", make_model, family)
+    loaded = load_checkpoint(path).model
+    names = ["mood", "about"]
+    weights = [1.0, 1.0] if method == "ties" else [0.6, -0.4]  # with others, PEFT divides ties by a count
+    peft = PeftModel.from_pretrained(
+        AutoModel.from_pretrained(tiny_folder(family)), path / "experts/mood", adapter_name="mood"
+    )
+    peft.load_adapter(path / "experts/about", adapter_name="about")
+    peft.add_weighted_adapter(names, weights, "merged", combination_type=combination, svd_rank=6, **extra)
+    experts = [loaded.experts.get(name) for name in names]
+    merged = merge_experts(experts, settings(method, weights=weights, rank=6, **extra), name="merged").expert
+    compared = 0
+    for module, delta in dense(merged).items():
+        layer = peft.base_model.model.get_submodule(module)
+        if {"mood", "about"} <= set(layer.lora_A):  # PEFT gives the others the deltas of one
+            theirs = layer.get_delta_weight("merged").double()
+            theirs = theirs.T if getattr(layer, "fan_in_fan_out", False) else theirs
+            assert torch.allclose(delta, theirs, atol=1e-6 + 1e-5 * float(theirs.abs().max())), module
+            compared += 1
+    assert compared > 6
+
+
+# Settings
+
+
+@pytest.mark.parametrize(("method", "changes", "message"), [
+    ("tise", {}, "Unknown merge method 'tise'. Did you mean 'ties'?"),
+    ("linear", {"weights": [0.5]}, "--weights 0.5 has 1 numbers for 2 experts. Give one each, in their order."),
+    ("linear", {"weights": [0.5, float("nan")]}, "--weights 0.5,nan: expected finite numbers that are not all zero."),
+    ("linear", {"weights": [0, 0]}, "--weights 0,0: expected finite numbers that are not all zero."),
+    ("ties", {"weights": [1, -1]}, "--weights 1,-1: ties averages, so no weight may be negative. These add up: task_a"),
+    ("ties", {"density": 0}, "--density is 0. Expected a share above 0, up to 1."),
+    ("dare", {"density": 1.5}, "--density is 1.5."),
+    ("dare", {"density": float("nan")}, "--density is nan."),
+    ("linear", {"density": 0.5}, "linear has no use for --density. Leave it out, or choose ties, dare, dare_ties"),
+    ("model_stock", {"weights": [1, 1]}, "model_stock has no use for --weights."),
+    ("cat", {"rank": 4}, "cat has no use for --rank."),
+    ("cat", {"energy": 0.5}, "cat has no use for --energy."),
+    ("svd", {}, "svd cuts to a rank or to a share of the squared norm: give --rank N or --energy 0.99."),
+    ("svd", {"rank": 2, "energy": 0.5}, "--rank and --energy are both given. Choose one."),
+    ("svd", {"energy": 1.1}, "--energy is 1.1. Expected a share above 0, up to 1."),
+    ("linear", {"rank": 0}, "--rank is 0. Expected 1 or more."),
+    ("slerp", {"num_experts": 3}, "slerp merges 2 experts, and there are 3. Name two of them."),
+    ("linear", {"num_experts": 1}, "There is only one expert to merge."),
+])  # fmt: skip
+def test_settings_that_make_no_sense_are_refused(method, changes, message):
+    with pytest.raises(ConfigError) as caught:
+        merge_settings(method, **{"num_experts": 2, **changes})
+    assert str(caught.value).startswith(message)
