@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sparse_ft.errors import SparseFTError
     from sparse_ft.evaluation import Evaluation, evaluate
+    from sparse_ft.exporting import Export, export
     from sparse_ft.prediction import LoadedModel, Prediction, load, predict
     from sparse_ft.training import TrainResult, train
 
@@ -14,11 +15,13 @@ __version__ = "0.1.0"
 # Imported when first used: torch and transformers take seconds, `sparse-ft --help` must not wait for them.
 _HOMES = {
     "Evaluation": "sparse_ft.evaluation",
+    "Export": "sparse_ft.exporting",
     "LoadedModel": "sparse_ft.prediction",
     "Prediction": "sparse_ft.prediction",
     "SparseFTError": "sparse_ft.errors",
     "TrainResult": "sparse_ft.training",
     "evaluate": "sparse_ft.evaluation",
+    "export": "sparse_ft.exporting",
     "load": "sparse_ft.prediction",
     "predict": "sparse_ft.prediction",
     "train": "sparse_ft.training",
@@ -26,12 +29,14 @@ _HOMES = {
 
 __all__ = [
     "Evaluation",
+    "Export",
     "LoadedModel",
     "Prediction",
     "SparseFTError",
     "TrainResult",
     "__version__",
     "evaluate",
+    "export",
     "load",
     "predict",
     "train",
