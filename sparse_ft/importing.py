@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,32 +67,60 @@ def import_adapter(
     folder, written = Path(adapter).expanduser().absolute(), free_output(output)
     if not folder.is_dir():
         raise CheckpointError(f"Adapter folder {str(adapter)!r} does not exist. Give a folder that PEFT wrote.")
-    config, record = read_adapter_config(folder), _read_json(folder / RECORD)
-    loaded = load_backbone(backbone or _named_backbone(config, folder))
-    model = SparseExpertModel(loaded, pooling=record.get("pooling", "auto"))
-    own = next(iter(record.get("tasks", {}).items()), None)
+    config, own = read_adapter_config(folder), _read_own(folder / RECORD)
+    where, sha256 = backbone or _named_backbone(config, folder), own.weights_sha256 if own else None
+    loaded = load_backbone(where, expected_sha256=sha256)
+    model = SparseExpertModel(loaded, pooling=own.pooling if own else "auto")
     given = None if task is None else load_task(task) if _is_task_file(task) else task
     called = given.name if isinstance(given, TaskSpec) else given
-    name = _checked_name(called or (own[0] if own else folder.name))
-    found = read_adapter(folder, name=own[1]["expert"] if own and task is None else name, backbone=loaded)
+    name = _checked_name(called or (own.spec.name if own else folder.name))
+    found = read_adapter(folder, name=own.expert if own and task is None else name, backbone=loaded)
     model.experts.add(found.expert)
     head = read_head(folder) if len(found.above) == 1 else {}
+    kind = _kind(config, loaded, folder) if head else None
+    spec: TaskSpec | None
     if own and not labels and not isinstance(given, TaskSpec):
-        spec: TaskSpec | None = parse_task({**own[1]["spec"], "name": name}, where=str(folder / RECORD))
+        spec = own.spec.model_copy(update={"name": name})
         names = find_kind(spec.kind).outputs(spec.label_names or [])
     else:
         names = list(labels) or _named_labels(folder)
-        spec = _spec(name, given, names, kind=_kind(config, loaded, folder))
-    tasks = {}
+        spec = _spec(name, given, names, kind=kind)
+    notes = found.remarks
     if spec is not None and head:
-        tasks[spec.name] = spec
         _add_task(model, spec, head, names=names, expert=found.expert.name)
-    notes = found.remarks if tasks else found.notes
-    if not tasks and head and not names:
-        notes = [*notes, f"Its head has {len(head['weight'])} outputs; --labels may name them."]
-    settings = {"backbone": loaded.name, "data": {"max_length": record["max_length"]} if record else {}}
+    else:
+        unnamed = [f"Its head has {len(head['weight'])} outputs; --labels may name them."] if kind else []
+        spec, notes = None, [*found.notes, *unnamed]
+    settings = {"backbone": loaded.name, "data": {"max_length": own.max_length} if own else {}}
+    tasks = {} if spec is None else {spec.name: spec}
     save_checkpoint(written, model=model.eval(), tasks=tasks, config=RunConfig.model_validate(settings), metrics={})
-    return Import(written, found.expert.name, next(iter(tasks), None), notes)
+    return Import(written, found.expert.name, None if spec is None else spec.name, notes)
+
+
+class _Own(NamedTuple):
+    """What an export says of the checkpoint that it was made of."""
+
+    expert: str
+    spec: TaskSpec
+    pooling: str
+    max_length: int
+    weights_sha256: str
+
+
+def _read_own(file: Path) -> _Own | None:
+    """Read the record that ``export`` leaves beside an adapter; None if another program wrote the adapter."""
+    record = _read_json(file)
+    if record.get("format") != "peft":
+        return None
+    try:
+        (entry,) = record["tasks"].values()
+        spec, sha256 = parse_task(entry["spec"], where=str(file)), record["backbone"]["weights_sha256"]
+        return _Own(entry["expert"], spec, record["pooling"], record["max_length"], sha256)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{str(file)!r} is damaged: {error!r}. Export the checkpoint again, or delete this file to import the "
+            "adapter without what it says."
+        ) from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from sparse_ft.words import split_words
 
 TOLERANCE = 1e-4
 """Largest difference of a logit, as a share of the largest logit or of 1; float32 in another order gives 1e-6."""
-ROWS = 64
+ROWS = 32
 """Rows of the task's data that are tried, beside the odd texts."""
 _BATCH = 16
 

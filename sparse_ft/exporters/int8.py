@@ -1,6 +1,5 @@
 """Whole numbers of eight bits in place of the weights of an ONNX graph, and what that costs in score."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from sparse_ft.errors import DataError
 from sparse_ft.evaluation import prepare, score_rows, scored_split
-from sparse_ft.exporters.onnx_folder import GRAPH, TASKS, load_session, runner
+from sparse_ft.exporters.onnx_folder import GRAPH, load_session, read_tasks, runner
 from sparse_ft.exporters.parts import load_tokenizer
 from sparse_ft.kinds import find_kind
 from sparse_ft.prediction import LoadedModel
@@ -54,7 +53,7 @@ def int8_scores(
     """
     sessions = {"float32": load_session(folder / GRAPH), "int8": load_session(folder / INT8_GRAPH)}
     tokenizer = load_tokenizer(folder)
-    described = json.loads((folder / TASKS).read_text(encoding="utf-8"))["tasks"]
+    described = read_tasks(folder)
     found: dict[str, dict[str, Any]] = {}
     for task in tasks:
         spec, source = model.tasks[task], sources.get(task)

@@ -7,6 +7,7 @@ one is folded into the weights. All heads read all rows; who runs it takes the o
 import contextlib
 import importlib.util
 import io
+import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -86,6 +87,11 @@ def load_session(file: Path) -> Any:
     import onnxruntime
 
     return onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+
+
+def read_tasks(folder: Path) -> dict[str, Any]:
+    """Read what tasks.json says of each task of a graph."""
+    return dict(json.loads((folder / TASKS).read_text(encoding="utf-8"))["tasks"])
 
 
 def runner(session: Any, task: str, described: dict[str, Any]) -> Run:

@@ -77,6 +77,7 @@ def write_transformers(model: LoadedModel, tasks: Sequence[str], folder: Path) -
     dense.config.problem_type = _PROBLEMS.get(spec.kind)
     dense.save_pretrained(folder)
     save_tokenizer(model, folder)
+    tokenizer = load_tokenizer(folder)  # before the config names code, which transformers asks the user about
     words = find_kind(spec.kind).level == "word"
     if not words:
         _write_pooled(folder, stock=dense, pooling=inner.pooling)
@@ -85,7 +86,7 @@ def write_transformers(model: LoadedModel, tasks: Sequence[str], folder: Path) -
     def run(batch: dict[str, Tensor]) -> Tensor:
         return loaded(**{name: value for name, value in batch.items() if name != "word_shapes"}).logits
 
-    return {task: compare(model, task, sample_texts(model, task), run=run, tokenizer=load_tokenizer(folder))}
+    return {task: compare(model, task, sample_texts(model, task), run=run, tokenizer=tokenizer)}
 
 
 def _write_pooled(folder: Path, *, stock: Any, pooling: str) -> None:
