@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from sparse_ft.errors import SparseFTError
     from sparse_ft.estimator import SparseFTClassifier
     from sparse_ft.evaluation import Evaluation, evaluate
+    from sparse_ft.exporting import Export, export
     from sparse_ft.merging import Merge, merge
     from sparse_ft.prediction import LoadedModel, load, predict
     from sparse_ft.training import TrainResult, train
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 # Imported when first used: torch and transformers take seconds, `sparse-ft --help` must not wait for them.
 _HOMES = {
     "Evaluation": "sparse_ft.evaluation",
+    "Export": "sparse_ft.exporting",
     "LoadedModel": "sparse_ft.prediction",
     "Merge": "sparse_ft.merging",
     "Prediction": "sparse_ft.answers",
@@ -24,6 +26,7 @@ _HOMES = {
     "SparseFTError": "sparse_ft.errors",
     "TrainResult": "sparse_ft.training",
     "evaluate": "sparse_ft.evaluation",
+    "export": "sparse_ft.exporting",
     "load": "sparse_ft.prediction",
     "merge": "sparse_ft.merging",
     "predict": "sparse_ft.prediction",
@@ -32,6 +35,7 @@ _HOMES = {
 
 __all__ = [
     "Evaluation",
+    "Export",
     "LoadedModel",
     "Merge",
     "Prediction",
@@ -40,6 +44,7 @@ __all__ = [
     "TrainResult",
     "__version__",
     "evaluate",
+    "export",
     "load",
     "merge",
     "predict",

@@ -13,7 +13,8 @@ import yaml
 from torch import Tensor
 
 import sparse_ft
-from sparse_ft.backbone import MINILM_ID, load_backbone
+from sparse_ft.adapter_files import WRAPPER, write_adapter
+from sparse_ft.backbone import load_backbone
 from sparse_ft.choosing import Choice
 from sparse_ft.config import RunConfig
 from sparse_ft.errors import CheckpointError
@@ -25,7 +26,6 @@ from sparse_ft.manifest import FORMAT, MANIFEST, check_name, read_manifest, read
 from sparse_ft.model import SparseExpertModel, TaskSlot
 from sparse_ft.tasks import TaskSpec, parse_task
 
-_PEFT_PREFIX = "base_model.model."
 _WORD_SHAPES = "word_shapes.safetensors"
 MODEL_TYPE = "sparse-ft"
 """What config.json calls a checkpoint, so that transformers' pipelines find our module."""
@@ -87,8 +87,6 @@ def _yaml(content: Any) -> bytes:
 
 
 def _manifest(folder: Path, *, model: SparseExpertModel, tasks: Mapping[str, TaskSpec]) -> dict[str, Any]:
-    import transformers
-
     experts = {}
     for name in model.experts.names:
         expert = model.experts.get(name)
@@ -100,6 +98,21 @@ def _manifest(folder: Path, *, model: SparseExpertModel, tasks: Mapping[str, Tas
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != "metrics.json")
     return {
         "format": FORMAT,
+        **describe_origin(model),
+        "first_block": model.first_block,
+        "pooling": model.pooling,
+        "experts": experts,
+        "tasks": {task: {**_describe_slot(model.tasks[task]), "kind": spec.kind} for task, spec in tasks.items()},
+        "gate": None if model.gate is None else _describe_gate(model.gate),
+        "bytes": {file.relative_to(folder).as_posix(): file.stat().st_size for file in files},
+    }
+
+
+def describe_origin(model: SparseExpertModel) -> dict[str, Any]:
+    """Say which versions wrote a file, and on which backbone it rests."""
+    import transformers
+
+    return {
         "versions": {
             "sparse_ft": sparse_ft.__version__,
             "torch": torch.__version__,
@@ -110,12 +123,6 @@ def _manifest(folder: Path, *, model: SparseExpertModel, tasks: Mapping[str, Tas
             "revision": model.backbone.revision,
             "weights_sha256": model.backbone.weights_sha256,
         },
-        "first_block": model.first_block,
-        "pooling": model.pooling,
-        "experts": experts,
-        "tasks": {task: {**_describe_slot(model.tasks[task]), "kind": spec.kind} for task, spec in tasks.items()},
-        "gate": None if model.gate is None else _describe_gate(model.gate),
-        "bytes": {file.relative_to(folder).as_posix(): file.stat().st_size for file in files},
     }
 
 
@@ -165,28 +172,7 @@ def _load_gate(path: Path, manifest: Mapping[str, Any], hidden_size: int) -> Seq
 
 def _save_expert(folder: Path, expert: Expert, *, model: SparseExpertModel) -> None:
     """Write an expert as a PEFT adapter, which ``PeftModel.from_pretrained`` reads."""
-    from peft import LoraConfig
-
-    tensors: dict[str, Tensor] = {}
-    for module, (lora_a, lora_b) in expert.deltas.items():
-        tensors[f"{_PEFT_PREFIX}{module}.lora_A.weight"] = lora_a.contiguous()
-        tensors[f"{_PEFT_PREFIX}{module}.lora_B.weight"] = lora_b.contiguous()
-    rank = max(expert.ranks.values(), default=1)
-    smaller = {module: size for module, size in expert.ranks.items() if size != rank}
-    name = model.backbone.name
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=expert.alpha,  # type: ignore[arg-type]  # PEFT computes alpha / r; a float is as good
-        target_modules=sorted(expert.deltas),
-        rank_pattern=smaller,
-        alpha_pattern=dict.fromkeys(smaller, expert.alpha),
-        fan_in_fan_out=any(layer.fan_in_fan_out for layer in model.experts.layers.values()),
-        base_model_name_or_path=MINILM_ID if name == "minilm" else name,
-        inference_mode=True,
-    )
-    folder.mkdir(parents=True)
-    config.save_pretrained(str(folder))
-    write_bytes(folder / "adapter_model.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    write_adapter(folder, expert, backbone=model.backbone)
     if expert.word_shapes is not None:  # a file of its own: PEFT has no place for it
         write_bytes(folder / _WORD_SHAPES, safetensors.torch.save({"weight": expert.word_shapes}))
 
@@ -285,7 +271,7 @@ def load_expert(folder: Path, *, name: str) -> Expert:
     deltas = {}
     for key, lora_a in tensors.items():
         if key.endswith(".lora_A.weight"):
-            module = key.removeprefix(_PEFT_PREFIX).removesuffix(".lora_A.weight")
+            module = key.removeprefix(WRAPPER).removesuffix(".lora_A.weight")
             deltas[module] = (lora_a, tensors[key.replace(".lora_A.", ".lora_B.")])
     shapes = folder / _WORD_SHAPES
     table = read_tensors(shapes).get("weight") if shapes.exists() else None

@@ -19,10 +19,12 @@ from sparse_ft.options import (
     two_names,
 )
 
+OutputOption = Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder to write; must not hold anything.")]
+
 
 def edit(
     checkpoint: CheckpointArgument,
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write; must not hold anything.")],
+    output: OutputOption,
     remove: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Remove an expert and its tasks. Repeatable.")
     ] = None,
@@ -85,7 +87,7 @@ def merge(
             "breadcrumbs, magnitude_prune, slerp, model_stock, cat, svd.",
         ),
     ],
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write; must not hold anything.")],
+    output: OutputOption,
     weights: Annotated[
         str | None, typer.Option(metavar="W,W,…", help="One an expert, in their order; default: all equal, sum 1.")
     ] = None,
@@ -141,3 +143,60 @@ def merge(
     typer.echo(result.to_text())
     shown = shown_path(result.path)
     typer.echo(f"\nCheckpoint: {shown}\nNext: sparse-ft evaluate {shlex.quote(shown)}")
+
+
+def export(
+    checkpoint: CheckpointArgument,
+    format_: Annotated[str, typer.Option("--format", metavar="FORMAT", help="peft, transformers or onnx.")],
+    output: OutputOption,
+    task: Annotated[str | None, typer.Option(metavar="NAME", help="Only this task; without, all.")] = None,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="With onnx: a second graph with weights of eight bits, and what it loses.")
+    ] = False,
+    data: DataOption = None,
+    backbone: BackboneOption = None,
+) -> None:
+    """Write tasks for PEFT, transformers or onnxruntime, run what was written, and say how far its answers are."""
+    from sparse_ft.exporting import export as export_checkpoint
+
+    result = export_checkpoint(
+        checkpoint, format=format_, output=output, task=task, int8=int8, data=data_sources(data), backbone=backbone
+    )
+    for name, found in result.differences.items():
+        typer.echo(
+            f"{name}: largest difference of a logit {found.largest:.1e} on {found.texts} texts; "
+            f"{found.disagreements} of {found.answers} labels differ."
+        )
+    for name, scores in result.int8.items():
+        typer.echo(
+            f"{name}, {scores['split']}, {scores['rows']} rows: {scores['metric']} {scores['float32']:.4f} with "
+            f"float32, {scores['int8']:.4f} with int8."
+        )
+    typer.echo(f"\nExport: {shown_path(result.path)}; its README.md shows how to use it.")
+
+
+def import_(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a LoRA that PEFT saved.")],
+    output: OutputOption,
+    task: Annotated[
+        str | None, typer.Option(metavar="NAME_OR_PATH", help="The task's name here, a bundled one, or a task file.")
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(metavar="A,B,…", help="Names of the head's outputs, in its order, if not in config.json."),
+    ] = None,
+    backbone: Annotated[
+        str | None, typer.Option(metavar="NAME_OR_PATH", help="The backbone, if not where the adapter says.")
+    ] = None,
+) -> None:
+    """Make a checkpoint of a LoRA that PEFT saved, with its head where it can be understood."""
+    from sparse_ft.importing import import_adapter
+
+    result = import_adapter(
+        adapter, output=output, task=task, labels=labels.split(",") if labels else [], backbone=backbone
+    )
+    serves = "serves no task" if result.task is None else f"serves task {result.task!r}"
+    for line in (f"Imported expert {result.expert!r}, which {serves}.", *result.notes):
+        typer.echo(line)
+    shown = shown_path(result.path)
+    typer.echo(f"\nCheckpoint: {shown}\nNext: sparse-ft inspect {shlex.quote(shown)}")

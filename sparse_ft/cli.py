@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from sparse_ft import __version__
-from sparse_ft.checkpoint_commands import edit, merge
+from sparse_ft.checkpoint_commands import edit, export, import_, merge
 from sparse_ft.errors import ConfigError, SparseFTError
 from sparse_ft.options import (
     BackboneOption,
@@ -300,8 +300,8 @@ def _inspect_text(
         typer.echo(f"\nPicture: {shown_path(picture)}")
 
 
-for command in (edit, merge):
-    app.command()(command)
+for command in (edit, merge, export, import_):
+    app.command(command.__name__.rstrip("_"))(command)
 
 
 def _report_pictures(result: "Evaluation") -> dict[str, bytes]:

@@ -24,6 +24,10 @@ class CheckpointError(SparseFTError):
     """A checkpoint is missing, incomplete or does not fit."""
 
 
+class ExportError(SparseFTError):
+    """What was exported cannot give, or did not give, the answers of its checkpoint."""
+
+
 def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
     """Word the message for a name that is in no table.
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sparse_ft.adapter_files import WRAPPER
 from sparse_ft.backbone import MINILM_ID, Backbone
 from sparse_ft.checkpoint import read_tensors
 from sparse_ft.errors import CheckpointError
@@ -22,7 +23,8 @@ from sparse_ft.experts import Expert
 
 ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
-_WRAPPER = "base_model.model."
+_HEADS = ("classifier", "score")
+"""How transformers' classifiers name a head that is a linear."""
 
 # Settings that change what a layer computes, with the reason why it is no expert then. All are off by default.
 _REFUSED = {
@@ -47,8 +49,18 @@ class ForeignExpert:
     """An expert that was read from elsewhere."""
 
     expert: Expert
-    notes: list[str]
-    """Sentences about what was left out or could not be checked."""
+    above: list[str]
+    """Modules of the adapter that stand behind the blocks (head, pooler), which are no part of the expert."""
+    remarks: list[str]
+    """Sentences about what could not be checked."""
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences about what was left out or could not be checked."""
+        if not self.above:
+            return self.remarks
+        left_out = f"Not imported, because it stands behind the blocks (a head or pooler): {', '.join(self.above)}."
+        return [left_out, *self.remarks]
 
 
 def read_adapter(folder: Path, *, name: str, backbone: Backbone) -> ForeignExpert:
@@ -65,7 +77,7 @@ def read_adapter(folder: Path, *, name: str, backbone: Backbone) -> ForeignExper
     Raises:
         CheckpointError: If it is no plain LoRA, changes more than linears in the blocks, or is damaged.
     """
-    config = _read_config(folder)
+    config = read_adapter_config(folder)
     if not (folder / _WEIGHTS).is_file():
         raise CheckpointError(
             f"Adapter {str(folder)!r} has no {_WEIGHTS}. Pickled weights (.bin) are not read; load it once with PEFT "
@@ -86,17 +98,35 @@ def read_adapter(folder: Path, *, name: str, backbone: Backbone) -> ForeignExper
                 "trained on another architecture."
             )
         deltas[linear] = (lora_a.float(), lora_b.float())
-        alphas[linear] = _alpha(config, module.removeprefix(_WRAPPER), rank=lora_a.shape[0], folder=folder)
-    left_out = _above_the_blocks(others, backbone=backbone, folder=folder)
+        alphas[linear] = _alpha(config, module.removeprefix(WRAPPER), rank=lora_a.shape[0], folder=folder)
+    above = _above_the_blocks(others, backbone=backbone, folder=folder)
     if not deltas:
         raise CheckpointError(
             f"Adapter {str(folder)!r} changes no linear in the blocks of this backbone, e.g. "
             f"{next(iter(backbone.linears))!r}. It was trained on another architecture."
         )
-    return ForeignExpert(_with_one_alpha(name, deltas, alphas), _notes(config, left_out, backbone=backbone))
+    return ForeignExpert(_with_one_alpha(name, deltas, alphas), above, _remarks(config, backbone=backbone))
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_head(folder: Path) -> dict[str, Tensor]:
+    """Return ``weight`` and perhaps ``bias`` of the linear head of an adapter; empty if it has none, or another."""
+    tensors = read_tensors(folder / _WEIGHTS)
+    found = {key.removeprefix(WRAPPER): tensor for key, tensor in tensors.items() if ".lora_" not in key}
+    for name in _HEADS:
+        own = {
+            key.removeprefix(f"{name}."): tensor.float() for key, tensor in found.items() if key.startswith(f"{name}.")
+        }
+        if own.keys() in ({"weight"}, {"weight", "bias"}) and own["weight"].dim() == 2:
+            return own
+    return {}
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """Read adapter_config.json, and refuse what is no plain LoRA.
+
+    Raises:
+        CheckpointError: If it is damaged, or changes more than a product of two small matrices would.
+    """
     file = folder / ADAPTER_CONFIG
     try:
         config = dict(json.loads(file.read_text(encoding="utf-8")))
@@ -157,11 +187,11 @@ def _above_the_blocks(names: list[str], *, backbone: Backbone, folder: Path) -> 
         inside = [part for suffix in _suffixes(name) for part in _prefixes(suffix) if part in known]
         if inside:
             raise CheckpointError(
-                f"Adapter {str(folder)!r} changes {name.removeprefix(_WRAPPER)!r}, which is no linear in the "
+                f"Adapter {str(folder)!r} changes {name.removeprefix(WRAPPER)!r}, which is no linear in the "
                 f"{backbone.num_blocks} blocks of this backbone (such as {next(iter(backbone.linears))!r}). It belongs "
                 "to another backbone, or changes what all experts share."
             )
-    return list(dict.fromkeys(re.sub(r"\.(weight|bias)$", "", name.removeprefix(_WRAPPER)) for name in names))
+    return list(dict.fromkeys(re.sub(r"\.(weight|bias)$", "", name.removeprefix(WRAPPER)) for name in names))
 
 
 def _prefixes(name: str) -> list[str]:
@@ -215,15 +245,12 @@ def _with_one_alpha(name: str, deltas: Mapping[str, tuple[Tensor, Tensor]], alph
     return Expert(name, alpha, scaled)
 
 
-def _notes(config: Mapping[str, Any], left_out: list[str], *, backbone: Backbone) -> list[str]:
-    notes = []
-    if left_out:
-        notes.append(f"Not imported, because it stands behind the blocks (a head or pooler): {', '.join(left_out)}.")
+def _remarks(config: Mapping[str, Any], *, backbone: Backbone) -> list[str]:
     base = config.get("base_model_name_or_path")
     if base:
         here = str(Path(base).resolve()) if Path(base).is_dir() else base
         if here not in (backbone.name, MINILM_ID if backbone.name == "minilm" else backbone.name):
-            notes.append(
+            return [
                 f"It names the backbone {base!r}, this one is {backbone.name!r}; only the shapes could be compared."
-            )
-    return notes
+            ]
+    return []

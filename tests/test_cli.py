@@ -17,7 +17,7 @@ from sparse_ft import cli as cli_module
 from sparse_ft.resources import bundled_names
 from sparse_ft.token_routing import route_tokens
 
-COMMANDS = ("tasks", "train", "evaluate", "predict", "inspect", "edit", "merge")
+COMMANDS = ("tasks", "train", "evaluate", "predict", "inspect", "edit", "merge", "export", "import")
 
 
 def call(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:

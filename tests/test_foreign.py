@@ -23,12 +23,13 @@ INPUTS = {"input_ids": torch.tensor([[2, 11, 12, 13, 14, 3], [2, 20, 21, 22, 23,
 HEADS = {"mood": ("text", 2), "names": ("word", 5)}
 
 
-def wrap(folder, *, auto="AutoModelForSequenceClassification", task_type="SEQ_CLS", **settings):
+def wrap(folder, *, auto="AutoModelForSequenceClassification", task_type="SEQ_CLS", num_labels=None, **settings):
     """Put a random LoRA of PEFT on a model of transformers."""
     import transformers
     from peft import LoraConfig, get_peft_model
 
-    base = getattr(transformers, auto).from_pretrained(folder, attn_implementation="eager")
+    labels = {} if num_labels is None else {"num_labels": num_labels}
+    base = getattr(transformers, auto).from_pretrained(folder, attn_implementation="eager", **labels)
     model = get_peft_model(base, LoraConfig(task_type=task_type, **settings))
     generator = torch.Generator().manual_seed(5)
     for name, parameter in model.named_parameters():

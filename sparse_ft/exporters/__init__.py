@@ -1,0 +1,39 @@
+"""The foreign formats, by the name that ``--format`` takes."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from sparse_ft.errors import ConfigError, unknown_name
+from sparse_ft.exporters.onnx_folder import write_onnx
+from sparse_ft.exporters.peft_folder import write_peft
+from sparse_ft.exporters.transformers_folder import write_transformers
+from sparse_ft.prediction import LoadedModel
+from sparse_ft.round_trip import Difference
+
+
+class Exporter(NamedTuple):
+    """How a format is written."""
+
+    write: Callable[[LoadedModel, Sequence[str], Path], dict[str, Difference]]
+    """Writes tasks into a folder, runs what it wrote, and returns how far it is from the checkpoint, by task."""
+    together: bool
+    """Whether one folder holds all tasks; else each has one of its own."""
+
+
+EXPORTERS: dict[str, Exporter] = {
+    "peft": Exporter(write_peft, together=False),
+    "transformers": Exporter(write_transformers, together=False),
+    "onnx": Exporter(write_onnx, together=True),
+}
+
+
+def find_exporter(name: str) -> Exporter:
+    """Return the exporter of this name.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    if name not in EXPORTERS:
+        raise ConfigError(unknown_name("format", name, EXPORTERS))
+    return EXPORTERS[name]

@@ -1,0 +1,132 @@
+"""What every format takes out of a checkpoint: one expert, a tokenizer, labels, and transformers' classifier on it."""
+
+import copy
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from sparse_ft.backbone import Backbone
+from sparse_ft.errors import ExportError
+from sparse_ft.experts import Expert
+from sparse_ft.kinds import find_kind
+from sparse_ft.prediction import LoadedModel
+from sparse_ft.tasks import TaskSpec
+
+_HEADS = ("classifier", "score")
+"""How transformers' token classifiers name their head."""
+
+POOLING_WORDS = {
+    "mean": "the mean of the logits of its tokens",
+    "first": "the logits of its first token",
+    "last": "the logits of its last token",
+}
+"""What the logits of a text are, by the pooling of the checkpoint."""
+
+
+class TokenClassifier(NamedTuple):
+    """The token classifier that transformers has for a backbone."""
+
+    model: nn.Module
+    prefix: str
+    """Name of the backbone in it, e.g. ``bert``."""
+    head: str
+    """Name of the linear on its hidden states, e.g. ``classifier``."""
+
+
+def sole_expert(model: LoadedModel, task: str) -> Expert:
+    """Return the one expert that answers a task.
+
+    Raises:
+        ExportError: If there are several: what depends on the text is no weight.
+    """
+    slot = model.checkpoint.model.tasks[task]
+    advice = (
+        "Serve the checkpoint with sparse_ft.load, or train one expert for the task by itself and export that: "
+        f"sparse-ft train --task {task}."
+    )
+    if slot.gated:
+        raise ExportError(
+            f"Task {task!r} is answered by experts that the gate chooses and weighs for each text "
+            f"({', '.join(slot.experts)}), and what depends on the text cannot be folded into weights. {advice}"
+        )
+    if slot.shared is not None:
+        raise ExportError(
+            f"Task {task!r} is answered by two experts together, {slot.experts[0]!r} and the shared {slot.shared!r}; "
+            f"an export holds one. {advice}"
+        )
+    return model.checkpoint.model.experts.get(slot.experts[0])
+
+
+def plain_expert(model: LoadedModel, task: str) -> Expert:
+    """Return the one expert that answers a task, if its deltas are all there is to it.
+
+    Raises:
+        ExportError: If it sees word shapes, which PEFT and transformers have no input for; or see ``sole_expert``.
+    """
+    expert = sole_expert(model, task)
+    kind = find_kind(model.tasks[task].kind)
+    if expert.word_shapes is not None and kind.level == "word":  # texts have no words, so nothing is added to them
+        raise ExportError(
+            f"The expert {expert.name!r} of task {task!r} sees how a word is written (experts.word_shapes), for which "
+            "models of PEFT and transformers have no input. Export it as onnx, whose graph takes word_shapes as an "
+            "input; serve it with sparse_ft.load; or train with --set experts.word_shapes=false."
+        )
+    return expert
+
+
+def token_classifier(backbone: Backbone, spec: TaskSpec, head: nn.Linear) -> TokenClassifier:
+    """Put a backbone and a head into the token classifier that transformers has for them.
+
+    Args:
+        backbone: Without expert layers; belongs to the classifier after this.
+        spec: Names the labels.
+        head: Weights of the task's head; copied.
+
+    Raises:
+        ExportError: If that classifier has more layers between backbone and head.
+    """
+    from transformers import AutoModelForTokenClassification
+
+    config = copy.deepcopy(backbone.config)
+    names = find_kind(spec.kind).outputs(spec.label_names or [])
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: place for place, name in enumerate(names)}
+    with torch.device("meta"):  # its random weights are replaced, or the model refused
+        model = AutoModelForTokenClassification.from_config(config)
+    inside = [name for name, module in model.named_children() if any(True for _ in module.parameters())]
+    found = [name for name in inside if name in _HEADS]
+    if len(found) != 1 or inside != [model.base_model_prefix, *found]:
+        raise ExportError(
+            f"transformers' {type(model).__name__} has another layer between the blocks and the head "
+            f"({', '.join(inside)}), which an expert of this backbone was trained without. Export it as onnx."
+        )
+    setattr(model, model.base_model_prefix, backbone.model)
+    setattr(model, found[0], copy.deepcopy(head).cpu().float())
+    return TokenClassifier(model.eval().requires_grad_(False), model.base_model_prefix, found[0])
+
+
+def save_tokenizer(model: LoadedModel, folder: Path) -> None:
+    """Write the tokenizer, so set that the defaults of other libraries give the tokens of the checkpoint.
+
+    Its longest row is the checkpoint's, it pads on the right and has a token for it, and gives token types only if the
+    backbone knows them.
+    """
+    tokenizer = copy.deepcopy(model.checkpoint.model.backbone.tokenizer)
+    tokenizer.model_max_length = model.encoder.max_length
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.checkpoint.model.backbone.pad_id)
+    if not model.encoder.has_types:
+        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+    tokenizer.save_pretrained(folder)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load an exported tokenizer as its user would."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True  # we leave those out
+    return tokenizer

@@ -1,0 +1,50 @@
+"""Export to PEFT: the expert as an adapter of transformers' token classifier, with the head in it.
+
+transformers has no text classifier whose head is a linear over the mean of the tokens. It needs none: a linear gives
+the same before and after a mean, so the logits of a text are the mean of those of its tokens (or those of one token, as
+the checkpoint pools). That is exact, and works for all tasks with the stock classes.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from sparse_ft.adapter_files import write_adapter
+from sparse_ft.exporters.parts import load_tokenizer, plain_expert, save_tokenizer, token_classifier
+from sparse_ft.folding import fresh_copy
+from sparse_ft.heads import pool
+from sparse_ft.kinds import find_kind
+from sparse_ft.prediction import LoadedModel
+from sparse_ft.round_trip import Difference, compare, sample_texts
+
+
+def write_peft(model: LoadedModel, tasks: Sequence[str], folder: Path) -> dict[str, Difference]:
+    """Write the adapter of a task into a folder, and run it through PEFT.
+
+    Args:
+        model: The checkpoint.
+        tasks: One task.
+        folder: To write into.
+
+    Raises:
+        ExportError: If the task cannot be expressed so.
+    """
+    from peft import PeftModel
+
+    (task,) = tasks
+    inner, spec = model.checkpoint.model, model.tasks[task]
+    expert, linear = plain_expert(model, task), inner.head(task).linear
+    base = token_classifier(fresh_copy(inner.backbone), spec, linear)
+    head = {f"{base.head}.{name}": value.detach().cpu() for name, value in linear.state_dict().items()}
+    write_adapter(folder, expert, backbone=inner.backbone, prefix=f"{base.prefix}.", head=head)
+    save_tokenizer(model, folder)
+    getattr(base.model, base.head).reset_parameters()  # the right weights must come from the folder
+    wrapped = PeftModel.from_pretrained(base.model, str(folder)).eval()
+    level = find_kind(spec.kind).level
+
+    def run(batch: dict[str, Tensor]) -> Tensor:
+        logits = wrapped(**{name: value for name, value in batch.items() if name != "word_shapes"}).logits
+        return logits if level == "word" else pool(logits, batch["attention_mask"], inner.pooling)
+
+    return {task: compare(model, task, sample_texts(model, task), run=run, tokenizer=load_tokenizer(folder))}

@@ -1,0 +1,209 @@
+"""Import a LoRA that PEFT saved as a new checkpoint: its expert, and its head where ours can say the same."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparse_ft.backbone import MINILM_ID, Backbone, load_backbone
+from sparse_ft.checkpoint import save_checkpoint
+from sparse_ft.config import RunConfig
+from sparse_ft.errors import CheckpointError, ConfigError
+from sparse_ft.exporting import RECORD
+from sparse_ft.foreign import read_adapter, read_adapter_config, read_head
+from sparse_ft.kinds import find_kind
+from sparse_ft.manifest import check_name
+from sparse_ft.model import SparseExpertModel
+from sparse_ft.outputs import free_output
+from sparse_ft.tasks import TaskSpec, list_tasks, load_task, parse_task
+
+# Between blocks and head, transformers' token classifiers of these have another layer.
+_NOT_LINEAR = ("modernbert",)
+
+
+@dataclass(frozen=True)
+class Import:
+    """What ``import_adapter`` wrote."""
+
+    path: Path
+    expert: str
+    task: str | None
+    """None if the head could not be imported; the expert then serves no task."""
+    notes: list[str]
+    """Sentences about what was left out or could not be checked."""
+
+
+def import_adapter(
+    adapter: str | Path,
+    *,
+    output: str | Path,
+    task: str | None = None,
+    labels: Sequence[str] = (),
+    backbone: str | None = None,
+) -> Import:
+    """Write a checkpoint with the expert of a LoRA that PEFT saved, and its head.
+
+    What ``export`` wrote comes back as it was, task included. Of others, the head of a token classifier is imported,
+    and that of a causal backbone's text classifier (a linear on the last token); all others pool or compute in ways
+    that heads here do not, and are left out.
+
+    Args:
+        adapter: Folder with adapter_config.json and adapter_model.safetensors.
+        output: Folder to write; must be empty or not exist.
+        task: Its name here, a bundled task, or the path of a task file, whose labels are taken then. None takes the
+            name of the folder.
+        labels: Names of the head's outputs, in its order; none takes those of config.json in the folder, or the task's.
+        backbone: Where the backbone is; None takes the one that the adapter names.
+
+    Raises:
+        ConfigError: If a name is not allowed, labels do not fit the head, or the output exists.
+        CheckpointError: If the folder is no plain LoRA for this backbone.
+        BackboneError: If the backbone is not found.
+    """
+    folder, written = Path(adapter).expanduser().absolute(), free_output(output)
+    if not folder.is_dir():
+        raise CheckpointError(f"Adapter folder {str(adapter)!r} does not exist. Give a folder that PEFT wrote.")
+    config, own = read_adapter_config(folder), _read_own(folder / RECORD)
+    where, sha256 = backbone or _named_backbone(config, folder), own.weights_sha256 if own else None
+    loaded = load_backbone(where, expected_sha256=sha256)
+    model = SparseExpertModel(loaded, pooling=own.pooling if own else "auto")
+    given = None if task is None else load_task(task) if _is_task_file(task) else task
+    called = given.name if isinstance(given, TaskSpec) else given
+    name = _checked_name(called or (own.spec.name if own else folder.name))
+    found = read_adapter(folder, name=own.expert if own and task is None else name, backbone=loaded)
+    model.experts.add(found.expert)
+    head = read_head(folder) if len(found.above) == 1 else {}
+    kind = _kind(config, loaded, folder) if head else None
+    spec: TaskSpec | None
+    if own and not labels and not isinstance(given, TaskSpec):
+        spec = own.spec.model_copy(update={"name": name})
+        names = find_kind(spec.kind).outputs(spec.label_names or [])
+    else:
+        names = list(labels) or _named_labels(folder)
+        spec = _spec(name, given, names, kind=kind)
+    notes = found.remarks
+    if spec is not None and head:
+        _add_task(model, spec, head, names=names, expert=found.expert.name)
+    else:
+        unnamed = [f"Its head has {len(head['weight'])} outputs; --labels may name them."] if kind else []
+        spec, notes = None, [*found.notes, *unnamed]
+    settings = {"backbone": loaded.name, "data": {"max_length": own.max_length} if own else {}}
+    tasks = {} if spec is None else {spec.name: spec}
+    save_checkpoint(written, model=model.eval(), tasks=tasks, config=RunConfig.model_validate(settings), metrics={})
+    return Import(written, found.expert.name, None if spec is None else spec.name, notes)
+
+
+class _Own(NamedTuple):
+    """What an export says of the checkpoint that it was made of."""
+
+    expert: str
+    spec: TaskSpec
+    pooling: str
+    max_length: int
+    weights_sha256: str
+
+
+def _read_own(file: Path) -> _Own | None:
+    """Read the record that ``export`` leaves beside an adapter; None if another program wrote the adapter."""
+    record = _read_json(file)
+    if record.get("format") != "peft":
+        return None
+    try:
+        (entry,) = record["tasks"].values()
+        spec, sha256 = parse_task(entry["spec"], where=str(file)), record["backbone"]["weights_sha256"]
+        return _Own(entry["expert"], spec, record["pooling"], record["max_length"], sha256)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{str(file)!r} is damaged: {error!r}. Export the checkpoint again, or delete this file to import the "
+            "adapter without what it says."
+        ) from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """Read a file that may not be there."""
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{str(file)!r} is damaged: {error}. Copy the folder again.") from error
+
+
+def _named_backbone(config: Mapping[str, Any], folder: Path) -> str:
+    named = config.get("base_model_name_or_path")
+    if not named:
+        raise ConfigError(f"The adapter {str(folder)!r} does not name its backbone. Name it with --backbone.")
+    return "minilm" if named == MINILM_ID else str(named)
+
+
+def _is_task_file(task: str) -> bool:
+    return task.endswith((".yaml", ".yml")) or task in list_tasks()
+
+
+def _checked_name(name: str) -> str:
+    try:
+        return check_name(name)
+    except CheckpointError as error:
+        raise ConfigError(f"{error} Choose one with --task NAME.") from error
+
+
+def _named_labels(folder: Path) -> list[str]:
+    """Return the names in config.json; transformers' placeholders (LABEL_0 …) are none."""
+    found = _read_json(folder / "config.json").get("id2label") or {}
+    names = [str(found[key]) for key in sorted(found, key=int)]
+    return [] if any(name == f"LABEL_{place}" for place, name in enumerate(names)) else names
+
+
+def _kind(config: Mapping[str, Any], backbone: Backbone, folder: Path) -> str | None:
+    """Return the kind of task whose head here computes what the adapter's head does, or None."""
+    if config.get("task_type") == "TOKEN_CLS" and backbone.config.model_type not in _NOT_LINEAR:
+        return "token_classification"
+    if config.get("task_type") == "SEQ_CLS" and backbone.family.causal:
+        problem = _read_json(folder / "config.json").get("problem_type")
+        return "multi_label" if problem == "multi_label_classification" else "classification"
+    return None
+
+
+def _spec(name: str, given: TaskSpec | str | None, names: list[str], *, kind: str | None) -> TaskSpec | None:
+    """Describe the task of a foreign head; None if it cannot be one here, or its labels are not known."""
+    if kind is None:
+        return None
+    if isinstance(given, TaskSpec):
+        if find_kind(given.kind).level != find_kind(kind).level:
+            raise ConfigError(f"Task {given.name!r} is a {given.kind}, but the adapter is of a {kind}. Name another.")
+        names.extend(find_kind(given.kind).outputs(given.label_names or []) if not names else [])
+        return given.model_copy(update={"labels": _labels(names, kind=kind)}) if not given.label_names else given
+    if not names:
+        return None
+    metric = "f1" if kind == "token_classification" else "accuracy" if kind == "classification" else "micro_f1"
+    values = {"name": name, "kind": kind, "labels": _labels(names, kind=kind), "metric": metric}
+    return parse_task(values, where="--labels")
+
+
+def _labels(names: Sequence[str], *, kind: str) -> list[str]:
+    """Return the labels of a task whose outputs have these names: for tags, the types of entities."""
+    if kind != "token_classification":
+        return list(names)
+    return list(dict.fromkeys(tag[2:] for tag in names if tag != "O"))
+
+
+def _add_task(
+    model: SparseExpertModel, spec: TaskSpec, head: Mapping[str, Tensor], *, names: Sequence[str], expert: str
+) -> None:
+    """Give the model a task with the rows of a foreign head, in the order of our outputs."""
+    kind = find_kind(spec.kind)
+    outputs, rows = kind.outputs(spec.label_names or []), len(head["weight"])
+    if len(names) != rows:
+        raise ConfigError(f"The head has {rows} outputs, but {len(names)} labels are named: {', '.join(names)}.")
+    if sorted(names) != sorted(outputs):
+        raise ConfigError(
+            f"The labels {', '.join(names)} are not those of a {spec.kind} here, {', '.join(outputs)}. Name the "
+            "outputs of the head, in its order, with --labels; tags must be O, and B- and I- of every type (IOB2)."
+        )
+    order = [list(names).index(name) for name in outputs]
+    linear = model.add_task(spec.name, expert=expert, level=kind.level, num_outputs=rows).linear
+    with torch.no_grad():
+        linear.weight.copy_(head["weight"][order])
+        linear.bias.copy_(head["bias"][order] if "bias" in head else torch.zeros(rows))

@@ -1,0 +1,130 @@
+"""The README.md of an export: what the task is, how well the checkpoint does it, and how to run the files."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sparse_ft.kinds import find_kind
+from sparse_ft.prediction import LoadedModel
+
+_MANY = 60
+
+_PEFT = """from peft import AutoPeftModelForTokenClassification
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForTokenClassification.from_pretrained("{folder}", num_labels={labels}).eval()
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+batch = tokenizer({example}, truncation=True, return_tensors="pt")
+logits = model(**batch).logits[0]  # one row a token{pool}"""
+
+_POOL = {
+    "mean": "\nlogits = logits.mean(0)  # of the text; in a padded batch, the mean where attention_mask is 1",
+    "first": "\nlogits = logits[0]  # of the text",
+    "last": "\nlogits = logits[-1]  # of the text; in a padded batch, the last where attention_mask is 1",
+}
+
+_TEXTS = """from transformers import pipeline
+
+classify = pipeline("text-classification", model="{folder}", trust_remote_code=True)
+classify({example}, truncation=True{more}"""
+
+_WORDS = """from transformers import pipeline
+
+tag = pipeline("token-classification", model="{folder}")
+tag({example}, is_split_into_words=True)"""
+
+_ONNX = """import json
+
+import onnxruntime
+from transformers import AutoTokenizer
+
+tasks = json.load(open("{folder}/tasks.json"))  # inputs and outputs, labels, experts
+session = onnxruntime.InferenceSession("{folder}/model.onnx")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+batch = tokenizer([{example}], truncation=True, padding=True, return_tensors="np")
+(logits,) = session.run(["{task}"], {{name: batch[name] for name in batch if name in tasks["inputs"]}}{more}"""
+
+
+def model_card(model: LoadedModel, tasks: Sequence[str], *, format: str, folder: str) -> str:
+    """Write the card of an export.
+
+    Args:
+        model: The checkpoint.
+        tasks: That the export answers.
+        format: A key of EXPORTERS.
+        folder: Its name.
+    """
+    backbone = model.checkpoint.model.backbone.name
+    parts = [
+        f"# {', '.join(tasks)}",
+        f"Exported by sparse-ft in the format `{format}`, from an expert of low rank on the frozen backbone "
+        f"`{backbone}`. `export.json` says how far its logits are from those of the checkpoint.",
+        f"```python\n{_use(model, tasks, format=format, folder=folder)}\n```",
+        *_remarks(model, tasks, format=format),
+        *(_about(model, task) for task in tasks),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _use(model: LoadedModel, tasks: Sequence[str], *, format: str, folder: str) -> str:
+    spec = model.tasks[tasks[0]]
+    words = find_kind(spec.kind).level == "word"
+    text, _, second = (spec.example or "Your text here.").partition("\t")
+    pair = "text_pair" in spec.columns
+    if format == "onnx":
+        more = ")" if len(tasks) == 1 else ' | {"expert": …})  # for each row that of its task, int64'
+        example = repr((text, second)) if pair else repr(text)
+        return _ONNX.format(folder=folder, example=example, task=tasks[0], more=more)
+    if format == "peft":
+        labels = len(find_kind(spec.kind).outputs(spec.label_names or []))
+        example = f"{text!r}, {second!r}" if pair else repr(text)
+        pool = "" if words else _POOL[model.checkpoint.model.pooling]
+        return _PEFT.format(folder=folder, labels=labels, example=example, pool=pool)
+    if words:
+        return _WORDS.format(folder=folder, example=repr(text.split()))
+    more = ", top_k=None)  # a label holds from a score of 0.5" if spec.kind == "multi_label" else ")"
+    example = repr({"text": text, "text_pair": second}) if pair else repr(text)
+    return _TEXTS.format(folder=folder, example=example, more=more)
+
+
+def _remarks(model: LoadedModel, tasks: Sequence[str], *, format: str) -> list[str]:
+    """Say where the answers are not those of the checkpoint, or why the code is as it is."""
+    remarks = []
+    kinds = {find_kind(model.tasks[task].kind).level for task in tasks}
+    if "word" in kinds:
+        piece = "last" if model.encoder.last_piece else "first"
+        remarks.append(
+            f"The tag of a word is that of its {piece} piece. The checkpoint takes the most probable sequence of legal "
+            "tags (an `I-` follows a tag of its own type) and reads long texts in windows; here it is the best tag of "
+            f"each word by itself, in rows of at most {model.encoder.max_length} tokens."
+        )
+    if "text" in kinds and format == "peft":
+        remarks.append(
+            "The head is linear, so it gives the same before and after the pooling: the token classifier of "
+            "transformers computes this text classification, too."
+        )
+    if "text" in kinds and format == "transformers":
+        remarks.append(
+            "No text classifier of transformers has a linear head over this pooling, so the folder brings "
+            "`modeling_pooled.py`, which transformers runs with `trust_remote_code=True`; it is 20 lines."
+        )
+    if model.checkpoint.model.gate is not None:
+        remarks.append("The gate of the checkpoint, which chooses an expert for a text, is not in here.")
+    return remarks
+
+
+def _about(model: LoadedModel, task: str) -> str:
+    spec, scores = model.tasks[task], model.checkpoint.metrics.get(task, {})
+    labels = spec.label_names or []
+    shown = ", ".join(labels[:_MANY]) + (f", … ({len(labels)} in all)" if len(labels) > _MANY else "")
+    lines = [f"## {task}", spec.description, f"Kind: {spec.kind}. Language: {spec.language}. Labels: {shown}."]
+    if spec.license or spec.source:
+        lines.append(" ".join(f"{name}: {value}." for name, value in _origin(spec) if value))
+    metrics: dict[str, Any] = scores.get("metrics", {})
+    if metrics:
+        named = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        lines.append(f"Scores of the checkpoint on {scores['split']} ({scores['n']} rows): {named}.")
+    return "\n\n".join(line for line in lines if line)
+
+
+def _origin(spec: Any) -> tuple[tuple[str, str], ...]:
+    return (("Data", spec.source.rstrip(".")), ("Licence of the data", spec.license.rstrip(".")))
