@@ -112,13 +112,15 @@ class Encoder:
             place: Of the character that must stay.
             tokens: At least 1.
         """
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        spans = encoded["offset_mapping"]
-        if len(spans) <= tokens:
-            return text
+        spans = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         middle = next((token for token, (_, end) in enumerate(spans) if end > place), len(spans) - 1)
-        first = min(max(0, middle - tokens // 2), len(spans) - tokens)
-        return text[spans[first][0] : spans[first + tokens - 1][1]]
+        cut = text
+        for room in range(min(tokens, len(spans)), 0, -1):  # half a character at an edge comes back as a whole one
+            first = min(max(0, middle - room // 2), len(spans) - room)
+            cut = text[spans[first][0] : spans[first + room - 1][1]] if room < len(spans) else text
+            if len(self.tokenizer(cut, add_special_tokens=False)["input_ids"]) <= tokens:
+                break
+        return cut
 
     def _befores(self, questions: Sequence[str]) -> list[list[int]]:
         """Encode what stands before the windows of each row."""

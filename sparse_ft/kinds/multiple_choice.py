@@ -46,7 +46,7 @@ class MultipleChoice:
             zip(columns["text"], questions, columns["choices"], strict=True)
         ):
             own = [f"{question} {choice}" if question else choice for choice in choices]
-            texts += [_around_blank(text, own, encoder)] * len(own)
+            texts += [around_blank(text, own, encoder)] * len(own)
             seconds += own
             places += [(row, choice) for choice in range(len(own))]
         return [
@@ -94,7 +94,7 @@ class MultipleChoice:
         return {"label": labels[best], "choice": best, "score": float(probabilities[best])}
 
 
-def _around_blank(text: str, seconds: Sequence[str], encoder: Encoder) -> str:
+def around_blank(text: str, seconds: Sequence[str], encoder: Encoder) -> str:
     """Cut a text with a blank so that it fits beside the longest of its choices."""
     place = text.find(BLANK)
     if place < 0:
