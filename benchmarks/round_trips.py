@@ -47,7 +47,7 @@ def own_side(model: LoadedModel, task: str) -> Side:
         words = [len(row) for row in rows] if kind.level == "word" else None
         columns = {"tokens" if words else "text": rows}
         examples = kind.encode(columns, encoder=model.encoder, labels=spec.label_names, language=spec.language)
-        return row_logits(model.checkpoint.model, task, examples, num_rows=len(rows), num_words=words)
+        return row_logits(model.checkpoint.model, task, examples, num_rows=len(rows), num_parts=words)
 
     return run
 

@@ -147,7 +147,7 @@ class _Classifier:
     @torch.no_grad()
     def score(self, data: EvalData) -> Score:
         self.model.eval()
-        sizes = data.num_words or [1] * data.num_rows
+        sizes = data.num_parts or [1] * data.num_rows
         logits = [torch.zeros(size, len(self.outputs)) for size in sizes]
         order = np.argsort([-len(example.input_ids) for example in data.examples], kind="stable")
         for start in range(0, len(order), 32):
@@ -159,7 +159,9 @@ class _Classifier:
                     logits[example.row][example.word_indices] = row[example.word_positions]
                 else:
                     logits[example.row] = row
-        scored = score_rows(self.spec, data, self.kind.predictions(logits, labels=self.spec.label_names or []))
+        scored = score_rows(
+            self.spec, data, self.kind.predictions(logits, columns=data.columns, labels=self.spec.label_names or [])
+        )
         if self.words:
             plain = [[self.outputs[place] for place in row.argmax(-1).tolist()] for row in logits]
             scored.metrics["plain_f1"] = score_rows(self.spec, data, plain).metrics["f1"]

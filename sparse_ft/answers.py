@@ -1,5 +1,6 @@
 """The answers to one text: a form for each task kind, and all of them together, as ``predict --json`` writes them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, final
 
@@ -42,7 +43,27 @@ class EntitiesAnswer(TypedDict):
     entities: list[Entity]
 
 
-Answer = LabelAnswer | LabelsAnswer | EntitiesAnswer
+@final
+class SpanAnswer(TypedDict):
+    """Of a span extraction: the part of the text that answers the question; empty in a text without words."""
+
+    answer: str
+    start: int
+    """First character, in the text as given."""
+    end: int
+    """One past the last character."""
+    score: float
+
+
+@final
+class ChoiceAnswer(LabelScore):
+    """Of a multiple choice: the one choice."""
+
+    choice: int
+    """Its place, from 0."""
+
+
+Answer = LabelAnswer | LabelsAnswer | EntitiesAnswer | SpanAnswer | ChoiceAnswer
 
 
 @dataclass(frozen=True)
@@ -51,16 +72,19 @@ class Prediction:
 
     text: str
     tasks: dict[str, Answer]
-    """Task to its answer, by its kind: ``LabelAnswer``, ``LabelsAnswer`` or ``EntitiesAnswer``."""
+    """Task to its answer, in the form of its kind."""
     routing: dict[str, float]
     """Expert to weight: 1 where a task was named that one expert serves; the mean over tokens and blocks where the gate
     mixes for it; else what the gate thinks of every expert."""
     text_pair: str | None = None
     unknown: bool = False
     """Whether the gate turned the text away as unlike anything the experts know; ``tasks`` is empty then."""
+    choices: Sequence[str] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return what a line of ``predict --json`` holds."""
-        pair = {} if self.text_pair is None else {"text_pair": self.text_pair}
+        pair: dict[str, Any] = {} if self.text_pair is None else {"text_pair": self.text_pair}
+        if self.choices is not None:
+            pair["choices"] = list(self.choices)
         unknown = {"unknown": True} if self.unknown else {}
         return {"text": self.text, **pair, "tasks": self.tasks, "routing": self.routing, **unknown}

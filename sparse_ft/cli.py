@@ -140,8 +140,10 @@ def train(
     shown = shown_path(result.path)
     spec = next(iter(result.tasks.values()))
     example = spec.example or "Your text here."
-    if "text_pair" in spec.columns and "\t" not in example:
+    if spec.reads == "pair" and "\t" not in example:
         example = "Your first text here.\tYour second."
+    if spec.reads == "choices" and not example.startswith("{"):
+        example = '{"text": "Your text here.", "text_pair": "Your question?", "choices": ["One.", "Another."]}'
     speed = f"Trained on {result.tokens_per_second:,.0f} tokens per second. " if result.history else ""
     typer.echo(f"\n{speed}Checkpoint: {shown}")
     dashes = "-- " if example.startswith("-") else ""
@@ -209,8 +211,11 @@ def predict(
     device: DeviceOption = None,
     backbone: BackboneOption = None,
 ) -> None:
-    """Answer tasks for texts, one line a text (a tab separates the two texts of a pair)."""
-    from sparse_ft.lines import format_prediction, read_texts
+    """Answer tasks for texts, one line a text; a tab separates the two texts of a pair, or a text and a question.
+
+    Lines of a .jsonl file, and rows of multiple choice, are objects with text, text_pair and choices.
+    """
+    from sparse_ft.lines import format_prediction, read_rows, read_texts
 
     if text and file is not None:
         raise ConfigError("Texts and --file are both given. Choose one.")
@@ -219,13 +224,11 @@ def predict(
 
     model = load(checkpoint, device=device or "auto", backbone=backbone)
     wanted: Any = None if not task else "all" if task == ["all"] else task
-    pairs = any(
-        "text_pair" in model.tasks[name].columns
-        for name in (task if task and wanted != "all" else model.tasks)
-        if name in model.tasks
-    )
-    rows: Any = ((tuple(line.split("\t", 1)) if "\t" in line else line) for line in texts) if pairs else texts
-    for prediction in model.stream(rows, wanted, combine=combine):
+    asked = task if task and wanted != "all" else model.tasks
+    reads = {model.tasks[name].reads for name in asked if name in model.tasks}
+    as_json = "choices" in reads or (file or "").endswith(".jsonl")
+    form: Any = "json" if as_json else "pair" if "pair" in reads else "text"
+    for prediction in model.stream(read_rows(texts, form=form), wanted, combine=combine):
         line = json.dumps(prediction.to_dict(), ensure_ascii=False) if json_ else format_prediction(prediction)
         typer.echo(line)
 

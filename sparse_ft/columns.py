@@ -1,6 +1,7 @@
 """The columns every task has, out of the records of any source: texts, label names, tokens and IOB2 tags."""
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -29,8 +30,20 @@ _FEATURES = {
     "tags": _STRINGS,
     "starts": _OFFSETS,
     "ends": _OFFSETS,
+    "choices": _STRINGS,
+    "answer": datasets.Value("int64"),
+    "answers": _STRINGS,
+    "answer_starts": _OFFSETS,
     "row": datasets.Value("int64"),
 }
+
+_ANSWERS: dict[str, list[str]] = {
+    "classification": ["label"],
+    "multi_label": ["labels"],
+    "span_extraction": ["answers"],
+    "multiple_choice": ["choices", "answer"],
+}
+"""The columns that a kind needs besides texts; token classification has ``tokens`` and ``tags``, or ``spans``."""
 
 
 class Reading(NamedTuple):
@@ -64,8 +77,8 @@ def wanted_columns(spec: TaskSpec, columns: dict[str, Column]) -> dict[str, Colu
         by_spans = "spans" in columns or (spec.files is not None and spec.files.format == "cluener")
         ours = ["text", "spans"] if by_spans else ["tokens", "tags"]
     else:
-        ours = ["text", *(["text_pair"] if "text_pair" in columns else [])]
-        ours.append("labels" if spec.kind == "multi_label" else "label")
+        pair = "text_pair" in columns or spec.kind == "span_extraction"
+        ours = ["text", *(["text_pair"] if pair else []), *_ANSWERS[spec.kind]]
     return {name: columns.get(name, name) for name in ours}
 
 
@@ -93,6 +106,12 @@ def to_dataset(records: Sequence[Record], reading: Reading) -> datasets.Dataset:
             f"No row of {records[0].path!r} is left: all have no words, or a label in {reading.spec.drop_labels}. "
             "Check the file and `drop_labels` in the task file."
         )
+    lost = sum("answers" in row and row["answers"] is not None and max(row["answer_starts"]) < 0 for row in rows)
+    if lost:
+        logger.warning(
+            "%s: %d of %d questions have no answer that stands in the text. Training leaves them out; a score counts "
+            "them.", records[0].path, lost, len(rows),
+        )  # fmt: skip
     dropped = sum(row.pop("overlapping", 0) for row in rows)
     if dropped:
         logger.warning("%s: %d spans overlap longer or earlier ones and are left out.", records[0].path, dropped)
@@ -269,8 +288,73 @@ def _over_words(span: Span, words: Sequence[Any], record: Record) -> Span:
     return Span(span.type, inside[0], inside[-1] + 1)
 
 
+def _reading_row(record: Record, reading: Reading) -> dict[str, Any]:
+    """Find the answers in the text; where the source says wrong where one starts, its nearest occurrence counts."""
+    texts = _texts(record, reading)
+    text = texts["text"]
+    words = split_words(text, reading.spec.language)
+    row = {
+        **texts,
+        "tokens": [word.text for word in words],
+        "starts": [word.start for word in words],
+        "ends": [word.end for word in words],
+    }
+    value = _source_label(record, reading, "answers")
+    if value is None:
+        return {**row, "answers": None, "answer_starts": None}
+    answers = _source_answers(value, record)
+    starts = [_nearest(text, answer, start) for answer, start in answers]
+    hidden = not reading.labelled and max(starts, default=-1) < 0  # CMRC 2018 fills in FAKE_ANSWER_1
+    if not answers and not hidden:
+        raise DataError(f"{record.place}: the question has no answer. Give it one, or leave it out.")
+    return {
+        **row,
+        "answers": None if hidden else [answer for answer, _ in answers],
+        "answer_starts": None if hidden else starts,
+    }
+
+
+def _source_answers(value: Any, record: Record) -> list[tuple[str, int]]:
+    """Return the texts and starts of a list of answers, or of lists side by side, as the hub has them."""
+    if isinstance(value, dict) and {"text", "answer_start"} <= set(value):
+        return [(str(text), int(start)) for text, start in zip(value["text"], value["answer_start"], strict=True)]
+    if isinstance(value, list) and all(isinstance(item, dict) and "text" in item for item in value):
+        return [(str(item["text"]), int(item.get("answer_start", -1))) for item in value]
+    raise DataError(f'{record.place}: answers must be [{{"text", "answer_start"}}, …], not {str(value)[:60]!r}.')
+
+
+def _nearest(text: str, answer: str, start: int) -> int:
+    """Return where an answer stands in a text, nearest to where it is said to; -1 if nowhere."""
+    if not answer.strip():
+        return -1
+    places = [found.start() for found in re.finditer(f"(?={re.escape(answer)})", text)]
+    return min(places, key=lambda place: abs(place - start)) if places else -1
+
+
+def _choice_row(record: Record, reading: Reading) -> dict[str, Any]:
+    """Read the choices, and which is right: its place from 0, or its text."""
+    texts = _texts(record, reading)
+    choices = pick(record, reading.columns["choices"])
+    if not isinstance(choices, list) or not choices:
+        raise DataError(f"{record.place}: choices must be a list of texts with one at least, not {choices!r}.")
+    choices = [str(choice) for choice in choices]
+    value = _source_label(record, reading, "answer")
+    if value is None:
+        return {**texts, "choices": choices, "answer": None}
+    if isinstance(value, str) and value in choices:
+        value = choices.index(value)
+    if not isinstance(value, int) or not 0 <= value < len(choices):
+        raise DataError(
+            f"{record.place}: the answer {value!r} is none of the choices, nor the place of one from 0 to "
+            f"{len(choices) - 1}: {', '.join(choices)}."
+        )
+    return {**texts, "choices": choices, "answer": value}
+
+
 _ROWS: dict[str, Callable[[Record, Reading], dict[str, Any] | None]] = {
     "classification": _classification_row,
     "multi_label": _multi_label_row,
     "token_classification": _token_row,
+    "span_extraction": _reading_row,
+    "multiple_choice": _choice_row,
 }

@@ -1,12 +1,19 @@
-"""The most probable tags that form legal IOB2: an ``I-`` only after a tag of the same type."""
+"""What is legal as a whole: IOB2 tags with an ``I-`` only after its own type, and spans that end after they start."""
 
 from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sparse_ft.schemes import split_tag
+
+NEVER = -1e4
+"""Logit of every output but the first for a word that no token stands for: it is O with certainty, and ends no span."""
+
+MAX_WORDS = 100
+"""Longest answer; in Chinese a word is a character. The longest of CMRC 2018's development set has 88."""
 
 
 def best_legal_tags(logits: Tensor, tags: Sequence[str]) -> list[int]:
@@ -44,6 +51,27 @@ def best_legal_tags(logits: Tensor, tags: Sequence[str]) -> list[int]:
         place = origin[place]
         chosen.append(place)
     return chosen[::-1]
+
+
+def best_span(logits: Tensor) -> tuple[int, int]:
+    """Find the span with the highest sum of its start and end logits, of at most MAX_WORDS words.
+
+    Args:
+        logits: [words, 2], start and end, of one text.
+
+    Returns:
+        The first and the last word; (-1, -1) if there are no words.
+    """
+    number = len(logits)
+    if not number:
+        return -1, -1
+    missing = logits[:, 1] <= NEVER  # the first output of a word without a token says nothing
+    starts, ends = logits[:, 0].masked_fill(missing, NEVER), logits[:, 1]
+    width = min(MAX_WORDS, number)
+    padded = functional.pad(ends, (0, width - 1), value=-torch.inf)
+    sums = starts.unsqueeze(1) + padded.unfold(0, width, 1)  # [words, width], by start and length
+    first, length = divmod(int(sums.argmax()), width)
+    return first, first + length
 
 
 def _follows(left: str, right: str) -> bool:

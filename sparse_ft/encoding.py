@@ -1,7 +1,7 @@
 """From text to token ids: single texts, pairs, and windows over words."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -23,7 +23,7 @@ class Example:
     word_positions: list[int] = field(default_factory=list)
     """Tokens whose hidden states are classified; empty where the pooled text is."""
     word_indices: list[int] = field(default_factory=list)
-    """The words of the text that ``word_positions`` stand for."""
+    """The words of the text that ``word_positions`` stand for; or the one choice of the text that stands here."""
     word_shapes: list[int] = field(default_factory=list)
     """How the word of each token is written, an index in ``word_shapes.SHAPES``; empty where no words are given."""
     targets: list[Any] = field(default_factory=list)
@@ -55,6 +55,11 @@ class Encoder:
         first = special.index(0) if 0 in special else 0
         last = len(special) - special[::-1].index(0) if 0 in special else 0
         self.prefix, self.suffix = ids[:first], ids[last:]
+        pair = self.tokenizer("a", "a", return_special_tokens_mask=True)
+        marks = "".join(map(str, pair["special_tokens_mask"])).strip("1")  # of BERT: 0 1 0
+        start = pair["special_tokens_mask"].index(0) + marks.find("1") if "1" in marks else 0
+        self.between = pair["input_ids"][start : start + marks.count("1")]
+        """Special tokens between the two texts of a pair; those before and after it are those of a text."""
         # Some tokenizers give token types to models that have none; GPT-2 would add word embeddings for them.
         self.has_types = "token_type_ids" in probe and getattr(backbone.config, "type_vocab_size", 0) > 1
 
@@ -75,7 +80,7 @@ class Encoder:
             for row, (ids, type_ids) in enumerate(zip(encoded["input_ids"], types, strict=True))
         ]
 
-    def words(self, rows: Sequence[Sequence[str]]) -> list[Example]:
+    def words(self, rows: Sequence[Sequence[str]], *, questions: Sequence[str] | None = None) -> list[Example]:
         """Encode lists of words; a row that exceeds ``max_length`` becomes overlapping windows.
 
         Every word belongs to exactly one window, the one that shows most of what surrounds it. A word that the
@@ -83,28 +88,60 @@ class Encoder:
 
         Args:
             rows: Words of each text; a text may have none.
+            questions: As many texts, each of which stands before its row as the first of a pair, in all its windows;
+                at most half of ``max_length`` is for it.
         """
+        befores = [self.prefix] * len(rows) if questions is None else self._befores(questions)
         filled = [row for row, words in enumerate(rows) if len(words)]
-        examples = [
-            Example(row, [*self.prefix, *self.suffix] or [self.empty_id])
-            for row, words in enumerate(rows)
-            if not len(words)
-        ]
+        examples = [self._window(row, [], befores[row]) for row, words in enumerate(rows) if not len(words)]
         if filled:
             encoded = self.tokenizer(
                 [list(rows[row]) for row in filled], is_split_into_words=True, add_special_tokens=False
             )
             for place, row in enumerate(filled):
                 shapes = [word_shape(word) for word in rows[row]]
-                examples.extend(self._windows(row, encoded["input_ids"][place], encoded.word_ids(place), shapes))
+                ids, word_ids = encoded["input_ids"][place], encoded.word_ids(place)
+                examples.extend(self._windows(row, ids, word_ids, shapes, before=befores[row]))
         return sorted(examples, key=_by_row)
 
-    def _windows(self, row: int, ids: list[int], word_ids: list[int], shapes: list[int]) -> list[Example]:
+    def around(self, text: str, place: int, *, tokens: int) -> str:
+        """Cut a text to so many tokens, evenly on both sides of a character as far as the text goes.
+
+        Args:
+            text: Any text.
+            place: Of the character that must stay.
+            tokens: At least 1.
+        """
+        spans = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        middle = next((token for token, (_, end) in enumerate(spans) if end > place), len(spans) - 1)
+        cut = text
+        for room in range(min(tokens, len(spans)), 0, -1):  # half a character at an edge comes back as a whole one
+            first = min(max(0, middle - room // 2), len(spans) - room)
+            cut = text[spans[first][0] : spans[first + room - 1][1]] if room < len(spans) else text
+            if len(self.tokenizer(cut, add_special_tokens=False)["input_ids"]) <= tokens:
+                break
+        return cut
+
+    def _befores(self, questions: Sequence[str]) -> list[list[int]]:
+        """Encode what stands before the windows of each row."""
+        room = self.max_length // 2 - len(self.prefix) - len(self.between)
+        encoded = self.tokenizer(list(questions), add_special_tokens=False)["input_ids"] if questions else []
+        return [[*self.prefix, *ids[: max(0, room)], *self.between] for ids in encoded]
+
+    def _window(self, row: int, ids: Sequence[int], before: list[int]) -> Example:
+        """Put special tokens, and the question if there is one, around a piece of a row."""
+        paired = self.has_types and before is not self.prefix
+        types = [0] * len(before) + [1] * (len(ids) + len(self.suffix)) if paired else None
+        return Example(row, [*before, *ids, *self.suffix] or [self.empty_id], token_type_ids=types)
+
+    def _windows(
+        self, row: int, ids: list[int], word_ids: list[int], shapes: list[int], *, before: list[int]
+    ) -> list[Example]:
         marks: dict[int, int] = {}  # word -> the piece that stands for it
         for position, word in enumerate(word_ids):
             if self.last_piece or word not in marks:
                 marks[word] = position
-        capacity = self.max_length - len(self.prefix) - len(self.suffix)
+        capacity = self.max_length - len(before) - len(self.suffix)
         owned: dict[int, list[int]] = {}  # start of window -> its words
         starts = _window_starts(len(ids), capacity)
         for word, position in marks.items():
@@ -112,13 +149,12 @@ class Encoder:
             best = max(seen, key=lambda start: min(position - start, start + capacity - 1 - position))
             owned.setdefault(best, []).append(word)
         return [
-            Example(
-                row,
-                [*self.prefix, *ids[start : start + capacity], *self.suffix] or [self.empty_id],
-                word_positions=[len(self.prefix) + marks[word] - start for word in owned.get(start, [])],
+            replace(
+                self._window(row, ids[start : start + capacity], before),
+                word_positions=[len(before) + marks[word] - start for word in owned.get(start, [])],
                 word_indices=owned.get(start, []),
                 word_shapes=[
-                    *(_NO_WORD for _ in self.prefix),
+                    *(_NO_WORD for _ in before),
                     *(shapes[word] for word in word_ids[start : start + capacity]),
                     *(_NO_WORD for _ in self.suffix),
                 ]

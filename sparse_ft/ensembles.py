@@ -179,7 +179,11 @@ def find_ensembles(
                 f"Task {name!r} was trained jointly, so its experts are combined already. Leave out --combine, or name "
                 "other tasks."
             )
-        question = (spec.kind, spec.language, frozenset(spec.label_names or []), "text_pair" in spec.columns)
+        if combine == "vote" and spec.kind not in _VOTES:
+            raise ConfigError(
+                f"There is no vote on tasks of the kind {spec.kind}, as {name!r} is. Take --combine mix or average."
+            )
+        question = (spec.kind, spec.language, frozenset(spec.label_names or []), spec.reads)
         groups.setdefault(question, []).extend(Member(name, expert) for expert in slot.experts)
     found = {
         group[0].task: Ensemble(tuple(group), combine) if len(group) > 1 else None  # type: ignore[arg-type]
@@ -210,7 +214,7 @@ def ensemble_logits(
     examples: Sequence[Example],
     *,
     num_rows: int,
-    num_words: Sequence[int] | None = None,
+    num_parts: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """Compute the logits of an ensemble for each text.
 
@@ -220,7 +224,7 @@ def ensemble_logits(
         ensemble: Some of its experts and heads.
         examples: Rows of model input, encoded for its first task.
         num_rows: Number of texts.
-        num_words: Words of each text, for tasks that tag words.
+        num_parts: Words or choices of each text, see ``TaskKind.parts``.
 
     Returns:
         One float32 CPU tensor a text, (labels,) or (words, tags), in the order of the first task's labels.
@@ -237,7 +241,7 @@ def ensemble_logits(
         routings = [routing] * len(members)
     parts = []
     for member, own in zip(members, routings, strict=True):
-        rows = row_logits(model, member.task, examples, num_rows=num_rows, num_words=num_words, routing=own)
+        rows = row_logits(model, member.task, examples, num_rows=num_rows, num_parts=num_parts, routing=own)
         theirs = find_kind(first.kind).outputs(specs[member.task].label_names or [])
         order = [theirs.index(output) for output in outputs]
         parts.append([row[..., order] for row in rows])

@@ -37,8 +37,8 @@ class EvalData:
 
     columns: dict[str, list[Any]]
     examples: list[Example]
-    num_words: list[int] | None
-    """Words of each row, for tasks that tag words."""
+    num_parts: list[int] | None
+    """Words or choices of each row, for tasks that give logits for these."""
 
     @property
     def num_rows(self) -> int:
@@ -53,7 +53,7 @@ class EvalData:
         return EvalData(
             {name: [values[row] for row in rows] for name, values in self.columns.items()},
             [replace(example, row=places[example.row]) for example in self.examples if example.row in places],
-            None if self.num_words is None else [self.num_words[row] for row in rows],
+            None if self.num_parts is None else [self.num_parts[row] for row in rows],
         )
 
 
@@ -114,8 +114,7 @@ def prepare(columns: Mapping[str, Sequence[Any]], *, spec: TaskSpec, encoder: En
     known = [place for place, answer in enumerate(answers) if answer is not None]
     kept = {name: [values[place] for place in known] for name, values in columns.items()}
     examples = kind.encode(kept, encoder=encoder, labels=spec.label_names or [], language=spec.language)
-    num_words = [len(tokens) for tokens in kept["tokens"]] if kind.level == "word" else None
-    return EvalData(kept, examples, num_words)
+    return EvalData(kept, examples, kind.parts(kept, language=spec.language))
 
 
 def predict_rows(
@@ -142,12 +141,12 @@ def predict_rows(
         spec.name,
         data.examples,
         num_rows=data.num_rows,
-        num_words=data.num_words,
+        num_parts=data.num_parts,
         routing=routing,
         gate=gate,
         usage=usage,
     )
-    return find_kind(spec.kind).predictions(logits, labels=spec.label_names or [])
+    return find_kind(spec.kind).predictions(logits, columns=data.columns, labels=spec.label_names or [])
 
 
 def score_rows(
@@ -205,9 +204,9 @@ def evaluate_task(
     title = f"{spec.name} · {split}"
     if ensemble is not None:
         logits = ensemble_logits(
-            model, specs or {}, ensemble, data.examples, num_rows=data.num_rows, num_words=data.num_words
+            model, specs or {}, ensemble, data.examples, num_rows=data.num_rows, num_parts=data.num_parts
         )
-        predictions = find_kind(spec.kind).predictions(logits, labels=spec.label_names or [])
+        predictions = find_kind(spec.kind).predictions(logits, columns=data.columns, labels=spec.label_names or [])
         routing = equal_routing(model, ensemble.experts, number=len(data.examples))
         title = f"{title} · {ensemble.combine} of {', '.join(ensemble.experts)}"
     elif gate is not None:

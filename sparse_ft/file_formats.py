@@ -6,6 +6,7 @@ Every reader yields one Record a row and knows nothing of tasks.
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +16,9 @@ import pyarrow
 import pyarrow.parquet
 
 from sparse_ft.errors import DataError
-from sparse_ft.records import SENTENCE, Record, locate, pick, read_text, split_tokens, text_lines
+from sparse_ft.records import QUESTION, SENTENCE, Record, locate, pick, read_text, split_tokens, text_lines
 from sparse_ft.tasks import Column
+from sparse_ft.words import BLANK
 
 
 class FileOptions(NamedTuple):
@@ -235,6 +237,86 @@ def _check_surface(record: Record, text: str, start: int, surface: str) -> None:
         )
 
 
+def _read_squad(path: Path, options: FileOptions) -> Iterator[Record]:
+    """Yield ``context``, ``question``, ``answers`` and ``id`` of each question, as SQuAD, CMRC 2018 and DRCD ship them.
+
+    Answers are ``{"text", "answer_start"}``; their shape is that of
+    https://github.com/ymcui/cmrc2018/tree/c0eb1b6ba219847457e6af3180da722bbeb656af/squad-style-data
+    """
+    content = _parse_json(read_text(path), repr(str(path)))
+    number = 0
+    for article in _member(content, "data", path, "an object"):
+        for paragraph in _member(article, "paragraphs", path, f"the article after question {number}"):
+            for question in _member(paragraph, "qas", path, f"the paragraph after question {number}"):
+                number += 1
+                values = {**question, "context": _member(paragraph, "context", path, f"the paragraph of {number}")}
+                yield Record(values, str(path), number, QUESTION)
+
+
+def _read_c3(path: Path, options: FileOptions) -> Iterator[Record]:
+    """Yield ``context``, ``question``, ``choice`` and ``answer`` of each question of C3, its documents as lines.
+
+    The file is a list of ``[[document, …], [{question, choice, answer}, …], id]``, as read by
+    https://github.com/CLUEbenchmark/CLUE/blob/9d232934e74c3ddd1f7b25d8e9711900aef5b8fe/baselines/models_pytorch/mrc_pytorch/run_c3.py
+    """
+    content = _parse_json(read_text(path), repr(str(path)))
+    number = 0
+    for place, entry in enumerate(content if isinstance(content, list) else [content], start=1):
+        parts = entry if isinstance(entry, list) else []
+        if len(parts) < 2 or not all(isinstance(part, list) for part in parts[:2]):
+            raise DataError(
+                f"{str(path)!r}, entry {place}: expected [[document, …], [question, …], id] as C3 has it, found "
+                f"{str(entry)[:60]!r}. Check that it is the right file."
+            )
+        for question in parts[1]:
+            number += 1
+            yield Record({**question, "context": "\n".join(map(str, parts[0]))}, str(path), number, QUESTION)
+
+
+def _read_chid(path: Path, options: FileOptions) -> Iterator[Record]:
+    """Yield ``text``, ``candidates``, ``answer`` and ``id`` of each blank of ChID's passages.
+
+    A line is ``{"content": [passage, …], "candidates": [idiom, …]}``, with blanks written ``#idiom000378#``; the place
+    of the right candidate stands under that name in the file ``<name>_answer.json`` beside it, as read by
+    https://github.com/CLUEbenchmark/CLUE/blob/9d232934e74c3ddd1f7b25d8e9711900aef5b8fe/baselines/models_pytorch/mrc_pytorch/preprocess/CHID_preprocess.py
+    In ``text`` the blank that is asked for is BLANK, and the others are dots.
+    """
+    answers = _chid_answers(path)
+    number = 0
+    for record in _read_jsonl(path, options):
+        candidates = pick(record, "candidates")
+        for passage in pick(record, "content"):
+            for name in _IDIOM.findall(passage):
+                number += 1
+                text = _IDIOM.sub("……", passage.replace(name, BLANK))
+                answer = None if answers is None else answers.get(name)
+                if answers is not None and answer is None:
+                    raise DataError(
+                        f"{record.place}: the answers beside the file have none for {name}. Fetch both anew."
+                    )
+                values = {"text": text, "candidates": candidates, "answer": answer, "id": name}
+                yield Record(values, str(path), number, "blank")
+
+
+_IDIOM = re.compile(r"#idiom\d+#")
+
+
+def _chid_answers(path: Path) -> dict[str, int] | None:
+    """Read the answers that belong to a file of passages; None if its publisher hides them."""
+    name = f"{path.name.removesuffix('.gz').removesuffix('.json')}_answer.json"
+    beside = next((other for other in (path.with_name(name), path.with_name(f"{name}.gz")) if other.is_file()), None)
+    return None if beside is None else dict(_parse_json(read_text(beside), repr(str(beside))))
+
+
+def _member(values: Any, name: str, path: Path, where: str) -> Any:
+    if not isinstance(values, dict) or name not in values:
+        raise DataError(
+            f"{str(path)!r}: {where} has no {name!r}. Expected the shape of SQuAD: data, paragraphs, context, qas, "
+            "answers. Check that it is the right file."
+        )
+    return values[name]
+
+
 def _read_parquet(path: Path, options: FileOptions) -> Iterator[Record]:
     try:
         table = pyarrow.parquet.read_table(path)
@@ -291,6 +373,9 @@ FORMATS: dict[str, Callable[[Path, FileOptions], Iterator[Record]]] = {
     "json": _read_json,
     "cluener": _read_cluener,
     "cluewsc": _read_cluewsc,
+    "squad": _read_squad,
+    "c3": _read_c3,
+    "chid": _read_chid,
     "parquet": _read_parquet,
     "lines": _read_lines,
 }

@@ -105,7 +105,10 @@ class _Loop:
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
         self.optimizer = accelerator.prepare(build_optimizer(self.parameters, run))
-        self.lengths = {name: [len(row.input_ids) for row in task.examples] for name, task in tasks.items()}
+        self.lengths = {
+            name: [sum(len(task.examples[place].input_ids) for place in unit) for unit in task.units]
+            for name, task in tasks.items()
+        }
         self.data = fingerprint({name: [*task.examples, *task.validation.examples] for name, task in tasks.items()})
         self.gradients = Gradients(
             model,

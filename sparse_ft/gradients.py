@@ -87,7 +87,7 @@ class Gradients:
         """Add the gradients of a batch.
 
         Args:
-            pairs: Its rows.
+            pairs: Its rows, by task and place among ``TrainingTask.units``.
             step: Number of the optimizer step, which the random numbers depend on.
         """
         targets = _count_targets(self.tasks, pairs)
@@ -152,20 +152,21 @@ class Gradients:
         whole: "_Whole",
     ) -> tuple[Tensor, Found]:
         """Return what some rows of a batch add to the loss that is trained on, and to the means over the batch."""
-        rows = [(task, self.tasks[task].examples[row]) for task, row in pairs]
+        places = [(task, place) for task, unit in pairs for place in self.tasks[task].units[unit]]
+        rows = [(task, self.tasks[task].examples[place]) for task, place in places]
         batch = collate(rows, pad_id=self.model.backbone.pad_id, device=self.model.device)
         mixing = self.mixing
         logits, added = (
             (self.model(batch, generator=generator), None)
             if mixing is None
-            else mixing.run(self.model, batch, pairs, generator=generator)
+            else mixing.run(self.model, batch, places, generator=generator)
         )
         share = _count_targets(self.tasks, pairs)
         total, losses = torch.zeros((), device=self.model.device), {}
         for part in batch.tasks:
-            kind = find_kind(self.tasks[part.task].spec.kind)
             assert part.targets is not None
-            mean = kind.loss(logits[part.task], part.targets, label_smoothing=self.run.train.label_smoothing)
+            own = [unit for task, unit in pairs if task == part.task]
+            mean = self._mean_loss(self.tasks[part.task], own, logits[part.task], part.targets)
             loss = mean * (share[part.task] / whole.targets[part.task])
             # Each task weighs as its rows do: a batch is worth the mean over its rows, whatever the mixture.
             total = total + loss * (whole.task_rows[part.task] / whole.rows)
@@ -175,6 +176,15 @@ class Gradients:
         part_of_batch = len(pairs) / whole.rows
         scaled = {name: value * part_of_batch for name, value in added.losses.items()}
         return total + added.total * part_of_batch, Found(losses, scaled, added.usage * part_of_batch)
+
+    def _mean_loss(self, task: TrainingTask, units: Sequence[int], logits: Tensor, targets: Tensor) -> Tensor:
+        """Average the loss of some rows of one task, whose logits and targets follow one another."""
+        kind, smoothing = find_kind(task.spec.kind), self.run.train.label_smoothing
+        if not kind.by_row:
+            return kind.loss(logits, targets, label_smoothing=smoothing)
+        sizes = [sum(len(task.examples[place].targets) for place in task.units[unit]) for unit in units]
+        parts = zip(logits.split(sizes), targets.split(sizes), strict=True)
+        return torch.stack([kind.loss(*part, label_smoothing=smoothing) for part in parts]).mean()
 
 
 def _count_workers(model: SparseExpertModel, run: RunConfig) -> int:
@@ -192,7 +202,11 @@ def _thread_pool(workers: int) -> ThreadPoolExecutor:
 def _count_targets(tasks: Mapping[str, TrainingTask], pairs: Pairs) -> dict[str, int]:
     """Count what the mean loss of each task is taken over."""
     counts: dict[str, int] = {}
-    for task, row in pairs:
-        targets = tasks[task].examples[row].targets
-        counts[task] = counts.get(task, 0) + sum(target != IGNORED for target in targets)
+    for task, unit in pairs:
+        if find_kind(tasks[task].spec.kind).by_row:
+            number = 1
+        else:
+            (place,) = tasks[task].units[unit]
+            number = sum(target != IGNORED for target in tasks[task].examples[place].targets)
+        counts[task] = counts.get(task, 0) + number
     return counts

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sparse_ft.batching import collate, length_batches
+from sparse_ft.decoding import NEVER
 from sparse_ft.encoding import Example
 from sparse_ft.errors import ConfigError
 from sparse_ft.gates import Gate, SequenceGate, TokenGate
@@ -17,9 +18,6 @@ from sparse_ft.trunk import keep_trunk
 MAX_TOKENS = 4096
 """Per batch: keeps the matrices inside the caches of a CPU and a small GPU busy."""
 
-_NEVER = -1e4
-"""Logit of every tag but O for a word that the tokenizer dropped, so that it is O with certainty."""
-
 
 @torch.no_grad()
 def row_logits(
@@ -28,7 +26,7 @@ def row_logits(
     examples: Sequence[Example],
     *,
     num_rows: int,
-    num_words: Sequence[int] | None = None,
+    num_parts: Sequence[int] | None = None,
     routing: Routing | None = None,
     gate: Gate | None = None,
     usage: Tensor | None = None,
@@ -40,25 +38,25 @@ def row_logits(
         task: One of its tasks.
         examples: Rows of model input; windows of one text share a ``row``.
         num_rows: Number of texts.
-        num_words: Words of each text, for tasks that tag words.
+        num_parts: Words or choices of each text, for tasks that give logits for these; see ``TaskKind.parts``.
         routing: Of the examples; None takes the task's expert, or asks the model's gate if the task was trained so.
         gate: Asked at every block in place of ``routing``.
         usage: [examples, blocks, experts], filled with the mean weight that ``gate`` gave each expert over the tokens;
             blocks from ``model.first_block`` on.
 
     Returns:
-        One float32 CPU tensor a text: (labels,), or (words, tags).
+        One float32 CPU tensor a text: (labels,), or (words, tags), or (choices, 1).
     """
     num_outputs = model.head(task).linear.out_features
     asked = routing is None and gate is None and model.tasks[task].gated and not isinstance(model.gate, TokenGate)
     if asked and any(example.hidden is None for example in examples):
         routing = text_routing(model, examples, task=task)
-    if num_words is None:
+    if num_parts is None:
         rows = [torch.zeros(num_outputs) for _ in range(num_rows)]
     else:
-        untagged = torch.full((num_outputs,), _NEVER)
+        untagged = torch.full((num_outputs,), NEVER)
         untagged[0] = 0.0
-        rows = [untagged.repeat(words, 1) for words in num_words]
+        rows = [untagged.repeat(parts, 1) for parts in num_parts]
     for members in _batches(examples):
         chosen = [examples[member] for member in members]
         batch = collate([(task, example) for example in chosen], pad_id=model.backbone.pad_id, device=model.device)
@@ -67,7 +65,7 @@ def row_logits(
         logits = model(batch, routing=own, gate=gate, seen=seen)[task].float().cpu()
         if usage is not None:
             usage[members] = _mean_weights(seen, batch.attention_mask, len(model.experts.names)).cpu()
-        if num_words is None:
+        if num_parts is None:
             for example, row in zip(chosen, logits, strict=True):
                 rows[example.row] = row
             continue

@@ -1,9 +1,10 @@
 """Texts in, answers out, one a line."""
 
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from sparse_ft.errors import DataError
 
@@ -32,6 +33,40 @@ def read_texts(source: str) -> Iterator[str]:
         raise DataError(f"File {source!r} may not be read: {error.strerror}.") from error
 
 
+def read_rows(lines: Iterable[str], *, form: Literal["text", "pair", "json"]) -> Iterator[Any]:
+    """Yield what ``LoadedModel.predict`` takes for each line.
+
+    Args:
+        lines: Without their ends.
+        form: ``text``: a line is a text; ``pair``: it may hold two, with a tab between them; ``json``: it is an object
+            with ``text``, and as the task needs them ``text_pair`` and ``choices``.
+
+    Raises:
+        DataError: If a line is no such object.
+    """
+    for number, line in enumerate(lines, start=1):
+        if form == "json":
+            yield _parsed(line, number)
+        else:
+            yield tuple(line.split("\t", 1)) if form == "pair" and "\t" in line else line
+
+
+def _parsed(line: str, number: int) -> Any:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"Line {number} is no JSON ({error}): {line[:60]!r}. {_ROW}") from error
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str) or set(row) - _KEYS:
+        raise DataError(f"Line {number} is not such a row: {line[:60]!r}. {_ROW}")
+    if "choices" in row:
+        return row["text"], row.get("text_pair"), row["choices"]
+    return (row["text"], row["text_pair"]) if "text_pair" in row else row["text"]
+
+
+_KEYS = {"text", "text_pair", "choices"}
+_ROW = 'Expected {"text": "…", "text_pair": "…", "choices": ["…", "…"]}, the last two as the task reads them.'
+
+
 def _lines(stream: Any, name: str) -> Iterator[str]:
     for number, line in enumerate(stream, start=1):
         try:
@@ -45,7 +80,8 @@ def _lines(stream: Any, name: str) -> Iterator[str]:
 
 def format_prediction(prediction: "Prediction") -> str:
     """Show the answers to one text for people: the text, then a line a task."""
-    lines = [prediction.text if prediction.text_pair is None else f"{prediction.text}\t{prediction.text_pair}"]
+    asked = [prediction.text, prediction.text_pair, *(prediction.choices or [])]
+    lines = ["\t".join(part for part in asked if part is not None)]
     if prediction.unknown:
         return f"{lines[0]}\n  unknown: unlike the texts that the experts were trained on"
     width = max((len(task) for task in prediction.tasks), default=0)
@@ -56,6 +92,8 @@ def format_prediction(prediction: "Prediction") -> str:
 def _format_answer(answer: "Answer") -> str:
     if "label" in answer:
         return f"{answer['label']} ({answer['score']:.2f})"
+    if "answer" in answer:
+        return f"{answer['answer']} [{answer['start']}-{answer['end']}] ({answer['score']:.2f})"
     if "labels" in answer:
         return ", ".join(f"{entry['label']} ({entry['score']:.2f})" for entry in answer["labels"]) or "none"
     entities = [

@@ -10,7 +10,7 @@ from datasets import Features, Value
 from datasets import Sequence as ListOf
 
 from sparse_ft.errors import ConfigError, unknown_name
-from sparse_ft.scores import Score, score_classification, score_multi_label, score_tagging
+from sparse_ft.scores import Score, score_answers, score_classification, score_multi_label, score_tagging
 
 _LABELS = [Features({"predictions": Value(kind), "references": Value(kind)}) for kind in ("string", "int64")]
 _LABEL_LISTS = [
@@ -114,6 +114,23 @@ class TokenWeightedF1(_TagMetric):
     """Mean of the tags' F1, weighted by how often each occurs in the references, ``O`` included."""
 
 
+class _AnswerMetric(_MemoryMetric):
+    """A figure over answers: a list of one text a row, and a list of those that are right."""
+
+    columns = _LABEL_LISTS[:1]
+
+    def _compute(self, *, predictions: list[list[str]], references: list[list[str]]) -> dict[str, float]:
+        return {self.name: score_answers(references, predictions).metrics[self.name]}
+
+
+class ExactMatch(_AnswerMetric):
+    """Share of answers that are right but for case and punctuation, as CMRC 2018 counts them."""
+
+
+class AnswerF1(_AnswerMetric):
+    """Mean of the answers' F1 over characters and words, as CMRC 2018 counts it."""
+
+
 METRICS: dict[str, type[_MemoryMetric]] = {
     "accuracy": Accuracy,
     "macro_f1": MacroF1,
@@ -127,6 +144,8 @@ METRICS: dict[str, type[_MemoryMetric]] = {
     "token_macro_f1": TokenMacroF1,
     "token_micro_f1": TokenMicroF1,
     "token_weighted_f1": TokenWeightedF1,
+    "exact_match": ExactMatch,
+    "answer_f1": AnswerF1,
 }
 _EXTERNAL = "evaluate:"
 

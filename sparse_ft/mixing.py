@@ -15,7 +15,8 @@ from sparse_ft.model import SparseExpertModel
 from sparse_ft.routing import Routing
 
 Pairs = Sequence[tuple[str, int]]
-"""Task and row number of each row of a batch, the rows of a task adjacent."""
+"""Task and place of each row of a batch, the rows of a task adjacent: a unit of ``TrainingTask.units`` until it is
+computed, then each of its examples."""
 
 
 class Mixing:

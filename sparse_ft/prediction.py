@@ -21,15 +21,15 @@ from sparse_ft.inference import entering, leaving, row_logits, stacked_means, te
 from sparse_ft.kinds import find_kind
 from sparse_ft.routing import Routing
 from sparse_ft.tasks import TaskSpec
-from sparse_ft.words import split_words
 
 CHUNK = 256
 """Texts that are in memory at once when a stream is read; sorted by length among themselves."""
 
 _Key = tuple[int, ...]
 
-Text = str | tuple[str, str]
-"""A text, or a pair of texts for tasks on pairs."""
+Text = str | tuple[str, str] | tuple[str, str | None, Sequence[str]]
+"""A text; a pair of texts for tasks on pairs, or a text and a question about it; or a text, a question or None, and
+choices, for multiple choice."""
 
 
 class LoadedModel:
@@ -61,7 +61,8 @@ class LoadedModel:
         """Answer tasks for a list of texts.
 
         Args:
-            texts: Raw texts, also empty; (text, text) for tasks on pairs. A single string is a list of one.
+            texts: Raw texts, also empty; (text, text) for tasks on pairs, (text, question) for span extraction and
+                (text, question or None, choices) for multiple choice. A single string is a list of one.
             tasks: Names, or ``"all"``. None lets the gate choose an expert for each text, whose tasks are answered;
                 without a gate, or with one that chooses for tokens, it means all.
             combine: ``mix``, ``average`` or ``vote``, see ``ensembles.Combine``: tasks with the same labels, and the
@@ -74,7 +75,7 @@ class LoadedModel:
         Raises:
             ConfigError: If a task is not in the checkpoint, the gate no longer fits the experts, or there is nothing to
                 combine.
-            DataError: If a task on pairs gets single texts, or the other way round.
+            DataError: If a task gets something else than it reads, e.g. one on pairs single texts.
         """
         texts = [texts] if isinstance(texts, str) else texts
         by_gate = tasks is None and combine is None and isinstance(self.checkpoint.model.gate, SequenceGate)
@@ -166,7 +167,7 @@ class LoadedModel:
             decided = gate.decide(stacked_means(examples).to(model.device), tokens, excluded=unfit)
         reusable = self._keeps_trunk and gate.block == model.first_block
         trunk = {_key(example): example for example in examples} if reusable else {}
-        names = [name for name in model.tasks if self._reads_pairs(name) == isinstance(texts[0], tuple)]
+        names = [name for name in model.tasks if self.tasks[name].reads == _form(texts[0])]
         shared = dict.fromkeys(names, trunk)
         for group in self._mixed_groups(names):
             shared.update(dict.fromkeys(group, self._mixed(texts, group[0])[0]))
@@ -191,13 +192,10 @@ class LoadedModel:
             for text, answer, shares, expert in zip(texts, answers, probabilities, best, strict=True)
         ]
 
-    def _reads_pairs(self, task: str) -> bool:
-        return "text_pair" in self.tasks[task].columns
-
     def _unfit(self, texts: Sequence[Text], gate: SequenceGate) -> list[int]:
-        """Return the places of the gate's experts that serve no task on what the texts are, single or pairs."""
-        model, pairs = self.checkpoint.model, isinstance(texts[0], tuple)
-        slots = [slot for name, slot in model.tasks.items() if self._reads_pairs(name) == pairs]
+        """Return the places of the gate's experts that serve no task on what the texts are."""
+        model, form = self.checkpoint.model, _form(texts[0])
+        slots = [slot for name, slot in model.tasks.items() if self.tasks[name].reads == form]
         fit = {expert for slot in slots for expert in slot.experts}
         return [place for place, name in enumerate(gate.names) if name not in fit]
 
@@ -208,10 +206,10 @@ class LoadedModel:
         return model.first_block > 0 and model.backbone.family.keeps_trunk
 
     def _plain(self, texts: Sequence[Text]) -> list[Example]:
-        """Encode texts or pairs without regard to a task."""
-        pairs = [text[1] for text in texts if not isinstance(text, str)]
-        if pairs and len(pairs) < len(texts):
-            raise DataError("Some of the texts are pairs and some are not. Ask for them in two calls.")
+        """Encode texts or pairs without regard to a task; choices are not seen."""
+        if len({_form(text) for text in texts}) > 1:
+            raise DataError("Some of the texts are pairs and some are not, or have choices. Ask for them apart.")
+        pairs = [text[1] or "" for text in texts if not isinstance(text, str)]
         return self.encoder.texts([text if isinstance(text, str) else text[0] for text in texts], pairs or None)
 
     def _shared(self, texts: Sequence[Text]) -> dict[_Key, Example]:
@@ -236,11 +234,13 @@ class LoadedModel:
             task: A task of the checkpoint.
 
         Returns:
-            Float32 (texts, labels); for tagging a list of (words, tags) over the words of ``words.split_words``.
+            Float32 (texts, labels); for tagging and span extraction a list of (words, outputs) over the words of
+            ``words.split_words``; for multiple choice a list of (choices, 1).
         """
         (name,) = self._task_names([task])
         rows = self._row_logits(name, texts)
-        if find_kind(self.tasks[name].kind).level == "word":
+        kind = find_kind(self.tasks[name].kind)
+        if kind.level == "word" or kind.by_row:
             return rows
         return torch.stack(rows) if rows else torch.zeros(0, self.checkpoint.model.head(name).linear.out_features)
 
@@ -280,10 +280,11 @@ class LoadedModel:
     ) -> list[Answer]:
         spec = self.tasks[task]
         kind, labels = find_kind(spec.kind), spec.label_names or []
+        own = [text[2] if len(text) == 3 and not isinstance(text, str) else labels for text in texts]
         rows = self._row_logits(task, texts, shared=shared, routing=routing, ensemble=ensemble)
         return [
-            kind.answer(logits, text=text if isinstance(text, str) else text[0], labels=labels, language=spec.language)
-            for text, logits in zip(texts, rows, strict=True)
+            kind.answer(logits, text=text if isinstance(text, str) else text[0], labels=names, language=spec.language)
+            for text, names, logits in zip(texts, own, rows, strict=True)
         ]
 
     def _encoded(self, task: str, texts: Sequence[Text]) -> list[Example]:
@@ -305,14 +306,12 @@ class LoadedModel:
         spec = self.tasks[task]
         kind = find_kind(spec.kind)
         columns = _columns(spec, texts)
-        num_words = None
-        if kind.level == "word":
-            num_words = [len(split_words(text, spec.language)) for text in columns["text"]]
+        num_parts = kind.parts(columns, language=spec.language)
         with self._lock:  # over the encoding, too: a tokenizer keeps its truncation settings in itself
             examples = self._encoded(task, texts)
             if ensemble is not None:
                 return ensemble_logits(
-                    self.checkpoint.model, self.tasks, ensemble, examples, num_rows=len(texts), num_words=num_words
+                    self.checkpoint.model, self.tasks, ensemble, examples, num_rows=len(texts), num_parts=num_parts
                 )
             if shared:
                 shapes = self._sees_shapes(task)
@@ -323,7 +322,7 @@ class LoadedModel:
                 ]
             own = None if routing is None else routing.take([example.row for example in examples])
             return row_logits(
-                self.checkpoint.model, task, examples, num_rows=len(texts), num_words=num_words, routing=own
+                self.checkpoint.model, task, examples, num_rows=len(texts), num_parts=num_parts, routing=own
             )
 
 
@@ -341,25 +340,40 @@ def _mean_by_text(usage: Tensor, rows: Tensor, number: int) -> Tensor:
 def _prediction(
     text: Text, tasks: dict[str, Answer], routing: dict[str, float], *, unknown: bool = False
 ) -> Prediction:
-    first, second = (text, None) if isinstance(text, str) else text
-    return Prediction(first, tasks, routing, second, unknown)
+    first, second, choices = (text, None, None) if isinstance(text, str) else (*text, None)[:3]
+    return Prediction(first, tasks, routing, second, unknown, choices)
 
 
-def _columns(spec: TaskSpec, texts: Sequence[Text]) -> dict[str, list[str]]:
+_FORMS = {"text": "one text a row", "pair": "two texts a row", "choices": "choices beside one text or two"}
+
+
+def _form(text: Text) -> str:
+    """Tell what a row is, as ``TaskSpec.reads`` says it."""
+    if isinstance(text, str):
+        return "text"
+    if isinstance(text, tuple) and len(text) == 2:
+        return "pair"
+    if isinstance(text, tuple) and len(text) == 3 and not isinstance(text[2], str) and len(text[2]):
+        return "choices"
+    raise DataError(
+        f"Expected a text or a pair of texts, got {type(text).__name__}: {text!r}. For multiple choice give "
+        "(text, question or None, [choice, …])."
+    )
+
+
+def _columns(spec: TaskSpec, texts: Sequence[Text]) -> dict[str, list[Any]]:
     """Sort texts into the columns that the task reads."""
-    wants_pairs = "text_pair" in spec.columns
     for text in texts:
-        if not isinstance(text, str) and not (isinstance(text, tuple) and len(text) == 2):
-            raise DataError(f"Expected a text or a pair of texts, got {type(text).__name__}: {text!r}.")
-        if isinstance(text, tuple) != wants_pairs:
-            wanted, given = ("two texts a row", "one") if wants_pairs else ("one text a row", "two")
+        form = _form(text)
+        if form != spec.reads:
             raise DataError(
-                f"Task {spec.name!r} reads {wanted}, got {given}: {text!r}. "
+                f"Task {spec.name!r} reads {_FORMS[spec.reads]}, got {_FORMS[form].split()[0]}: {text!r}. "
                 "Ask only tasks that read the same (--task, or tasks=[…])."
             )
-    if wants_pairs:
-        return {"text": [text[0] for text in texts], "text_pair": [text[1] for text in texts]}
-    return {"text": [text for text in texts if isinstance(text, str)]}
+    if spec.reads == "text":
+        return {"text": list(texts)}
+    columns = zip(*texts, strict=True) if texts else ([], [], [])
+    return dict(zip(("text", "text_pair", "choices"), map(list, columns), strict=False))
 
 
 def load(path: str | Path, *, device: str = "auto", backbone: str | None = None) -> LoadedModel:

@@ -1,9 +1,11 @@
 """Read the data of a task, from files or from the hub, into Datasets with the same columns whatever the source.
 
 Columns: ``text``, ``text_pair`` and ``label`` (classification), ``labels`` (multi-label), ``tokens`` and ``tags``
-(token classification, IOB2; with ``text``, ``starts`` and ``ends`` where the source marks character spans), and
-``row``. Labels are names, None where the publisher hides them. ``row`` is the 0-based row of the source, in file order
-and before any row is left out; where a split is several files, the count runs on from one to the next.
+(token classification, IOB2; with ``text``, ``starts`` and ``ends`` where the source marks character spans),
+``choices`` and ``answer``, the place of the right one (multiple choice), ``answers`` and ``answer_starts`` with the
+``tokens``, ``starts`` and ``ends`` of the text (span extraction, whose question is ``text_pair``), and ``row``. Labels
+are names; labels and answers are None where the publisher hides them. ``row`` is the 0-based row of the source, in file
+order and before any row is left out; where a split is several files, the count runs on from one to the next.
 """
 
 import logging
@@ -34,7 +36,7 @@ SUFFIXES: dict[str, tuple[str, ...]] = {
     ".bio": ("conll",),
     ".bmes": ("conll",),
     ".jsonl": ("jsonl", "cluener", "cluewsc"),
-    ".json": ("jsonl", "json", "cluener", "cluewsc"),
+    ".json": ("jsonl", "json", "cluener", "cluewsc", "squad", "c3", "chid"),
     ".parquet": ("parquet",),
 }
 
@@ -74,7 +76,7 @@ def label_names(spec: TaskSpec, train: datasets.Dataset) -> list[str]:
 
     Returns:
         The task's own labels in their order, else those found in train, sorted; entity types (not tags) for token
-        classification.
+        classification; none for kinds whose answers are each row's own.
 
     Raises:
         DataError: If train holds fewer than two classes, or no entity.
@@ -85,6 +87,8 @@ def label_names(spec: TaskSpec, train: datasets.Dataset) -> list[str]:
             f"Train of task {spec.name!r} has one class only: {found}. A classifier needs rows of at least two; "
             "check the label column and the order of the file."
         )
+    if spec.kind in {"span_extraction", "multiple_choice"}:  # the answers are each row's own
+        return []
     if not found:
         raise DataError(f"Train of task {spec.name!r} has no label at all. Check the column and the label_scheme.")
     return spec.label_names or found
@@ -95,6 +99,8 @@ def _found_labels(spec: TaskSpec, dataset: datasets.Dataset) -> set[str]:
         return {label for label in dataset["label"] if label is not None}
     if spec.kind == "multi_label":
         return {label for labels in dataset["labels"] for label in labels or []}
+    if spec.kind != "token_classification":
+        return set()
     return {split_tag(tag)[1] for tags in dataset["tags"] for tag in tags or [] if tag != "O"}
 
 
@@ -266,7 +272,7 @@ def _single_format(spec: TaskSpec, file: Path) -> str:
         )
     if not known:
         return str(own)
-    if suffix == ".json" and own != "json" and first_line.lstrip().startswith("["):
+    if suffix == ".json" and own not in {"json", "squad", "c3"} and first_line.lstrip().startswith("["):
         return "json"
     tagging = spec.kind == "token_classification"
     if tagging and "conll" in known and not {"tokens", "text"} & set(first_line.strip().split("\t")):

@@ -16,6 +16,8 @@ from sparse_ft.tasks import Column
 
 _BOM = b"\xef\xbb\xbf"
 _REST = re.compile(r"(\d+)\.\.")
+QUESTION = "question"
+"""Unit of a record that is one of several questions on a text; they are counted through the file."""
 SENTENCE = "sentence at line"
 """Unit of a record whose words stand one a line, from line ``number`` on."""
 

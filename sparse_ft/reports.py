@@ -199,7 +199,8 @@ def _blocks(score: Score, *, unseen_rows: Score | None, max_matrix: int) -> list
         blocks.extend(_metric_lines(name, unseen_rows))
     if score.unseen_labels:
         blocks.append(_unseen_line(score))
-    blocks.append(_report_table("entities" if score.token_report is not None else "labels", score.report))
+    if score.report:
+        blocks.append(_report_table("entities" if score.token_report is not None else "labels", score.report))
     if score.token_report is not None:
         blocks.append(_report_table("tags", score.token_report))
     if score.confusion is not None:

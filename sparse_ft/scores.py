@@ -1,19 +1,21 @@
 """Scores: what each task kind reports.
 
 Entities are those of conlleval, token and label figures those of scikit-learn with ``zero_division=0``. All averages
-are over the labels that occur in the references or the predictions, as scikit-learn's are by default.
+are over the labels that occur in the references or the predictions, as scikit-learn's are by default. Answers that are
+spans of a text are compared as in answer_scores.py.
 """
 
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, product, starmap
 from typing import Any, NamedTuple
 
 import numpy as np
 from sklearn.metrics import classification_report
 
+from sparse_ft.answer_scores import answer_f1, exact_match
 from sparse_ft.schemes import Span, spans_from_tags
 
 Report = dict[str, Any]
@@ -39,7 +41,7 @@ class Score:
     metrics: dict[str, float]
     """Headline figures by their name in METRICS, each in 0..1."""
     report: Report
-    """Per label; per entity type for tagging."""
+    """Per label; per entity type for tagging; empty where a task has no labels."""
     token_report: Report | None = None
     """Per tag including ``O``; tagging only."""
     confusion: Confusion | None = None
@@ -133,6 +135,33 @@ def score_tagging(
     metrics |= {f"token_{name}": value for name, value in _label_metrics(token_report).items()}
     unseen = _unseen(words, labels)
     return Score(n=len(references), metrics=metrics, report=report, token_report=token_report, unseen_labels=unseen)
+
+
+def score_answers(references: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]]) -> Score:
+    """Score one text a row, by the accepted answer that it is most like.
+
+    Args:
+        references: The accepted answers of each row, at least one.
+        predictions: The answer given to each row, alone in a list; of several the best counts.
+
+    Returns:
+        ``exact_match`` and ``answer_f1``, means over the rows.
+    """
+    _check_rows(references, predictions)
+    pairs = [list(product(answers, given)) for answers, given in zip(references, predictions, strict=True)]
+    f1 = [max(starmap(answer_f1, row)) for row in pairs]
+    metrics = {
+        "exact_match": _share(any(starmap(exact_match, row)) for row in pairs),
+        "answer_f1": sum(f1) / len(f1) if f1 else 0.0,
+    }
+    return Score(n=len(references), metrics=metrics, report={})
+
+
+def score_choices(references: Sequence[int], predictions: Sequence[int]) -> Score:
+    """Score the place of one choice a row: ``accuracy``."""
+    _check_rows(references, predictions)
+    right = (answer == guess for answer, guess in zip(references, predictions, strict=True))
+    return Score(n=len(references), metrics={"accuracy": _share(right)}, report={})
 
 
 def _check_rows(references: Sequence[Any], predictions: Sequence[Any], *, where: str = "") -> None:

@@ -38,7 +38,9 @@ class HubSource(_Section):
 class FileSource(_Section):
     """Local files, as published. A name may be that of the file without ``.gz``."""
 
-    format: Literal["conll", "csv", "tsv", "jsonl", "json", "cluener", "cluewsc", "parquet", "lines"]
+    format: Literal[
+        "conll", "csv", "tsv", "jsonl", "json", "cluener", "cluewsc", "squad", "c3", "chid", "parquet", "lines"
+    ]
     root: str | None = None
     """Folder of the files, relative to the task file; used when no ``--data`` is given."""
     separator: str | None = None
@@ -64,7 +66,8 @@ class TaskSpec(_Section):
     hub: HubSource | None = None
     files: FileSource | None = None
     columns: dict[str, Column] = Field(default_factory=dict)
-    """Our column (``text``, ``text_pair``, ``label``, ``labels``, ``tokens``, ``tags``, ``spans``) to the source's."""
+    """Our column (``text``, ``text_pair``, ``label``, ``labels``, ``tokens``, ``tags``, ``spans``, ``choices``,
+    ``answer``, ``answers``) to the source's."""
     labels: list[str] | dict[str, str] | None = None
     """All label names in order, or source values mapped to names. None: the names found in train, sorted."""
     drop_labels: list[str] = Field(default_factory=list)
@@ -92,6 +95,13 @@ class TaskSpec(_Section):
             elif isinstance(labels, list):
                 values = {**values, "labels": [_as_text(name) for name in labels]}
         return values
+
+    @property
+    def reads(self) -> Literal["text", "pair", "choices"]:
+        """What a row asks: about one text, about two, or to choose among choices beside one or two texts."""
+        if self.kind == "multiple_choice":
+            return "choices"
+        return "pair" if "text_pair" in self.columns or self.kind == "span_extraction" else "text"
 
     @property
     def label_names(self) -> list[str] | None:

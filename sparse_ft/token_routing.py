@@ -113,7 +113,7 @@ def route_tokens(
     model = checkpoint.model
     way = _find_route(route, model, seed=checkpoint.config.seed)
     encoder = Encoder(model.backbone, max_length=checkpoint.config.data.max_length)
-    pairs = any("text_pair" in spec.columns for spec in checkpoint.tasks.values())
+    pairs = any(spec.reads == "pair" for spec in checkpoint.tasks.values())
     parts = text.split("\t", 1) if pairs else [text]
     (example,) = encoder.texts(parts[:1], parts[1:] or None)
     tokens, truncated = _tokens(encoder, parts, example)

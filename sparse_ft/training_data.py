@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 
 from sparse_ft.config import RunConfig
 from sparse_ft.encoding import Encoder, Example
@@ -24,6 +25,16 @@ class TrainingTask:
     examples: list[Example]
     """Each with at least one target."""
     validation: EvalData
+
+    @cached_property
+    def units(self) -> list[list[int]]:
+        """Places of the examples that are learnt together: those of a row if the kind goes by row, else each alone."""
+        if not find_kind(self.spec.kind).by_row:
+            return [[place] for place in range(len(self.examples))]
+        units: dict[int, list[int]] = {}
+        for place, example in enumerate(self.examples):
+            units.setdefault(example.row, []).append(place)
+        return list(units.values())
 
 
 def prepare_task(spec: TaskSpec, *, run: RunConfig, encoder: Encoder, before: TaskSpec | None = None) -> TrainingTask:

@@ -26,6 +26,9 @@ _WORD = re.compile(
     re.VERBOSE | re.IGNORECASE | re.DOTALL,
 )
 
+BLANK = "____"
+"""Where a word is left out of a text that is to be filled."""
+
 
 class Word(NamedTuple):
     """A word and its place: ``start`` inclusive, ``end`` exclusive, in characters of the text as given."""

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from sparse_ft.decoding import best_legal_tags
+from sparse_ft.decoding import MAX_WORDS, NEVER, best_legal_tags, best_span
 
 TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 
@@ -45,3 +45,26 @@ def test_a_lone_continuation_becomes_a_beginning_or_nothing():
 
 def test_no_words():
     assert best_legal_tags(torch.zeros(0, len(TAGS)), TAGS) == []
+
+
+@pytest.mark.parametrize("words", [1, 2, 7, 130])
+def test_the_best_span_is_that_of_an_exhaustive_search(words):
+    logits = torch.randn(words, 2, generator=torch.Generator().manual_seed(words))
+    spans = [(first, last) for first in range(words) for last in range(first, min(words, first + MAX_WORDS))]
+    assert best_span(logits) == max(spans, key=lambda span: float(logits[span[0], 0] + logits[span[1], 1]))
+
+
+def test_a_span_is_not_longer_than_allowed_nor_ends_before_it_starts():
+    logits = torch.zeros(MAX_WORDS + 50, 2)
+    logits[0, 0], logits[-1, 1] = 5.0, 9.0
+    first, last = best_span(logits)
+    assert (last, last - first < MAX_WORDS) == (MAX_WORDS + 49, True)
+    backwards = torch.tensor([[0.0, 9.0], [0.0, 0.0], [9.0, 0.0]])
+    assert best_span(backwards) in {(2, 2), (0, 0)}
+
+
+def test_a_word_without_a_token_neither_starts_nor_ends_a_span():
+    logits = torch.full((4, 2), -3.0)
+    logits[0, 0], logits[0, 1] = 0.0, NEVER  # as row_logits leaves it
+    assert best_span(logits)[0] > 0
+    assert best_span(torch.zeros(0, 2)) == (-1, -1)

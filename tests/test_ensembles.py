@@ -127,9 +127,9 @@ def test_a_lone_opinion_is_what_everybody_says():
     for _ in range(20):
         one = torch.randn(6, 5, generator=generator) * 3
         kind = find_kind("token_classification")
-        (tags,) = kind.predictions([one], labels=["PER", "LOC"])
+        (tags,) = kind.predictions([one], columns={}, labels=["PER", "LOC"])
         (same,) = kind.predictions(
-            [vote(torch.stack([one] * 3), kind="token_classification", outputs=TAGS)], labels=["PER", "LOC"]
+            [vote(torch.stack([one] * 3), kind="token_classification", outputs=TAGS)], columns={}, labels=["PER", "LOC"]
         )
         assert spans_from_tags(same) == spans_from_tags(tags)
 

@@ -25,7 +25,7 @@ def model(request, make_model):
 
 def tag(model, rows, *, max_length=24):
     examples = Encoder(model.backbone, max_length=max_length).words(rows)
-    return row_logits(model, "names", examples, num_rows=len(rows), num_words=[len(row) for row in rows])
+    return row_logits(model, "names", examples, num_rows=len(rows), num_parts=[len(row) for row in rows])
 
 
 def classify(model, texts):
@@ -74,7 +74,7 @@ def test_windows_are_stitched_word_by_word(model):
         if not num_words:
             continue
         alone = replace(example, row=0, word_indices=list(range(num_words)))
-        [window] = row_logits(model, "names", [alone], num_rows=1, num_words=[num_words])
+        [window] = row_logits(model, "names", [alone], num_rows=1, num_parts=[num_words])
         assert len(example.input_ids) <= 24
         torch.testing.assert_close(got[example.row][example.word_indices], window, atol=1e-5, rtol=1e-5)
         seen += num_words

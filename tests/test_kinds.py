@@ -35,6 +35,8 @@ def test_find_kind_knows_its_names_and_suggests_for_others():
         "classification": "text",
         "multi_label": "text",
         "token_classification": "word",
+        "span_extraction": "word",
+        "multiple_choice": "text",
     }
     with pytest.raises(ConfigError, match=r"Unknown kind 'multilabel'\. Did you mean 'multi_label'\? Known: classific"):
         find_kind("multilabel")
@@ -142,14 +144,14 @@ def test_raw_text_is_split_into_words_before_it_is_tagged(encoder, language):
 def test_predictions_are_the_best_labels():
     logits = random_logits(6, 3)
     labels = ["x", "y", "z"]
-    assert CLASSES.predictions(list(logits), labels=labels) == [labels[row.argmax()] for row in logits]
-    assert MANY.predictions(list(logits), labels=labels) == [
+    assert CLASSES.predictions(list(logits), columns={}, labels=labels) == [labels[row.argmax()] for row in logits]
+    assert MANY.predictions(list(logits), columns={}, labels=labels) == [
         [label for label, logit in zip(labels, row.tolist(), strict=True) if logit >= 0] for row in logits
     ]
-    assert MANY.predictions([torch.tensor([-1.0, -2.0, -0.1])], labels=labels) == [[]]
+    assert MANY.predictions([torch.tensor([-1.0, -2.0, -0.1])], columns={}, labels=labels) == [[]]
     tags = TAGS.outputs(["A"])
     rows = [random_logits(4, 3), random_logits(0, 3), random_logits(1, 3)]
-    assert TAGS.predictions(rows, labels=["A"]) == [[tags[word.argmax()] for word in row] for row in rows]
+    assert TAGS.predictions(rows, columns={}, labels=["A"]) == [[tags[word.argmax()] for word in row] for row in rows]
 
 
 def test_references_are_the_columns_of_the_answers():
@@ -238,3 +240,14 @@ def test_the_score_of_an_entity_is_the_mean_probability_of_its_tags():
     assert outputs == ["O", "B-LOC", "I-LOC"]
     probabilities = logits.softmax(-1)
     assert entity["score"] == pytest.approx(float((probabilities[0, 1] + probabilities[1, 2]) / 2))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_probabilities_and_logits_are_each_others_inverse(name):
+    kind = KINDS[name]
+    found = kind.probabilities(torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(0)))
+    assert float(found.min()) > 0
+    assert float(found.max()) < 1
+    torch.testing.assert_close(kind.probabilities(kind.logits(found)), found)
+    if kind.by_row:  # over the words or choices of a row
+        torch.testing.assert_close(found.sum(1), torch.ones(3, 2))

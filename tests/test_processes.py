@@ -179,7 +179,7 @@ def test_rows_that_are_shared_out_are_rows_of_their_own(tiny_bert, tmp_path, mak
     data = prepare(columns, spec=spec, encoder=Encoder(model.backbone, max_length=16))
     taken = data.take([1, 3])
     assert taken.num_rows == 2
-    assert taken.num_words == [60, 3]
+    assert taken.num_parts == [60, 3]
     assert taken.columns["tokens"] == [columns["tokens"][1], columns["tokens"][3]]
     assert {example.row for example in taken.examples} == {0, 1}
     windows = [example.input_ids for example in data.examples if example.row in (1, 3)]

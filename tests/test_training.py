@@ -197,7 +197,7 @@ def logits_of(model, task: str, texts: list[str]) -> list[torch.Tensor]:
     encoder = Encoder(model.backbone, max_length=256)
     if model.tasks[task].level == "word":
         words = [text.split() for text in texts]
-        return row_logits(model, task, encoder.words(words), num_rows=len(texts), num_words=[len(row) for row in words])
+        return row_logits(model, task, encoder.words(words), num_rows=len(texts), num_parts=[len(row) for row in words])
     return row_logits(model, task, encoder.texts(texts), num_rows=len(texts))
 
 

@@ -85,7 +85,7 @@ def _rows(spec: TaskSpec, columns: Mapping[str, Sequence[Any]]) -> list[Any]:
 
 def _score(spec: TaskSpec, data: Any, logits: dict[int, Tensor]) -> float:
     places = list(logits)
-    guessed = find_kind(spec.kind).predictions(list(logits.values()), labels=spec.label_names or [])
+    guessed = find_kind(spec.kind).predictions(list(logits.values()), columns={}, labels=spec.label_names or [])
     by_row: list[Any] = [None] * data.num_rows
     for place, answer in zip(places, guessed, strict=True):
         by_row[place] = answer

@@ -39,8 +39,15 @@ def sole_expert(model: LoadedModel, task: str) -> Expert:
     """Return the one expert that answers a task.
 
     Raises:
-        ExportError: If there are several: what depends on the text is no weight.
+        ExportError: If there are several, for what depends on the text is no weight; or if the task's kind compares
+            the parts of a row with each other.
     """
+    kind = model.tasks[task].kind
+    if find_kind(kind).by_row:
+        raise ExportError(
+            f"Task {task!r} is of the kind {kind}, whose answers are chosen among several logits of a row, which no "
+            "export does. Serve the checkpoint with sparse_ft.load."
+        )
     slot = model.checkpoint.model.tasks[task]
     advice = (
         "Serve the checkpoint with sparse_ft.load, or train one expert for the task by itself and export that: "

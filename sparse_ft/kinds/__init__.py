@@ -4,12 +4,16 @@ from sparse_ft.errors import ConfigError, unknown_name
 from sparse_ft.kinds.classification import Classification
 from sparse_ft.kinds.kind import TaskKind
 from sparse_ft.kinds.multi_label import MultiLabel
+from sparse_ft.kinds.multiple_choice import MultipleChoice
+from sparse_ft.kinds.span_extraction import SpanExtraction
 from sparse_ft.kinds.token_classification import TokenClassification
 
 KINDS: dict[str, TaskKind] = {
     "classification": Classification(),
     "multi_label": MultiLabel(),
     "token_classification": TokenClassification(),
+    "span_extraction": SpanExtraction(),
+    "multiple_choice": MultipleChoice(),
 }
 
 

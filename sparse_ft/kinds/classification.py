@@ -22,10 +22,15 @@ class Classification:
     """Exactly one of the labels is right."""
 
     level: Literal["text", "word"] = "text"
+    by_row = False
 
     def outputs(self, labels: Sequence[str]) -> list[str]:
         """One output a label."""
         return list(labels)
+
+    def parts(self, columns: Columns, *, language: str) -> list[int] | None:
+        """A row is one."""
+        return None
 
     def encode(self, columns: Columns, *, encoder: Encoder, labels: Sequence[str], language: str) -> list[Example]:
         """Encode one example a row; the target is the label's index, -100 where it is hidden or unknown."""
@@ -39,7 +44,7 @@ class Classification:
         """Cross-entropy of ``logits`` [rows, labels] against ``targets`` [rows]."""
         return functional.cross_entropy(logits, targets, ignore_index=IGNORED, label_smoothing=label_smoothing)
 
-    def predictions(self, logits: Sequence[Tensor], *, labels: Sequence[str]) -> list[str]:
+    def predictions(self, logits: Sequence[Tensor], *, columns: Columns, labels: Sequence[str]) -> list[str]:
         """The label with the highest logit."""
         return [labels[int(row.argmax())] for row in logits]
 

@@ -19,16 +19,22 @@ class TaskKind(Protocol):
 
     level: Literal["text", "word"]
     """Whether the head reads one vector a text or one a word."""
+    by_row: bool
+    """Whether the parts of a row are compared with each other, so that all of them must be learnt together."""
 
     def outputs(self, labels: Sequence[str]) -> list[str]:
         """Name the head's outputs for these labels."""
+        ...
+
+    def parts(self, columns: Columns, *, language: str) -> list[int] | None:
+        """Count what each row gives logits for: its words, or its choices. None: the rows themselves."""
         ...
 
     def encode(self, columns: Columns, *, encoder: Encoder, labels: Sequence[str], language: str) -> list[Example]:
         """Encode rows; with targets where ``columns`` holds the answers.
 
         Args:
-            columns: The reader's columns; in prediction only ``text`` (and ``text_pair``).
+            columns: The reader's columns; in prediction only those that ask: ``text``, ``text_pair``, ``choices``.
             encoder: Of the backbone.
             labels: All label names of the task, in the order of the head.
             language: Of the task; decides how raw text is split into words.
@@ -36,11 +42,11 @@ class TaskKind(Protocol):
         ...
 
     def loss(self, logits: Tensor, targets: Tensor, *, label_smoothing: float) -> Tensor:
-        """Return the mean loss over rows or words, float32."""
+        """Return the mean loss over rows or words, float32; of one row if the kind goes ``by_row``."""
         ...
 
-    def predictions(self, logits: Sequence[Tensor], *, labels: Sequence[str]) -> list[Any]:
-        """Turn the logits of each row into what ``score`` compares with ``references``."""
+    def predictions(self, logits: Sequence[Tensor], *, columns: Columns, labels: Sequence[str]) -> list[Any]:
+        """Turn the logits of each row of ``columns`` into what ``score`` compares with ``references``."""
         ...
 
     def references(self, columns: Columns) -> list[Any]:

@@ -22,10 +22,15 @@ class MultiLabel:
     """Each label is right or not, for itself; none at all is an answer, too."""
 
     level: Literal["text", "word"] = "text"
+    by_row = False
 
     def outputs(self, labels: Sequence[str]) -> list[str]:
         """One output a label."""
         return list(labels)
+
+    def parts(self, columns: Columns, *, language: str) -> list[int] | None:
+        """A row is one."""
+        return None
 
     def encode(self, columns: Columns, *, encoder: Encoder, labels: Sequence[str], language: str) -> list[Example]:
         """Encode one example a row; the target is one 0.0 or 1.0 a label."""
@@ -39,7 +44,7 @@ class MultiLabel:
         smoothed = targets * (1 - label_smoothing) + 0.5 * label_smoothing
         return functional.binary_cross_entropy_with_logits(logits, smoothed)
 
-    def predictions(self, logits: Sequence[Tensor], *, labels: Sequence[str]) -> list[list[str]]:
+    def predictions(self, logits: Sequence[Tensor], *, columns: Columns, labels: Sequence[str]) -> list[list[str]]:
         """The labels whose probability is at least one half."""
         return [
             [labels[place] for place in (row.sigmoid() >= THRESHOLD).nonzero().flatten().tolist()] for row in logits

@@ -24,18 +24,19 @@ class TokenClassification:
     """Each word is outside or in an entity of one type; tags are IOB2."""
 
     level: Literal["text", "word"] = "word"
+    by_row = False
 
     def outputs(self, labels: Sequence[str]) -> list[str]:
         """``O``, then ``B-`` and ``I-`` of each entity type."""
         return ["O", *(f"{prefix}-{label}" for label in labels for prefix in "BI")]
 
+    def parts(self, columns: Columns, *, language: str) -> list[int] | None:
+        """Number of words of each row."""
+        return [len(words) for words in words_of(columns, language)]
+
     def encode(self, columns: Columns, *, encoder: Encoder, labels: Sequence[str], language: str) -> list[Example]:
         """Encode given words, or raw text split into words; long rows become windows; one target a word."""
-        if "tokens" in columns:
-            words = columns["tokens"]
-        else:
-            words = [[word.text for word in split_words(text, language)] for text in columns["text"]]
-        examples = encoder.words(words)
+        examples = encoder.words(words_of(columns, language))
         if "tags" not in columns:
             return examples
         index = {tag: place for place, tag in enumerate(self.outputs(labels))}
@@ -51,7 +52,7 @@ class TokenClassification:
         """Cross-entropy of ``logits`` [words, tags] against ``targets`` [words]."""
         return functional.cross_entropy(logits, targets, ignore_index=IGNORED, label_smoothing=label_smoothing)
 
-    def predictions(self, logits: Sequence[Tensor], *, labels: Sequence[str]) -> list[list[str]]:
+    def predictions(self, logits: Sequence[Tensor], *, columns: Columns, labels: Sequence[str]) -> list[list[str]]:
         """The best tags that are legal together."""
         tags = self.outputs(labels)
         return [[tags[place] for place in best_legal_tags(row, tags)] for row in logits]
@@ -91,3 +92,10 @@ class TokenClassification:
             score = float(probabilities[span.start : span.end].mean())
             entities.append({"type": span.type, "text": text[start:end], "start": start, "end": end, "score": score})
         return {"entities": entities}
+
+
+def words_of(columns: Columns, language: str) -> Sequence[Sequence[str]]:
+    """Return the words of each row, as given or split from its text."""
+    if "tokens" in columns:
+        return columns["tokens"]
+    return [[word.text for word in split_words(text, language)] for text in columns["text"]]

@@ -1,0 +1,126 @@
+"""A span of a text that answers a question about it."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sparse_ft.answers import SpanAnswer
+from sparse_ft.decoding import best_span
+from sparse_ft.encoding import Encoder, Example
+from sparse_ft.kinds.classification import IGNORED
+from sparse_ft.kinds.kind import Columns
+from sparse_ft.kinds.token_classification import words_of
+from sparse_ft.words import split_words
+
+if TYPE_CHECKING:
+    from sparse_ft.scores import Score
+
+_START, _END = 1, 2
+"""Bits of the target of a word."""
+
+
+class SpanExtraction:
+    """The answer stands in the text, from one word to another.
+
+    Long texts are read in windows, each behind the question. A word has one start and one end logit, from the window
+    that shows most of what surrounds it, and the softmax is over all words of the text, so that windows can be compared
+    (Clark and Gardner 2018, "shared normalization", https://aclanthology.org/P18-1078).
+    """
+
+    level: Literal["text", "word"] = "word"
+    by_row = True
+
+    def outputs(self, labels: Sequence[str]) -> list[str]:
+        """Whether the answer starts at a word, and whether it ends there."""
+        return ["start", "end"]
+
+    def parts(self, columns: Columns, *, language: str) -> list[int] | None:
+        """Number of words of each text."""
+        return [len(words) for words in words_of(columns, language)]
+
+    def encode(self, columns: Columns, *, encoder: Encoder, labels: Sequence[str], language: str) -> list[Example]:
+        """Encode the windows of each text; one target a word. Rows without an answer in the text have none to learn."""
+        examples = encoder.words(words_of(columns, language), questions=columns["text_pair"])
+        if "answers" not in columns:
+            return examples
+        kept: dict[int, set[int]] = {}
+        for example in examples:
+            kept.setdefault(example.row, set()).update(example.word_indices)
+        targets = [self._targets(columns, row, kept[row]) for row in range(len(columns["text"]))]
+        return [
+            replace(example, targets=[targets[example.row].get(word, 0) for word in example.word_indices])
+            if targets[example.row]
+            else replace(example, targets=[IGNORED for _ in example.word_indices])
+            for example in examples
+        ]
+
+    def _targets(self, columns: Columns, row: int, kept: set[int]) -> dict[int, int]:
+        """Return the targets of the first and the last word of a row's first answer that stands in the text."""
+        places = zip(columns["answers"][row] or [], columns["answer_starts"][row] or [], strict=True)
+        for answer, start in places:
+            if start < 0:
+                continue
+            words = enumerate(zip(columns["starts"][row], columns["ends"][row], strict=True))
+            inside = [
+                word for word, (left, right) in words if word in kept and left < start + len(answer) and right > start
+            ]
+            if inside:
+                return {inside[0]: _START | _END} if len(inside) == 1 else {inside[0]: _START, inside[-1]: _END}
+        return {}
+
+    def loss(self, logits: Tensor, targets: Tensor, *, label_smoothing: float) -> Tensor:
+        """Mean of the cross-entropies of start and end over the words of one row.
+
+        Args:
+            logits: [words, 2].
+            targets: [words], 1 where the answer starts, 2 where it ends, 3 where it does both.
+            label_smoothing: Share of the probability that is spread over all words.
+        """
+        right = torch.stack([(targets & bit).argmax() for bit in (_START, _END)])
+        return functional.cross_entropy(logits.T, right, label_smoothing=label_smoothing)
+
+    def predictions(self, logits: Sequence[Tensor], *, columns: Columns, labels: Sequence[str]) -> list[list[str]]:
+        """The text of the best span, alone in a list."""
+        found = []
+        for row, (first, last) in enumerate(map(best_span, logits)):
+            text, starts, ends = (columns[name][row] for name in ("text", "starts", "ends"))
+            found.append([text[starts[first] : ends[last]] if first >= 0 else ""])
+        return found
+
+    def references(self, columns: Columns) -> list[Any]:
+        """The ``answers`` column: all texts that are accepted."""
+        return list(columns["answers"])
+
+    def score(
+        self, references: Sequence[Any], predictions: Sequence[Any], *, labels: Sequence[str], out_of_scope: str | None
+    ) -> "Score":
+        """Exact match and F1 as CMRC 2018 counts them."""
+        from sparse_ft.scores import score_answers  # seconds to import, and prediction does not need it
+
+        return score_answers(references, predictions)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Softmax over the words of a row, [..., words, 2]."""
+        return logits.softmax(-2)
+
+    def logits(self, probabilities: Tensor) -> Tensor:
+        """Logarithms, which the softmax over the words turns back."""
+        return probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
+
+    def answer(self, logits: Tensor, *, text: str, labels: Sequence[str], language: str) -> SpanAnswer:
+        """Return ``{"answer", "start", "end", "score"}``.
+
+        ``start`` and ``end`` count characters of the text as given; the score is the product of the probabilities that
+        the answer starts and ends there.
+        """
+        first, last = best_span(logits)
+        if first < 0:
+            return {"answer": "", "start": 0, "end": 0, "score": 0.0}
+        words, probabilities = split_words(text, language), logits.softmax(0)
+        start, end = words[first].start, words[last].end
+        score = float(probabilities[first, 0] * probabilities[last, 1])
+        return {"answer": text[start:end], "start": start, "end": end, "score": score}
