@@ -30,7 +30,7 @@ def describe_task(name: str) -> str:
         lines.append(f"files:    {_files(spec.files)}")
     if spec.hub is not None:
         lines.append(f"hub:      {_hub(spec.hub)}")
-    labels = ", ".join(spec.label_names or []) or "those found in train"
+    labels = ", ".join(spec.label_names or []) or ("those found in train" if spec.has_labels else "each row's own")
     lines.append(f"labels:   {labels}")
     facts = {"out of scope": spec.out_of_scope, "example": spec.example, "license": spec.license, "source": spec.source}
     lines.extend(f"{key + ':':<9} {value}" for key, value in facts.items() if value)

@@ -81,14 +81,14 @@ def label_names(spec: TaskSpec, train: datasets.Dataset) -> list[str]:
     Raises:
         DataError: If train holds fewer than two classes, or no entity.
     """
+    if not spec.has_labels:
+        return []
     found = sorted(_found_labels(spec, train))
     if spec.kind == "classification" and len(found) < 2:
         raise DataError(
             f"Train of task {spec.name!r} has one class only: {found}. A classifier needs rows of at least two; "
             "check the label column and the order of the file."
         )
-    if spec.kind in {"span_extraction", "multiple_choice"}:  # the answers are each row's own
-        return []
     if not found:
         raise DataError(f"Train of task {spec.name!r} has no label at all. Check the column and the label_scheme.")
     return spec.label_names or found
@@ -99,8 +99,6 @@ def _found_labels(spec: TaskSpec, dataset: datasets.Dataset) -> set[str]:
         return {label for label in dataset["label"] if label is not None}
     if spec.kind == "multi_label":
         return {label for labels in dataset["labels"] for label in labels or []}
-    if spec.kind != "token_classification":
-        return set()
     return {split_tag(tag)[1] for tags in dataset["tags"] for tag in tags or [] if tag != "O"}
 
 

@@ -104,6 +104,11 @@ class TaskSpec(_Section):
         return "pair" if "text_pair" in self.columns or self.kind == "span_extraction" else "text"
 
     @property
+    def has_labels(self) -> bool:
+        """Whether all rows have the same labels to choose from; else the answers are each row's own."""
+        return self.kind not in {"span_extraction", "multiple_choice"}
+
+    @property
     def label_names(self) -> list[str] | None:
         """All label names in order, or None while only the train split knows them."""
         if isinstance(self.labels, dict):

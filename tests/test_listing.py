@@ -39,8 +39,9 @@ def test_every_bundled_task_has_a_line():
 @pytest.mark.parametrize("name", list_tasks())
 def test_a_task_is_shown_with_source_labels_and_example(name):
     spec, text = load_task(name), describe_task(name)
-    assert text.startswith(f"{name}: {spec.description}")
-    for said in (spec.kind, spec.example, spec.license, spec.source, *(spec.label_names or ["those found in train"])):
+    found = "those found in train" if spec.has_labels else "each row's own"
+    assert text.startswith(f"{name.rpartition('/')[2]}: {spec.description}")
+    for said in (spec.kind, spec.example, spec.license, spec.source, *(spec.label_names or [found])):
         assert said in text
     if spec.hub is not None:
         assert spec.hub.path in text
