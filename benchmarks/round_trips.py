@@ -3,7 +3,7 @@
     python benchmarks/round_trips.py --data-root DATA
 
 Trains an expert for CoNLL-2003 without word shapes, one with, and one for CLINC150, each on few rows (--train-rows):
-how good they are does not matter here. Rows are the first of test (--rows), by length; tagging takes the words as given.
+how good they are does not matter here. Rows are the first of test (--rows), by length; tagging takes the given words.
 Labels are compared tag by tag, before the legal sequence is sought; those of the transformers form are its pipeline's.
 Time is that of tokenizing and running some of the rows (--timed), the forms taking turns; batches are 16 rows in all
 forms but the checkpoint's own, which has its own. ONNX runs with as many threads as torch.

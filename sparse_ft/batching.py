@@ -17,6 +17,9 @@ MIXTURES: dict[str, float] = {"proportional": 1.0, "smoothed": 0.5, "uniform": 0
 # tokens on CoNLL-2003), short enough that the order stays random.
 _POOL_BATCHES = 50
 
+MAX_TOKENS = 1024
+"""Of a batch in prediction on a CPU; with 4,096 it takes 1.4 to 1.5 times as long (benchmarks/results.md, Speed)."""
+
 
 @dataclass(frozen=True)
 class TaskRows:
@@ -114,6 +117,11 @@ def _targets(examples: Sequence[Example], device: torch.device | str) -> Tensor 
         return None
     targets = torch.tensor(values, device=device)
     return targets.view(len(examples), -1) if targets.is_floating_point() else targets
+
+
+def token_limit(device: torch.device) -> int:
+    """Return the most tokens of a batch in prediction: what stays in a CPU's caches, or keeps a GPU busy."""
+    return MAX_TOKENS if device.type == "cpu" else 16 * MAX_TOKENS
 
 
 def length_batches(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:

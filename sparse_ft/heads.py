@@ -51,6 +51,7 @@ def pool(hidden: Tensor, attention_mask: Tensor, how: str) -> Tensor:
         return hidden[:, 0].float()
     if how == "last":
         last = attention_mask.sum(1) - 1  # [N]
-        return hidden[torch.arange(len(hidden), device=hidden.device), last].float()
+        rows = torch.arange(hidden.shape[0], device=hidden.device)  # len() would fix the number when it is traced
+        return hidden[rows, last].float()
     weights = attention_mask.unsqueeze(-1).float()  # [N, S, 1]
     return (hidden.float() * weights).sum(1) / weights.sum(1)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sparse_ft.batching import collate, length_batches
+from sparse_ft.batching import collate, length_batches, token_limit
 from sparse_ft.decoding import NEVER
 from sparse_ft.encoding import Example
 from sparse_ft.errors import ConfigError
@@ -14,9 +14,6 @@ from sparse_ft.gates import Gate, SequenceGate, TokenGate
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.routing import Pass, Routing
 from sparse_ft.trunk import keep_trunk
-
-MAX_TOKENS = 4096
-"""Per batch: keeps the matrices inside the caches of a CPU and a small GPU busy."""
 
 
 @torch.no_grad()
@@ -57,7 +54,7 @@ def row_logits(
         untagged = torch.full((num_outputs,), NEVER)
         untagged[0] = 0.0
         rows = [untagged.repeat(parts, 1) for parts in num_parts]
-    for members in _batches(examples):
+    for members in _batches(examples, model.device):
         chosen = [examples[member] for member in members]
         batch = collate([(task, example) for example in chosen], pad_id=model.backbone.pad_id, device=model.device)
         own = None if routing is None else routing.take(members)
@@ -84,11 +81,13 @@ def _mean_weights(seen: Mapping[int, Routing], attention_mask: Tensor, num_exper
     return torch.stack(blocks, dim=1)
 
 
-def _batches(examples: Sequence[Example]) -> Iterator[list[int]]:
+def _batches(examples: Sequence[Example], device: torch.device) -> Iterator[list[int]]:
     """Group examples of similar length; those with a kept trunk among themselves, for it helps only if all have it."""
     for kept in (True, False):
         group = [place for place, example in enumerate(examples) if (example.trunk is not None) is kept]
-        for members in length_batches([len(examples[place].input_ids) for place in group], max_tokens=MAX_TOKENS):
+        for members in length_batches(
+            [len(examples[place].input_ids) for place in group], max_tokens=token_limit(device)
+        ):
             yield [group[member] for member in members]
 
 
@@ -134,7 +133,7 @@ def leaving(
         routing = text_routing(model, examples, task=task)
     if routing is not None:
         usage.copy_(routing.spread(usage.shape[1]))
-    for members in _batches(examples):
+    for members in _batches(examples, model.device):
         chosen = [examples[member] for member in members]
         batch = collate([(task, example) for example in chosen], pad_id=model.backbone.pad_id, device=model.device)
         seen: dict[int, Routing] = {}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_ft.encoding import Encoder
-from sparse_ft.errors import ExportError
+from sparse_ft.errors import ExportError, SparseFTError
 from sparse_ft.kinds import find_kind
 from sparse_ft.prediction import LoadedModel, Text
 from sparse_ft.readers import read
@@ -92,7 +92,7 @@ def _rows(spec: TaskSpec, source: str | None) -> list[Text]:
     """Return the first test rows of a task as texts or pairs; none if its data has no test split, or is gone."""
     try:
         found = read(spec, data=source, splits=["test"])
-    except Exception:  # a sample is a courtesy: whatever is wrong with the data is told by the commands that need it
+    except SparseFTError:  # a sample can do without; the commands that need the data say what is wrong with it
         return []
     if "test" not in found:
         return []

@@ -11,11 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_ft.batching import collate, length_batches
+from sparse_ft.batching import collate, length_batches, token_limit
 from sparse_ft.encoding import Example
 from sparse_ft.heads import pool
-
-_MAX_TOKENS = 4096
 
 
 class _Reached(Exception):
@@ -60,7 +58,7 @@ def keep_trunk(
     kept = list(examples)
     passed: list[Tensor] = []  # what entered the blocks before, [N, S, hidden] each
     with _stopping_before(blocks[first_block]), _noting(blocks[:first_block] if means else [], passed):
-        for members in length_batches([len(example.input_ids) for example in examples], max_tokens=_MAX_TOKENS):
+        for members in length_batches([len(example.input_ids) for example in examples], max_tokens=token_limit(device)):
             rows = [("", replace(examples[member], targets=[])) for member in members]  # of any tasks, so no answers
             batch = collate(rows, pad_id=pad_id, device=device)
             inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}

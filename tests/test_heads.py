@@ -59,3 +59,17 @@ def test_a_head_is_a_float32_linear_with_dropout_in_training_only():
 
 def test_a_head_answers_no_rows_at_all():
     assert Head(16, 4, slot=RoutingSlot())(torch.zeros(0, 16)).shape == (0, 4)
+
+
+@pytest.mark.parametrize("how", ["mean", "first", "last"])
+def test_pooling_can_be_traced_for_any_number_of_rows(how):
+    class Pooled(torch.nn.Module):
+        def forward(self, hidden, mask):
+            return pool(hidden, mask, how)
+
+    rows, tokens = torch.export.Dim("rows", min=1), torch.export.Dim("tokens", min=1)
+    shapes = {"hidden": {0: rows, 1: tokens}, "mask": {0: rows, 1: tokens}}
+    example = (torch.randn(3, 5, 4), torch.ones(3, 5, dtype=torch.long))
+    traced = torch.export.export(Pooled(), example, dynamic_shapes=shapes).module()
+    hidden, mask = torch.randn(2, 7, 4), torch.tensor([[1] * 7, [1] * 3 + [0] * 4])
+    assert torch.equal(traced(hidden, mask), pool(hidden, mask, how))

@@ -375,7 +375,7 @@ def test_a_text_gets_the_same_answer_in_any_batch_order_and_number_of_threads(mi
     expected = [stacked(model, task, [text]) for text in texts]
     order = random.Random(3).sample(range(len(texts)), len(texts))
     for max_tokens, threads in ((60, 1), (4096, 1), (4096, 3)):
-        monkeypatch.setattr("sparse_ft.inference.MAX_TOKENS", max_tokens)
+        monkeypatch.setattr("sparse_ft.batching.MAX_TOKENS", max_tokens)
         torch.set_num_threads(threads)
         try:
             found = model.logits([texts[place] for place in order], task)

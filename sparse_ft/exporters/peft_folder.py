@@ -39,7 +39,8 @@ def write_peft(model: LoadedModel, tasks: Sequence[str], folder: Path) -> dict[s
     head = {f"{base.head}.{name}": value.detach().cpu() for name, value in linear.state_dict().items()}
     write_adapter(folder, expert, backbone=inner.backbone, prefix=f"{base.prefix}.", head=head)
     save_tokenizer(model, folder)
-    getattr(base.model, base.head).reset_parameters()  # the right weights must come from the folder
+    for parameter in getattr(base.model, base.head).parameters():
+        parameter.zero_()  # the weights must come from the folder
     wrapped = PeftModel.from_pretrained(base.model, str(folder)).eval()
     level = find_kind(spec.kind).level
 

@@ -1,0 +1,159 @@
+"""What is traced into ONNX: backbone, experts and heads in plain operations, without the slot and its gradients."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_ft.backbone import Backbone
+from sparse_ft.experts import Expert
+from sparse_ft.folding import fold, fresh_copy
+from sparse_ft.heads import pool
+from sparse_ft.kinds import find_kind
+from sparse_ft.prediction import LoadedModel
+from sparse_ft.word_shapes import SHAPES
+
+
+class _Pass:
+    """What the layers of a graph see besides their input; no tensor of a module, so that tracing leaves it alone."""
+
+    def __init__(self) -> None:
+        self.expert: Tensor | None = None
+        self.word_shapes: Tensor | None = None
+
+
+class _Layer(nn.Module):
+    """A linear and the deltas of all experts, in plain operations: a row fetches the matrices of its expert.
+
+    Experts of a lower rank are filled with zeros, those without this layer altogether.
+    """
+
+    def __init__(
+        self, frozen: nn.Module, deltas: Sequence[tuple[Tensor, Tensor, float] | None], running: _Pass
+    ) -> None:
+        super().__init__()
+        self.frozen, self.running = frozen, running
+        present = [delta for delta in deltas if delta is not None]
+        rank, width = max(len(delta[0]) for delta in present), present[0][0].shape[1]
+        bank_a = torch.zeros(len(deltas), width, rank)
+        bank_b = torch.zeros(len(deltas), rank, present[0][1].shape[0])
+        for place, delta in enumerate(deltas):
+            if delta is not None:
+                lora_a, lora_b, alpha = delta
+                bank_a[place, :, : len(lora_a)] = lora_a.t()
+                bank_b[place, : len(lora_a)] = lora_b.t() * (alpha / len(lora_a))
+        self.bank_a, self.bank_b = nn.Parameter(bank_a, requires_grad=False), nn.Parameter(bank_b, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, S, I] -> [N, S, O]; GPT-2 gives some of its linears [N * S, I]
+        expert = self.running.expert
+        assert expert is not None
+        rows = x.reshape(expert.shape[0], -1, x.shape[-1])
+        delta = rows @ self.bank_a[expert] @ self.bank_b[expert]
+        return self.frozen(x) + delta.reshape(*x.shape[:-1], delta.shape[-1])
+
+
+class Graph(nn.Module):
+    """Backbone, experts and heads of some tasks in operations that ONNX has.
+
+    Args:
+        model: The checkpoint.
+        tasks: Whose heads are in it.
+        experts: Of these tasks; one is folded into the weights.
+    """
+
+    def __init__(self, model: LoadedModel, tasks: Sequence[str], experts: Sequence[Expert]) -> None:
+        super().__init__()
+        inner = model.checkpoint.model
+        backbone = fresh_copy(inner.backbone)
+        self.experts, self.running, self.pooling = list(experts), _Pass(), inner.pooling
+        self.model, self.causal = backbone.model, backbone.family.causal
+        self.has_types = model.encoder.has_types
+        if len(experts) == 1:
+            fold(backbone, experts[0])
+        else:
+            self._add_layers(backbone)
+        tables = [expert.word_shapes for expert in experts]
+        self.tables = None
+        if any(table is not None for table in tables):
+            filled = [torch.zeros(len(SHAPES), backbone.hidden_size) if table is None else table for table in tables]
+            # What is no word adds nothing.
+            self.tables = nn.Parameter(torch.stack([torch.cat([0 * table[:1], table[1:]]) for table in filled]))
+            self._add_word_shapes(backbone)
+        self.heads = nn.ModuleList()
+        self.outputs = list(tasks)
+        self.words = [find_kind(model.tasks[task].kind).level == "word" for task in tasks]
+        for task in tasks:
+            linear = nn.Linear(*inner.head(task).linear.weight.shape[::-1])
+            linear.load_state_dict(inner.head(task).linear.state_dict())
+            self.heads.append(linear)
+
+    def _add_layers(self, backbone: Backbone) -> None:
+        for name in dict.fromkeys(name for expert in self.experts for name in expert.deltas):
+            deltas = [
+                (*expert.deltas[name], expert.alpha) if name in expert.deltas else None for expert in self.experts
+            ]
+            parent, _, attribute = name.rpartition(".")
+            setattr(
+                backbone.model.get_submodule(parent), attribute, _Layer(backbone.linears[name], deltas, self.running)
+            )
+
+    def _add_word_shapes(self, backbone: Backbone) -> None:
+        """Add the vectors of each expert where its lowest block begins."""
+        lowest: dict[int, list[int]] = {}
+        for place, expert in enumerate(self.experts):
+            if expert.word_shapes is not None:
+                block = min((backbone.block_of(name) for name in expert.deltas), default=0)
+                lowest.setdefault(block, []).append(place)
+        for block, places in lowest.items():
+            backbone.blocks[block].register_forward_pre_hook(self._adder(places), with_kwargs=True)
+
+    def _adder(self, places: Sequence[int]) -> Callable[..., Any]:
+        own = torch.zeros(len(self.experts), 1, 1)
+        own[list(places)] = 1.0
+
+        def add(
+            _: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            expert, shapes = self.running.expert, self.running.word_shapes
+            assert self.tables is not None
+            assert shapes is not None
+            tables = self.tables * own  # [E, shapes, hidden]
+            vectors = tables[0][shapes] if expert is None else tables[expert.unsqueeze(1), shapes]
+            if arguments:
+                return (arguments[0] + vectors, *arguments[1:]), named
+            return arguments, {**named, "hidden_states": named["hidden_states"] + vectors}
+
+        return add
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+        word_shapes: Tensor | None = None,
+        expert: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Return the logits of each task, [N, labels] or [N, S, tags]."""
+        self.running.expert, self.running.word_shapes = expert, word_shapes
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if token_type_ids is not None:
+            inputs["token_type_ids"] = token_type_ids
+        if self.causal:
+            inputs["use_cache"] = False
+        hidden = self.model(**inputs).last_hidden_state
+        text = pool(hidden, attention_mask, self.pooling)
+        return tuple(head(hidden if words else text) for head, words in zip(self.heads, self.words, strict=True))
+
+    def example(self) -> dict[str, Tensor | None]:
+        """Return inputs to trace with: three rows of eleven tokens."""
+        ids = torch.arange(33).reshape(3, 11) % 7 + 5
+        mask = torch.ones_like(ids)
+        mask[1, 6:] = 0
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "token_type_ids": torch.zeros_like(ids) if self.has_types else None,
+            "word_shapes": torch.ones_like(ids) if self.tables is not None else None,
+            "expert": torch.arange(3) % len(self.experts) if len(self.experts) > 1 else None,
+        }
