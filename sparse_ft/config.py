@@ -47,8 +47,8 @@ class TrainConfig(_Section):
 
     epochs: int = Field(default=5, ge=1)
     """Passes over the data; one is as long as all tasks together."""
-    min_steps: int = Field(default=300, ge=0)
-    """Small data is repeated until there are this many optimizer steps, one in 20 or more between evaluations."""
+    min_steps: int = Field(default=240, ge=0)
+    """Small data is repeated until there are this many optimizer steps, a tenth or more between evaluations."""
     batch_size: int = Field(default=32, ge=1)
     """Rows per optimizer step."""
     accumulation: int = Field(default=1, ge=1)

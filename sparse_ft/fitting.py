@@ -30,7 +30,7 @@ from sparse_ft.trunk import keep_trunk, trunk_bytes
 
 _LOG = logging.getLogger("sparse_ft")
 
-_EPOCHS = 20
+_EPOCHS = 10
 """Evaluations that ``train.min_steps`` steps have at most: few rows are passed over several times between two."""
 
 

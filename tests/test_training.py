@@ -410,7 +410,7 @@ def test_few_rows_are_passed_over_several_times_between_evaluations(tmp_path, ti
     task = write_toy(tmp_path, "mood", sizes=(6, 4, 4))
     options = {"train__min_steps": 100, "train__batch_size": 4, "train__patience": 1, "train__learning_rate": 1e-12}
     first, second = run([task], tiny_bert, tmp_path / "out", **options).history  # the second is no better
-    assert (first["step"], second["step"]) == (6, 12)  # 2 batches a pass, a twentieth of 100 at least
+    assert (first["step"], second["step"]) == (10, 20)  # 2 batches a pass, a tenth of 100 at least
 
 
 def test_of_equal_scores_the_latest_state_is_kept(tmp_path, tiny_bert):
