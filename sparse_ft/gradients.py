@@ -99,13 +99,11 @@ class Gradients:
         for start in range(0, len(own), self.workers):
             for found in self._backward(own[start : start + self.workers], step, whole=whole):
                 told.add(found)
-        if launched():
-            sum_gradients(self.parameters)
-            first, *others = from_each(told)
-            for other in others:
-                first.add(other)
-            return first
-        return told
+        sum_gradients(self.parameters)
+        first, *others = from_each(told)
+        for other in others:
+            first.add(other)
+        return first
 
     def close(self) -> None:
         """Let the threads end."""

@@ -88,7 +88,7 @@ def group_tasks(parts: Sequence[PartTask], *, heads: str) -> list[MergedTask]:
     groups: dict[object, list[PartTask]] = {}
     for part in parts:
         labels = frozenset(part.spec.label_names or [])
-        alike = (part.spec.kind, "text_pair" in part.spec.columns, labels)
+        alike = (part.spec.kind, part.spec.reads, labels)
         groups.setdefault(part.name if heads == SEPARATE or not labels else alike, []).append(part)
     found: dict[str, MergedTask] = {}
     for members in groups.values():

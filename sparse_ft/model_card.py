@@ -69,7 +69,7 @@ def _use(model: LoadedModel, tasks: Sequence[str], *, format: str, folder: str) 
     spec = model.tasks[tasks[0]]
     words = find_kind(spec.kind).level == "word"
     text, _, second = (spec.example or "Your text here.").partition("\t")
-    pair = "text_pair" in spec.columns
+    pair = spec.reads == "pair"
     if format == "onnx":
         more = ")" if len(tasks) == 1 else ' | {"expert": …})  # for each row that of its task, int64'
         example = repr((text, second)) if pair else repr(text)

@@ -1,6 +1,6 @@
 """Whether what was exported gives the answers of its checkpoint: the same texts through both, logit by logit."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -73,7 +73,7 @@ def sample_texts(model: LoadedModel, task: str) -> list[Text]:
     """
     spec = model.tasks[task]
     source = model.checkpoint.config.sources.get(task)
-    pairs = "text_pair" in spec.columns
+    pairs = spec.reads == "pair"
     if source is not None or (spec.files is not None and spec.files.root is not None):
         rows = _rows(spec, source)
     else:
@@ -97,8 +97,14 @@ def _rows(spec: TaskSpec, source: str | None) -> list[Text]:
     if "test" not in found:
         return []
     columns = found["test"].select(range(min(ROWS, len(found["test"])))).to_dict()
+    rows = given_rows(columns)
+    return [" ".join(words) for words in rows] if "tokens" in columns else rows
+
+
+def given_rows(columns: Mapping[str, Sequence[Any]]) -> list[Any]:
+    """Return what a tokenizer is given for each row of a reader's columns: its words, a pair, or its text."""
     if "tokens" in columns:
-        return [" ".join(words) for words in columns["tokens"]]
+        return list(columns["tokens"])
     if "text_pair" in columns:
         return list(zip(columns["text"], columns["text_pair"], strict=True))
     return list(columns["text"])

@@ -13,7 +13,7 @@ from sparse_ft.exporters.parts import load_tokenizer
 from sparse_ft.kinds import find_kind
 from sparse_ft.prediction import LoadedModel
 from sparse_ft.readers import read
-from sparse_ft.round_trip import foreign_logits
+from sparse_ft.round_trip import foreign_logits, given_rows
 from sparse_ft.tasks import TaskSpec
 
 INT8_GRAPH = "model.int8.onnx"
@@ -59,7 +59,7 @@ def int8_scores(
         spec, source = model.tasks[task], sources.get(task)
         split = scored_split(spec, source)
         data = prepare(read(spec, data=source, splits=[split])[split].to_dict(), spec=spec, encoder=model.encoder)
-        rows = _rows(spec, data.columns)
+        rows = given_rows(data.columns)
         values: dict[str, float] = {}
         scored = 0
         for name, session in sessions.items():
@@ -73,14 +73,6 @@ def int8_scores(
         loss = values["float32"] - values["int8"]
         found[task] = {"split": split, "rows": scored, "metric": spec.metric, **values, "loss": loss}
     return found
-
-
-def _rows(spec: TaskSpec, columns: Mapping[str, Sequence[Any]]) -> list[Any]:
-    if "tokens" in columns:
-        return list(columns["tokens"])
-    if "text_pair" in columns:
-        return list(zip(columns["text"], columns["text_pair"], strict=True))
-    return list(columns["text"])
 
 
 def _score(spec: TaskSpec, data: Any, logits: dict[int, Tensor]) -> float:
