@@ -42,9 +42,15 @@ ROWS, EPOCHS = 10, 30
 
 
 def run_ours(
-    tasks: list[str], sources: dict[str, Path | None], *, seed: int, overrides: list[str], backbone: str | None
+    tasks: list[str],
+    sources: dict[str, Path | None],
+    *,
+    seed: int,
+    overrides: list[str],
+    backbone: str | None,
+    keep: Path | None,
 ) -> list[dict[str, Any]]:
-    """Train the tasks into one checkpoint; return an entry for each."""
+    """Train the tasks into one checkpoint, which stays under ``keep``; return an entry for each."""
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         named = {load_task(task).name: str(source) for task, source in sources.items() if source is not None}
@@ -52,7 +58,7 @@ def run_ours(
             tasks,
             data=named or None,
             backbone=backbone,
-            output=Path(folder) / "run",
+            output=(keep or Path(folder)) / f"{'+'.join(Path(task).stem for task in tasks)}-{seed}",
             seed=seed,
             overrides=overrides,
             device="cpu",
@@ -87,6 +93,7 @@ def run_method(
     overrides: list[str],
     few: bool,
     backbone: str | None = None,
+    keep: Path | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Return an entry a task."""
     with tempfile.TemporaryDirectory() as folder:
@@ -100,7 +107,7 @@ def run_method(
             sources = drawn
         asked = list(sources)
         if method in ("mixture", "expert"):
-            found = run_ours(asked, sources, seed=seed, overrides=overrides, backbone=backbone)
+            found = run_ours(asked, sources, seed=seed, overrides=overrides, backbone=backbone, keep=keep)
         else:
             epochs = EPOCHS if few else None
             found = [run_trainer(method, name, sources[name], seed, overrides, epochs=epochs) for name in asked]
@@ -196,6 +203,7 @@ def main() -> None:
     parser.add_argument("--note", default="", help="kept with each result")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--results", type=Path, default=Path("benchmark.jsonl"))
+    parser.add_argument("--keep", type=Path, help="folder where the checkpoints of expert and mixture stay")
     parser.add_argument("--plot", type=Path, help="PNG of score against parameters and seconds")
     parser.add_argument("--append", type=Path, help="Markdown file that gets the table, e.g. benchmarks/results.md")
     options = parser.parse_args()
@@ -225,6 +233,7 @@ def main() -> None:
                     overrides=options.overrides,
                     few=few,
                     backbone=options.backbone,
+                    keep=options.keep,
                 )
                 with options.results.open("a", encoding="utf-8") as stream:
                     for task, result in found.items():
