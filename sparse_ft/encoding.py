@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from sparse_ft.backbone import Backbone
-from sparse_ft.word_shapes import SHAPES, word_shape
+from sparse_ft.words import SHAPES, word_shape
 
 _NO_WORD = SHAPES.index("none")
 
@@ -25,7 +25,7 @@ class Example:
     word_indices: list[int] = field(default_factory=list)
     """The words of the text that ``word_positions`` stand for; or the one choice of the text that stands here."""
     word_shapes: list[int] = field(default_factory=list)
-    """How the word of each token is written, an index in ``word_shapes.SHAPES``; empty where no words are given."""
+    """How the word of each token is written, an index in ``words.SHAPES``; empty where no words are given."""
     targets: list[Any] = field(default_factory=list)
     """Class indices (one, or one a word; -100 is ignored), or 0/1 per label. Empty in prediction."""
     trunk: Tensor | None = None

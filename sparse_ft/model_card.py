@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from sparse_ft.exporters.parts import sees_shapes
 from sparse_ft.kinds import find_kind
 from sparse_ft.prediction import LoadedModel
 
@@ -29,7 +30,7 @@ classify({example}, truncation=True{more}"""
 
 _WORDS = """from transformers import pipeline
 
-tag = pipeline("token-classification", model="{folder}")
+tag = pipeline("token-classification", model="{folder}"{trust})
 tag({example}, is_split_into_words=True)"""
 
 _ONNX = """import json
@@ -80,7 +81,8 @@ def _use(model: LoadedModel, tasks: Sequence[str], *, format: str, folder: str) 
         pool = "" if words else _POOL[model.checkpoint.model.pooling]
         return _PEFT.format(folder=folder, labels=labels, example=example, pool=pool)
     if words:
-        return _WORDS.format(folder=folder, example=repr(text.split()))
+        trust = ", trust_remote_code=True" if sees_shapes(model, tasks[0]) else ""
+        return _WORDS.format(folder=folder, trust=trust, example=repr(text.split()))
     more = ", top_k=None)  # a label holds from a score of 0.5" if spec.kind == "multi_label" else ")"
     example = repr({"text": text, "text_pair": second}) if pair else repr(text)
     return _TEXTS.format(folder=folder, example=example, more=more)
@@ -106,6 +108,12 @@ def _remarks(model: LoadedModel, tasks: Sequence[str], *, format: str) -> list[s
         remarks.append(
             "No text classifier of transformers has a linear head over this pooling, so the folder brings "
             "`modeling_pooled.py`, which transformers runs with `trust_remote_code=True`; it is 20 lines."
+        )
+    if "word" in kinds and format == "transformers" and sees_shapes(model, tasks[0]):
+        remarks.append(
+            "The expert sees how a word is written, which no stock tokenizer says. So the folder brings its own "
+            "tokenizer and model (`tokenization_shaped.py`, `words.py`, `modeling_shaped.py`), which transformers runs "
+            "with `trust_remote_code=True`."
         )
     if model.checkpoint.model.gate is not None:
         remarks.append("The gate of the checkpoint, which chooses an expert for a text, is not in here.")

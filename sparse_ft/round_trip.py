@@ -13,8 +13,7 @@ from sparse_ft.kinds import find_kind
 from sparse_ft.prediction import LoadedModel, Text
 from sparse_ft.readers import read
 from sparse_ft.tasks import TaskSpec, load_task
-from sparse_ft.word_shapes import SHAPES, word_shape
-from sparse_ft.words import split_words
+from sparse_ft.words import SHAPES, split_words, word_shape
 
 TOLERANCE = 1e-4
 """Largest difference of a logit, as a share of the largest logit or of 1; float32 in another order gives 1e-6."""
@@ -30,7 +29,7 @@ _ODD = (
 _BUNDLED = ("sentiment", "topic", "intent", "ner")
 
 Run = Callable[[dict[str, Tensor]], Tensor]
-"""Runs a batch of what the exported tokenizer gave, and ``word_shapes`` with words: logits of texts, or of tokens."""
+"""Runs a batch of what the exported tokenizer gave, with words also ``word_shapes``: logits of texts, or of tokens."""
 
 
 @dataclass(frozen=True)
@@ -205,4 +204,4 @@ def _word_batches(rows: Sequence[Sequence[str]], *, encoder: Encoder, tokenizer:
             [SHAPES.index("none") if word is None else word_shape(row[word]) for word in batch.word_ids(number)]
             for number, row in enumerate(words)
         ]
-        yield chosen, [fitting[place] for place in chosen], {**batch, "word_shapes": torch.tensor(shapes)}
+        yield chosen, [fitting[place] for place in chosen], {"word_shapes": torch.tensor(shapes), **batch}

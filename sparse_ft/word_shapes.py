@@ -1,7 +1,8 @@
 """Word shapes: how a word is written, for backbones whose tokenizer drops case.
 
 An uncased backbone reads "china" and "China" as the same token. An expert that tags words may own one vector per shape;
-it is added to the hidden state of each piece of a word where that expert's lowest block begins.
+it is added to the hidden state of each piece of a word where that expert's lowest block begins. The shapes are named in
+words.py.
 """
 
 from collections.abc import Sequence
@@ -11,28 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sparse_ft.routing import Routing
-
-SHAPES = ("none", "number", "punctuation", "code", "lower", "upper", "letter", "title", "mixed")
-"""``none`` is no word (special tokens, padding) and always adds 0.
-
-The others, in order: 12, "!", 5km, house, NATO, J., London, McDonald.
-"""
-
-
-def word_shape(word: str) -> int:
-    """Return the index in SHAPES of how a word is written; letters without case count as lower."""
-    letters = [character for character in word if character.isalpha()]
-    digits = any(character.isdigit() for character in word)
-    if not letters:
-        return SHAPES.index("number" if digits else "punctuation")
-    if digits:
-        return SHAPES.index("code")
-    capitals = [character.isupper() for character in letters]
-    if not any(capitals):
-        return SHAPES.index("lower")
-    if all(capitals):
-        return SHAPES.index("upper" if len(letters) > 1 else "letter")
-    return SHAPES.index("title" if capitals[0] and not any(capitals[1:]) else "mixed")
 
 
 class WordShapes(nn.Module):

@@ -1,4 +1,4 @@
-"""Split raw text into words with character offsets, the way the annotated corpora were split."""
+"""Words of a raw text, with character offsets, split as the annotated corpora were; and how a word is written."""
 
 import re
 from collections.abc import Sequence
@@ -25,6 +25,12 @@ _WORD = re.compile(
     """,
     re.VERBOSE | re.IGNORECASE | re.DOTALL,
 )
+
+SHAPES = ("none", "number", "punctuation", "code", "lower", "upper", "letter", "title", "mixed")
+"""``none`` is no word (special tokens, padding) and always adds 0.
+
+The others, in order: 12, "!", 5km, house, NATO, J., London, McDonald.
+"""
 
 BLANK = "____"
 """Where a word is left out of a text that is to be filled."""
@@ -72,3 +78,19 @@ def cut_words(words: Sequence[Word], boundaries: set[int]) -> list[Word]:
         edges = [word.start, *inner, word.end]
         cut.extend(Word(word.text[begin - word.start : end - word.start], begin, end) for begin, end in pairwise(edges))
     return cut
+
+
+def word_shape(word: str) -> int:
+    """Return the index in SHAPES of how a word is written; letters without case count as lower."""
+    letters = [character for character in word if character.isalpha()]
+    digits = any(character.isdigit() for character in word)
+    if not letters:
+        return SHAPES.index("number" if digits else "punctuation")
+    if digits:
+        return SHAPES.index("code")
+    capitals = [character.isupper() for character in letters]
+    if not any(capitals):
+        return SHAPES.index("lower")
+    if all(capitals):
+        return SHAPES.index("upper" if len(letters) > 1 else "letter")
+    return SHAPES.index("title" if capitals[0] and not any(capitals[1:]) else "mixed")

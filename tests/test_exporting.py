@@ -25,8 +25,7 @@ from sparse_ft.model import SparseExpertModel
 from sparse_ft.round_trip import Difference
 from sparse_ft.routing import Pass, Routing
 from sparse_ft.tasks import load_task, parse_task
-from sparse_ft.word_shapes import word_shape
-from sparse_ft.words import split_words
+from sparse_ft.words import split_words, word_shape
 
 HEADS = {"mood": ("text", 2), "names": ("word", 5)}
 TEXTS = ["The quick brown fox.", "x", "Ada Lovelace met Mozart in London, 1996-08-22 🙂", "no no no no no no no no"]
@@ -126,12 +125,17 @@ def test_peft_loads_what_was_exported(tmp_path, make_model, family):
 # transformers
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
-def test_pipelines_give_the_answers_of_the_checkpoint(tmp_path, monkeypatch, make_model, family):
-    from transformers import pipeline
-
+@pytest.fixture
+def own_modules(tmp_path, monkeypatch):
+    """Where transformers copies the code of models, for this test alone."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_pipelines_give_the_answers_of_the_checkpoint(tmp_path, own_modules, make_model, family):
+    from transformers import pipeline
+
     path = without_shapes(tmp_path / "first", make_model, family)
     result = sparse_ft.export(path, format="transformers", output=tmp_path / "out")
     model = sparse_ft.load(path, device="cpu")
@@ -143,17 +147,84 @@ def test_pipelines_give_the_answers_of_the_checkpoint(tmp_path, monkeypatch, mak
     with pytest.raises(ValueError, match="trust_remote_code=True"):  # never a stock class with a random head
         pipeline("text-classification", model=str(result.path / "mood"), trust_remote_code=False)
     tag = pipeline("token-classification", model=str(result.path / "names"))
+    assert tags_of_words(tag, model) == best_tags(model)
+    assert "Scores of the checkpoint" not in (result.path / "mood" / "README.md").read_text()
+
+
+def best_tags(model):
+    """The best tag of each word by itself, by text."""
     tags = find_kind("token_classification").outputs(["PER", "LOC"])
-    last = model.checkpoint.model.backbone.family.causal
-    for words, logits in zip(words_of(TEXTS), model.logits(TEXTS, "names"), strict=True):
+    return [[tags[best] for best in logits.argmax(-1)] for logits in model.logits(TEXTS, "names")]
+
+
+def tags_of_words(tag, model):
+    """The same from a pipeline that is given words."""
+    last, found = model.checkpoint.model.backbone.family.causal, []
+    for words in words_of(TEXTS):
         places = {}
         (pieces,) = tag([words], is_split_into_words=True, ignore_labels=[])
         for piece in pieces:
             place = len(" ".join(words)[: piece["end"]].rstrip().split(" ")) - 1
             if last or place not in places:
                 places[place] = piece["entity"]
-        assert [places[place] for place in range(len(words))] == [tags[best] for best in logits.argmax(-1)]
-    assert "Scores of the checkpoint" not in (result.path / "mood" / "README.md").read_text()
+        found.append([places[place] for place in range(len(words))])
+    return found
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_an_expert_that_sees_word_shapes_brings_its_tokenizer(tmp_path, own_modules, make_model, family):
+    from transformers import AutoModelForTokenClassification, AutoTokenizer, pipeline
+
+    path = saved(tmp_path / "first", make_model, family, heads=HEADS)
+    result = sparse_ft.export(path, format="transformers", task="names", output=tmp_path / "out")
+    model, folder = sparse_ft.load(path, device="cpu"), str(result.path)
+    plain = sparse_ft.load(without_shapes(tmp_path / "second", make_model, family), device="cpu")
+    assert best_tags(model) != best_tags(plain)
+    tag = pipeline("token-classification", model=folder, trust_remote_code=True)
+    assert tags_of_words(tag, model) == best_tags(model)
+    # Texts, one by one and in a padded batch of two.
+    one_by_one = [tag(text, ignore_labels=[]) for text in TEXTS]
+    for alone, together in zip(one_by_one, tag(TEXTS, ignore_labels=[], batch_size=2), strict=True):
+        assert [piece["entity"] for piece in alone] == [piece["entity"] for piece in together]
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    loaded = AutoModelForTokenClassification.from_pretrained(folder, trust_remote_code=True).eval()
+    with torch.no_grad():
+        batch = tokenizer(words_of(TEXTS), is_split_into_words=True, padding=True, return_tensors="pt")
+        found = word_logits(
+            loaded(**batch).logits, batch, words_of(TEXTS), last=model.checkpoint.model.backbone.family.causal
+        )
+        assert_close(model.logits(TEXTS, "names"), found)
+        with pytest.raises(ValueError, match="Load the tokenizer of this folder with trust_remote_code=True"):
+            loaded(input_ids=batch["input_ids"])
+    for load in (AutoTokenizer, AutoModelForTokenClassification):  # never the stock class, which sees no shapes
+        with pytest.raises(ValueError, match="trust_remote_code=True"):
+            load.from_pretrained(folder, trust_remote_code=False)
+    assert set(files(result.path)) >= {"modeling_shaped.py", "tokenization_shaped.py", "words.py"}
+    assert "trust_remote_code=True)\ntag(" in (result.path / "README.md").read_text()
+
+
+def test_the_tokenizer_of_an_export_says_how_words_are_written(tmp_path, own_modules, make_model):
+    from transformers import AutoTokenizer
+
+    path = saved(tmp_path / "first", make_model, "bert", heads=HEADS)
+    result = sparse_ft.export(path, format="transformers", task="names", output=tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(result.path, trust_remote_code=True)
+    text = TEXTS[2]
+    words = [word.text for word in split_words(text)]
+    single = tokenizer(text)
+    assert single["word_shapes"][0] == single["word_shapes"][-1] == 0  # special tokens
+    given = tokenizer(words, is_split_into_words=True)
+    assert given["word_shapes"] == single["word_shapes"]
+    assert [0 if place is None else word_shape(words[place]) for place in given.word_ids()] == given["word_shapes"]
+    assert tokenizer([words, words[:1]], is_split_into_words=True)["word_shapes"][0] == single["word_shapes"]
+    assert tokenizer(text, return_tensors="pt")["word_shapes"].tolist() == [single["word_shapes"]]
+    assert tokenizer("")["word_shapes"] == [0, 0]
+    assert tokenizer([text, ""], padding=True)["word_shapes"][1] == [0] * len(single["word_shapes"])
+    short = tokenizer(text, truncation=True, max_length=4)
+    assert len(short["word_shapes"]) == 4
+    windows = tokenizer(text, truncation=True, max_length=6, stride=2, return_overflowing_tokens=True)
+    assert [len(row) for row in windows["word_shapes"]] == [len(row) for row in windows["input_ids"]]
+    assert windows["word_shapes"][1][1:3] == single["word_shapes"][3:5]
 
 
 # ONNX
@@ -264,6 +335,7 @@ def test_int8_says_what_it_loses(graph):
 @pytest.mark.parametrize(("format", "kind", "shapes"), [
     ("peft", "token_classification", False),
     ("transformers", "classification", False),
+    ("transformers", "token_classification", True),
     ("onnx", "token_classification", True),
 ])  # fmt: skip
 def test_minilm_leaves_intact(tmp_path, minilm, format, kind, shapes):
@@ -283,7 +355,7 @@ def test_minilm_leaves_intact(tmp_path, minilm, format, kind, shapes):
     assert found.disagreements == 0
     assert found.texts > 30  # rows of the bundled samples beside the odd ones
     assert found.largest < 2e-5
-    if shapes:  # one expert is folded, its word shapes are an input
+    if format == "onnx":  # one expert is folded, its word shapes are an input
         about = json.loads((result.path / "tasks.json").read_text())
         assert list(about["inputs"]) == ["input_ids", "attention_mask", "token_type_ids", "word_shapes"]
 
@@ -317,12 +389,11 @@ def test_unknown_names_and_taken_folders_are_refused(tmp_path, make_model, refus
     assert "--int8, and --data for it, are of the format onnx, not peft" in refused(path, "--int8")
 
 
-@pytest.mark.parametrize("format", ["peft", "transformers"])
-def test_word_shapes_are_refused_where_there_is_no_input_for_them(tmp_path, make_model, refused, format):
+def test_word_shapes_are_refused_where_there_is_no_place_for_them(tmp_path, make_model, refused):
     path = saved(tmp_path / "first", make_model, "bert", heads=HEADS)
-    said = refused(path, format=format)
+    said = refused(path, format="peft")
     assert "The expert 'names' of task 'names' sees how a word is written (experts.word_shapes)" in said
-    assert "Export it as onnx" in said
+    assert "Export it as transformers or onnx" in said
     assert "--set experts.word_shapes=false" in said
 
 

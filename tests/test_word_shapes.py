@@ -17,7 +17,7 @@ from sparse_ft.experts import Expert
 from sparse_ft.folders import write_json
 from sparse_ft.manifest import MANIFEST, read_manifest
 from sparse_ft.routing import Routing
-from sparse_ft.word_shapes import SHAPES, word_shape
+from sparse_ft.words import SHAPES, word_shape
 
 
 @pytest.mark.parametrize(("word", "shape"), [

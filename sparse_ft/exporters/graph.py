@@ -12,7 +12,7 @@ from sparse_ft.folding import fold, fresh_copy
 from sparse_ft.heads import pool
 from sparse_ft.kinds import find_kind
 from sparse_ft.prediction import LoadedModel
-from sparse_ft.word_shapes import SHAPES
+from sparse_ft.words import SHAPES
 
 
 class _Pass:

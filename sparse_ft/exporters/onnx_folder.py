@@ -24,7 +24,7 @@ from sparse_ft.folders import write_json
 from sparse_ft.kinds import find_kind
 from sparse_ft.prediction import LoadedModel
 from sparse_ft.round_trip import Difference, Run, compare, sample_texts
-from sparse_ft.word_shapes import SHAPES
+from sparse_ft.words import SHAPES
 
 GRAPH = "model.onnx"
 TASKS = "tasks.json"

@@ -66,21 +66,9 @@ def sole_expert(model: LoadedModel, task: str) -> Expert:
     return model.checkpoint.model.experts.get(slot.experts[0])
 
 
-def plain_expert(model: LoadedModel, task: str) -> Expert:
-    """Return the one expert that answers a task, if its deltas are all there is to it.
-
-    Raises:
-        ExportError: If it sees word shapes, which PEFT and transformers have no input for; or see ``sole_expert``.
-    """
-    expert = sole_expert(model, task)
-    kind = find_kind(model.tasks[task].kind)
-    if expert.word_shapes is not None and kind.level == "word":  # texts have no words, so nothing is added to them
-        raise ExportError(
-            f"The expert {expert.name!r} of task {task!r} sees how a word is written (experts.word_shapes), for which "
-            "models of PEFT and transformers have no input. Export it as onnx, whose graph takes word_shapes as an "
-            "input; serve it with sparse_ft.load; or train with --set experts.word_shapes=false."
-        )
-    return expert
+def sees_shapes(model: LoadedModel, task: str) -> bool:
+    """Say whether the answers of a task depend on how words are written; texts have no words, so theirs do not."""
+    return sole_expert(model, task).word_shapes is not None and find_kind(model.tasks[task].kind).level == "word"
 
 
 def token_classifier(backbone: Backbone, spec: TaskSpec, head: nn.Linear) -> TokenClassifier:
@@ -130,10 +118,10 @@ def save_tokenizer(model: LoadedModel, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """Load an exported tokenizer as its user would."""
+def load_tokenizer(folder: Path, *, own: Any = None) -> Any:
+    """Load an exported tokenizer as its user would, or by the class ``own`` that the export brings."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = (own or AutoTokenizer).from_pretrained(folder, local_files_only=True)
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True  # we leave those out
     return tokenizer

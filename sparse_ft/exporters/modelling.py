@@ -1,0 +1,200 @@
+"""The code that an export to transformers brings where no class of transformers computes what the checkpoint does.
+
+A task on texts needs a model that pools the logits of the tokens; an expert that sees word shapes one that adds their
+vectors, and a tokenizer that says how each word is written. transformers runs such files with
+``trust_remote_code=True``.
+"""
+
+import importlib
+import inspect
+import json
+import sys
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import sparse_ft.words
+from sparse_ft.exporters.parts import POOLING_WORDS
+from sparse_ft.folders import write_bytes, write_json
+
+_POOLED = {
+    "mean": "(tokens * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)",
+    "first": "tokens[:, 0]",
+    "last": "tokens[torch.arange(len(mask), device=mask.device), (mask.cumsum(1) * mask).argmax(1)]",
+}
+
+_POOLED_MODEL = '''"""{stock} with one answer a text: {words}.
+
+Written by sparse-ft. The head is linear, so it may stand before the pooling as well as behind it.
+"""
+
+import torch
+from transformers import {config}, {stock}
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+
+class PooledConfig({config}):
+    # A type of its own, so that no stock class takes these weights for its own.
+    model_type = "pooled_{model_type}"
+
+
+class PooledForSequenceClassification({stock}):
+    config_class = PooledConfig
+
+    def __init__(self, config):
+        super().__init__({config}.from_dict(config.to_dict()))  # the type by which the library builds the backbone
+        self.config = config
+
+    def forward(self, input_ids, attention_mask=None, **inputs):
+        tokens = super().forward(input_ids=input_ids, attention_mask=attention_mask, **inputs).logits
+        mask = torch.ones_like(tokens[..., 0]) if attention_mask is None else attention_mask.to(tokens.dtype)
+        return SequenceClassifierOutput(logits={pooled})
+'''
+
+_SHAPED_MODEL = '''"""{stock} that sees how words are written: a vector for each shape is added where a block begins.
+
+Written by sparse-ft. The shapes come from the tokenizer of this folder.
+"""
+
+import torch
+from transformers import {config}, {stock}
+
+
+class ShapedConfig({config}):
+    # A type of its own, so that no stock class takes these weights for its own.
+    model_type = "shaped_{model_type}"
+
+
+class ShapedForTokenClassification({stock}):
+    config_class = ShapedConfig
+
+    def __init__(self, config):
+        super().__init__({config}.from_dict(config.to_dict()))  # the type by which the library builds the backbone
+        self.config = config
+        self.word_shapes = torch.nn.Embedding({shapes}, {width})  # row 0, of what is no word, is zero
+        self.get_submodule("{block}").register_forward_pre_hook(self._add, with_kwargs=True)
+
+    def _add(self, block, arguments, named):
+        if arguments:
+            return (arguments[0] + self.added, *arguments[1:]), named
+        return arguments, {{**named, "hidden_states": named["hidden_states"] + self.added}}
+
+    def forward(self, input_ids, attention_mask=None, word_shapes=None, **inputs):
+        if word_shapes is None:
+            raise ValueError("word_shapes is missing. Load the tokenizer of this folder with trust_remote_code=True.")
+        self.added = self.word_shapes(word_shapes)
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **inputs)
+'''
+
+_SHAPED_TOKENIZER = '''"""A tokenizer that says how the word of each token is written.
+
+Written by sparse-ft. ``word_shapes`` are places in words.SHAPES; those of the list of words, or of the words in a text.
+"""
+
+from bisect import bisect_right
+
+from transformers import PreTrainedTokenizerFast
+
+from .words import split_words, word_shape
+
+
+class ShapedTokenizer(PreTrainedTokenizerFast):
+    def __call__(self, text, is_split_into_words=False, return_tensors=None, **options):
+        encoded = super().__call__(text, is_split_into_words=is_split_into_words, **options)
+        first = text[0] if len(text) else ""
+        batched = isinstance(text, (list, tuple)) and not (is_split_into_words and isinstance(first, str))
+        rows = text if batched else [text]
+        sources = encoded.get("overflow_to_sample_mapping", range(len(rows)))
+        read = _shapes_of_words if is_split_into_words else _shapes_in_text
+        shapes = [read(rows[source], row) for source, row in zip(sources, encoded.encodings)]
+        nested = batched or "overflow_to_sample_mapping" in encoded
+        encoded["word_shapes"] = shapes if nested else shapes[0]
+        return encoded.convert_to_tensors(return_tensors, prepend_batch_axis=not nested)
+
+
+def _shapes_of_words(words, row):
+    return [0 if place is None else word_shape(words[place]) for place in row.word_ids]
+
+
+def _shapes_in_text(text, row):
+    words = split_words(text, "{language}")
+    starts = [word.start for word in words]
+    return [
+        0 if place is None or not words else word_shape(words[max(0, bisect_right(starts, begin) - 1)].text)
+        for place, (begin, _) in zip(row.word_ids, row.offsets)
+    ]
+'''
+
+
+def write_pooled(folder: Path, *, stock: Any, pooling: str) -> None:
+    """Make an exported token classifier one of texts.
+
+    Args:
+        folder: Of the export; its config then names the class ``PooledForSequenceClassification``.
+        stock: The token classifier.
+        pooling: ``mean``, ``first`` or ``last``.
+    """
+    source = _POOLED_MODEL.format(**_names(stock), words=POOLING_WORDS[pooling], pooled=_POOLED[pooling])
+    write_bytes(folder / "modeling_pooled.py", source.encode())
+    _name_class(folder, "pooled", stock=stock, end="SequenceClassification")
+
+
+def write_shaped(folder: Path, *, stock: Any, block: str, width: int, language: str) -> None:
+    """Make an exported token classifier and its tokenizer see word shapes.
+
+    Args:
+        folder: Of the export; its config then names the class ``ShapedForTokenClassification``.
+        stock: The token classifier.
+        block: Name of the module in it where the vectors are added.
+        width: Of the vectors.
+        language: Of the task; how its texts are split into words.
+    """
+    source = _SHAPED_MODEL.format(**_names(stock), block=block, shapes=len(sparse_ft.words.SHAPES), width=width)
+    write_bytes(folder / "modeling_shaped.py", source.encode())
+    _name_class(folder, "shaped", stock=stock, end="TokenClassification")
+    tokenizer = _SHAPED_TOKENIZER.format(language=language)
+    write_bytes(folder / "tokenization_shaped.py", tokenizer.encode())
+    write_bytes(folder / "words.py", inspect.getsource(sparse_ft.words).encode())
+    named = {
+        "tokenizer_class": "ShapedTokenizer",
+        "auto_map": {"AutoTokenizer": [None, "tokenization_shaped.ShapedTokenizer"]},
+    }
+    _update(folder / "tokenizer_config.json", named)
+
+
+def own_class(folder: Path, module: str, name: str) -> Any:
+    """Import a class of an export from where it stands; transformers would keep a copy in its cache.
+
+    Args:
+        folder: Of the export.
+        module: The file, without its suffix.
+        name: Of the class.
+    """
+    package = types.ModuleType(f"sparse_ft_export_{abs(hash(folder))}")
+    package.__path__ = [str(folder)]
+    sys.modules[package.__name__] = package
+    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        return getattr(importlib.import_module(f"{package.__name__}.{module}"), name)
+    finally:
+        sys.dont_write_bytecode = writes
+        for loaded in [key for key in sys.modules if key.partition(".")[0] == package.__name__]:
+            del sys.modules[loaded]
+
+
+def _names(stock: Any) -> dict[str, str]:
+    config = stock.config
+    return {"stock": type(stock).__name__, "config": type(config).__name__, "model_type": config.model_type}
+
+
+def _name_class(folder: Path, prefix: str, *, stock: Any, end: str) -> None:
+    """Let config.json name the class ``<Prefix>For<end>`` of ``modeling_<prefix>.py``."""
+    module, name = f"modeling_{prefix}", f"{prefix.title()}For{end}"
+    classes = {"AutoConfig": f"{module}.{prefix.title()}Config", f"AutoModelFor{end}": f"{module}.{name}"}
+    model_type = f"{prefix}_{stock.config.model_type}"
+    _update(folder / "config.json", {"model_type": model_type, "architectures": [name], "auto_map": classes})
+
+
+def _update(file: Path, values: Mapping[str, Any]) -> None:
+    write_json(file, {**json.loads(file.read_text(encoding="utf-8")), **values})
