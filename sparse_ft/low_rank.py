@@ -84,13 +84,11 @@ def truncate(lora_a: Tensor, lora_b: Tensor, rank: int) -> Truncation:
         lora_b: [O, r].
         rank: 1 to r; the outcome has fewer rows where I or O is smaller.
     """
-    q_b, r_b = torch.linalg.qr(lora_b.double())
-    q_a, r_a = torch.linalg.qr(lora_a.double().t())
-    left, values, right = torch.linalg.svd(r_b @ r_a.t(), full_matrices=False)
+    left, values, right = _thin_svd(lora_a, lora_b)
     # All of the size goes into B, as in a LoRA that was trained from B = 0: one that is still zero can learn on.
     return Truncation(
-        (right[:rank] @ q_a.t()).to(lora_a.dtype),
-        (q_b @ (left[:, :rank] * values[:rank])).to(lora_b.dtype),
+        right[:rank].to(lora_a.dtype),
+        (left[:, :rank] * values[:rank]).to(lora_b.dtype),
         norm=float(values.norm()),
         lost=float(values[rank:].norm()),
     )
@@ -108,6 +106,35 @@ def factor(delta: Tensor, *, rank: int | None = None, energy: float | None = Non
         Factors in float64; their rank is not above that of ``delta``, and 0 for a delta of zeros.
     """
     left, values, right = torch.linalg.svd(delta, full_matrices=False)
+    return _cut(left, values, right, rank=rank, energy=energy)
+
+
+def factor_product(
+    lora_a: Tensor, lora_b: Tensor, *, rank: int | None = None, energy: float | None = None
+) -> Truncation:
+    """Do what ``factor`` does for the delta B A, without building it.
+
+    Args:
+        lora_a: [r, I].
+        lora_b: [O, r].
+        rank: Largest rank.
+        energy: As of ``factor``.
+    """
+    left, values, right = _thin_svd(lora_a, lora_b)
+    # Parts that cancel leave rounding, in proportion to the parts.
+    scale = float(lora_a.double().norm() * lora_b.double().norm())
+    return _cut(left, values.where(values > _NOTHING * scale, 0.0), right, rank=rank, energy=energy)
+
+
+def _thin_svd(lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the singular vectors [O, k] and [k, I] and values [k] of B A in float64, k the least of r, O and I."""
+    q_b, r_b = torch.linalg.qr(lora_b.double())
+    q_a, r_a = torch.linalg.qr(lora_a.double().t())
+    left, values, right = torch.linalg.svd(r_b @ r_a.t(), full_matrices=False)
+    return q_b @ left, values, right @ q_a.t()
+
+
+def _cut(left: Tensor, values: Tensor, right: Tensor, *, rank: int | None, energy: float | None) -> Truncation:
     found = int((values > _NOTHING * values[0]).sum())
     if rank is not None:
         found = min(found, rank)

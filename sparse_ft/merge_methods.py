@@ -242,6 +242,8 @@ class MergeMethod:
     source: str
     averages: bool = False
     """Whether only the proportions of the weights count."""
+    sums: bool = False
+    """Whether it adds up the deltas times their weights, which their factors can do, too."""
     most: int | None = None
     """Experts that it can merge."""
 
@@ -252,8 +254,8 @@ _RANDOM = ("weights", "density", "generator", "rank")
 _EIGENVALUES = "https://doi.org/10.1007/BF02288367"  # Eckart and Young 1936
 
 MERGE_METHODS: dict[str, MergeMethod] = {
-    "linear": MergeMethod(linear, _SUM, "https://arxiv.org/abs/2203.05482", averages=True),
-    "task_arithmetic": MergeMethod(task_arithmetic, _SUM, "https://arxiv.org/abs/2212.04089"),
+    "linear": MergeMethod(linear, _SUM, "https://arxiv.org/abs/2203.05482", averages=True, sums=True),
+    "task_arithmetic": MergeMethod(task_arithmetic, _SUM, "https://arxiv.org/abs/2212.04089", sums=True),
     "ties": MergeMethod(ties, _SPARSE, "https://arxiv.org/abs/2306.01708", averages=True),
     "dare": MergeMethod(dare, _RANDOM, "https://arxiv.org/abs/2311.03099"),
     "dare_ties": MergeMethod(dare_ties, _RANDOM, "https://arxiv.org/abs/2311.03099", averages=True),
@@ -262,7 +264,7 @@ MERGE_METHODS: dict[str, MergeMethod] = {
     "magnitude_prune": MergeMethod(magnitude_prune, _SPARSE, "https://arxiv.org/abs/1506.02626"),
     "slerp": MergeMethod(slerp, _SUM, "https://doi.org/10.1145/325165.325242", averages=True, most=2),
     "model_stock": MergeMethod(model_stock, ("rank",), "https://arxiv.org/abs/2403.19522", averages=True),
-    "cat": MergeMethod(task_arithmetic, ("weights",), "https://arxiv.org/abs/2212.04089"),
-    "svd": MergeMethod(task_arithmetic, _SUM, _EIGENVALUES),
+    "cat": MergeMethod(task_arithmetic, ("weights",), "https://arxiv.org/abs/2212.04089", sums=True),
+    "svd": MergeMethod(task_arithmetic, _SUM, _EIGENVALUES, sums=True),
 }
 """The methods that make one expert of several; ``stack``, which keeps them all, is in merging.py."""

@@ -1,15 +1,15 @@
-"""Several experts merged to one: dense deltas layer by layer, then factors of a rank again."""
+"""Several experts merged to one, layer by layer: of whole deltas, which then are factors of a rank again."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sparse_ft.errors import ConfigError, unknown_name
 from sparse_ft.experts import Expert, named_generator
-from sparse_ft.low_rank import factor
+from sparse_ft.low_rank import Truncation, factor, factor_product
 from sparse_ft.merge_methods import MERGE_METHODS
 
 DENSITY = 0.5
@@ -125,11 +125,10 @@ def merge_experts(experts: Sequence[Expert], settings: MergeSettings, *, name: s
     """
     factors, norms, losses = {}, {}, {}
     for module in dict.fromkeys(module for expert in experts for module in expert.deltas):
-        merged = _merged_delta(experts, module, settings)
-        lora_a, lora_b = (part.float() for part in _factors(merged, experts, module, settings))
-        norms[module], losses[module] = float(merged.norm()), float((merged - _product(lora_a, lora_b)).norm())
-        if norms[module]:
-            factors[module] = lora_a, lora_b
+        merged = (_summed if MERGE_METHODS[settings.method].sums else _computed)(experts, module, settings)
+        if merged.norm:
+            factors[module] = merged.lora_a.float(), merged.lora_b.float()
+            norms[module], losses[module] = merged.norm, merged.lost
     if not factors:
         raise ConfigError("Nothing is left of the experts: their deltas cancel in every layer. Choose other weights.")
     alpha = max(len(lora_a) for lora_a, _ in factors.values())
@@ -142,13 +141,28 @@ def merge_experts(experts: Sequence[Expert], settings: MergeSettings, *, name: s
     )
 
 
-def _merged_delta(experts: Sequence[Expert], module: str, settings: MergeSettings) -> Tensor:
-    """Apply the method to one layer, [O, I] float64."""
+def _summed(experts: Sequence[Expert], module: str, settings: MergeSettings) -> Truncation:
+    """Add up the deltas of one layer by their factors: all A above each other, all B times their weights in a row."""
+    total = sum(settings.weights) if MERGE_METHODS[settings.method].averages else 1.0
+    parts = [
+        (lora_a.double(), lora_b.double() * (_scale(expert, module) * weight / total))
+        for expert, weight in zip(experts, settings.weights, strict=True)
+        for lora_a, lora_b in filter(None, [expert.deltas.get(module)])
+    ]
+    lora_a, lora_b = torch.cat([part for part, _ in parts]), torch.cat([part for _, part in parts], dim=1)
+    merged = factor_product(lora_a, lora_b, rank=settings.rank, energy=settings.energy)
+    return replace(merged, lora_a=lora_a, lora_b=lora_b) if settings.method == "cat" else merged
+
+
+def _computed(experts: Sequence[Expert], module: str, settings: MergeSettings) -> Truncation:
+    """Apply the method to the dense deltas of one layer, and cut the outcome as the settings say."""
     pairs = [expert.deltas.get(module) for expert in experts]
     shape = next((lora_b.shape[0], lora_a.shape[1]) for lora_a, lora_b in filter(None, pairs))
     deltas = torch.stack(
         [
-            torch.zeros(shape, dtype=torch.float64) if pair is None else _scale(expert, module) * _product(*pair)
+            torch.zeros(shape, dtype=torch.float64)
+            if pair is None
+            else _scale(expert, module) * (pair[1].double() @ pair[0].double())
             for expert, pair in zip(experts, pairs, strict=True)
         ]
     )
@@ -158,33 +172,15 @@ def _merged_delta(experts: Sequence[Expert], module: str, settings: MergeSetting
         "generator": named_generator(settings.seed, f"merge/{module}"),
     }
     method = MERGE_METHODS[settings.method]
-    return method.function(deltas, **{name: value for name, value in known.items() if name in method.heeds})
-
-
-def _factors(merged: Tensor, experts: Sequence[Expert], module: str, settings: MergeSettings) -> tuple[Tensor, Tensor]:
-    """Return A and B of a merged delta in float64, cut as the settings say."""
-    if settings.method == "cat":
-        touching = [
-            (expert, weight)
-            for expert, weight in zip(experts, settings.weights, strict=True)
-            if module in expert.deltas
-        ]
-        lora_a = torch.cat([expert.deltas[module][0].double() for expert, _ in touching])
-        scaled = [expert.deltas[module][1].double() * (_scale(expert, module) * weight) for expert, weight in touching]
-        return lora_a, torch.cat(scaled, dim=1)
+    merged = method.function(deltas, **{name: value for name, value in known.items() if name in method.heeds})
     rank = settings.rank
     if rank is None and settings.energy is None:
         rank = sum(expert.ranks.get(module, 0) for expert in experts)
-    found = factor(merged, rank=rank, energy=settings.energy)
-    return found.lora_a, found.lora_b
+    return factor(merged, rank=rank, energy=settings.energy)
 
 
 def _scale(expert: Expert, module: str) -> float:
     return expert.alpha / expert.ranks[module]
-
-
-def _product(lora_a: Tensor, lora_b: Tensor) -> Tensor:
-    return lora_b.double() @ lora_a.double()
 
 
 def _merged_shapes(experts: Sequence[Expert], settings: MergeSettings) -> Tensor | None:

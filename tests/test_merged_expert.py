@@ -9,7 +9,7 @@ from test_editing import saved
 from sparse_ft.checkpoint import load_checkpoint
 from sparse_ft.errors import ConfigError
 from sparse_ft.experts import Expert
-from sparse_ft.low_rank import factor
+from sparse_ft.low_rank import factor, factor_product
 from sparse_ft.merge_methods import MERGE_METHODS
 from sparse_ft.merged_expert import merge_experts, merge_settings
 
@@ -146,6 +146,20 @@ def test_factors_of_a_delta_are_its_truncated_svd():
     assert float((delta - found.lora_b @ found.lora_a).norm()) == pytest.approx(float(values[3:].norm()))
     assert (found.norm, found.lost) == pytest.approx((float(delta.norm()), float(values[3:].norm())))
     assert len(factor(torch.zeros(9, 7, dtype=torch.float64)).lora_a) == 0
+
+
+@pytest.mark.parametrize("cut", [{}, {"rank": 2}, {"energy": 0.9}])
+@pytest.mark.parametrize("rank", [4, 12])  # below and above the width
+def test_a_product_is_factored_as_its_dense_delta_is(cut, rank):
+    generator = torch.Generator().manual_seed(rank)
+    lora_a = torch.randn(rank, 7, dtype=torch.float64, generator=generator)
+    lora_b = torch.randn(9, rank, dtype=torch.float64, generator=generator)
+    found, dense_found = factor_product(lora_a, lora_b, **cut), factor(lora_b @ lora_a, **cut)
+    assert found.lora_a.shape == dense_found.lora_a.shape
+    assert torch.allclose(found.lora_b @ found.lora_a, dense_found.lora_b @ dense_found.lora_a, rtol=0, atol=1e-12)
+    assert (found.norm, found.lost) == pytest.approx((dense_found.norm, dense_found.lost), abs=1e-12)
+    cancelled = factor_product(torch.cat([lora_a, lora_a]), torch.cat([lora_b, -lora_b], dim=1), **cut)
+    assert (len(cancelled.lora_a), cancelled.norm) == (0, 0.0)
 
 
 # PEFT builds dense deltas for its svd types, so there the two agree; its other types mix A and B apart.
