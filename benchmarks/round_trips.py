@@ -1,9 +1,11 @@
 """Export a checkpoint to every format and compare each with it: logits, labels, size, speed.
 
     python benchmarks/round_trips.py --data-root DATA
+    python benchmarks/round_trips.py --data-root DATA --checkpoint runs/conll2003 --checkpoint runs/clinc150
 
-Trains an expert for CoNLL-2003 without word shapes, one with, and one for CLINC150, each on few rows (--train-rows):
-how good they are does not matter here. Rows are the first of test (--rows), by length; tagging takes the given words.
+Takes the first task of each checkpoint. Without one, trains an expert for CoNLL-2003 without word shapes, one with, and
+one for CLINC150, each on few rows (--train-rows): how good they are matters only to the form with eight bits.
+Rows are the first of test (--rows), by length; tagging takes the given words.
 Labels are compared tag by tag, before the legal sequence is sought; those of the transformers form are its pipeline's.
 Time is that of tokenizing and running some of the rows (--timed), the forms taking turns; batches are 16 rows in all
 forms but the checkpoint's own, which has its own. ONNX runs with as many threads as torch.
@@ -13,7 +15,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 
 from sparse_ft.exporters.int8 import INT8_GRAPH
 from sparse_ft.exporters.onnx_folder import GRAPH, TASKS, read_tasks, runner
+from sparse_ft.exporters.parts import sees_shapes
 from sparse_ft.exporting import export
 from sparse_ft.heads import pool
 from sparse_ft.importing import import_adapter
@@ -62,11 +65,14 @@ def foreign_side(model: LoadedModel, task: str, run, tokenizer) -> Side:
 
 
 def torch_side(model: LoadedModel, task: str, theirs, folder: Path, *, pooled: bool) -> Side:
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    known = set(tokenizer("a"))  # word shapes only of a tokenizer that knows them
+
     def run(batch):
-        logits = theirs(**{name: value for name, value in batch.items() if name != "word_shapes"}).logits
+        logits = theirs(**{name: value for name, value in batch.items() if name in known}).logits
         return pool(logits, batch["attention_mask"], model.checkpoint.model.pooling) if pooled else logits
 
-    return foreign_side(model, task, run, AutoTokenizer.from_pretrained(folder))
+    return foreign_side(model, task, run, tokenizer)
 
 
 def onnx_side(model: LoadedModel, task: str, folder: Path, name: str) -> Side:
@@ -81,7 +87,7 @@ def pipeline_labels(folder: Path, rows, *, words: bool) -> list[Any]:
     if not words:
         classify = pipeline("text-classification", model=str(folder), trust_remote_code=True)
         return [answer["label"] for answer in classify(rows, truncation=True, batch_size=16)]
-    tag = pipeline("token-classification", model=str(folder))
+    tag = pipeline("token-classification", model=str(folder), trust_remote_code=True)
     found = []
     for row in rows:
         (pieces,) = tag([row], is_split_into_words=True, ignore_labels=[])
@@ -99,12 +105,12 @@ def megabytes(*paths: Path) -> float:
     return sum(file.stat().st_size for path in paths for file in (path.rglob("*") if path.is_dir() else [path])) / 1e6
 
 
-def sides_of(model: LoadedModel, task: str, folder: Path, *, shapes: bool) -> dict[str, tuple[Side, float]]:
-    """Export to every format, load each as its user would, and return how it runs and its megabytes."""
+def sides_of(model: LoadedModel, task: str, folder: Path) -> dict[str, tuple[Side, float]]:
+    """Export to every format that can, load each as its user would, and return how it runs and its megabytes."""
     words = find_kind(model.tasks[task].kind).level == "word"
     outputs = len(find_kind(model.tasks[task].kind).outputs(model.tasks[task].label_names))
     sides = {"checkpoint": (own_side(model, task), megabytes(model.checkpoint.path))}
-    if not shapes:
+    if not sees_shapes(model, task):
         path = export(model, format="peft", output=folder / "peft").path
         base = packaged_minilm_dir()
         config = path / "adapter_config.json"  # names the hub, which this machine may not reach
@@ -114,22 +120,34 @@ def sides_of(model: LoadedModel, task: str, folder: Path, *, shapes: bool) -> di
         again = import_adapter(path, backbone="minilm", output=folder / "imported")
         loaded = load(again.path, device="cpu")
         sides["peft, imported"] = own_side(loaded, task), megabytes(again.path)
-        path = export(model, format="transformers", output=folder / "transformers").path
-        auto = AutoModelForTokenClassification if words else AutoModelForSequenceClassification
-        dense = auto.from_pretrained(path, trust_remote_code=not words).eval()
-        sides["transformers"] = torch_side(model, task, dense, path, pooled=False), megabytes(path)
+    path = export(model, format="transformers", output=folder / "transformers").path
+    auto = AutoModelForTokenClassification if words else AutoModelForSequenceClassification
+    dense = auto.from_pretrained(path, trust_remote_code=True).eval()
+    sides["transformers"] = torch_side(model, task, dense, path, pooled=False), megabytes(path)
     result = export(model, format="onnx", int8=True, output=folder / "onnx")
     for scores in result.int8.values():
-        print(f"int8, {task}{', word shapes' if shapes else ''}: {scores}", flush=True)
+        print(f"int8, {task}: {scores}", flush=True)
     for name, graph in (("onnx", GRAPH), ("onnx int8", INT8_GRAPH)):
         sides[name] = onnx_side(model, task, result.path, graph), megabytes(result.path / graph)
     assert (result.path / TASKS).is_file()
     return sides
 
 
+def checkpoints(options: argparse.Namespace) -> Iterator[Path]:
+    """Give the checkpoints that were named, or train some."""
+    yield from options.checkpoint
+    for task, shapes in () if options.checkpoint else RUNS:
+        settings = [f"data.train_limit={options.train_rows}", f"experts.word_shapes={str(shapes).lower()}"]
+        settings += ["train.epochs=1", "train.min_steps=0", "train.precision=fp32"]
+        with tempfile.TemporaryDirectory() as made:
+            data = options.data_root / task
+            yield train([task], data=data, output=Path(made) / "run", overrides=settings, seed=13, device="cpu").path
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data-root", type=Path, required=True)
+    parser.add_argument("--checkpoint", type=Path, action="append", default=[])
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--timed", type=int, default=200)
     parser.add_argument("--train-rows", type=int, default=1000)
@@ -141,19 +159,17 @@ def main() -> None:
         "| task | form | largest difference of a logit | labels equal | MB | time / checkpoint |",
         "|---|---|---:|---:|---:|---:|",
     ]
-    for task, shapes in RUNS:
+    for checkpoint in checkpoints(options):
+        model = load(checkpoint, device="cpu")
+        task, spec = next(iter(model.tasks.items()))
+        shapes = sees_shapes(model, task)
         with tempfile.TemporaryDirectory() as made:
-            folder, data = Path(made), options.data_root / task
-            settings = [f"data.train_limit={options.train_rows}", f"experts.word_shapes={str(shapes).lower()}"]
-            settings += ["train.epochs=1", "train.min_steps=0", "train.precision=fp32"]
-            train([task], data=data, output=folder / "run", overrides=settings, seed=13, device="cpu")
-            model = load(folder / "run", device="cpu")
-            spec = model.tasks[task]
-            columns = read(spec, data=data, splits=["test"])["test"].to_dict()
+            folder = Path(made)
+            columns = read(spec, data=options.data_root / task, splits=["test"])["test"].to_dict()
             rows = sorted(
                 columns["tokens" if "tokens" in columns else "text"][: options.rows], key=lambda row: len(str(row))
             )
-            sides = sides_of(model, task, folder, shapes=shapes)
+            sides = sides_of(model, task, folder)
             expected = sides["checkpoint"][0](rows)
             best = [row.argmax(-1) for row in expected]
             timed = rows[:: max(1, len(rows) // options.timed)]
