@@ -2,15 +2,20 @@
 
 import contextlib
 import errno
+import glob
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from sparse_ft.errors import CheckpointError
+
+_LEFTOVER_SECONDS = 86_400
+"""Age from which a staged folder belongs to nobody."""
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -45,7 +50,8 @@ def replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
     with explain_os_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         recover_folder(target)
-        staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.new-", dir=target.parent))
+        _remove_leftovers(target)
+        staged = Path(tempfile.mkdtemp(prefix=_staged_prefix(target), dir=target.parent))
         try:
             staged.chmod(0o755)
             fill(staged)
@@ -60,6 +66,18 @@ def recover_folder(target: Path) -> None:
     old = _old_path(target)
     if old.is_dir() and not target.exists():
         old.rename(target)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove what killed processes staged for ``target``; what is young may be another process at work."""
+    for left in target.parent.glob(f"{glob.escape(_staged_prefix(target))}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _LEFTOVER_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _staged_prefix(target: Path) -> str:
+    return f".{target.name}.new-"
 
 
 def _old_path(target: Path) -> Path:

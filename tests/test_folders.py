@@ -38,6 +38,20 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_what_a_killed_process_staged_is_removed_a_day_later(tmp_path):
+    target = tmp_path / "run[1]"
+    old, young, other = (tmp_path / f".{name}" for name in ("run[1].new-a", "run[1].new-b", "run1.new-c"))
+    for folder in (old, young, other):
+        folder.mkdir()
+        (folder / "weights").write_text("half")
+    for folder in (old, other):
+        os.utime(folder, (0, 0))
+    replace_folder(target, fill_with(a="new"))
+    assert not old.exists()
+    assert young.exists()
+    assert other.exists()
+
+
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, CheckpointError])
 def test_a_failure_while_filling_leaves_the_old_folder_and_no_rest(tmp_path, error):
     target = tmp_path / "ner"
