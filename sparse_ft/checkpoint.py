@@ -174,7 +174,8 @@ def _save_expert(folder: Path, expert: Expert, *, model: SparseExpertModel) -> N
     """Write an expert as a PEFT adapter, which ``PeftModel.from_pretrained`` reads."""
     write_adapter(folder, expert, backbone=model.backbone)
     if expert.word_shapes is not None:  # a file of its own: PEFT has no place for it
-        write_bytes(folder / _WORD_SHAPES, safetensors.torch.save({"weight": expert.word_shapes}))
+        shapes = {"weight": expert.word_shapes, "block": torch.tensor(expert.shapes_block)}
+        write_bytes(folder / _WORD_SHAPES, safetensors.torch.save(shapes))
 
 
 def load_checkpoint(
@@ -273,9 +274,9 @@ def load_expert(folder: Path, *, name: str) -> Expert:
         if key.endswith(".lora_A.weight"):
             module = key.removeprefix(WRAPPER).removesuffix(".lora_A.weight")
             deltas[module] = (lora_a, tensors[key.replace(".lora_A.", ".lora_B.")])
-    shapes = folder / _WORD_SHAPES
-    table = read_tensors(shapes).get("weight") if shapes.exists() else None
-    return Expert(name, alpha, deltas, table)
+    shapes = read_tensors(folder / _WORD_SHAPES) if (folder / _WORD_SHAPES).exists() else {}
+    block = int(shapes["block"]) if "block" in shapes else None  # the first checkpoints do not say
+    return Expert(name, alpha, deltas, shapes.get("weight"), block)
 
 
 def load_task_into(

@@ -109,10 +109,12 @@ def merge(
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Of what is dropped at random, and of the search.")] = 13,
     evaluate: Annotated[bool, typer.Option("--evaluate", help="Score all tasks before and after.")] = False,
-    split: Annotated[str, typer.Option(metavar="SPLIT", help="That --evaluate scores.")] = "test",
+    split: Annotated[str | None, typer.Option(metavar="SPLIT", help="That --evaluate scores; default test.")] = None,
     search: Annotated[bool, typer.Option("--search", help="Find weights and density on validation rows.")] = False,
-    budget: Annotated[int, typer.Option(metavar="N", help="Trials of --search.")] = 20,
-    rows: Annotated[int, typer.Option(metavar="N", help="Validation rows of each task in a trial, at most.")] = 500,
+    budget: Annotated[int | None, typer.Option(metavar="N", help="Trials of --search; default 20.")] = None,
+    rows: Annotated[
+        int | None, typer.Option(metavar="N", help="Validation rows of each task in a trial of --search; default 500.")
+    ] = None,
     data: DataOption = None,
     device: DeviceOption = None,
     backbone: BackboneOption = None,

@@ -9,13 +9,13 @@ from typing import NamedTuple
 from sparse_ft.checkpoint import Checkpoint, load_checkpoint, load_expert, load_task_into, save_checkpoint
 from sparse_ft.config import RunConfig
 from sparse_ft.errors import CheckpointError, ConfigError, unknown_name
-from sparse_ft.experts import Expert
 from sparse_ft.folders import recover_folder
 from sparse_ft.foreign import ADAPTER_CONFIG, read_adapter
 from sparse_ft.kinds import find_kind
 from sparse_ft.low_rank import Pruned, prune
 from sparse_ft.manifest import MANIFEST, check_name, read_manifest, read_metrics, read_yaml, slot_experts
 from sparse_ft.outputs import free_output
+from sparse_ft.round_trip import ODD_TEXTS
 from sparse_ft.splitting import split_expert
 
 
@@ -164,7 +164,7 @@ def copy_expert(checkpoint: Checkpoint, old: str, new: str) -> list[str]:
     served = [task for task, slot in model.tasks.items() if slot.experts == (old,) and not slot.mixed]
     names = new_task_names(served, expert=old, new=new)
     _check_new(checkpoint, [new], list(names.values()))
-    model.experts.add(Expert(new, expert.alpha, expert.deltas, expert.word_shapes))
+    model.experts.add(replace(expert, name=new))
     for task, copied in names.items():
         spec, head = checkpoint.tasks[task], model.head(task)
         checkpoint.tasks[copied] = spec.model_copy(update={"name": copied})
@@ -260,14 +260,17 @@ def _add_saved(checkpoint: Checkpoint, path: Path, names: Mapping[str, str]) -> 
             f"{theirs['weights_sha256'][:12]}…), not on {ours.name!r} ({ours.weights_sha256[:12]}…). Train them anew "
             "on this one."
         )
-    mixed = [task for task, entry in manifest["tasks"].items() if entry.get("mixed") or len(slot_experts(entry)) > 1]
-    for task in mixed:
-        taken = set(slot_experts(manifest["tasks"][task])) & set(names)
-        if taken:
+    for task, entry in manifest["tasks"].items():
+        experts, shared = slot_experts(entry), entry.get("shared")
+        mixes = entry.get("mixed") or len(experts) > 1
+        taken = sorted({*experts, shared} & set(names))
+        if taken and (mixes or shared):
+            how = "the gate there mixing several experts" if mixes else f"the shared expert {shared!r} in it"
             raise CheckpointError(
-                f"Task {task!r} of {str(path)!r} was trained with the gate there mixing several experts, so "
-                f"{sorted(taken)[0]!r} cannot serve it alone. Train the task anew here."
+                f"Task {task!r} of {str(path)!r} was trained with {how}, so {taken[0]!r} cannot serve it alone. Train "
+                "the task anew here."
             )
+    _check_tokenizer(checkpoint, path)
     tasks: dict[str, str] = {}
     for old, new in names.items():
         served = [task for task, entry in manifest["tasks"].items() if slot_experts(entry) == [old]]
@@ -300,13 +303,31 @@ def _add_saved(checkpoint: Checkpoint, path: Path, names: Mapping[str, str]) -> 
     return [*changes, *_drop_gate(checkpoint)]
 
 
+def _check_tokenizer(checkpoint: Checkpoint, path: Path) -> None:
+    """Refuse experts that were trained on other tokens of the same texts."""
+    file, own = path / "tokenizer" / "tokenizer.json", checkpoint.model.backbone.tokenizer.backend_tokenizer
+    if not file.is_file():
+        return
+    pair = (type(own).from_file(str(file)), type(own).from_str(own.to_str()))
+    for tokenizer in pair:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+    theirs, ours = ([(row.ids, row.offsets) for row in tokenizer.encode_batch(list(ODD_TEXTS))] for tokenizer in pair)
+    if theirs != ours:
+        raise CheckpointError(
+            f"The experts of {str(path)!r} were trained on the same backbone, but with another tokenizer than those of "
+            f"{str(checkpoint.path)!r}: the same text gives other tokens. Train them anew with one of the two."
+        )
+
+
 def _add_foreign(checkpoint: Checkpoint, folder: Path, name: str) -> list[str]:
     _check_new(checkpoint, [name], [], advice=f" Choose one with --add NAME={folder}.")
     found = read_adapter(folder, name=name, backbone=checkpoint.model.backbone)
     checkpoint.model.experts.add(found.expert)
     ranks = found.expert.ranks.values()
     return [
-        f"Added {name!r} from {str(folder)!r}: rank {max(ranks)} on {len(ranks)} layers. It has no head, so no task.",
+        f"Added {name!r} from {str(folder)!r}: rank {max(ranks)} on {len(ranks)} layers. It has no head, so no task "
+        "(`sparse-ft import` reads those of token classifiers).",
         *found.notes,
         *_drop_gate(checkpoint),
     ]

@@ -31,6 +31,8 @@ class Expert:
     """Full module name to (A [r, I], B [O, r])."""
     word_shapes: Tensor | None = None
     """[shapes, hidden] added to words by how they are written (word_shapes.py), if the expert looks at that."""
+    shapes_block: int | None = None
+    """0-based block before which ``word_shapes`` are added; None: the lowest that the expert changes."""
     ranks: dict[str, int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -139,8 +141,10 @@ class Experts:
             layer.extend(deltas, scales=scales)
         device = next(self._model.parameters()).device
         for expert in experts:
-            lowest = min((self._block_of(module) for module in expert.deltas), default=0)
-            self.word_shapes.add(expert.word_shapes, block=lowest, device=device)
+            block = expert.shapes_block
+            if block is None:
+                block = min((self._block_of(module) for module in expert.deltas), default=0)
+            self.word_shapes.add(expert.word_shapes, block=block, device=device)
             self.names.append(expert.name)
             self.alphas[expert.name] = expert.alpha
 
@@ -212,7 +216,9 @@ class Experts:
             if len(lora_a):
                 deltas[module] = (lora_a.detach().cpu().clone(), lora_b.detach().cpu().clone())
         table = self.word_shapes.tables[index].detach().cpu().clone()
-        return Expert(name, self.alphas[name], deltas, table if len(table) else None)
+        if not len(table):
+            return Expert(name, self.alphas[name], deltas)
+        return Expert(name, self.alphas[name], deltas, table, self.word_shapes.blocks[index])
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """Return what an expert learns: ``<module>.lora_A`` [I, r], ``<module>.lora_B`` [r, O], ``word_shapes``.

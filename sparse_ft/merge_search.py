@@ -18,6 +18,8 @@ from sparse_ft.merged_tasks import MergedTask, install
 from sparse_ft.readers import read
 from sparse_ft.tasks import TaskSpec
 
+BUDGET = 20
+"""Trials, unless told otherwise."""
 ROWS = 500
 """Validation rows of each task, unless told otherwise: a trial takes seconds."""
 _SMALLEST = 0.01
@@ -55,7 +57,7 @@ def search_settings(
     start: MergeSettings,
     heads: str,
     budget: int,
-    rows: int = ROWS,
+    rows: int,
 ) -> Search:
     """Try weights and densities, beginning with those of ``start``, and return the best by the mean score.
 

@@ -68,14 +68,13 @@ def merge_settings(
     if method not in MERGE_METHODS:
         raise ConfigError(unknown_name("merge method", method, ("stack", *MERGE_METHODS)))
     row = MERGE_METHODS[method]
-    if num_experts < 2:
-        raise ConfigError("There is only one expert to merge. Name another checkpoint, or one with several experts.")
     if row.most is not None and num_experts > row.most:
         raise ConfigError(f"{method} merges {row.most} experts, and there are {num_experts}. Name two of them.")
     given = {"weights": weights, "density": density, "rank": rank, "energy": energy}
     for option, value in given.items():
-        if value is not None and ("rank" if option == "energy" else option) not in row.heeds:
-            able = [name for name, other in MERGE_METHODS.items() if option in other.heeds or option == "energy"]
+        needed = "rank" if option == "energy" else option
+        if value is not None and needed not in row.heeds:
+            able = [name for name, other in MERGE_METHODS.items() if needed in other.heeds]
             raise ConfigError(f"{method} has no use for --{option}. Leave it out, or choose {', '.join(able)}.")
     if rank is not None and energy is not None:
         raise ConfigError("--rank and --energy are both given. Choose one.")
@@ -135,7 +134,7 @@ def merge_experts(experts: Sequence[Expert], settings: MergeSettings, *, name: s
     # B A is scaled by alpha / rank, and the rank may differ from layer to layer.
     deltas = {module: (lora_a, lora_b * (len(lora_a) / alpha)) for module, (lora_a, lora_b) in factors.items()}
     return MergedExpert(
-        Expert(name, float(alpha), deltas, _merged_shapes(experts, settings)),
+        Expert(name, float(alpha), deltas, *_merged_shapes(experts, settings)),
         math.hypot(*losses.values()) / math.hypot(*norms.values()),
         {module: losses[module] / norms[module] for module in deltas},
     )
@@ -183,21 +182,35 @@ def _scale(expert: Expert, module: str) -> float:
     return expert.alpha / expert.ranks[module]
 
 
-def _merged_shapes(experts: Sequence[Expert], settings: MergeSettings) -> Tensor | None:
+def _merged_shapes(experts: Sequence[Expert], settings: MergeSettings) -> tuple[Tensor | None, int | None]:
     """Merge the word shapes of the experts that have some, by the same weights: averaged if the method averages.
 
     They are vectors of nine kinds of words, not weights of a layer, so there is nothing to trim or to cut. Experts
     without any never see a text of words and have no say.
+
+    Returns:
+        The vectors, and the block before which they are added.
+
+    Raises:
+        ConfigError: If the experts add theirs before different blocks.
     """
     having = [
-        (expert.word_shapes.double(), weight)
+        (expert, weight)
         for expert, weight in zip(experts, settings.weights, strict=True)
-        if expert.word_shapes is not None
+        if expert.word_shapes is not None and weight
     ]
     if not having:
-        return None
-    tables = torch.stack([table for table, _ in having])
+        return None, None
+    (first, _), *others = having
+    for other, _ in others:
+        if other.shapes_block != first.shapes_block:
+            raise ConfigError(
+                f"Experts {first.name!r} and {other.name!r} see how words are written in different blocks, "
+                f"{first.shapes_block} and {other.shapes_block}. Merge taggers that were trained with the same "
+                "experts.first_block."
+            )
+    tables = torch.stack([expert.word_shapes.double() for expert, _ in having if expert.word_shapes is not None])
     weights = torch.tensor([weight for _, weight in having], dtype=torch.float64)
-    if MERGE_METHODS[settings.method].averages and weights.any():
+    if MERGE_METHODS[settings.method].averages:
         weights = weights / weights.sum()
-    return torch.einsum("n,nsh->sh", weights, tables).float()
+    return torch.einsum("n,nsh->sh", weights, tables).float(), first.shapes_block

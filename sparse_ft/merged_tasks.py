@@ -76,8 +76,8 @@ def group_tasks(parts: Sequence[PartTask], *, heads: str) -> list[MergedTask]:
 
     Args:
         parts: All tasks of the experts.
-        heads: ``average`` and the name of an expert make one task of those with the same kind and label names;
-            ``separate`` keeps all apart.
+        heads: ``average`` and the name of an expert make one task of those with the same kind, language and label
+            names; ``separate`` keeps all apart.
 
     Raises:
         ConfigError: If two tasks that stay apart have the same name, or ``heads`` is unknown.
@@ -88,7 +88,7 @@ def group_tasks(parts: Sequence[PartTask], *, heads: str) -> list[MergedTask]:
     groups: dict[object, list[PartTask]] = {}
     for part in parts:
         labels = frozenset(part.spec.label_names or [])
-        alike = (part.spec.kind, part.spec.reads, labels)
+        alike = (part.spec.kind, part.spec.reads, part.spec.language, labels)
         groups.setdefault(part.name if heads == SEPARATE or not labels else alike, []).append(part)
     found: dict[str, MergedTask] = {}
     for members in groups.values():

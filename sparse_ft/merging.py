@@ -15,7 +15,7 @@ from sparse_ft.evaluation import evaluate_task, name_sources
 from sparse_ft.gate_stage import add_gate, kept_rows
 from sparse_ft.manifest import check_name, read_manifest, slot_experts
 from sparse_ft.merge_methods import MERGE_METHODS
-from sparse_ft.merge_search import ROWS, Search, require_optuna, search_settings
+from sparse_ft.merge_search import BUDGET, ROWS, Search, require_optuna, search_settings
 from sparse_ft.merged_expert import MergedExpert, MergeSettings, merge_experts, merge_settings
 from sparse_ft.merged_tasks import AVERAGE, MergedTask, group_tasks, install, part_tasks
 from sparse_ft.outputs import free_output
@@ -88,10 +88,10 @@ def merge(
     heads: str | None = None,
     seed: int = 13,
     evaluate: bool = False,
-    split: Split = "test",
+    split: Split | None = None,
     search: bool = False,
-    budget: int = 20,
-    rows: int = ROWS,
+    budget: int | None = None,
+    rows: int | None = None,
     data: str | Path | Mapping[str, str] | None = None,
     device: str = "auto",
     backbone: str | None = None,
@@ -118,10 +118,10 @@ def merge(
             ``separate``, which keeps the tasks apart.
         seed: Of what is dropped at random, and of the search.
         evaluate: Whether to score all tasks before and after; with ``stack`` the gate routes after, if there is one.
-        split: That is scored.
+        split: That is scored; None: ``test``.
         search: Whether to find weights and density on validation rows; needs the extra ``search``.
-        budget: Trials of the search.
-        rows: Validation rows of each task that a trial is scored on, at most.
+        budget: Trials of the search; None: 20.
+        rows: Validation rows of each task that a trial is scored on, at most; None: 500.
         data: Folder or file for the one task, or task name to such; None takes what each was trained on.
         device: ``auto``, ``cpu``, ``cuda`` …, for scores; the arithmetic is float64 on the CPU.
         backbone: Where the backbone is now, if not where the checkpoints say.
@@ -134,6 +134,9 @@ def merge(
     folder = free_output(output)
     given = {"weights": weights, "density": density, "rank": rank, "energy": energy, "name": name, "heads": heads}
     _check({**given, "search": search or None}, method=method)
+    _check_companions("search", search, {"budget": budget, "rows": rows})
+    _check_companions("evaluate", evaluate, {"split": split})
+    split = split or "test"
     if split not in SPLITS:
         raise ConfigError(unknown_name("split", split, SPLITS))
     parts = _gather(checkpoints, together=method != STACK, backbone=backbone)
@@ -152,7 +155,15 @@ def merge(
     before = _reports(checkpoint, checkpoint.tasks, split=split) if evaluate else {}
     found = None
     if search:
-        found = search_settings(checkpoint, experts, tasks, start=settings, heads=heads, budget=budget, rows=rows)
+        found = search_settings(
+            checkpoint,
+            experts,
+            tasks,
+            start=settings,
+            heads=heads,
+            budget=BUDGET if budget is None else budget,
+            rows=ROWS if rows is None else rows,
+        )
         settings = found.settings
     merged = merge_experts(experts, settings, name=name or "merged")
     weights_of = dict(zip([expert.name for expert in experts], settings.weights, strict=True))
@@ -185,6 +196,15 @@ def _check(given: Mapping[str, Any], *, method: str) -> None:
         require_optuna()
     if given["search"] and (given["weights"] is not None or given["density"] is not None):
         raise ConfigError("--search finds weights and density, and one of them is given. Leave it out, or --search.")
+
+
+def _check_companions(option: str, given: bool, values: Mapping[str, Any]) -> None:
+    """Refuse what only means something beside another option."""
+    for name, value in values.items():
+        if value is not None and not given:
+            raise ConfigError(
+                f"--{name} {value} means something with --{option} only. Add --{option}, or leave it out."
+            )
 
 
 def _gather(
@@ -289,7 +309,7 @@ def _reports(
     Args:
         checkpoint: Its model, settings and sources.
         specs: A name in the sources to the task that reads those rows and is answered by the model's task of its name.
-        split: That is scored.
+        split: That is scored; None: ``test``.
         route: As for ``evaluate``.
     """
     model, config = checkpoint.model, checkpoint.config

@@ -24,12 +24,12 @@ def next_output(names: Sequence[str]) -> Path:
 
 
 def free_output(output: str | Path) -> Path:
-    """Return the absolute path of a folder that is empty or does not exist.
+    """Return the absolute path of a folder that is empty or does not exist; where a link leads, not the link.
 
     Raises:
         ConfigError: If something is there.
     """
-    folder = Path(output).expanduser().absolute()
+    folder = Path(output).expanduser().resolve()
     recover_folder(folder)
     recover_folder(folder / "resume")
     if (folder / MANIFEST).exists():

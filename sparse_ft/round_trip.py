@@ -21,7 +21,7 @@ ROWS = 32
 """Rows of the task's data that are tried, beside the odd texts."""
 _BATCH = 16
 
-_ODD = (
+ODD_TEXTS = (
     "", " ", "!", "a", "🙂", "Great 👍🏽 – déjà vu?! 😀😀", "I love it\tbut\nnot twice.", "上海的天气很好。",
     "NATO and the U.S. met in Geneva on 1996-08-22 at 7.30 p.m.", "word " * 40,
     "https://example.org/?q=1&r=2 @you #tag",
@@ -79,10 +79,10 @@ def sample_texts(model: LoadedModel, task: str) -> list[Text]:
         rows = [row for name in _BUNDLED for row in _rows(load_task(name), None)[: ROWS // len(_BUNDLED)]]
     example = [spec.example] if spec.example and not pairs else []
     if pairs:
-        odd: list[Text] = list(zip(_ODD, reversed(_ODD), strict=True))
+        odd: list[Text] = list(zip(ODD_TEXTS, reversed(ODD_TEXTS), strict=True))
         texts = odd + [row if isinstance(row, tuple) else (row, row[::-1]) for row in rows]
     else:
-        texts = [*_ODD, *example, *rows]
+        texts = [*ODD_TEXTS, *example, *rows]
     tokenizer = model.checkpoint.model.backbone.tokenizer
     return [text for text in texts if tokenizer(*([text] if isinstance(text, str) else text))["input_ids"]]
 

@@ -1,12 +1,13 @@
 """Split an expert in two: each of the halves serves a part of its task's texts, and the gate tells them apart."""
 
+from dataclasses import replace
+
 import numpy as np
 from sklearn.cluster import KMeans
 
 from sparse_ft.checkpoint import Checkpoint
 from sparse_ft.encoding import Encoder, Example
 from sparse_ft.errors import ConfigError
-from sparse_ft.experts import Expert
 from sparse_ft.gate_stage import rows_by_expert
 from sparse_ft.gate_training import fit_gate, gate_block
 from sparse_ft.inference import mean_states
@@ -46,7 +47,7 @@ def split_expert(checkpoint: Checkpoint, name: str, new: str) -> list[str]:
     }
     rows = rows_by_expert(model, ready)
     halves = _halves(model, rows[name], block=gate_block(model, config.gate), seed=config.seed)
-    model.experts.add(Expert(new, expert.alpha, expert.deltas, expert.word_shapes))
+    model.experts.add(replace(expert, name=new))
     slot = model.tasks[task]
     model.tasks[task] = TaskSlot((*slot.experts, new), slot.level)
     model.gate = fit_gate(model, {**rows, name: halves[0], new: halves[1]}, settings=config.gate, seed=config.seed)

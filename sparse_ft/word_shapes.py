@@ -32,7 +32,7 @@ class WordShapes(nn.Module):
 
         Args:
             table: [shapes, hidden], or None for an expert that does not look at shapes.
-            block: The expert's lowest block, where the vectors are added.
+            block: Before which the vectors are added.
             device: Where the hidden states are.
         """
         values = torch.zeros(0, self.hidden_size) if table is None else table

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from test_experts import assert_bit_identical
 from test_training import trained_toys, write_toy
 
 import sparse_ft
-from sparse_ft.checkpoint import load_checkpoint
+from sparse_ft.checkpoint import load_checkpoint, save_checkpoint
 from sparse_ft.errors import CheckpointError, ConfigError, DataError
 from sparse_ft.gates import PrototypeGate
 from sparse_ft.manifest import read_manifest, read_metrics
@@ -44,10 +45,10 @@ def change(path: Path, **changes) -> None:
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **changes}))
 
 
-def relabelled(checkpoint: Path, task: str, labels: list[str]) -> None:
+def relabelled(checkpoint: Path, task: str, labels: list[str], **changes) -> None:
     """Give a task of a checkpoint other labels."""
     file = checkpoint / "tasks" / f"{task}.yaml"
-    change(file, labels=labels)
+    change(file, labels=labels, **changes)
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     manifest["bytes"][f"tasks/{task}.yaml"] = file.stat().st_size
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
@@ -89,6 +90,32 @@ def test_all_weight_on_one_answers_as_that_one(bert, tmp_path):
     merge([bert], method="task_arithmetic", weights=[0, 1, 0], output=tmp_path / "out")
     found, expected = answers(tmp_path / "out")["about"], answers(bert)["about"]
     assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_word_shapes_stay_in_the_block_where_they_were_learnt(bert, tmp_path):
+    own = load_checkpoint(bert).model.experts
+    assert own.get("names").shapes_block > own._block_of(next(iter(own.get("mood").deltas)))
+    merge([bert], method="task_arithmetic", weights=[1e-6, 0, 1], output=tmp_path / "out")
+    merged = load_checkpoint(tmp_path / "out").model.experts.get("merged")
+    assert merged.shapes_block == own.get("names").shapes_block
+    assert torch.allclose(answers(tmp_path / "out")["names"], answers(bert)["names"], atol=1e-4)
+
+
+def test_word_shapes_of_different_blocks_do_not_merge(bert, other, tmp_path):
+    loaded = load_checkpoint(other)
+    tagger = loaded.model.experts.get("names")
+    loaded.model.experts.replace(replace(tagger, shapes_block=tagger.shapes_block + 1))
+    resave(loaded)
+    assert load_checkpoint(other).model.experts.get("names").shapes_block == tagger.shapes_block + 1
+    message = "Experts 'names' and 'names-2' see how words are written in different blocks, 2 and 3."
+    with pytest.raises(ConfigError, match=message):
+        merge([bert / "experts/names", other / "experts/names"], method="linear", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def resave(loaded) -> None:
+    """Write a checkpoint over itself."""
+    save_checkpoint(loaded.path, model=loaded.model, tasks=loaded.tasks, config=loaded.config, metrics=loaded.metrics)
 
 
 def test_merging_with_itself_answers_as_before_whatever_the_names(bert, tmp_path):
@@ -298,6 +325,9 @@ OUT = ("--output", "out")
     (["{toys}", "--method", "svd"], "give --rank N or --energy 0.99."),
     (["{toys}", "--method", "ties", "--search", "--weights", "1,1,1,1"], "--search finds weights and density"),
     (["{toys}", "--method", "linear", "--evaluate", "--split", "dev"], "Unknown split 'dev'"),
+    (["{toys}", "--method", "linear", "--split", "test"], "--split test means something with --evaluate only."),
+    (["{toys}", "--method", "ties", "--budget", "50"], "--budget 50 means something with --search only. Add --search"),
+    (["{toys}", "--method", "ties", "--rows", "50"], "--rows 50 means something with --search only."),
     (["{toys}", "--method", "linear", "--evaluate", "--data", "mod=x"], "Unknown task in --data 'mod'"),
 ])  # fmt: skip
 def test_a_mistake_is_one_paragraph_and_exit_code_two(refused, arguments, said):
@@ -324,6 +354,45 @@ def test_damaged_numbers_are_refused(refused, bert, tmp_path):
     next(iter(tensors.values())).fill_(float("nan"))
     safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
     refused(bert, "--method", "linear", *OUT, said="holds NaN or infinite numbers")
+
+
+@pytest.mark.parametrize("method", ["stack", "linear"])
+def test_another_tokenizer_is_refused(refused, bert, other, method):
+    loaded = load_checkpoint(other)
+    loaded.model.backbone.tokenizer.backend_tokenizer.post_processor = None  # no [CLS], no [SEP]
+    resave(loaded)
+    refused(bert, other / "experts/names", "--method", method, *OUT, said="the same text gives other tokens")
+
+
+@pytest.mark.parametrize("method", ["stack", "linear"])
+def test_a_task_with_a_shared_expert_is_refused(refused, bert, other, method):
+    loaded = load_checkpoint(other)
+    loaded.model.tasks["mood"] = replace(loaded.model.tasks["mood"], shared="about")
+    resave(loaded)
+    refused(bert, other, "--method", method, *OUT, said="Task 'mood' of")
+    refused(
+        bert, other / "experts/about", "--method", method, *OUT, said="was trained with the shared expert 'about' in it"
+    )
+
+
+def test_tasks_in_different_languages_stay_apart(bert, other, tmp_path):
+    relabelled(other, "names", LABELS["names"], language="zh")
+    with pytest.raises(ConfigError, match="Two tasks are named 'names'"):
+        merge([bert / "experts/names", other / "experts/names"], method="linear", output=tmp_path / "out")
+    merge([bert / "experts/names", ("zh", other / "experts/names")], method="linear", output=tmp_path / "out")
+    assert {name: spec.language for name, spec in load_checkpoint(tmp_path / "out").tasks.items()} == {
+        "names": "en",
+        "zh": "zh",
+    }
+
+
+def test_an_output_that_is_a_link_is_written_where_it_leads(bert, tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "far")
+    result = merge([bert], method="linear", output=tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert result.path == tmp_path / "far"
+    assert load_checkpoint(tmp_path / "link").tasks.keys() == HEADS.keys()
 
 
 @pytest.mark.parametrize("method", ["stack", "linear"])

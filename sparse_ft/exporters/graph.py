@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from sparse_ft.backbone import Backbone
 from sparse_ft.experts import Expert
+from sparse_ft.exporters.parts import sees_shapes, shape_table
 from sparse_ft.folding import fold, fresh_copy
 from sparse_ft.heads import pool
 from sparse_ft.kinds import find_kind
 from sparse_ft.prediction import LoadedModel
-from sparse_ft.words import SHAPES
 
 
 class _Pass:
@@ -73,12 +73,9 @@ class Graph(nn.Module):
             fold(backbone, experts[0])
         else:
             self._add_layers(backbone)
-        tables = [expert.word_shapes for expert in experts]
         self.tables = None
-        if any(table is not None for table in tables):
-            filled = [torch.zeros(len(SHAPES), backbone.hidden_size) if table is None else table for table in tables]
-            # What is no word adds nothing.
-            self.tables = nn.Parameter(torch.stack([torch.cat([0 * table[:1], table[1:]]) for table in filled]))
+        if any(sees_shapes(model, task) for task in tasks):
+            self.tables = nn.Parameter(torch.stack([shape_table(expert, backbone) for expert in experts]))
             self._add_word_shapes(backbone)
         self.heads = nn.ModuleList()
         self.outputs = list(tasks)
@@ -99,13 +96,12 @@ class Graph(nn.Module):
             )
 
     def _add_word_shapes(self, backbone: Backbone) -> None:
-        """Add the vectors of each expert where its lowest block begins."""
-        lowest: dict[int, list[int]] = {}
+        """Add the vectors of each expert before the block that it names."""
+        blocks: dict[int, list[int]] = {}
         for place, expert in enumerate(self.experts):
-            if expert.word_shapes is not None:
-                block = min((backbone.block_of(name) for name in expert.deltas), default=0)
-                lowest.setdefault(block, []).append(place)
-        for block, places in lowest.items():
+            if expert.shapes_block is not None:
+                blocks.setdefault(expert.shapes_block, []).append(place)
+        for block, places in blocks.items():
             backbone.blocks[block].register_forward_pre_hook(self._adder(places), with_kwargs=True)
 
     def _adder(self, places: Sequence[int]) -> Callable[..., Any]:

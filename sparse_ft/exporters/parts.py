@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparse_ft.backbone import Backbone
 from sparse_ft.errors import ExportError
@@ -13,6 +13,7 @@ from sparse_ft.experts import Expert
 from sparse_ft.kinds import find_kind
 from sparse_ft.prediction import LoadedModel
 from sparse_ft.tasks import TaskSpec
+from sparse_ft.words import SHAPES
 
 _HEADS = ("classifier", "score")
 """How transformers' token classifiers name their head."""
@@ -69,6 +70,13 @@ def sole_expert(model: LoadedModel, task: str) -> Expert:
 def sees_shapes(model: LoadedModel, task: str) -> bool:
     """Say whether the answers of a task depend on how words are written; texts have no words, so theirs do not."""
     return sole_expert(model, task).word_shapes is not None and find_kind(model.tasks[task].kind).level == "word"
+
+
+def shape_table(expert: Expert, backbone: Backbone) -> Tensor:
+    """Return what an expert adds to words by how they are written, [shapes, hidden]; what is no word adds nothing."""
+    if expert.word_shapes is None:
+        return torch.zeros(len(SHAPES), backbone.hidden_size)
+    return torch.cat([torch.zeros_like(expert.word_shapes[:1]), expert.word_shapes[1:]])
 
 
 def token_classifier(backbone: Backbone, spec: TaskSpec, head: nn.Linear) -> TokenClassifier:

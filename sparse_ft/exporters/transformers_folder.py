@@ -9,11 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sparse_ft.exporters.modelling import own_class, write_pooled, write_shaped
-from sparse_ft.exporters.parts import load_tokenizer, save_tokenizer, sees_shapes, sole_expert, token_classifier
+from sparse_ft.exporters.parts import (
+    load_tokenizer,
+    save_tokenizer,
+    sees_shapes,
+    shape_table,
+    sole_expert,
+    token_classifier,
+)
 from sparse_ft.folding import fold, fresh_copy
 from sparse_ft.kinds import find_kind
 from sparse_ft.prediction import LoadedModel
@@ -40,16 +46,13 @@ def write_transformers(model: LoadedModel, tasks: Sequence[str], folder: Path) -
     stock = token_classifier(backbone, spec, inner.head(task).linear)
     dense: Any = stock.model
     dense.config.problem_type = _PROBLEMS.get(spec.kind)
-    table = expert.word_shapes if sees_shapes(model, task) else None
-    weights = dense.state_dict()
-    if table is not None:
-        weights["word_shapes.weight"] = torch.cat([torch.zeros_like(table[:1]), table[1:]])  # no word adds nothing
+    shaped = sees_shapes(model, task)
+    weights = dense.state_dict() | ({"word_shapes.weight": shape_table(expert, backbone)} if shaped else {})
     dense.save_pretrained(folder, state_dict=weights)
     save_tokenizer(model, folder)
-    if table is not None:
-        lowest = min((backbone.block_of(name) for name in expert.deltas), default=0)
-        block = f"{stock.prefix}.{backbone.family.blocks}.{lowest}"
-        write_shaped(folder, stock=dense, block=block, width=table.shape[1], language=spec.language)
+    if shaped:
+        block = f"{stock.prefix}.{backbone.family.blocks}.{expert.shapes_block}"
+        write_shaped(folder, stock=dense, block=block, width=backbone.hidden_size, language=spec.language)
         loader = own_class(folder, "modeling_shaped", "ShapedForTokenClassification")
         tokenizer = load_tokenizer(folder, own=own_class(folder, "tokenization_shaped", "ShapedTokenizer"))
     else:
@@ -60,7 +63,7 @@ def write_transformers(model: LoadedModel, tasks: Sequence[str], folder: Path) -
     loaded = loader.from_pretrained(folder, local_files_only=True).eval()
 
     def run(batch: dict[str, Tensor]) -> Tensor:
-        known = {name: value for name, value in batch.items() if name != "word_shapes" or table is not None}
+        known = {name: value for name, value in batch.items() if name != "word_shapes" or shaped}
         return loaded(**known).logits
 
     return {task: compare(model, task, sample_texts(model, task), run=run, tokenizer=tokenizer)}
