@@ -14,6 +14,7 @@ from sparse_ft.options import (
     data_sources,
     named_path,
     named_rank,
+    names,
     numbers,
     shown_path,
     two_names,
@@ -195,7 +196,7 @@ def import_(
     from sparse_ft.importing import import_adapter
 
     result = import_adapter(
-        adapter, output=output, task=task, labels=labels.split(",") if labels else [], backbone=backbone
+        adapter, output=output, task=task, labels=names("--labels", labels) if labels else [], backbone=backbone
     )
     serves = "serves no task" if result.task is None else f"serves task {result.task!r}"
     for line in (f"Imported expert {result.expert!r}, which {serves}.", *result.notes):

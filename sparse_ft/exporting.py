@@ -10,7 +10,6 @@ from sparse_ft.errors import ConfigError
 from sparse_ft.evaluation import name_sources
 from sparse_ft.exporters import find_exporter
 from sparse_ft.exporters.int8 import int8_scores, quantise
-from sparse_ft.exporters.parts import sole_expert
 from sparse_ft.folders import replace_folder, write_bytes, write_json
 from sparse_ft.model_card import model_card
 from sparse_ft.outputs import free_output
@@ -72,7 +71,7 @@ def export(
     names = list(model.tasks) if task is None else [task]
     for name in names:
         model.checkpoint.model.head(name)
-        sole_expert(model, name)
+        exporter.expert_of(model, name)
     sources = {**model.checkpoint.config.sources, **name_sources(data, names)}
     apart = not exporter.together and len(names) > 1
     groups = {name: [name] for name in names} if apart else {"": names}

@@ -14,9 +14,9 @@ from sparse_ft.checkpoint import save_checkpoint
 from sparse_ft.config import RunConfig
 from sparse_ft.errors import CheckpointError, ConfigError
 from sparse_ft.exporting import RECORD
-from sparse_ft.foreign import read_adapter, read_adapter_config, read_head
+from sparse_ft.foreign import ADAPTER_CONFIG, read_adapter, read_adapter_config, read_head
 from sparse_ft.kinds import find_kind
-from sparse_ft.manifest import check_name
+from sparse_ft.manifest import MANIFEST, check_name
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.outputs import free_output
 from sparse_ft.tasks import TaskSpec, list_tasks, load_task, parse_task
@@ -67,19 +67,21 @@ def import_adapter(
     folder, written = Path(adapter).expanduser().absolute(), free_output(output)
     if not folder.is_dir():
         raise CheckpointError(f"Adapter folder {str(adapter)!r} does not exist. Give a folder that PEFT wrote.")
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(f"{str(adapter)!r} holds no {ADAPTER_CONFIG}. {_where_adapters_are(folder)}")
     config, own = read_adapter_config(folder), _read_own(folder / RECORD)
     where, sha256 = backbone or _named_backbone(config, folder), own.weights_sha256 if own else None
     loaded = load_backbone(where, expected_sha256=sha256)
     model = SparseExpertModel(loaded, pooling=own.pooling if own else "auto")
-    given = None if task is None else load_task(task) if _is_task_file(task) else task
+    given = load_task(task) if task is not None and (_is_file(task) or task in list_tasks()) else task
     called = given.name if isinstance(given, TaskSpec) else given
     name = _checked_name(called or (own.spec.name if own else folder.name))
     found = read_adapter(folder, name=own.expert if own and task is None else name, backbone=loaded)
     model.experts.add(found.expert)
     head = read_head(folder) if len(found.above) == 1 else {}
-    kind = _kind(config, loaded, folder) if head else None
+    kind = (own.spec.kind if own else _kind(config, loaded, folder)) if head else None
     spec: TaskSpec | None
-    if own and not labels and not isinstance(given, TaskSpec):
+    if own and not labels and not (isinstance(given, TaskSpec) and _is_file(task)):
         spec = own.spec.model_copy(update={"name": name})
         names = find_kind(spec.kind).outputs(spec.label_names or [])
     else:
@@ -95,6 +97,13 @@ def import_adapter(
     tasks = {} if spec is None else {spec.name: spec}
     save_checkpoint(written, model=model.eval(), tasks=tasks, config=RunConfig.model_validate(settings), metrics={})
     return Import(written, found.expert.name, None if spec is None else spec.name, notes)
+
+
+def _where_adapters_are(folder: Path) -> str:
+    if (folder / MANIFEST).is_file():
+        return "It is a checkpoint, which needs no import: `sparse-ft merge` and `edit --add` read it as it is."
+    inside = sorted(str(file.parent) for file in folder.glob(f"*/{ADAPTER_CONFIG}"))
+    return f"Give one of {', '.join(inside)}." if inside else "Give a folder that PEFT wrote."
 
 
 class _Own(NamedTuple):
@@ -138,8 +147,8 @@ def _named_backbone(config: Mapping[str, Any], folder: Path) -> str:
     return "minilm" if named == MINILM_ID else str(named)
 
 
-def _is_task_file(task: str) -> bool:
-    return task.endswith((".yaml", ".yml")) or task in list_tasks()
+def _is_file(task: str | None) -> bool:
+    return task is not None and task.endswith((".yaml", ".yml"))
 
 
 def _checked_name(name: str) -> str:
@@ -152,7 +161,13 @@ def _checked_name(name: str) -> str:
 def _named_labels(folder: Path) -> list[str]:
     """Return the names in config.json; transformers' placeholders (LABEL_0 …) are none."""
     found = _read_json(folder / "config.json").get("id2label") or {}
-    names = [str(found[key]) for key in sorted(found, key=int)]
+    try:
+        names = [str(found[key]) for key in sorted(found, key=int)]
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"id2label in {str(folder / 'config.json')!r} is {found!r}. Expected a name for each number from 0. Name "
+            "them with --labels."
+        ) from error
     return [] if any(name == f"LABEL_{place}" for place, name in enumerate(names)) else names
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sparse_ft.exporters.parts import sees_shapes
+from sparse_ft.exporters.parts import any_shapes, sees_shapes, sole_expert
 from sparse_ft.kinds import find_kind
 from sparse_ft.prediction import LoadedModel
 
@@ -34,15 +34,35 @@ tag = pipeline("token-classification", model="{folder}"{trust})
 tag({example}, is_split_into_words=True)"""
 
 _ONNX = """import json
-
+{imports}
+import numpy as np
 import onnxruntime
 from transformers import AutoTokenizer
 
 tasks = json.load(open("{folder}/tasks.json"))  # inputs and outputs, labels, experts
 session = onnxruntime.InferenceSession("{folder}/model.onnx")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
-batch = tokenizer([{example}], truncation=True, padding=True, return_tensors="np")
-(logits,) = session.run(["{task}"], {{name: batch[name] for name in batch if name in tasks["inputs"]}}{more}"""
+rows = [{example}]
+batch = tokenizer(rows, {words}truncation=True, padding=True, return_tensors="np")
+feed = {{name: batch[name] for name in batch if name in tasks["inputs"]}}
+{shapes}{expert}(logits,) = session.run(["{task}"], feed)  # {logits}"""
+
+_WORD_SHAPE = """import sys
+
+sys.path.append("{folder}")
+from words import word_shape
+"""
+
+_SHAPES_OF_WORDS = """feed["word_shapes"] = np.array([
+    [0 if word is None else word_shape(rows[row][word]) for word in batch.word_ids(row)] for row in range(len(rows))
+])  # how the word of each token is written
+"""
+
+_NO_SHAPES = """feed["word_shapes"] = np.zeros_like(feed["input_ids"])  # for tasks that tag words
+"""
+
+_EXPERT = """feed["expert"] = np.full(len(rows), tasks["tasks"]["{task}"]["expert"])  # of the task that each row is for
+"""
 
 
 def model_card(model: LoadedModel, tasks: Sequence[str], *, format: str, folder: str) -> str:
@@ -72,9 +92,7 @@ def _use(model: LoadedModel, tasks: Sequence[str], *, format: str, folder: str) 
     text, _, second = (spec.example or "Your text here.").partition("\t")
     pair = spec.reads == "pair"
     if format == "onnx":
-        more = ")" if len(tasks) == 1 else ' | {"expert": …})  # for each row that of its task, int64'
-        example = repr((text, second)) if pair else repr(text)
-        return _ONNX.format(folder=folder, example=example, task=tasks[0], more=more)
+        return _use_onnx(model, tasks, folder=folder, row=text.split() if words else (text, second) if pair else text)
     if format == "peft":
         labels = len(find_kind(spec.kind).outputs(spec.label_names or []))
         example = f"{text!r}, {second!r}" if pair else repr(text)
@@ -86,6 +104,22 @@ def _use(model: LoadedModel, tasks: Sequence[str], *, format: str, folder: str) 
     more = ", top_k=None)  # a label holds from a score of 0.5" if spec.kind == "multi_label" else ")"
     example = repr({"text": text, "text_pair": second}) if pair else repr(text)
     return _TEXTS.format(folder=folder, example=example, more=more)
+
+
+def _use_onnx(model: LoadedModel, tasks: Sequence[str], *, folder: str, row: Any) -> str:
+    task = tasks[0]
+    shaped, several = any_shapes(model, tasks), len({sole_expert(model, name).name for name in tasks}) > 1
+    words = find_kind(model.tasks[task].kind).level == "word"
+    return _ONNX.format(
+        folder=folder,
+        task=task,
+        example=repr(row),
+        words="is_split_into_words=True, " if words else "",
+        imports=_WORD_SHAPE.format(folder=folder) if shaped and words else "",
+        shapes=(_SHAPES_OF_WORDS if words else _NO_SHAPES) if shaped else "",
+        expert=_EXPERT.format(task=task) if several else "",
+        logits="[rows, tokens, tags]" if words else "[rows, labels]",
+    )
 
 
 def _remarks(model: LoadedModel, tasks: Sequence[str], *, format: str) -> list[str]:

@@ -62,6 +62,14 @@ def numbers(option: str, entry: str) -> list[float]:
         raise ConfigError(f"{option} {entry!r} is no list of numbers. Write e.g. {option} 0.7,0.3.") from error
 
 
+def names(option: str, entry: str) -> list[str]:
+    """Read ``A,B``, with or without spaces."""
+    found = [part.strip() for part in entry.split(",")]
+    if not all(found):
+        raise ConfigError(f"{option} {entry!r} has an empty name. Write e.g. {option} A,B.")
+    return found
+
+
 def data_sources(data: list[str] | None) -> str | dict[str, str] | None:
     """Read ``--data PATH`` and ``--data TASK=PATH``."""
     if not data:

@@ -1,6 +1,7 @@
 """What leaves the toolkit gives the same answers in the library that it is for."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -317,6 +318,50 @@ def test_a_rows_logits_do_not_depend_on_the_padding(graph):
         np.testing.assert_allclose(alone, padded, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("tasks", "merged"),
+    [
+        pytest.param(["mood"], False, id="texts"),
+        pytest.param(["names"], False, id="words with shapes"),
+        pytest.param(["mood", "names"], False, id="two experts"),
+        pytest.param(["mood", "names"], True, id="two tasks of one expert"),
+        pytest.param(["mood"], True, id="texts, of an expert that sees shapes elsewhere"),
+    ],
+)
+def test_the_card_of_a_graph_runs(tmp_path, monkeypatch, graph, tasks, merged):
+    path, _, _ = graph
+    chosen = tmp_path / "chosen"
+    others = ["reply", "about"]
+    if merged:
+        heads = [str(path / "experts" / name) for name in ("both", "names")]
+        sparse_ft.merge(heads, method="cat", output=chosen)
+    else:
+        sparse_ft.merge([path], method="stack", output=chosen)
+    loaded = load_checkpoint(chosen)
+    for task in others:
+        loaded.model.remove_task(task)
+        del loaded.tasks[task]
+    save_checkpoint(chosen, model=loaded.model, tasks=loaded.tasks, config=loaded.config, metrics={})
+    alone = {"task": tasks[0]} if len(tasks) == 1 else {}
+    result = sparse_ft.export(chosen, format="onnx", output=tmp_path / "out", **alone)
+    card = (result.path / "README.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    found = {}
+    exec(card.split("```python\n")[1].split("```")[0], found)
+    (row,) = found["rows"]
+    text = " ".join(row) if isinstance(row, list) else row
+    (ours,) = sparse_ft.load(chosen, device="cpu").logits([text], tasks[0])
+    theirs = torch.as_tensor(found["logits"])
+    if tasks[0] == "names":
+        (theirs,) = word_logits(theirs, found["batch"], [row], last=False)
+    else:
+        (theirs,) = theirs
+    assert_close([ours], [theirs])
+    assert ("word_shapes" in found["feed"]) == (len(tasks) > 1 or tasks == ["names"])
+    assert ("expert" in found["feed"]) == (len(tasks) > 1 and not merged)
+
+
 def test_int8_says_what_it_loses(graph):
     _, folder, said = graph
     for task, entry in json.loads((folder / "export.json").read_text())["tasks"].items():
@@ -394,6 +439,7 @@ def test_word_shapes_are_refused_where_there_is_no_place_for_them(tmp_path, make
     said = refused(path, format="peft")
     assert "The expert 'names' of task 'names' sees how a word is written (experts.word_shapes)" in said
     assert "Export it as transformers or onnx" in said
+    assert "--task exports one of the others: mood." in said
     assert "--set experts.word_shapes=false" in said
 
 

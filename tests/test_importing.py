@@ -1,11 +1,12 @@
 """LoRAs of PEFT as checkpoints: ours come back as they were, of others what can be said here."""
 
 import json
+import re
 
 import pytest
 import torch
 from test_cli import call
-from test_exporting import TEXTS, without_shapes
+from test_exporting import LABELS, TEXTS, without_shapes
 from test_foreign import wrap
 
 import sparse_ft
@@ -117,7 +118,21 @@ def test_labels_come_from_the_command_line_or_a_task_file(tmp_path, tiny_folder)
     assert torch.equal(ours.model.head("own").linear.weight, weight[order])
 
 
+def test_an_export_takes_another_name_also_one_of_a_bundled_task(tmp_path, make_model):
+    path = without_shapes(tmp_path / "first", make_model, "bert")
+    sparse_ft.export(path, format="peft", task="mood", output=tmp_path / "out")
+    result = import_adapter(tmp_path / "out", task="sentiment", output=tmp_path / "again")
+    assert (result.task, result.expert) == ("sentiment", "sentiment")
+    loaded = load_checkpoint(tmp_path / "again")
+    assert loaded.tasks["sentiment"].labels == LABELS["mood"]
+    ours, theirs = (sparse_ft.load(folder, device="cpu") for folder in (path, tmp_path / "again"))
+    for one, other in zip(ours.logits(TEXTS, "mood"), theirs.logits(TEXTS, "sentiment"), strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize(("arguments", "said"), [
+    (["--labels", "O,B-PER,"], "--labels 'O,B-PER,' has an empty name."),
+    (["--labels", "O, B-PER"], "The head has 5 outputs, but 2 labels are named: O, B-PER."),
     (["--labels", "O,B-PER"], "The head has 5 outputs, but 2 labels are named: O, B-PER."),
     (["--labels", "O,B-PER,I-PER,E-PER,S-PER"], "are not those of a token_classification here, O, B-PER, I-PER."),
     (["--labels", "O,B-PER,I-PER,B-LOC,I-LOC", "--task", "a b"], "The name 'a b' is not allowed"),
@@ -134,6 +149,30 @@ def test_what_does_not_fit_is_refused(tmp_path, monkeypatch, capsys, tiny_folder
     assert "Traceback" not in err
     assert said in err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_an_adapter_says_where_one_is(tmp_path, make_model):
+    path = without_shapes(tmp_path / "first", make_model, "bert")
+    sparse_ft.export(path, format="peft", output=tmp_path / "out")
+    both = f"Give one of {tmp_path / 'out' / 'mood'}, {tmp_path / 'out' / 'names'}."
+    with pytest.raises(CheckpointError, match=re.escape(both)):
+        import_adapter(tmp_path / "out", output=tmp_path / "again")
+    with pytest.raises(
+        CheckpointError, match=r"holds no adapter_config\.json\. It is a checkpoint, which needs no import"
+    ):
+        import_adapter(path, output=tmp_path / "again")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"holds no adapter_config\.json\. Give a folder that PEFT wrote\."):
+        import_adapter(tmp_path / "empty", output=tmp_path / "again")
+
+
+@pytest.mark.parametrize("names", [["x", "y"], {"a": "x"}])
+def test_names_of_labels_that_are_none_are_refused(tmp_path, tiny_folder, names):
+    foreign(tmp_path / "theirs", tiny_folder, "bert", task_type="TOKEN_CLS", labels=TAGS)
+    file = tmp_path / "theirs" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "id2label": names}))
+    with pytest.raises(CheckpointError, match="Expected a name for each number from 0"):
+        import_adapter(tmp_path / "theirs", output=tmp_path / "out")
 
 
 def test_a_damaged_record_is_refused(tmp_path, make_model):

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sparse_ft.errors import ConfigError, unknown_name
+from sparse_ft.experts import Expert
 from sparse_ft.exporters.onnx_folder import write_onnx
-from sparse_ft.exporters.peft_folder import write_peft
+from sparse_ft.exporters.parts import sole_expert
+from sparse_ft.exporters.peft_folder import plain_expert, write_peft
 from sparse_ft.exporters.transformers_folder import write_transformers
 from sparse_ft.prediction import LoadedModel
 from sparse_ft.round_trip import Difference
@@ -19,10 +21,12 @@ class Exporter(NamedTuple):
     """Writes tasks into a folder, runs what it wrote, and returns how far it is from the checkpoint, by task."""
     together: bool
     """Whether one folder holds all tasks; else each has one of its own."""
+    expert_of: Callable[[LoadedModel, str], Expert] = sole_expert
+    """Returns the expert of a task, or raises why the format cannot express it."""
 
 
 EXPORTERS: dict[str, Exporter] = {
-    "peft": Exporter(write_peft, together=False),
+    "peft": Exporter(write_peft, together=False, expert_of=plain_expert),
     "transformers": Exporter(write_transformers, together=False),
     "onnx": Exporter(write_onnx, together=True),
 }

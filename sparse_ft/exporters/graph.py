@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sparse_ft.backbone import Backbone
 from sparse_ft.experts import Expert
-from sparse_ft.exporters.parts import sees_shapes, shape_table
+from sparse_ft.exporters.parts import any_shapes, shape_table
 from sparse_ft.folding import fold, fresh_copy
 from sparse_ft.heads import pool
 from sparse_ft.kinds import find_kind
@@ -74,7 +74,7 @@ class Graph(nn.Module):
         else:
             self._add_layers(backbone)
         self.tables = None
-        if any(sees_shapes(model, task) for task in tasks):
+        if any_shapes(model, tasks):
             self.tables = nn.Parameter(torch.stack([shape_table(expert, backbone) for expert in experts]))
             self._add_word_shapes(backbone)
         self.heads = nn.ModuleList()

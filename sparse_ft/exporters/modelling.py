@@ -155,12 +155,17 @@ def write_shaped(folder: Path, *, stock: Any, block: str, width: int, language: 
     _name_class(folder, "shaped", stock=stock, end="TokenClassification")
     tokenizer = _SHAPED_TOKENIZER.format(language=language)
     write_bytes(folder / "tokenization_shaped.py", tokenizer.encode())
-    write_bytes(folder / "words.py", inspect.getsource(sparse_ft.words).encode())
+    write_words(folder)
     named = {
         "tokenizer_class": "ShapedTokenizer",
         "auto_map": {"AutoTokenizer": [None, "tokenization_shaped.ShapedTokenizer"]},
     }
     _update(folder / "tokenizer_config.json", named)
+
+
+def write_words(folder: Path) -> None:
+    """Write what tells how a word is written; it needs nothing but Python."""
+    write_bytes(folder / "words.py", inspect.getsource(sparse_ft.words).encode())
 
 
 def own_class(folder: Path, module: str, name: str) -> Any:

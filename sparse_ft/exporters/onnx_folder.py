@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sparse_ft.errors import ConfigError, ExportError
 from sparse_ft.exporters.graph import Graph
+from sparse_ft.exporters.modelling import write_words
 from sparse_ft.exporters.parts import load_tokenizer, save_tokenizer, sole_expert
 from sparse_ft.folders import write_json
 from sparse_ft.kinds import find_kind
@@ -70,6 +71,8 @@ def write_onnx(model: LoadedModel, tasks: Sequence[str], folder: Path) -> dict[s
     save_tokenizer(model, folder)
     described = _describe(model, tasks, graph)
     write_json(folder / TASKS, described)
+    if graph.tables is not None:
+        write_words(folder)
     session, tokenizer = load_session(folder / GRAPH), load_tokenizer(folder)
     return {
         task: compare(
@@ -123,8 +126,8 @@ def _describe(model: LoadedModel, tasks: Sequence[str], graph: Graph) -> dict[st
         inputs["token_type_ids"] = "[rows, tokens] int64, of the tokenizer; 0 for single texts"
     if graph.tables is not None:
         inputs["word_shapes"] = (
-            "[rows, tokens] int64, index in shapes of how the word of each token is written; 0 outside words and in "
-            "tasks on texts"
+            "[rows, tokens] int64, index in shapes of how the word of each token is written (words.py beside says it); "
+            "0 outside words and in tasks on texts"
         )
     if len(graph.experts) > 1:
         inputs["expert"] = "[rows] int64, the expert of the task that each row is for"

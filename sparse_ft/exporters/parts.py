@@ -1,6 +1,7 @@
 """What every format takes out of a checkpoint: one expert, a tokenizer, labels, and transformers' classifier on it."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,6 +71,11 @@ def sole_expert(model: LoadedModel, task: str) -> Expert:
 def sees_shapes(model: LoadedModel, task: str) -> bool:
     """Say whether the answers of a task depend on how words are written; texts have no words, so theirs do not."""
     return sole_expert(model, task).word_shapes is not None and find_kind(model.tasks[task].kind).level == "word"
+
+
+def any_shapes(model: LoadedModel, tasks: Sequence[str]) -> bool:
+    """Say whether that holds for one of several tasks at least."""
+    return any(sees_shapes(model, task) for task in tasks)
 
 
 def shape_table(expert: Expert, backbone: Backbone) -> Tensor:

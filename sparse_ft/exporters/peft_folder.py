@@ -12,12 +12,31 @@ from torch import Tensor
 
 from sparse_ft.adapter_files import write_adapter
 from sparse_ft.errors import ExportError
+from sparse_ft.experts import Expert
 from sparse_ft.exporters.parts import load_tokenizer, save_tokenizer, sees_shapes, sole_expert, token_classifier
 from sparse_ft.folding import fresh_copy
 from sparse_ft.heads import pool
 from sparse_ft.kinds import find_kind
 from sparse_ft.prediction import LoadedModel
 from sparse_ft.round_trip import Difference, compare, sample_texts
+
+
+def plain_expert(model: LoadedModel, task: str) -> Expert:
+    """Return the one expert that answers a task, if its deltas are all there is to it.
+
+    Raises:
+        ExportError: If it sees word shapes; or see ``sole_expert``.
+    """
+    expert = sole_expert(model, task)
+    if sees_shapes(model, task):
+        others = [name for name in model.tasks if name != task]
+        raise ExportError(
+            f"The expert {expert.name!r} of task {task!r} sees how a word is written (experts.word_shapes), for which "
+            "an adapter of PEFT has no place. Export it as transformers or onnx, serve it with sparse_ft.load, or "
+            "train with --set experts.word_shapes=false."
+            + (f" --task exports one of the others: {', '.join(others)}." if others else "")
+        )
+    return expert
 
 
 def write_peft(model: LoadedModel, tasks: Sequence[str], folder: Path) -> dict[str, Difference]:
@@ -35,13 +54,7 @@ def write_peft(model: LoadedModel, tasks: Sequence[str], folder: Path) -> dict[s
 
     (task,) = tasks
     inner, spec = model.checkpoint.model, model.tasks[task]
-    expert, linear = sole_expert(model, task), inner.head(task).linear
-    if sees_shapes(model, task):
-        raise ExportError(
-            f"The expert {expert.name!r} of task {task!r} sees how a word is written (experts.word_shapes), for which "
-            "an adapter of PEFT has no place. Export it as transformers or onnx, serve it with sparse_ft.load, or "
-            "train with --set experts.word_shapes=false."
-        )
+    expert, linear = plain_expert(model, task), inner.head(task).linear
     base = token_classifier(fresh_copy(inner.backbone), spec, linear)
     head = {f"{base.head}.{name}": value.detach().cpu() for name, value in linear.state_dict().items()}
     write_adapter(folder, expert, backbone=inner.backbone, prefix=f"{base.prefix}.", head=head)
