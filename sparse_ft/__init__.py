@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sparse_ft.answers import Prediction
+    from sparse_ft.editing import Edit, edit
     from sparse_ft.errors import SparseFTError
     from sparse_ft.estimator import SparseFTClassifier
     from sparse_ft.evaluation import Evaluation, evaluate
     from sparse_ft.exporting import Export, export
+    from sparse_ft.importing import Import, import_adapter
     from sparse_ft.merging import Merge, merge
     from sparse_ft.prediction import LoadedModel, load, predict
     from sparse_ft.training import TrainResult, train
@@ -17,16 +19,20 @@ __version__ = "0.1.0"
 
 # Imported when first used: torch and transformers take seconds, `sparse-ft --help` must not wait for them.
 _HOMES = {
+    "Edit": "sparse_ft.editing",
     "Evaluation": "sparse_ft.evaluation",
     "Export": "sparse_ft.exporting",
+    "Import": "sparse_ft.importing",
     "LoadedModel": "sparse_ft.prediction",
     "Merge": "sparse_ft.merging",
     "Prediction": "sparse_ft.answers",
     "SparseFTClassifier": "sparse_ft.estimator",
     "SparseFTError": "sparse_ft.errors",
     "TrainResult": "sparse_ft.training",
+    "edit": "sparse_ft.editing",
     "evaluate": "sparse_ft.evaluation",
     "export": "sparse_ft.exporting",
+    "import_adapter": "sparse_ft.importing",
     "load": "sparse_ft.prediction",
     "merge": "sparse_ft.merging",
     "predict": "sparse_ft.prediction",
@@ -34,8 +40,10 @@ _HOMES = {
 }
 
 __all__ = [
+    "Edit",
     "Evaluation",
     "Export",
+    "Import",
     "LoadedModel",
     "Merge",
     "Prediction",
@@ -43,8 +51,10 @@ __all__ = [
     "SparseFTError",
     "TrainResult",
     "__version__",
+    "edit",
     "evaluate",
     "export",
+    "import_adapter",
     "load",
     "merge",
     "predict",

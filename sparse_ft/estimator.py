@@ -13,6 +13,8 @@ from sklearn.utils import Tags, check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d
 
+from sparse_ft.checkpoint import Checkpoint, save_checkpoint
+from sparse_ft.config import changed_config
 from sparse_ft.folders import replace_folder, write_bytes
 from sparse_ft.outputs import free_output
 from sparse_ft.prediction import LoadedModel, load
@@ -78,12 +80,12 @@ class SparseFTClassifier(ClassifierMixin, BaseEstimator):
         labels = column_or_1d(y, warn=True)
         check_consistent_length(texts, labels)
         check_classification_targets(labels)
-        self.classes_, places = np.unique(labels, return_inverse=True)
-        if len(self.classes_) < 2:
-            raise ValueError(f"SparseFTClassifier needs at least two classes, the data has one class: {self.classes_}.")
+        classes, places = np.unique(labels, return_inverse=True)
+        if len(classes) < 2:
+            raise ValueError(f"SparseFTClassifier needs at least two classes, the data has one class: {classes}.")
         seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
         with tempfile.TemporaryDirectory() as folder:
-            task = _write_task(Path(folder), texts, places.tolist(), names=_label_names(self.classes_))
+            task = _write_task(Path(folder), texts, places.tolist(), names=_label_names(classes))
             output = Path(folder) / "checkpoint"
             train(
                 [str(task)],
@@ -93,9 +95,9 @@ class SparseFTClassifier(ClassifierMixin, BaseEstimator):
                 seed=seed,
                 device=self.device,
             )
-            files = sorted(file for file in output.rglob("*") if file.is_file())
-            self.checkpoint_ = {file.relative_to(output).as_posix(): file.read_bytes() for file in files}
-            self._model = load(output, device=self.device or "auto")
+            model = load(output, device=self.device or "auto", backbone=self.backbone)
+            files = _checkpoint_files(model.checkpoint)
+        self.classes_, self.checkpoint_, self._model = classes, files, model  # together: a failed fit changes nothing
         return self
 
     def predict(self, X: Sequence[str]) -> np.ndarray:
@@ -105,28 +107,30 @@ class SparseFTClassifier(ClassifierMixin, BaseEstimator):
 
     def predict_proba(self, X: Sequence[str]) -> np.ndarray:
         """Return the probability of every class, (texts, classes), float32."""
-        check_is_fitted(self)
+        check_is_fitted(self, "checkpoint_")
         found: np.ndarray = self.model.probabilities(_texts(X), TASK).numpy()
         return found
 
     @property
     def model(self) -> LoadedModel:
         """What ``sparse_ft.load`` gives for the fitted checkpoint; read again after unpickling."""
-        check_is_fitted(self)
+        check_is_fitted(self, "checkpoint_")
         if "_model" not in self.__dict__:
             with tempfile.TemporaryDirectory() as folder:
                 _write_files(Path(folder), self.checkpoint_)
-                self._model = load(folder, device=self.device or "auto")
+                self._model = load(folder, device=self.device or "auto", backbone=self.backbone)
         return self._model
 
     def save(self, path: str | Path) -> Path:
         """Write the fitted checkpoint for ``sparse_ft.load`` and the command line; the folder must not hold anything.
 
+        It knows no data, so ``sparse-ft evaluate`` needs ``--data``, a file with the columns ``text`` and ``label``.
+
         Raises:
             ConfigError: If the folder holds something.
             CheckpointError: If it cannot be written.
         """
-        check_is_fitted(self)
+        check_is_fitted(self, "checkpoint_")
         output = free_output(path)
         replace_folder(output, lambda folder: _write_files(folder, self.checkpoint_))
         return output
@@ -195,6 +199,22 @@ def _write_task(folder: Path, texts: Sequence[str], places: Sequence[int], *, na
     path = folder / "task.yaml"
     write_bytes(path, yaml.safe_dump(task, allow_unicode=True).encode())
     return path
+
+
+def _checkpoint_files(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """Return the files of a checkpoint by path; where its data was for the time of ``fit`` is left out."""
+    spec = checkpoint.tasks[TASK].model_copy(update={"files": None})
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made) / "checkpoint"
+        save_checkpoint(
+            folder,
+            model=checkpoint.model,
+            tasks={TASK: spec},
+            config=changed_config(checkpoint.config, {"tasks": [TASK], "sources": {}, "output": None}),
+            metrics=checkpoint.metrics,
+        )
+        files = sorted(file for file in folder.rglob("*") if file.is_file())
+        return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
 
 
 def _write_files(folder: Path, files: dict[str, bytes]) -> None:

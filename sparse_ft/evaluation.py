@@ -256,7 +256,7 @@ def evaluate(
     """Score a checkpoint.
 
     Args:
-        checkpoint: A folder, or what ``load`` or ``load_checkpoint`` gave.
+        checkpoint: A folder, or what ``load`` or ``load_checkpoint`` gave, which no other thread may use meanwhile.
         tasks: Some of its tasks; None scores all.
         data: Folder or file for the one task, or task name to such; None takes what each was trained on.
         split: ``train``, ``validation`` or ``test``; or task name to such.

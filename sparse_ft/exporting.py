@@ -47,7 +47,7 @@ def export(
     Each export is loaded as its user would and run on sample texts before it is put in its place.
 
     Args:
-        checkpoint: A folder, or what ``load`` gave.
+        checkpoint: A folder, or what ``load`` gave, which no other thread may use meanwhile.
         format: ``peft``: the expert as an adapter, head included. ``transformers``: a dense model with the expert
             folded in. ``onnx``: one graph with the experts and heads of all tasks.
         output: Folder to write; must be empty or not exist.

@@ -13,7 +13,6 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from sparse_ft.checkpoint import MODEL_TYPE
-from sparse_ft.devices import find_device
 from sparse_ft.prediction import CHUNK, LoadedModel, Text, load
 
 TASK = "sparse-ft"
@@ -30,8 +29,8 @@ class CheckpointModel:
 
     @staticmethod
     def from_pretrained(path: str, **options: Any) -> LoadedModel:
-        """Load a checkpoint; transformers' options about hubs and precision mean nothing to it."""
-        return load(path, device="cpu")  # the pipeline moves it
+        """Load a checkpoint; of transformers' options, ``model_kwargs={"backbone": …}`` says where the backbone is."""
+        return load(path, backbone=options.get("backbone"))
 
 
 class SparseFTPipeline:
@@ -43,7 +42,8 @@ class SparseFTPipeline:
     Args:
         model: A loaded model; ``transformers.pipeline`` passes what it read from a path.
         task: The name it is registered under.
-        device: A number of a CUDA device, -1 for the CPU, or a name; None takes the first accelerator.
+        device: A number of a CUDA device, -1 for the CPU, or a name; None leaves a loaded model where it is, and puts
+            one that is read from a path on the first accelerator.
         dtype: Not heeded: the model computes as the checkpoint says.
         tasks: As for ``LoadedModel.predict``; may be given with a call, too.
         batch_size: Texts that are read before they are answered; may be given with a call, too.
@@ -66,10 +66,14 @@ class SparseFTPipeline:
         tasks: Sequence[str] | str | None = None,
         batch_size: int = CHUNK,
     ) -> None:
-        name = ("cpu" if device < 0 else f"cuda:{device}") if isinstance(device, int) else str(device or "auto")
         self.model, self.task, self.tasks, self.batch_size = model, task, tasks, batch_size
-        self.device = find_device(name)
-        model.checkpoint.model.to(self.device)
+        if device is not None:
+            model.to(("cpu" if device < 0 else f"cuda:{device}") if isinstance(device, int) else str(device))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.checkpoint.model.parameters()).device
 
     def __call__(
         self,

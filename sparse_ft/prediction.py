@@ -49,6 +49,12 @@ class LoadedModel:
         """Task files with all label names, by task name."""
         return self.checkpoint.tasks
 
+    def to(self, device: str) -> "LoadedModel":
+        """Move to a device, ``auto``, ``cpu``, ``cuda`` …, once no other thread computes."""
+        with self._lock:
+            self.checkpoint.model.to(find_device(device))
+        return self
+
     def __call__(self, texts: Text | Sequence[Text]) -> Prediction | list[Prediction]:
         """Answer one text, or each of a list; the gate decides which tasks, as in ``predict``."""
         if isinstance(texts, (str, tuple)):
@@ -395,9 +401,11 @@ def predict(
     checkpoint: str | Path | LoadedModel,
     texts: Sequence[Text],
     *,
-    tasks: Sequence[str] | str = "all",
+    tasks: Sequence[str] | str | None = None,
+    combine: str | None = None,
     device: str = "auto",
+    backbone: str | None = None,
 ) -> list[Prediction]:
-    """Answer tasks for a list of texts; see ``LoadedModel.predict``."""
-    model = checkpoint if isinstance(checkpoint, LoadedModel) else load(checkpoint, device=device)
-    return model.predict(texts, tasks)
+    """Load a checkpoint and answer tasks for a list of texts; see ``load`` and ``LoadedModel.predict``."""
+    model = checkpoint if isinstance(checkpoint, LoadedModel) else load(checkpoint, device=device, backbone=backbone)
+    return model.predict(texts, tasks, combine=combine)

@@ -28,18 +28,21 @@ class SparseFTComponent:
 
     Args:
         name: In the spaCy pipeline.
-        checkpoint: Folder that ``train`` wrote, or ``save``; kept as a path when the pipeline is serialised.
+        checkpoint: Folder that ``train`` wrote, or ``save``; kept as an absolute path when the pipeline is serialised.
         tasks: Names, or ``"all"``: all that read one text.
         device: ``auto``, ``cpu``, ``cuda`` …
         alignment: What happens to an entity that begins or ends inside a token of spaCy: ``expand`` takes the tokens
             that it touches, ``contract`` those that it covers, ``strict`` drops it.
+        backbone: Where the backbone is now, if not where the checkpoint says, or empty; serialised, too.
 
     Raises:
         ConfigError: If a name is unknown.
         CheckpointError: If the folder is no complete checkpoint.
     """
 
-    def __init__(self, name: str, *, checkpoint: str, tasks: Sequence[str] | str, device: str, alignment: str) -> None:
+    def __init__(
+        self, name: str, *, checkpoint: str, tasks: Sequence[str] | str, device: str, alignment: str, backbone: str
+    ) -> None:
         if alignment not in ALIGNMENTS:
             raise ConfigError(unknown_name("alignment", alignment, ALIGNMENTS))
         if not checkpoint:
@@ -47,7 +50,12 @@ class SparseFTComponent:
                 'The component sparse_ft names no checkpoint. Add config={"checkpoint": FOLDER} to add_pipe.'
             )
         self.name = name
-        self.settings: dict[str, Any] = {"checkpoint": checkpoint, "tasks": tasks, "alignment": alignment}
+        self.settings: dict[str, Any] = {
+            "checkpoint": str(Path(checkpoint).expanduser().absolute()),
+            "tasks": tasks,
+            "alignment": alignment,
+            "backbone": backbone,
+        }
         self.device = device
         self._read()
 
@@ -87,9 +95,9 @@ class SparseFTComponent:
 
     def _read(self) -> None:
         """Load the checkpoint and sort the tasks by what they set."""
-        wanted = self.settings["tasks"]
-        self.model: LoadedModel = load(self.settings["checkpoint"], device=self.device)
-        single = [name for name, spec in self.model.tasks.items() if "text_pair" not in spec.columns]
+        wanted, where = self.settings["tasks"], self.settings.get("backbone") or None
+        self.model: LoadedModel = load(self.settings["checkpoint"], device=self.device, backbone=where)
+        single = [name for name, spec in self.model.tasks.items() if spec.reads == "text"]
         names = single if wanted == "all" else [wanted] if isinstance(wanted, str) else list(wanted)
         for name in names:
             if name not in single:
@@ -111,7 +119,7 @@ class SparseFTComponent:
                 entity for answer in found.tasks.values() if "entities" in answer for entity in answer["entities"]
             ]
             spans = [self._span(doc, entity) for entity in entities]
-            doc.set_ents(filter_spans([span for span in spans if span is not None]))
+            doc.set_ents(filter_spans([*doc.ents, *(span for span in spans if span is not None)]))
 
     def _span(self, doc: Doc, entity: Entity) -> Span | None:
         alignment = self.settings["alignment"]
@@ -119,15 +127,17 @@ class SparseFTComponent:
 
 
 def make_component(
-    nlp: Language, name: str, checkpoint: str, tasks: list[str] | str, device: str, alignment: str
+    nlp: Language, name: str, checkpoint: str, tasks: list[str] | str, device: str, alignment: str, backbone: str
 ) -> SparseFTComponent:
     """Build the component from its config; spaCy calls this."""
-    return SparseFTComponent(name, checkpoint=checkpoint, tasks=tasks, device=device, alignment=alignment)
+    return SparseFTComponent(
+        name, checkpoint=checkpoint, tasks=tasks, device=device, alignment=alignment, backbone=backbone
+    )
 
 
 Language.factory(
     "sparse_ft",
     assigns=["doc.cats", "doc.ents"],
-    default_config={"checkpoint": "", "tasks": "all", "device": "auto", "alignment": "expand"},
+    default_config={"checkpoint": "", "tasks": "all", "device": "auto", "alignment": "expand", "backbone": ""},
     func=make_component,
 )

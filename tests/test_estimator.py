@@ -8,6 +8,7 @@ import joblib
 import numpy as np
 import pytest
 from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
@@ -67,6 +68,26 @@ def dumped(model) -> bytes:
     stream = io.BytesIO()
     joblib.dump(model, stream)
     return stream.getvalue()
+
+
+def test_a_fit_that_fails_leaves_what_was_fitted(make, monkeypatch):
+    classifier = make().fit(TEXTS, MOODS)
+    before = classifier.predict(TEST_TEXTS[:4])
+    fresh = make()
+    monkeypatch.setattr("sparse_ft.estimator.train", lambda *_, **__: 1 / 0)
+    for one in (classifier, fresh):
+        with pytest.raises(ZeroDivisionError):
+            one.fit(TEXTS, ["dog" if mood == "bad" else "cat" for mood in MOODS])
+    assert list(classifier.classes_) == ["bad", "good"]
+    assert list(classifier.predict(TEST_TEXTS[:4])) == list(before)
+    with pytest.raises(NotFittedError):
+        fresh.predict(TEST_TEXTS)
+
+
+def test_the_state_does_not_say_where_the_rows_were(fitted):
+    for name, content in fitted.checkpoint_.items():
+        assert b"train.jsonl" not in content, name
+        assert b"task.yaml" not in content, name
 
 
 def test_the_state_has_no_backbone_in_it(fitted, tiny_bert):

@@ -1,5 +1,6 @@
 """A checkpoint through ``transformers.pipeline``."""
 
+import shutil
 import subprocess
 import sys
 
@@ -99,6 +100,18 @@ def test_a_data_set_is_streamed(pipe, model):
             return TEXTS[place]
 
     assert list(pipe(Rows(), tasks="mood")) == lines(model, TEXTS, "mood")
+
+
+def test_a_loaded_model_stays_where_it_is(toys, monkeypatch):
+    model = sparse_ft.load(toys, device="cpu")
+    monkeypatch.setattr(model, "to", lambda device: pytest.fail(f"moved to {device}"))
+    assert sparse_ft.pipeline.SparseFTPipeline(model).device == torch.device("cpu")
+
+
+def test_the_backbone_may_have_moved(toys, tmp_path, tiny_bert):
+    shutil.copytree(tiny_bert, tmp_path / "moved")
+    pipe = pipeline("sparse-ft", model=str(toys), model_kwargs={"backbone": str(tmp_path / "moved")}, device="cpu")
+    assert pipe.model.checkpoint.model.backbone.name == str(tmp_path / "moved")
 
 
 def test_a_device_is_a_number_or_a_name(toys, model):

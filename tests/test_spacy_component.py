@@ -1,5 +1,6 @@
 """A checkpoint as a component of a spaCy pipeline."""
 
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -7,7 +8,9 @@ import pytest
 from test_training import trained_toys
 
 import sparse_ft
+from sparse_ft.checkpoint import load_checkpoint, save_checkpoint
 from sparse_ft.errors import CheckpointError, ConfigError
+from sparse_ft.tasks import parse_task
 
 spacy = pytest.importorskip("spacy", reason="the extra `spacy` is not installed")
 
@@ -68,6 +71,35 @@ def test_one_doc_is_as_in_a_batch(nlp):
         assert alone.cats == pytest.approx(doc.cats, abs=1e-5)
 
 
+def test_entities_of_earlier_components_stay(toys):
+    nlp = pipeline_of(toys, tasks=["names"])
+    nlp.add_pipe("entity_ruler", first=True).add_patterns([{"label": "WORK", "pattern": "music"}])
+    assert ("WORK", 28, 33) in places(nlp(TEXTS[3]))
+    found = places(nlp("music of Ada"))
+    assert found[0] == ("WORK", 0, 5)
+    assert len(found) > 1
+
+
+def test_all_tasks_are_those_on_one_text(toys, tmp_path):
+    loaded = load_checkpoint(toys)
+    pairs = {"text": "question", "choices": "options", "answer": "label"}
+    values = {"name": "pick", "kind": "multiple_choice", "columns": pairs, "metric": "accuracy"}
+    loaded.model.add_task("pick", expert="mood", level="text", num_outputs=1)
+    tasks = {**loaded.tasks, "pick": parse_task(values, where="pick")}
+    save_checkpoint(tmp_path / "out", model=loaded.model, tasks=tasks, config=loaded.config, metrics={})
+    assert pipeline_of(tmp_path / "out")(TEXTS[0]).cats
+    with pytest.raises(ConfigError, match="Unknown task on single texts 'pick'"):
+        pipeline_of(tmp_path / "out", tasks=["pick"])
+
+
+def test_the_backbone_may_have_moved(toys, tmp_path, tiny_bert, monkeypatch):
+    shutil.copytree(tiny_bert, tmp_path / "moved")
+    nlp = pipeline_of(toys, backbone=str(tmp_path / "moved"))
+    assert nlp.get_pipe("sparse_ft").model.checkpoint.model.backbone.name == str(tmp_path / "moved")
+    monkeypatch.chdir(toys.parent)
+    assert Path(pipeline_of(toys.name).get_pipe("sparse_ft").settings["checkpoint"]) == toys
+
+
 def test_tasks_can_be_chosen(toys):
     doc = pipeline_of(toys, tasks=["mood"])(TEXTS[0])
     assert set(doc.cats) == {"mood:good", "mood:bad"}
@@ -107,7 +139,7 @@ def test_it_is_written_with_its_pipeline_and_read_again(tmp_path, nlp, toys):
     ({"tasks": ["moood"]}, ConfigError, r"Unknown task on single texts 'moood'\. Did you mean 'mood'\?"),
     ({"tasks": ["reply"]}, ConfigError, "Unknown task on single texts 'reply'"),
     ({"alignment": "expnd"}, ConfigError, r"Unknown alignment 'expnd'\. Did you mean 'expand'\?"),
-    ({"checkpoint": "nowhere"}, CheckpointError, "'nowhere' does not exist"),
+    ({"checkpoint": "nowhere"}, CheckpointError, "nowhere' does not exist"),
     ({"checkpoint": ""}, ConfigError, "names no checkpoint"),
 ])  # fmt: skip
 def test_mistakes_are_explained(toys, settings, error, message):

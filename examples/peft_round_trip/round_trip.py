@@ -1,14 +1,15 @@
-"""From PEFT and back: an expert is a PEFT adapter, and a PEFT adapter becomes an expert.
+"""From PEFT and back: an expert leaves as a PEFT adapter with its head, and comes back as a checkpoint.
 
 Train once (a few minutes), then run:
 
     sparse-ft train --task topic --output runs/topic
     python examples/peft_round_trip/round_trip.py --checkpoint runs/topic --output runs/returned
 
-1. PEFT reads the expert from the folder where it stands, and its hidden states are compared with ours.
-2. PEFT saves the adapter, as it saves what you train with it. (The command line's way: `sparse-ft edit --add FOLDER`.)
-3. The adapter is added to the checkpoint as a second expert; an expert from PEFT has no head, so the head of the task
-   reads it (`--route`), and the scores must be those of the first.
+1. The expert and its head are exported, and PEFT reads them; its logits are compared with ours.
+2. PEFT saves the adapter into the same folder, as it would save what you train with it there.
+3. The adapter is imported as a checkpoint of its own, which must give the same answers.
+
+The command line's ways: `sparse-ft export --format peft` and `sparse-ft import`.
 """
 
 import argparse
@@ -16,11 +17,9 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 import sparse_ft
-from sparse_ft.batching import collate
-from sparse_ft.editing import edit
 from sparse_ft.resources import packaged_minilm_dir
 
 HERE = Path(__file__).parent
@@ -30,37 +29,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="With the task topic.")
     parser.add_argument("--output", type=Path, required=True, help="Folder to write.")
-    parser.add_argument("--backbone", type=Path, default=packaged_minilm_dir(), help="Folder of the backbone.")
+    parser.add_argument(
+        "--backbone",
+        default=packaged_minilm_dir() or "sentence-transformers/all-MiniLM-L6-v2",
+        help="Folder, or name on the hub.",
+    )
     parser.add_argument("--texts", type=Path, default=HERE / "texts.txt", help="One text a line.")
     options = parser.parse_args()
     texts = options.texts.read_text(encoding="utf-8").splitlines()
 
-    adapter = PeftModel.from_pretrained(
-        AutoModel.from_pretrained(options.backbone), options.checkpoint / "experts" / "topic"
-    ).eval()
-    tokenizer = AutoTokenizer.from_pretrained(options.backbone)
-    loaded = sparse_ft.load(options.checkpoint, device="cpu", backbone=str(options.backbone))
+    model = sparse_ft.load(options.checkpoint, device="cpu")
+    adapter = sparse_ft.export(model, format="peft", task="topic", output=options.output / "adapter").path
+    labels = model.tasks["topic"].label_names
+    base = AutoModelForTokenClassification.from_pretrained(options.backbone, num_labels=len(labels))
+    theirs = PeftModel.from_pretrained(base, adapter).eval()
+    batch = AutoTokenizer.from_pretrained(adapter)(texts, truncation=True, padding=True, return_tensors="pt")
     with torch.no_grad():
-        theirs = adapter(**tokenizer(texts, padding=True, return_tensors="pt")).last_hidden_state
-        batch = collate(
-            [("topic", example) for example in loaded.encoder.texts(texts)],
-            pad_id=loaded.checkpoint.model.backbone.pad_id,
-            device="cpu",
-        )
-        ours = loaded.checkpoint.model.hidden_states(batch)
-    real = batch.attention_mask.bool()
-    print(f"Largest difference of the hidden states: {(ours - theirs)[real].abs().max():.1e}")
+        tokens = theirs(**batch).logits
+    real = batch["attention_mask"].unsqueeze(-1)
+    logits = (tokens * real).sum(1) / real.sum(1)  # the head is linear: before or behind the mean, it gives the same
+    ours = torch.stack(model.logits(texts, "topic"))
+    print(f"Largest difference of the logits in PEFT: {(ours - logits).abs().max():.1e}")
 
-    adapter.save_pretrained(options.output / "adapter")
-    added = edit(
-        options.checkpoint,
-        output=options.output / "checkpoint",
-        add=[("returned", str(options.output / "adapter"))],
-        backbone=str(options.backbone),
-    )
-    for route in ("topic", "returned"):
-        scored = sparse_ft.evaluate(added.path, tasks=["topic"], route=route, backbone=str(options.backbone))
-        print(f"Accuracy with the expert {route!r}: {scored.tasks['topic'].score.metrics['accuracy']:.4f}")
+    theirs.save_pretrained(adapter)
+    back = sparse_ft.import_adapter(adapter, output=options.output / "checkpoint", backbone=str(options.backbone))
+    again = sparse_ft.load(back.path, device="cpu")
+    print(f"… and when it is back: {(torch.stack(again.logits(texts, 'topic')) - ours).abs().max():.1e}")
+    for answer in again.predict(texts, ["topic"]):
+        print(f"{answer.tasks['topic']['label']:<10}{answer.text}")
 
 
 if __name__ == "__main__":
