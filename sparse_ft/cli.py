@@ -132,7 +132,11 @@ def train(
             stage=stage,
         )
     except KeyboardInterrupt:
-        typer.echo("\nStopped. `sparse-ft train --resume --output FOLDER` goes on from the last save.", err=True)
+        typer.echo(
+            "\nStopped. If a state was saved (every train.save_steps), `sparse-ft train --resume --output FOLDER` goes "
+            "on from it; FOLDER is the one named above.",
+            err=True,
+        )
         raise typer.Exit(130) from None
     if place() > 0:  # of several processes one speaks
         return

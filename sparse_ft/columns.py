@@ -1,7 +1,9 @@
 """The columns every task has, out of the records of any source: texts, label names, tokens and IOB2 tags."""
 
+import json
 import logging
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -30,6 +32,7 @@ _FEATURES = {
     "tags": _STRINGS,
     "starts": _OFFSETS,
     "ends": _OFFSETS,
+    "parents": _OFFSETS,
     "choices": _STRINGS,
     "answer": datasets.Value("int64"),
     "answers": _STRINGS,
@@ -98,7 +101,19 @@ def to_dataset(records: Sequence[Record], reading: Reading) -> datasets.Dataset:
     make_row = _ROWS[reading.spec.kind]
     rows = []
     for record in records:
-        row = make_row(record, reading)
+        try:
+            row = make_row(record, reading)
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{record.place} holds half of a character ({error.object[error.start]!r}), as a cut emoji leaves it. "
+                "Mend the row or leave it out."
+            ) from error
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+            raise DataError(
+                f"{record.place} is no row of a {reading.spec.kind}: {error}. Correct it, or `columns` in the task "
+                "file."
+            ) from error
         if row is not None:
             rows.append({**row, "row": record.row})
     if not rows:
@@ -183,21 +198,28 @@ def _multi_label_row(record: Record, reading: Reading) -> dict[str, Any]:
     value = _source_label(record, reading, "labels", empty="")
     if isinstance(value, str):
         value = [part.strip() for part in value.split(LABEL_SEPARATOR) if part.strip()]
-    names = None if value is None else [_name(item, record, reading) for item in value]
+    names = None if value is None else [_name(item, record, reading) for item in _filled(value, "labels", record)]
     return {**_texts(record, reading), "labels": names}
+
+
+def _filled(value: Any, column: str, record: Record) -> list[Any]:
+    """Return a list of values none of which is null."""
+    if not isinstance(value, list) or None in value:
+        raise DataError(f"{record.place}: {column} must be a list without null, not {str(value)[:60]!r}.")
+    return value
 
 
 def _token_row(record: Record, reading: Reading) -> dict[str, Any] | None:
     if "spans" in reading.columns:
         return _span_row(record, reading)
     value = pick(record, reading.columns["tokens"])
-    tokens = split_tokens(value) if isinstance(value, str) else [str(token) for token in value]
+    tokens = split_tokens(value) if isinstance(value, str) else list(map(str, _filled(value, "tokens", record)))
     if not "".join(tokens):
         return None
     tags = _source_label(record, reading, "tags")
     if tags is None:
         return {"tokens": tokens, "tags": None}
-    tags = split_tokens(tags) if isinstance(tags, str) else tags
+    tags = split_tokens(tags) if isinstance(tags, str) else _filled(tags, "tags", record)
     if len(tags) != len(tokens):
         raise DataError(f"{record.place}: {len(tokens)} tokens but {len(tags)} tags. Give one tag a token.")
     return {"tokens": tokens, "tags": _tags(tags, record, reading)}
@@ -229,14 +251,21 @@ def _typed(tag: str, record: Record, reading: Reading) -> str:
 
 
 def _span_row(record: Record, reading: Reading) -> dict[str, Any] | None:
-    """Split a text into words whose edges include those of all its spans, so that no entity is lost."""
-    text = plain_text(pick(record, reading.columns["text"]))
+    """Split a text into words whose edges include those of all its spans, so that no entity is lost.
+
+    Where a model is scored it must not see these edges: ``parents`` names the word of the plain text, as ``predict``
+    would split it, that each of the pieces stands in.
+    """
+    text = _texts(record, reading)["text"]
     spans = _source_spans(record, reading, text)
     kept = _without_overlaps(spans or [])
     edges = {edge for span in kept for edge in (span.start, span.end)}
-    words = cut_words(split_words(text, reading.spec.language), edges)
+    plain = split_words(text, reading.spec.language)
+    words = cut_words(plain, edges)
     if not words:
         return None
+    starts = [word.start for word in plain]
+    parents = {} if reading.strict else {"parents": [bisect_right(starts, word.start) - 1 for word in words]}
     tags = None
     if spans is not None:
         tags = [
@@ -249,6 +278,7 @@ def _span_row(record: Record, reading: Reading) -> dict[str, Any] | None:
         "text": text,
         "starts": [word.start for word in words],
         "ends": [word.end for word in words],
+        **parents,
         "overlapping": len(spans or []) - len(kept),
     }
 
@@ -258,7 +288,7 @@ def _source_spans(record: Record, reading: Reading, text: str) -> list[Span] | N
     if value is None:
         return None
     spans = []
-    for span in value:
+    for span in _filled(value, "spans", record):
         if not isinstance(span, dict) or not {"start", "end", "type"} <= set(span):
             raise DataError(f"{record.place}: a span must be {{start, end, type}} with end exclusive, not {span!r}.")
         if not 0 <= span["start"] < span["end"] <= len(text):

@@ -198,7 +198,7 @@ def _read(name_or_path: str | Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"Config file {str(path)!r} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"Config file {str(path)!r} is not readable YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"Config file {str(path)!r} must hold a mapping of keys, not {type(values).__name__}.")
@@ -208,7 +208,7 @@ def _read(name_or_path: str | Path) -> dict[str, Any]:
 def _parse_value(text: str, override: str) -> Any:
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"--set {override!r}: the value is not readable YAML.") from error
     if isinstance(value, str):
         try:  # YAML 1.1 reads 1e-3 as text, for want of a dot

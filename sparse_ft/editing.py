@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sparse_ft.checkpoint import Checkpoint, load_checkpoint, load_expert, load_task_into, save_checkpoint
-from sparse_ft.config import RunConfig
 from sparse_ft.errors import CheckpointError, ConfigError, unknown_name
 from sparse_ft.folders import recover_folder
 from sparse_ft.foreign import ADAPTER_CONFIG, read_adapter
 from sparse_ft.kinds import find_kind
 from sparse_ft.low_rank import Pruned, prune
-from sparse_ft.manifest import MANIFEST, check_name, read_manifest, read_metrics, read_yaml, slot_experts
+from sparse_ft.manifest import MANIFEST, check_name, read_config, read_manifest, read_metrics, slot_experts
 from sparse_ft.outputs import free_output
 from sparse_ft.round_trip import ODD_TEXTS
 from sparse_ft.splitting import split_expert
@@ -284,7 +283,7 @@ def _add_saved(checkpoint: Checkpoint, path: Path, names: Mapping[str, str]) -> 
     advice = f" NAME={path / 'experts' / next(iter(names))} gives an expert, and the task that it serves, another name."
     _check_new(checkpoint, list(names.values()), list(tasks.values()), advice=advice)
     model.experts.add(*(load_expert(path / "experts" / old, name=new) for old, new in names.items()))
-    config, metrics = RunConfig.model_validate(read_yaml(path / "config.yaml")), read_metrics(path)
+    config, metrics = read_config(path / "config.yaml"), read_metrics(path)
     same_length = config.data.max_length == checkpoint.config.data.max_length
     for task, new in tasks.items():
         experts = [names[expert] for expert in slot_experts(manifest["tasks"][task])]

@@ -322,6 +322,11 @@ def evaluate(
     return Evaluation(str(checkpoint.path), splits, route, reports, routed, gated)
 
 
+def scored_splits(specs: Mapping[str, TaskSpec], sources: Mapping[str, str]) -> dict[str, Split]:
+    """Return the ``scored_split`` of each task; all data is read, so what is wrong with it shows here."""
+    return {name: scored_split(spec, sources.get(name)) for name, spec in specs.items()}
+
+
 def scored_split(spec: TaskSpec, source: str | None) -> Split:
     """Return ``test``, or ``validation`` for a task without a test split or with hidden answers in it."""
     found = read(spec, data=source, splits=["test"])

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,6 +95,7 @@ def _read_csv(path: Path, options: FileOptions) -> Iterator[Record]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    csv.field_size_limit(sys.maxsize)  # 131,072 characters by default, which a long text has
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     number = 1
     try:
@@ -196,11 +198,16 @@ def _read_cluener(path: Path, options: FileOptions) -> Iterator[Record]:
             continue
         text, types = pick(record, "text"), record.values.get("label") if isinstance(record.values, dict) else None
         spans: list[dict[str, Any]] = []
-        for entity_type, surfaces in (types or {}).items():
-            for surface, places in surfaces.items():
-                for start, end in places:
-                    _check_surface(record, text, start, surface)
-                    spans.append({"start": start, "end": end + 1, "type": entity_type})
+        try:
+            for entity_type, surfaces in (types or {}).items():
+                for surface, places in surfaces.items():
+                    for start, end in places:
+                        _check_surface(record, text, start, surface)
+                        spans.append({"start": start, "end": end + 1, "type": entity_type})
+        except (TypeError, ValueError, AttributeError) as error:
+            raise DataError(
+                f'{record.place}: the label is not {{"type": {{"words": [[first, last], …]}}, …}}: {error}.'
+            ) from error
         yield record._replace(values={"text": text, "spans": None if types is None else spans})
 
 
@@ -220,10 +227,15 @@ def mark_pronoun(record: Record) -> Record:
     """
     text, target = pick(record, "text"), pick(record, "target")
     marks = []
-    for name, left, right in (("span1", "_", "_"), ("span2", "[", "]")):
-        start, surface = target[f"{name}_index"], target[f"{name}_text"]
-        _check_surface(record, text, start, surface)
-        marks += [(start + len(surface), right), (start, left)]
+    try:
+        for name, left, right in (("span1", "_", "_"), ("span2", "[", "]")):
+            start, surface = target[f"{name}_index"], target[f"{name}_text"]
+            _check_surface(record, text, start, surface)
+            marks += [(start + len(surface), right), (start, left)]
+    except (TypeError, KeyError) as error:
+        raise DataError(
+            f"{record.place}: the target needs span1_index, span1_text, span2_index and span2_text: {error!r}."
+        ) from error
     for position, mark in sorted(marks, key=lambda entry: entry[0], reverse=True):
         text = text[:position] + mark + text[position:]
     return record._replace(values={**record.values, "text": text})  # type: ignore[dict-item]
@@ -328,7 +340,7 @@ def _read_parquet(path: Path, options: FileOptions) -> Iterator[Record]:
 
 
 def named_records(dataset: datasets.Dataset, path: str) -> Iterator[Record]:
-    """Yield the rows of a Dataset with class names in place of their integers; -1 becomes None.
+    """Yield the rows of a Dataset with class names in place of their integers; a class of -1 becomes None.
 
     Args:
         dataset: Any; its ClassLabel features give the names.
@@ -341,10 +353,8 @@ def named_records(dataset: datasets.Dataset, path: str) -> Iterator[Record]:
 
 
 def _class_name(feature: Any, value: Any) -> Any:
-    if isinstance(value, int) and value == -1:
-        return None
     if isinstance(feature, datasets.ClassLabel) and value is not None:
-        return feature.int2str(value)
+        return None if value == -1 else feature.int2str(value)
     inner = getattr(feature, "feature", None)
     if isinstance(inner, datasets.ClassLabel) and value is not None:
         return None if -1 in value else [inner.int2str(item) for item in value]

@@ -184,6 +184,7 @@ class _Loop:
             scores[name] = score_rows(task.spec, task.validation, predictions).metrics[task.spec.metric]
         for name, group in self.groups.items():
             score = sum(scores[task] for task in group.tasks) / len(group.tasks)
+            score = score if math.isfinite(score) else -math.inf  # a correlation with a constant is not a number
             best = progress.best.get(name, -math.inf)
             progress.stale[name] = 0 if score > best else progress.stale.get(name, 0) + 1
             if score >= best:  # of equals the one that has learnt longest: few validation rows tie early

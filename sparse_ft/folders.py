@@ -19,7 +19,14 @@ _LEFTOVER_SECONDS = 86_400
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file, whole or not at all, and wait until the disk has it."""
+    """Write a file, whole or not at all, and wait until the disk has it; a link stays, and what it leads to is written.
+
+    What is no file, such as ``/dev/stdout``, is written as it is.
+    """
+    if path.parts[:2] == ("/", "dev") or (path.exists() and not path.is_file() and not path.is_dir()):
+        path.write_bytes(content)
+        return
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.new")
     try:

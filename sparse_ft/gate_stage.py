@@ -10,7 +10,7 @@ from sparse_ft.config import RunConfig, changed_config
 from sparse_ft.devices import find_device
 from sparse_ft.encoding import Encoder, Example
 from sparse_ft.errors import ConfigError, SparseFTError
-from sparse_ft.evaluation import Evaluation, evaluate, name_sources, scored_split
+from sparse_ft.evaluation import Evaluation, evaluate, name_sources, scored_splits
 from sparse_ft.gate_training import fit_gate, routing_accuracy
 from sparse_ft.gates import SequenceGate
 from sparse_ft.inference import text_routing
@@ -154,9 +154,9 @@ def train_gate(
     run = changed_config(before.config, changes)
     encoder = Encoder(model.backbone, max_length=run.data.max_length)
     ready = {name: prepare_task(spec, run=run, encoder=encoder, before=spec) for name, spec in before.tasks.items()}
+    splits = scored_splits(before.tasks, run.sources)
     metrics = dict(before.metrics)
     add_gate(model, ready, run=run, metrics=metrics)
     save_checkpoint(folder, model=model, tasks=before.tasks, config=run, metrics=metrics)
-    splits = {name: scored_split(task.spec, run.sources.get(name)) for name, task in ready.items()}
     evaluation = evaluate(folder, tasks=names, split=splits, route="gate", device=run.device)
     return folder, evaluation, before.tasks

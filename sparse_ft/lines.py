@@ -24,7 +24,7 @@ def read_texts(source: str) -> Iterator[str]:
         yield from _lines(sys.stdin.buffer, "standard input")
         return
     path = Path(source)
-    if not path.is_file():
+    if not path.exists() or path.is_dir():  # a pipe will do
         raise DataError(f"File {source!r} does not exist. Give a file with one text a line, or - for standard input.")
     try:
         with path.open("rb") as stream:
@@ -56,11 +56,18 @@ def _parsed(line: str, number: int) -> Any:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"Line {number} is no JSON ({error}): {line[:60]!r}. {_ROW}") from error
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str) or set(row) - _KEYS:
+    if not isinstance(row, dict) or set(row) - _KEYS or not _fits(row):
         raise DataError(f"Line {number} is not such a row: {line[:60]!r}. {_ROW}")
     if "choices" in row:
         return row["text"], row.get("text_pair"), row["choices"]
     return (row["text"], row["text_pair"]) if "text_pair" in row else row["text"]
+
+
+def _fits(row: dict[str, Any]) -> bool:
+    second, choices = row.get("text_pair", ""), row.get("choices", [""])
+    paired = isinstance(second, str) or (second is None and "choices" in row)
+    chosen = isinstance(choices, list) and len(choices) > 0 and all(isinstance(choice, str) for choice in choices)
+    return isinstance(row.get("text"), str) and paired and chosen
 
 
 _KEYS = {"text", "text_pair", "choices"}

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from sparse_ft import __version__
+from sparse_ft.config import RunConfig
 from sparse_ft.errors import CheckpointError
 from sparse_ft.folders import recover_folder
+from sparse_ft.tasks import explain
 
 FORMAT = 1
 """Of the folder; a reader refuses a higher one."""
@@ -92,8 +95,23 @@ def read_yaml(path: Path) -> Any:
     """
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, OSError) as error:
         raise CheckpointError(f"{str(path)!r} is damaged: {' '.join(str(error).split())}") from error
+
+
+def read_config(file: Path) -> RunConfig:
+    """Read the config of a run.
+
+    Raises:
+        CheckpointError: If it is damaged, or has settings that this version does not know.
+    """
+    try:
+        return RunConfig.model_validate(read_yaml(file))
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{str(file)!r} is not read by this version: {explain(error, RunConfig)} Update sparse-ft, or take these "
+            "lines out of the file."
+        ) from error
 
 
 def read_metrics(path: Path) -> dict[str, Any]:

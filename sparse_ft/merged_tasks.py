@@ -41,13 +41,7 @@ class MergedTask:
 
     def spec_of(self, part: PartTask) -> TaskSpec:
         """Return the task that reads the rows of a part and is answered by this one: its labels are in this order."""
-        order = self.spec.label_names or []
-        labels = part.spec.labels
-        if isinstance(labels, dict):
-            labels = dict(sorted(labels.items(), key=lambda entry: order.index(entry[1])))
-        else:
-            labels = order
-        return part.spec.model_copy(update={"name": self.spec.name, "labels": labels})
+        return part.spec.with_labels(self.spec.label_names or []).model_copy(update={"name": self.spec.name})
 
 
 def part_tasks(checkpoint: Checkpoint, *, called: Mapping[str, str]) -> list[PartTask]:

@@ -72,12 +72,16 @@ def names(option: str, entry: str) -> list[str]:
 
 def data_sources(data: list[str] | None) -> str | dict[str, str] | None:
     """Read ``--data PATH`` and ``--data TASK=PATH``."""
+    from sparse_ft.tasks import list_tasks, load_task
+
     if not data:
         return None
     named = {}
     for entry in data:
         task, equals, path = entry.partition("=")
-        if equals and "/" not in task:
+        if equals and task in list_tasks():  # also clue/tnews, whose task is named without the slash
+            named[load_task(task).name] = path
+        elif equals and "/" not in task:
             named[task] = path
         elif len(data) == 1:
             return entry

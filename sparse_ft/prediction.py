@@ -355,6 +355,12 @@ _FORMS = {"text": "one text a row", "pair": "two texts a row", "choices": "choic
 
 def _form(text: Text) -> str:
     """Tell what a row is, as ``TaskSpec.reads`` says it."""
+    for part in (text,) if isinstance(text, str) else text if isinstance(text, tuple) else ():
+        if isinstance(part, str) and not part.isascii():
+            try:
+                part.encode()
+            except UnicodeEncodeError as error:
+                raise DataError(f"The text {text!r} is no Unicode: {error}. Read it as UTF-8.") from error
     if isinstance(text, str):
         return "text"
     if isinstance(text, tuple) and len(text) == 2:

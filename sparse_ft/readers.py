@@ -1,13 +1,15 @@
 """Read the data of a task, from files or from the hub, into Datasets with the same columns whatever the source.
 
 Columns: ``text``, ``text_pair`` and ``label`` (classification), ``labels`` (multi-label), ``tokens`` and ``tags``
-(token classification, IOB2; with ``text``, ``starts`` and ``ends`` where the source marks character spans),
+(token classification, IOB2; with ``text``, ``starts`` and ``ends`` where the source marks character spans, and but for
+train ``parents``, the word of the plain text that each token is a piece of),
 ``choices`` and ``answer``, the place of the right one (multiple choice), ``answers`` and ``answer_starts`` with the
 ``tokens``, ``starts`` and ``ends`` of the text (span extraction, whose question is ``text_pair``), and ``row``. Labels
 are names; labels and answers are None where the publisher hides them. ``row`` is the 0-based row of the source, in file
 order and before any row is left out; where a split is several files, the count runs on from one to the next.
 """
 
+import itertools
 import logging
 import random
 from collections.abc import Sequence
@@ -18,7 +20,7 @@ import datasets
 from sparse_ft.columns import Reading, to_dataset, wanted_columns
 from sparse_ft.errors import DataError
 from sparse_ft.file_formats import FileOptions, mark_pronoun, named_records, read_file
-from sparse_ft.records import Record, locate, read_text
+from sparse_ft.records import Record, locate, pick, plain_text, read_text
 from sparse_ft.schemes import split_tag
 from sparse_ft.tasks import SPLITS, Column, FileSource, HubSource, Split, TaskSpec
 
@@ -184,7 +186,7 @@ def _cut_validation(spec: TaskSpec, records: dict[Split, list[Record]]) -> None:
     """Move a fixed tenth of train to validation."""
     if "train" not in records:
         return
-    parts = _divide(records["train"], tenths=(9, 1))
+    parts = _divide(records["train"], tenths=(9, 1), column=spec.columns.get("text", "text"))
     records["train"], records["validation"] = parts
     logger.info(
         "Task %s has no validation split: %d of the %d rows of train are held out for it (seed %d).",
@@ -195,26 +197,44 @@ def _cut_validation(spec: TaskSpec, records: dict[Split, list[Record]]) -> None:
     )
 
 
-def _divide(records: Sequence[Record], *, tenths: Sequence[int]) -> list[list[Record]]:
+def _divide(records: Sequence[Record], *, tenths: Sequence[int], column: Column | None = None) -> list[list[Record]]:
     """Divide records by chance but always alike; every part keeps the order of the source.
+
+    Rows with the same text stay together, so that no part is asked what another was trained on.
 
     Args:
         records: At least as many as there are parts.
-        tenths: Share of each part; the first takes the remainder, the others have one row or more.
+        tenths: Share of each part; the first takes the remainder, the others about theirs, one row at least.
+        column: Of the text in the source; where it is not found, every row is on its own.
     """
-    if len(records) < len(tenths):
+    groups: dict[str, list[int]] = {}
+    for place, record in enumerate(records):
+        groups.setdefault(_text_of(record, column) or f"row {place}", []).append(place)
+    if len(groups) < len(tenths):
+        what = "rows" if len(groups) == len(records) else "rows with different texts"
         raise DataError(
-            f"{records[0].path!r} has {len(records)} rows, too few to hold some out for validation and test. "
+            f"{records[0].path!r} has {len(groups)} {what}, too few to hold some out for validation and test. "
             f"Expected at least {len(tenths)}."
         )
-    order = list(range(len(records)))
+    order = list(groups.values())
     random.Random(SPLIT_SEED).shuffle(order)
-    parts = []
+    parts: list[list[Record]] = []
     for share in reversed(tenths[1:]):
         size = max(1, len(records) * share // 10)
-        parts.append([records[place] for place in sorted(order[:size])])
-        order = order[size:]
-    return [[records[place] for place in sorted(order)], *reversed(parts)]
+        chosen: list[int] = []
+        while len(chosen) < size and len(order) > len(tenths) - len(parts) - 1:
+            chosen.extend(order.pop(0))
+        parts.append([records[place] for place in sorted(chosen)])
+    return [[records[place] for place in sorted(itertools.chain(*order))], *reversed(parts)]
+
+
+def _text_of(record: Record, column: Column | None) -> str | None:
+    """Return the text of a record, lower-cased and without white space; None if it has none."""
+    try:
+        value = None if column is None else pick(record, column)
+    except DataError:
+        return None
+    return "".join(plain_text(value).lower().split()) if value is not None else None
 
 
 def _datasets(
@@ -239,10 +259,13 @@ def _read_single(spec: TaskSpec, path: Path, splits: Sequence[Split]) -> dict[Sp
             name: column if isinstance(column, int) else positions.get(name, column) for name, column in columns.items()
         }
     separator = _separator(spec, file) if format == "conll" else None
+    header = (spec.files is not None and spec.files.header) or None  # another file may have one where the task's do not
     found = read_file(
-        path.parent, path.name, format=format, options=FileOptions(columns, separator=separator, header=None)
+        path.parent, path.name, format=format, options=FileOptions(columns, separator=separator, header=header)
     )
-    parts: dict[Split, list[Record]] = dict(zip(SPLITS, _divide(found, tenths=(8, 1, 1)), strict=True))
+    fitting = _fitting_columns(_record_columns(format, columns), found[0])
+    divided = _divide(found, tenths=(8, 1, 1), column=fitting.get("text"))
+    parts: dict[Split, list[Record]] = dict(zip(SPLITS, divided, strict=True))
     logger.info(
         "%s is one file: its %d rows are divided into %d for train, %d for validation and %d for test (seed %d).",
         path,
@@ -250,7 +273,6 @@ def _read_single(spec: TaskSpec, path: Path, splits: Sequence[Split]) -> dict[Sp
         *(len(parts[split]) for split in SPLITS),
         SPLIT_SEED,
     )
-    fitting = _fitting_columns(_record_columns(format, columns), found[0])
     return _datasets(parts, Reading(spec, fitting, _source_labels(spec), spec.label_scheme), splits=splits)
 
 

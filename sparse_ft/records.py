@@ -90,13 +90,14 @@ def pick(record: Record, column: Column) -> Any:
     Args:
         record: A record.
         column: A name; a position (negative from the end); ``"1.."`` for position 1 and all after it, joined by a
-            space; or a list of columns, joined by a space.
+            space; or a list of columns, joined by a space, without those that are null.
 
     Raises:
         DataError: If there is no such column; names those there are.
     """
     if isinstance(column, list):
-        return " ".join(plain_text(pick(record, part)) for part in column)
+        parts = [value for value in (pick(record, part) for part in column) if value is not None]
+        return " ".join(map(plain_text, parts)) if parts else None
     values = record.values
     if isinstance(column, str) and isinstance(values, dict) and column in values:
         return values[column]

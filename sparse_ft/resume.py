@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from sparse_ft.config import RunConfig
 from sparse_ft.encoding import Example
 from sparse_ft.errors import CheckpointError, ConfigError
 from sparse_ft.folders import recover_folder, replace_folder, write_bytes, write_json
+from sparse_ft.manifest import read_config
 
 
 @dataclass
@@ -115,7 +115,7 @@ def find_resume(output: Path) -> RunConfig:
             f"There is no unfinished run in {str(output)!r} to resume.{done} "
             "Give --output with the folder of the interrupted run, or leave --resume out."
         )
-    return RunConfig.model_validate(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+    return read_config(folder / "config.yaml")
 
 
 def load_resume(
@@ -131,11 +131,17 @@ def load_resume(
     """
     folder = output / "resume"
     tensors = read_tensors(folder / "state.safetensors")
-    values = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+    values = _read_progress(folder / "progress.json")
     if values.pop("data") != data:
         raise CheckpointError(
             f"The training rows are not those of the interrupted run in {str(output)!r}: the data or the tokenizer has "
             "changed. Put the old data back, or start anew in another --output."
+        )
+    lacking = [name for name in parameters if f"now/{name}" not in tensors]
+    if lacking:
+        raise CheckpointError(
+            f"The state in {str(folder)!r} has no {lacking[0]!r}. It belongs to another run; start anew in another "
+            "--output."
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -152,10 +158,18 @@ def load_resume(
     return Progress(**values), best
 
 
+def _read_progress(file: Path) -> dict[str, Any]:
+    known = {"data", *(field.name for field in fields(Progress))}
+    try:
+        values = dict(json.loads(file.read_text(encoding="utf-8")))
+        if set(values) - known or "data" not in values:
+            raise ValueError(f"unknown or missing entries: {sorted(set(values) ^ known)}")
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{str(file)!r} is damaged: {error}. Start anew in another --output; the run cannot be resumed."
+        ) from error
+    return values
+
+
 def _like_adam(key: str, value: Tensor, parameter: nn.Parameter) -> Tensor:
     return value.to(parameter.device, value.dtype if key == "step" else parameter.dtype)
-
-
-def drop_resume(output: Path) -> None:
-    """Remove the state of a finished run."""
-    shutil.rmtree(output / "resume", ignore_errors=True)

@@ -97,12 +97,12 @@ def _rows(spec: TaskSpec, source: str | None) -> list[Text]:
         return []
     columns = found["test"].select(range(min(ROWS, len(found["test"])))).to_dict()
     rows = given_rows(columns)
-    return [" ".join(words) for words in rows] if "tokens" in columns else rows
+    return [row if isinstance(row, (str, tuple)) else " ".join(row) for row in rows]
 
 
 def given_rows(columns: Mapping[str, Sequence[Any]]) -> list[Any]:
     """Return what a tokenizer is given for each row of a reader's columns: its words, a pair, or its text."""
-    if "tokens" in columns:
+    if "tokens" in columns and "parents" not in columns:
         return list(columns["tokens"])
     if "text_pair" in columns:
         return list(zip(columns["text"], columns["text_pair"], strict=True))

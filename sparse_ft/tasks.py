@@ -1,10 +1,11 @@
 """What a task is: data, labels and metric, declared in one YAML file. Knows nothing of tensors."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sparse_ft.errors import ConfigError, unknown_name
 from sparse_ft.resources import bundled_dir, bundled_names
@@ -56,6 +57,13 @@ class FileSource(_Section):
     """Splits whose labels are hidden by the publisher."""
 
 
+def _all_different(names: list[str]) -> list[str]:
+    twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
+    if twice is not None:
+        raise ValueError(f"{twice!r} stands there twice")
+    return names
+
+
 class TaskSpec(_Section):
     """A task as its YAML file declares it."""
 
@@ -68,7 +76,7 @@ class TaskSpec(_Section):
     columns: dict[str, Column] = Field(default_factory=dict)
     """Our column (``text``, ``text_pair``, ``label``, ``labels``, ``tokens``, ``tags``, ``spans``, ``choices``,
     ``answer``, ``answers``) to the source's."""
-    labels: list[str] | dict[str, str] | None = None
+    labels: Annotated[list[str], AfterValidator(_all_different)] | dict[str, str] | None = None
     """All label names in order, or source values mapped to names. None: the names found in train, sorted."""
     drop_labels: list[str] = Field(default_factory=list)
     """Rows with these source labels are left out, e.g. ``-`` where annotators disagreed."""
@@ -77,7 +85,7 @@ class TaskSpec(_Section):
     label_scheme: str = "iob2"
     """How tags are written in the source: iob1, iob2, bioes, bmes."""
     metric: str
-    """Name in METRICS, or ``evaluate:<id>``; decides early stopping and the headline."""
+    """Name in METRICS, or ``evaluate:<id>``; decides early stopping and the headline. Higher is better."""
     leaks: dict[Split, list[int]] = Field(default_factory=dict)
     """0-based rows of an evaluation split whose text also occurs in train."""
     example: str = ""
@@ -94,6 +102,10 @@ class TaskSpec(_Section):
                 values = {**values, "labels": {_as_text(key): _as_text(name) for key, name in labels.items()}}
             elif isinstance(labels, list):
                 values = {**values, "labels": [_as_text(name) for name in labels]}
+            if isinstance(values.get("drop_labels"), list):
+                values = {**values, "drop_labels": [_as_text(name) for name in values["drop_labels"]]}
+            if isinstance(values.get("out_of_scope"), int):
+                values = {**values, "out_of_scope": _as_text(values["out_of_scope"])}
         return values
 
     @property
@@ -114,6 +126,19 @@ class TaskSpec(_Section):
         if isinstance(self.labels, dict):
             return list(dict.fromkeys(self.labels.values()))
         return self.labels
+
+    def with_labels(self, names: Sequence[str]) -> "TaskSpec":
+        """Return the task with these labels in this order; what a mapping says of the source stays.
+
+        Args:
+            names: All that a head decides between; for tags, the entity types.
+        """
+        labels: list[str] | dict[str, str] = list(names)
+        if isinstance(self.labels, dict):
+            known = self.labels.items()
+            sources = {name: [key for key, other in known if other == name] or [name] for name in names}
+            labels = {source: name for name in names for source in sources[name]}
+        return self.model_copy(update={"labels": labels})
 
 
 def _as_text(value: Any) -> str:
@@ -158,7 +183,7 @@ def load_task(name_or_path: str | Path) -> TaskSpec:
     path = task_path(name_or_path)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, OSError) as error:
         raise ConfigError(f"Task file {str(path)!r} is not readable YAML: {' '.join(str(error).split())}") from error
     return parse_task(values, where=str(path), root=path.parent)
 

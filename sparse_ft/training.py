@@ -14,19 +14,19 @@ from sparse_ft.config import RunConfig, changed_config, load_config
 from sparse_ft.devices import find_device, find_dtype, is_out_of_memory
 from sparse_ft.encoding import Encoder
 from sparse_ft.errors import ConfigError, SparseFTError
-from sparse_ft.evaluation import Evaluation, evaluate, name_sources, scored_split
+from sparse_ft.evaluation import Evaluation, evaluate, name_sources, scored_splits
 from sparse_ft.fitting import fit
 from sparse_ft.folders import explain_os_errors, write_json
 from sparse_ft.gate_stage import add_gate, check_gate, kept_rows, note_accuracy, rows_by_expert, train_gate
 from sparse_ft.joint import check_joint, has_gate
-from sparse_ft.manifest import check_name, read_manifest, read_yaml
+from sparse_ft.manifest import check_name, read_config, read_manifest
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.new_experts import add_tasks, start_gate
 from sparse_ft.outputs import default_output, free_output, next_output
 from sparse_ft.processes import from_first, own_device, place
 from sparse_ft.reports import report_json
 from sparse_ft.resume import Progress, find_resume
-from sparse_ft.tasks import TaskSpec, load_task
+from sparse_ft.tasks import Split, TaskSpec, load_task
 from sparse_ft.training_data import TrainingTask, prepare_task
 
 _LOG = logging.getLogger("sparse_ft")
@@ -139,7 +139,7 @@ def _sources_of(checkpoint: str | None) -> dict[str, str]:
     if checkpoint is None:
         return {}
     read_manifest(Path(checkpoint))
-    return RunConfig.model_validate(read_yaml(Path(checkpoint) / "config.yaml")).sources
+    return read_config(Path(checkpoint) / "config.yaml").sources
 
 
 def _task_reference(task: str) -> str:
@@ -197,9 +197,13 @@ def _train(run: RunConfig, specs: Sequence[TaskSpec], *, resume: bool) -> TrainR
     if has_gate(run):
         rows = {**_others_rows(kept, ready, run=run, encoder=encoder), **ready}
         model.gate = start_gate(model.eval(), ready, rows_by_expert(model, rows), run=run)
+    # Test rows are read once before training, so that what is wrong with them does not show after it.
+    splits = scored_splits({name: task.spec for name, task in ready.items()}, run.sources)
     progress = _fit(model, ready, run=run, output=output, resume=resume)
     metrics.update({task: {"validation": score} for task, score in progress.scores.items()})
-    evaluation = from_first(lambda: _finish(model, ready, kept, run=run, encoder=encoder, metrics=metrics))
+    evaluation = from_first(
+        lambda: _finish(model, ready, kept, run=run, encoder=encoder, metrics=metrics, splits=splits)
+    )
     rate = progress.tokens / progress.seconds if progress.seconds else 0.0
     trained = {name: task.spec for name, task in ready.items()}
     return TrainResult(output, evaluation, progress.history, trained, rate)
@@ -213,6 +217,7 @@ def _finish(
     run: RunConfig,
     encoder: Encoder,
     metrics: dict[str, Any],
+    splits: Mapping[str, Split],
 ) -> Evaluation:
     """Fit the gate, save the checkpoint in place of the unfinished run, and score it."""
     output = Path(run.output or "")
@@ -227,7 +232,7 @@ def _finish(
     # The new folder takes the place of the old one with its resume/, which is done with.
     tasks = {**kept, **{name: task.spec for name, task in ready.items()}}
     save_checkpoint(output, model=model, tasks=tasks, config=run, metrics=metrics)
-    evaluation = _evaluate(output, ready, run=run)
+    evaluation = evaluate(output, tasks=list(ready), split=splits, device=run.device)
     for name, entry in evaluation.tasks.items():
         metrics[name].update(
             {"split": evaluation.splits[name], **report_json(entry.score, unseen_rows=entry.unseen_rows)}
@@ -273,9 +278,3 @@ def _fit(
             f"data.max_length={run.data.max_length}. Lower one of them, or compute each batch in parts with "
             f"--set train.accumulation={run.train.accumulation * 2}, which does not change the result."
         ) from error
-
-
-def _evaluate(output: Path, tasks: Mapping[str, TrainingTask], *, run: RunConfig) -> Evaluation:
-    """Score the checkpoint as it stands on disk."""
-    splits = {name: scored_split(task.spec, run.sources.get(name)) for name, task in tasks.items()}
-    return evaluate(output, tasks=list(tasks), split=splits, device=run.device)

@@ -6,7 +6,7 @@ from functools import cached_property
 
 from sparse_ft.config import RunConfig
 from sparse_ft.encoding import Encoder, Example
-from sparse_ft.errors import DataError
+from sparse_ft.errors import DataError, unknown_name
 from sparse_ft.evaluation import EvalData, prepare, score_rows
 from sparse_ft.kinds import find_kind
 from sparse_ft.kinds.classification import IGNORED
@@ -54,6 +54,11 @@ def prepare_task(spec: TaskSpec, *, run: RunConfig, encoder: Encoder, before: Ta
         raise DataError(f"Task {spec.name!r} has no training rows. Name a folder or file that has some with --data.")
     labels = label_names(spec, found["train"])
     if before is not None:
+        if spec.kind != before.kind:
+            raise DataError(
+                f"Task {spec.name!r} is a {spec.kind}, but in {run.start!r} it is a {before.kind}. Rename the task to "
+                "train a new expert for it."
+            )
         extra = sorted(set(labels) - set(before.label_names or []))
         if extra:
             raise DataError(
@@ -61,7 +66,9 @@ def prepare_task(spec: TaskSpec, *, run: RunConfig, encoder: Encoder, before: Ta
                 f"{', '.join(before.label_names or [])}. Rename the task to train a new expert for other labels."
             )
         labels = before.label_names or labels
-    spec = spec.model_copy(update={"labels": spec.labels if isinstance(spec.labels, dict) else labels})
+    spec = spec.with_labels(labels)
+    if spec.out_of_scope is not None and spec.out_of_scope not in labels:
+        raise DataError(f"out_of_scope of task {spec.name!r}: {unknown_name('label', spec.out_of_scope, labels)}")
     rows = found["train"]
     if run.data.train_limit is not None and len(rows) > run.data.train_limit:
         rows = rows.shuffle(seed=run.seed).select(range(run.data.train_limit))

@@ -1,6 +1,7 @@
 """Words of a raw text, with character offsets, split as the annotated corpora were; and how a word is written."""
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -58,11 +59,23 @@ def split_words(text: str, language: str = "en") -> list[Word]:
         return [Word(character, place, place + 1) for place, character in enumerate(text) if not character.isspace()]
     words: list[Word] = []
     for chunk in _CHUNK.finditer(text):
-        words.extend(
-            Word(match.group(), chunk.start() + match.start(), chunk.start() + match.end())
-            for match in _WORD.finditer(chunk.group())
-        )
+        for match in _WORD.finditer(chunk.group()):
+            start, end = chunk.start() + match.start(), chunk.start() + match.end()
+            if words and words[-1].end == start and _goes_on(words[-1].text[-1], text[start]):
+                start = words.pop().start
+            words.append(Word(text[start:end], start, end))
     return words
+
+
+def _goes_on(before: str, after: str) -> bool:
+    """Say whether a word does not end between two characters: at a vowel sign, say, or behind one."""
+    if _combines(after):
+        return before.isalnum() or _combines(before)
+    return _combines(before) and after.isalnum()
+
+
+def _combines(character: str) -> bool:
+    return character > "\u02ff" and (unicodedata.category(character)[0] == "M" or character in "\u200c\u200d")
 
 
 def cut_words(words: Sequence[Word], boundaries: set[int]) -> list[Word]:

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -36,6 +37,24 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
     replace_folder(target, fill_with(b="new", c="new"))
     assert content_of(target) == {"b": "new", "c": "new"}
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "scores.json").write_text("{}")
+    (tmp_path / "link.json").symlink_to(tmp_path / "far" / "scores.json")
+    write_json(tmp_path / "link.json", [1])
+    assert (tmp_path / "link.json").is_symlink()
+    assert json.loads((tmp_path / "far" / "scores.json").read_text()) == [1]
+    assert [file.name for file in (tmp_path / "far").iterdir()] == ["scores.json"]
+
+
+def test_what_is_no_file_is_written_as_it_is(tmp_path):
+    read, write = os.pipe()
+    write_bytes(Path(f"/dev/fd/{write}"), b"scores")
+    assert os.read(read, 6) == b"scores"
+    os.close(read)
+    os.close(write)
 
 
 def test_what_a_killed_process_staged_is_removed_a_day_later(tmp_path):

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 
 from sparse_ft.errors import ConfigError, DataError
 from sparse_ft.file_formats import FORMATS
+from sparse_ft.kinds import find_kind
 from sparse_ft.readers import label_names, read, rows_seen_in_train
 from sparse_ft.schemes import Span, spans_from_tags
 from sparse_ft.tasks import TaskSpec
@@ -188,6 +190,60 @@ def test_json_key_selects_a_list_of_lists(tmp_path):
     assert sorted([*both["train"]["row"], *both["validation"]["row"]]) == list(range(10))
     assert "has no key 'nothing'. Its keys: train, extra" in message(spec, tmp_path)
     assert "Choose one: d.json#KEY" in message(spec, tmp_path / "d.json")
+
+
+@pytest.mark.parametrize(
+    ("make", "columns", "row", "said"),
+    [
+        ("classification", {"text": "a", "label": "b"}, {"a": "x \ud83d", "b": 1}, "holds half of a character"),
+        ("classification", {"text": ["a", "b"], "label": "c"}, {"a": None, "b": None, "c": 1}, "text is null"),
+        ("tagging", {"tokens": "a", "tags": "b"}, {"a": None, "b": []}, "tokens must be a list without null"),
+        ("tagging", {"tokens": "a", "tags": "b"}, {"a": ["x", None], "b": ["O", "O"]}, "tokens must be a list without"),
+        ("tagging", {"tokens": "a", "tags": "b"}, {"a": ["x"], "b": 5}, "tags must be a list without null, not '5'"),
+        ("tagging", {"text": "a", "spans": "b"}, {"a": None, "b": []}, "text is null"),
+        ("tagging", {"text": "a", "spans": "b"}, {"a": "x", "b": 3}, "spans must be a list without null, not '3'"),
+        ("multi_label", {"text": "a", "labels": "b"}, {"a": "x", "b": 5}, "labels must be a list without null"),
+        ("multi_label", {"text": "a", "labels": "b"}, {"a": "x", "b": ["y", None]}, "labels must be a list without"),
+    ],
+)
+def test_rows_of_another_form_are_refused_with_their_line(tmp_path, make, columns, row, said):
+    spec = {"classification": classification, "tagging": tagging}.get(make, classification)(
+        **({"kind": make} if make == "multi_label" else {}),
+        columns=columns,
+        files={"format": "jsonl", "test": "t.jsonl"},
+    )
+    write(tmp_path, t__jsonl=json.dumps(row) + "\n")
+    text = message(spec, tmp_path)
+    assert "t.jsonl', line 1" in text
+    assert said in text
+
+
+def test_joined_columns_leave_out_what_is_null(tmp_path):
+    spec = classification(columns={"text": ["a", "b"], "label": "c"}, files={"format": "jsonl", "test": "t.jsonl"})
+    write(tmp_path, t__jsonl='{"a": "x", "b": null, "c": 1}\n')
+    assert one(spec, tmp_path)["text"] == ["x"]
+
+
+def test_a_field_may_be_long(tmp_path):
+    write(tmp_path, test__csv=f"text,label\n{'a' * 200_000},x\n")
+    assert len(one(classification(), tmp_path)["text"][0]) == 200_000
+
+
+def test_rows_with_the_same_text_are_on_one_side(tmp_path):
+    rows = "".join(f"Text {place // 5},{place % 2}\n" for place in range(200))
+    write(tmp_path, all__csv=f"text,label\n{rows}")
+    found = read(classification(), data=tmp_path / "all.csv")
+    texts = [set(found[split]["text"]) for split in ("train", "validation", "test")]
+    assert sum(map(len, texts)) == len(set.union(*texts)) == 40
+    assert {split: len(found[split]) for split in found} == {"train": 160, "validation": 20, "test": 20}
+    write(tmp_path, same__csv="text,label\n" + "a,x\nA,y\n a,x\nb,y\n")
+    assert "has 2 rows with different texts, too few" in message(classification(), tmp_path / "same.csv")
+
+
+def test_a_table_of_positions_may_have_a_header(tmp_path):
+    spec = classification(columns={"text": 0, "label": 1}, files={"format": "csv", "header": True, "train": "x.csv"})
+    write(tmp_path, z__csv="review,stars\n" + "".join(f"t{place},{place % 2}\n" for place in range(10)))
+    assert set(read(spec, data=tmp_path / "z.csv")["train"]["label"]) == {"0", "1"}
 
 
 def test_null_text_is_refused(tmp_path):
@@ -410,6 +466,27 @@ def test_longer_span_wins_and_the_loss_is_told(tmp_path, caplog):
     assert "1 spans overlap" in caplog.text
 
 
+def test_where_a_model_is_scored_words_do_not_end_where_the_gold_does(tmp_path):
+    row = {"text": "Berlin-based firm", "spans": [{"start": 0, "end": 6, "type": "LOC"}]}
+    write(tmp_path, train__jsonl=json.dumps(row), t__jsonl=json.dumps(row))
+    files = {"format": "jsonl", "train": "train.jsonl", "test": "t.jsonl", "validation": "t.jsonl"}
+    spec = tagging(columns={"text": "text", "spans": "spans"}, files=files, labels=["LOC"])
+    found = read(spec, data=tmp_path)
+    kind, labels = find_kind(spec.kind), ["LOC"]
+    train, test = found["train"].to_dict(), found["test"].to_dict()
+    assert "parents" not in train
+    assert train["tokens"] == test["tokens"] == [["Berlin", "-based", "firm"]]
+    assert test["parents"] == [[0, 0, 1]]
+    assert kind.parts(train, language="en") == [3]
+    assert kind.parts(test, language="en") == [2]
+    assert kind.references(test) == [["B-LOC", "O", "O"]]
+    logits = [torch.tensor([[0.0, 9.0, 0.0], [9.0, 0.0, 0.0]])]  # O, B-LOC, I-LOC of two words
+    predicted = kind.predictions(logits, columns=test, labels=labels)
+    assert predicted == [["B-LOC", "I-LOC", "O"]]  # all of Berlin-based, which is not the gold
+    score = kind.score(kind.references(test), predicted, labels=labels, out_of_scope=None)
+    assert score.metrics["f1"] == 0
+
+
 @pytest.mark.parametrize(
     ("span", "said"),
     [
@@ -417,6 +494,8 @@ def test_longer_span_wins_and_the_loss_is_told(tmp_path, caplog):
         ({"start": 2, "end": 2, "type": "X"}, "span 2 to 2 is not within"),
         ({"start": 1, "end": 2, "type": "X"}, "holds white space only"),
         ({"start": 1, "type": "X"}, "a span must be {start, end, type}"),
+        ({"start": "0", "end": 1, "type": "X"}, "line 1 is no row of a token_classification"),
+        (None, "line 1: spans must be a list without null"),
     ],
 )
 def test_bad_spans(tmp_path, span, said):

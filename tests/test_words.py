@@ -36,6 +36,12 @@ def test_words_are_slices_in_order_and_cover_all_but_white_space(text, language)
         ("AT&T (mother-in-law)", "AT&T ( mother-in-law )"),
         ("wait... what?!", "wait ... what ? !"),
         ("在Rome玩", "在 Rome 玩"),
+        ("नमस्ते, दुनिया!", "नमस्ते , दुनिया !"),
+        ("שָׁלוֹם עוֹלָם", "שָׁלוֹם עוֹלָם"),
+        ("สวัสดี ครับ", "สวัสดี ครับ"),
+        ("وَلَد", "وَلَد"),
+        ("క్‌షణం", "క్‌షణం"),
+        ("☀️ (☀️)", "☀ ️ ( ☀ ️ )"),
     ],
 )
 def test_english_words_are_split_as_the_corpora_are(text, words):

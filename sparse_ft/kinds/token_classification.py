@@ -35,9 +35,12 @@ class TokenClassification:
         return [len(words) for words in words_of(columns, language)]
 
     def encode(self, columns: Columns, *, encoder: Encoder, labels: Sequence[str], language: str) -> list[Example]:
-        """Encode given words, or raw text split into words; long rows become windows; one target a word."""
+        """Encode given words, or raw text split into words; long rows become windows; one target a word.
+
+        Rows with ``parents`` have tags for pieces of their words, so they have no targets.
+        """
         examples = encoder.words(words_of(columns, language))
-        if "tags" not in columns:
+        if "tags" not in columns or "parents" in columns:
             return examples
         index = {tag: place for place, tag in enumerate(self.outputs(labels))}
         return [
@@ -53,9 +56,12 @@ class TokenClassification:
         return functional.cross_entropy(logits, targets, ignore_index=IGNORED, label_smoothing=label_smoothing)
 
     def predictions(self, logits: Sequence[Tensor], *, columns: Columns, labels: Sequence[str]) -> list[list[str]]:
-        """The best tags that are legal together."""
+        """The best tags that are legal together; rows with ``parents`` get those of their pieces."""
         tags = self.outputs(labels)
-        return [[tags[place] for place in best_legal_tags(row, tags)] for row in logits]
+        found = [[tags[place] for place in best_legal_tags(row, tags)] for row in logits]
+        if "parents" not in columns:
+            return found
+        return [_of_pieces(row, parents) for row, parents in zip(found, columns["parents"], strict=True)]
 
     def references(self, columns: Columns) -> list[Any]:
         """The ``tags`` column."""
@@ -94,8 +100,16 @@ class TokenClassification:
         return {"entities": entities}
 
 
+def _of_pieces(tags: Sequence[str], parents: Sequence[int]) -> list[str]:
+    """Give every piece of a word its tag; an entity that begins at the word begins at its first piece."""
+    return [
+        tags[parent].replace("B-", "I-", 1) if place and parents[place - 1] == parent else tags[parent]
+        for place, parent in enumerate(parents)
+    ]
+
+
 def words_of(columns: Columns, language: str) -> Sequence[Sequence[str]]:
     """Return the words of each row, as given or split from its text."""
-    if "tokens" in columns:
+    if "tokens" in columns and "parents" not in columns:
         return columns["tokens"]
     return [[word.text for word in split_words(text, language)] for text in columns["text"]]
