@@ -160,6 +160,8 @@ def main() -> None:
     entries: list[dict[str, Any]] = []
     if options.results.exists():
         entries = [json.loads(line) for line in options.results.read_text(encoding="utf-8").splitlines()]
+    same = {"tasks": tasks, "data": str(options.data_root), "overrides": options.overrides}
+    entries = [entry for entry in entries if {key: entry.get(key) for key in same} == same]
     done = {(entry["run"], entry["seed"]) for entry in entries}
     for seed in [int(seed) for seed in options.seeds.split(",")]:
         for run in options.methods.split(","):
@@ -170,7 +172,7 @@ def main() -> None:
                     tasks, data_root=options.data_root, seed=seed, overrides=options.overrides, folder=Path(folder)
                 )
                 for method, found in METHODS[run](comparison).items():
-                    entries.append({"run": run, "method": method, "seed": seed, **found})
+                    entries.append({"run": run, "method": method, "seed": seed, **same, **found})
                     with options.results.open("a", encoding="utf-8") as stream:
                         stream.write(json.dumps(entries[-1]) + "\n")
     print(_table(entries, tasks))

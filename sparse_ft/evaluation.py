@@ -65,6 +65,8 @@ class ScoredTask(NamedTuple):
     """Of each example, as a whole."""
     usage: Tensor | None
     """[examples, blocks, experts]: mean weights over the tokens where these were routed, else None."""
+    blocks: list[int]
+    """That ``usage`` is about."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,7 @@ def evaluate_task(
         raise DataError(
             f"The {split} split of task {spec.name!r} has no answers; its publisher hides them. Use --split validation."
         )
-    gate, usage = route.token_gate(spec.name), None
+    gate, usage, blocks = route.token_gate(spec.name), None, list[int]()
     title = f"{spec.name} · {split}"
     if ensemble is not None:
         logits = ensemble_logits(
@@ -210,8 +212,8 @@ def evaluate_task(
         routing = equal_routing(model, ensemble.experts, number=len(data.examples))
         title = f"{title} · {ensemble.combine} of {', '.join(ensemble.experts)}"
     elif gate is not None:
-        num_blocks = model.backbone.num_blocks - model.first_block
-        usage = torch.zeros(len(data.examples), num_blocks, len(model.experts.names))
+        blocks = model.blocks_asked(gate)
+        usage = torch.zeros(len(data.examples), len(blocks), len(model.experts.names))
         predictions = predict_rows(model, spec, data, gate=gate, usage=usage)
         routing = Routing(None, usage.mean(1))
     else:
@@ -227,7 +229,7 @@ def evaluate_task(
     fresh = [place for place, row in enumerate(data.columns["row"]) if row not in seen]
     unseen = score_rows(spec, data, predictions, rows=fresh) if seen and len(fresh) < data.num_rows else None
     report = TaskReport(score=score, title=title, unseen_rows=unseen)
-    return ScoredTask(report, routing, usage)
+    return ScoredTask(report, routing, usage, blocks)
 
 
 def _own_experts(model: SparseExpertModel, task: str, ensemble: Ensemble | None) -> tuple[str, ...]:
@@ -314,7 +316,7 @@ def evaluate(
         own={task: _own_experts(model, task, ensemble) for task, ensemble in ensembles.items()},
         shared=set(model.experts.names) - set(model.routed),
         usage={task: scored.usage for task, scored in found.items() if scored.usage is not None},
-        first_block=model.first_block,
+        blocks={task: scored.blocks for task, scored in found.items()},
     )
     reports = {task: scored.report for task, scored in found.items()}
     gated = route != "task" or any(model.tasks[task].gated for task in chosen)

@@ -68,12 +68,12 @@ def kept_rows(
 def rows_by_expert(model: SparseExpertModel, ready: Mapping[str, TrainingTask]) -> dict[str, list[Example]]:
     """Sort training rows by the expert that serves them; of several experts of one task, the gate says which.
 
-    The rows of tasks that a gate mixes belong to no expert.
+    The rows of tasks that share a pool belong to no expert.
     """
     examples: dict[str, list[Example]] = {}
     for name, task in ready.items():
         slot = model.tasks[name]
-        if slot.mixed:
+        if slot.mixed and len(slot.experts) > 1:
             continue
         owners = [slot.experts[0]] * len(task.examples)
         if len(slot.experts) > 1:
@@ -99,7 +99,8 @@ def add_gate(
         _LOG.info("The gate stays as it is, because task %s was trained with it.", mixed[0])
         return
     rows = rows_by_expert(model, ready)
-    model.gate = None
+    gated = any(slot.gated for slot in model.tasks.values())
+    model.gate = model.gate if gated else None  # one that a task needs stays if no other can be fitted
     if len(model.experts.names) < 2:
         return
     model.gate = fit_gate(model, rows, settings=run.gate, seed=run.seed)

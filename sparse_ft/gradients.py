@@ -93,8 +93,7 @@ class Gradients:
         targets = _count_targets(self.tasks, pairs)
         whole = _Whole(len(pairs), targets, {name: sum(task == name for task, _ in pairs) for name in targets})
         told = Found(dict.fromkeys(targets, 0.0))
-        size = math.ceil(len(pairs) / (self.run.train.accumulation * self.workers * number()))
-        parts = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+        parts = self._parts(pairs, self.run.train.accumulation * self.workers * number())
         own = list(enumerate(parts))[place() :: number()]
         for start in range(0, len(own), self.workers):
             for found in self._backward(own[start : start + self.workers], step, whole=whole):
@@ -104,6 +103,17 @@ class Gradients:
         for other in others:
             first.add(other)
         return first
+
+    def _parts(self, pairs: Pairs, count: int) -> list[Pairs]:
+        """Divide a batch, which is in the order of the tasks.
+
+        Neighbours are of one task and thus of like length, so they stay together. Not in a joint run: its balance and
+        its capacity are those of a part, which should hold of every task what the batch does.
+        """
+        if self.run.stage == "joint":
+            return [part for start in range(count) if (part := pairs[start::count])]
+        size = math.ceil(len(pairs) / count)
+        return [pairs[start : start + size] for start in range(0, len(pairs), size)]
 
     def close(self) -> None:
         """Let the threads end."""

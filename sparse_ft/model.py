@@ -279,6 +279,11 @@ class SparseExpertModel(nn.Module):
         with self.slot.filled(running):
             return self.encoder(**inputs).last_hidden_state
 
+    def blocks_asked(self, gate: Gate) -> list[int]:
+        """Return the 0-based blocks at which a gate decides: a token gate knows none of an expert that came later."""
+        blocks = range(self.first_block, self.backbone.num_blocks)
+        return [block for block in blocks if not isinstance(gate, TokenGate) or block in gate.blocks]
+
     def _ask(
         self,
         gate: Gate,
@@ -290,7 +295,7 @@ class SparseExpertModel(nn.Module):
         shared: tuple[int, Tensor] | None,
     ) -> Tensor:
         """Let a gate decide for one block; the hidden states stay as they are."""
-        if isinstance(gate, TokenGate) and block not in gate.blocks:  # one of an expert that came later
+        if block not in self.blocks_asked(gate):
             return hidden
         running = self.slot.running
         assert running is not None

@@ -26,7 +26,7 @@ _SHORT = 4
 def add_tasks(model: SparseExpertModel, ready: Mapping[str, TrainingTask], *, run: RunConfig) -> None:
     """Give every task of a run its experts and its head; those that the model has already keep theirs."""
     joint = run.stage == "joint"
-    left = [name for name, slot in model.tasks.items() if slot.mixed and name not in ready]
+    left = [name for name, slot in model.tasks.items() if slot.gated and name not in ready]
     if joint and left:
         raise ConfigError(
             f"Task {left[0]!r} of {run.start!r} is answered through the same gate, so its answers would change. Train "
@@ -64,6 +64,20 @@ def add_tasks(model: SparseExpertModel, ready: Mapping[str, TrainingTask], *, ru
                 "--stage joint."
             )
         model.head(spec.name).dropout = run.train.head_dropout
+    _check_shared(model, list(ready), run=run)
+
+
+def _check_shared(model: SparseExpertModel, trained: Sequence[str], *, run: RunConfig) -> None:
+    """Refuse to train an expert that also serves a task whose head would stay as it is."""
+    for task in trained:
+        for other, slot in model.tasks.items():
+            common = sorted(set(slot.used) & set(model.tasks[task].used))
+            if other not in trained and common:
+                raise ConfigError(
+                    f"The expert {common[0]!r} of task {task!r} in {run.start!r} also serves task {other!r}, whose "
+                    f"answers would change. Train it, too: add --task {other}; or give the task an expert of its own: "
+                    f"sparse-ft edit {run.start} --copy {common[0]}=NEW."
+                )
 
 
 def _add_task(model: SparseExpertModel, spec: TaskSpec, *, run: RunConfig) -> None:

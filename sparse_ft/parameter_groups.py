@@ -1,5 +1,6 @@
 """What learns in a run, in groups that are clipped and scored together, and the optimizer over them."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -34,7 +35,7 @@ class Group:
 
 
 def find_groups(model: SparseExpertModel, tasks: Sequence[str], *, run: RunConfig) -> dict[str, Group]:
-    """Return what the run trains: a group a task, or one of all in a joint run.
+    """Return what the run trains: a group a task, one for tasks that share an expert, or one of all in a joint run.
 
     Args:
         model: Has experts and a head for each task, and a gate in a joint run.
@@ -42,21 +43,35 @@ def find_groups(model: SparseExpertModel, tasks: Sequence[str], *, run: RunConfi
         run: The run's config.
     """
     if run.stage != "joint":
-        return {
-            task: Group([task], {f"{task}/{name}": value for name, value in model.trainable(task).items()})
-            for task in tasks
-        }
-    parameters: dict[str, nn.Parameter] = {}
-    for task in tasks:
-        parameters.update({f"{task}/head.{name}": value for name, value in model.head(task).named_parameters()})
-        for expert in model.tasks[task].used:
-            learnt = {name: value for name, value in model.experts.parameters(expert).items() if value.numel()}
-            parameters.update({f"{expert}/expert.{name}": value for name, value in learnt.items()})
+        return {"+".join(members): Group(members, _learnt(model, members)) for members in _sharing(model, tasks)}
+    parameters = _learnt(model, tasks)
     if has_gate(run):
         assert model.gate is not None
         classifier = model.gate.linears if isinstance(model.gate, TokenGate) else model.gate.classifier
         parameters.update({f"gate/gate.{name}": value for name, value in classifier.named_parameters()})
     return {"joint": Group(list(tasks), parameters, _tied(model, tasks) if run.experts.shared_a else [])}
+
+
+def _learnt(model: SparseExpertModel, tasks: Sequence[str]) -> dict[str, nn.Parameter]:
+    """Return the heads and experts of tasks, an expert that several share only once."""
+    found: dict[str, nn.Parameter] = {}
+    for task in tasks:
+        found.update({f"{task}/head.{name}": value for name, value in model.head(task).named_parameters()})
+        for expert in model.tasks[task].used:
+            learnt = {name: value for name, value in model.experts.parameters(expert).items() if value.numel()}
+            found.update({f"{expert}/expert.{name}": value for name, value in learnt.items()})
+    return found
+
+
+def _sharing(model: SparseExpertModel, tasks: Sequence[str]) -> list[list[str]]:
+    """Put tasks together that have an expert in common."""
+    found: list[list[str]] = []
+    for task in tasks:
+        used = set(model.tasks[task].used)
+        meets = [group for group in found if any(used & set(model.tasks[other].used) for other in group)]
+        found = [group for group in found if group not in meets]
+        found.append([*itertools.chain(*meets), task])
+    return found
 
 
 def _tied(model: SparseExpertModel, tasks: Sequence[str]) -> list[list[nn.Parameter]]:

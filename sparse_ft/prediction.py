@@ -170,6 +170,11 @@ class LoadedModel:
         with self._lock, torch.no_grad():
             examples = entering(model, self._plain(texts), block=gate.block, means=True)
             tokens, unfit = [example.input_ids for example in examples], self._unfit(texts, gate)
+            if texts and len(unfit) == len(gate.names):
+                raise DataError(
+                    f"No task of this checkpoint reads {_FORMS[_form(texts[0])]}, as {texts[0]!r} is. Its tasks read "
+                    f"{' or '.join(dict.fromkeys(_FORMS[spec.reads] for spec in self.tasks.values()))}."
+                )
             decided = gate.decide(stacked_means(examples).to(model.device), tokens, excluded=unfit)
         reusable = self._keeps_trunk and gate.block == model.first_block
         trunk = {_key(example): example for example in examples} if reusable else {}

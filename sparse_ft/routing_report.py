@@ -89,7 +89,7 @@ def report_routing(
     own: Mapping[str, tuple[str, ...]],
     shared: Collection[str] = (),
     usage: Mapping[str, Tensor] | None = None,
-    first_block: int = 0,
+    blocks: Mapping[str, Sequence[int]] | None = None,
 ) -> RoutingReport:
     """Count what a gate chose.
 
@@ -99,7 +99,7 @@ def report_routing(
         own: Task to its experts.
         shared: Experts that rows use whatever the gate chooses; they are not reported.
         usage: Task to the mean weights [rows, blocks, experts] in each block, if tokens were routed.
-        first_block: The block that ``usage`` begins with.
+        blocks: Task to the blocks that ``usage`` is about.
     """
     confusion, shares, entropy = {}, {}, {}
     for task, routing in routings.items():
@@ -114,12 +114,12 @@ def report_routing(
             entropy[task] = _entropy(usage[task])
         else:
             entropy[task] = 0.0 if routing.logits is None else _entropy(routing.logits.softmax(-1))
-    blocks: dict[int, dict[str, dict[str, float]]] = {}
+    by_block: dict[int, dict[str, dict[str, float]]] = {}
     for task, weights in (usage or {}).items():
-        for block, mean in enumerate(weights.mean(0), start=first_block):
-            blocks.setdefault(block, {})[task] = _above_zero(experts, mean)
+        for block, mean in zip((blocks or {})[task], weights.mean(0), strict=True):
+            by_block.setdefault(block, {})[task] = _above_zero(experts, mean)
     chosen = [expert for expert in experts if expert not in shared]
-    return RoutingReport(chosen, confusion, shares, entropy, dict(own), blocks)
+    return RoutingReport(chosen, confusion, shares, entropy, dict(own), by_block)
 
 
 def _above_zero(experts: Sequence[str], weights: Tensor) -> dict[str, float]:

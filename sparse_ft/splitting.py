@@ -11,7 +11,7 @@ from sparse_ft.errors import ConfigError
 from sparse_ft.gate_stage import rows_by_expert
 from sparse_ft.gate_training import fit_gate, gate_block
 from sparse_ft.inference import mean_states
-from sparse_ft.model import SparseExpertModel, TaskSlot
+from sparse_ft.model import SparseExpertModel
 from sparse_ft.training_data import prepare_task
 
 
@@ -35,7 +35,7 @@ def split_expert(checkpoint: Checkpoint, name: str, new: str) -> list[str]:
     """
     model, config = checkpoint.model, checkpoint.config
     expert = model.experts.get(name)
-    served = [task for task, slot in model.tasks.items() if name in slot.used]
+    served = [task for task, slot in model.tasks.items() if name in slot.experts]
     mixed = [task for task, slot in model.tasks.items() if slot.mixed]
     if len(served) != 1 or mixed:
         problem = f"serves {len(served)} tasks" if len(served) != 1 else "is mixed with others by a gate"
@@ -49,8 +49,9 @@ def split_expert(checkpoint: Checkpoint, name: str, new: str) -> list[str]:
     halves = _halves(model, rows[name], block=gate_block(model, config.gate), seed=config.seed)
     model.experts.add(replace(expert, name=new))
     slot = model.tasks[task]
-    model.tasks[task] = TaskSlot((*slot.experts, new), slot.level)
-    model.gate = fit_gate(model, {**rows, name: halves[0], new: halves[1]}, settings=config.gate, seed=config.seed)
+    model.tasks[task] = replace(slot, experts=(*slot.experts, new))
+    rows |= {name: halves[0], new: halves[1]}
+    model.gate = fit_gate(model, rows, names=model.routed, settings=config.gate, seed=config.seed)
     model.eval().requires_grad_(False)
     return [
         f"Split expert {name!r} of task {task!r} into {name!r} ({len(halves[0])} training rows) and {new!r} "

@@ -117,12 +117,12 @@ def route_tokens(
     parts = text.split("\t", 1) if pairs else [text]
     (example,) = encoder.texts(parts[:1], parts[1:] or None)
     tokens, truncated = _tokens(encoder, parts, example)
-    blocks = list(range(model.first_block, model.backbone.num_blocks))
     probabilities = None
     gate = way.token_gate()
     if gate is not None:
-        weights = _token_weights(model, example, gate)
+        blocks, weights = _token_weights(model, example, gate)
     else:
+        blocks = list(range(model.first_block, model.backbone.num_blocks))
         routing = way.rows([example], [text])
         weights = routing.spread(len(model.experts.names))[0].expand(len(blocks), len(tokens), -1).float().cpu()
         if routing.logits is not None:
@@ -162,14 +162,14 @@ def _find_route(name: str, model: SparseExpertModel, *, seed: int) -> Route:
 
 
 @torch.no_grad()
-def _token_weights(model: SparseExpertModel, example: Example, gate: Gate) -> Tensor:
-    """Return what the gate chose for each token in each block, [B, S, E] on the CPU."""
+def _token_weights(model: SparseExpertModel, example: Example, gate: Gate) -> tuple[list[int], Tensor]:
+    """Return the blocks that the gate was asked at, and what it chose for each token there, [B, S, E] on the CPU."""
     seen: dict[int, Routing] = {}
     mixed = [task for task, slot in model.tasks.items() if slot.mixed]  # whose rows may use a shared expert besides
     batch = collate([(mixed[0] if mixed else "", example)], pad_id=model.backbone.pad_id, device=model.device)
     model.hidden_states(batch if mixed else replace(batch, tasks=[]), gate=gate, seen=seen)
     chosen = [seen[block].spread(len(model.experts.names))[0] for block in sorted(seen)]  # [S, E] each
-    return torch.stack([weights.expand(len(example.input_ids), -1) for weights in chosen]).float().cpu()
+    return sorted(seen), torch.stack([weights.expand(len(example.input_ids), -1) for weights in chosen]).float().cpu()
 
 
 def _tokens(encoder: Encoder, parts: Sequence[str], example: Example) -> tuple[list[Token], bool]:

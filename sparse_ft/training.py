@@ -120,7 +120,7 @@ def train(
         sources = {**_sources_of(run.start), **run.sources, **name_sources(data, names)}
         wanted = output or run.output
         folder = from_first(lambda: next_output(names) if wanted is None else free_output(wanted))
-        run = changed_config(run, {"sources": sources, "output": str(folder)})
+        run = changed_config(_keep_length(run, names), {"sources": sources, "output": str(folder)})
     return _train(run, specs, resume=resume)
 
 
@@ -140,6 +140,23 @@ def _sources_of(checkpoint: str | None) -> dict[str, str]:
         return {}
     read_manifest(Path(checkpoint))
     return read_config(Path(checkpoint) / "config.yaml").sources
+
+
+def _keep_length(run: RunConfig, trained: Sequence[str]) -> RunConfig:
+    """Cut texts where the checkpoint to start from does, for the sake of its tasks that are not trained."""
+    if run.start is None:
+        return run
+    before = read_config(Path(run.start) / "config.yaml").data.max_length
+    if "max_length" not in run.data.model_fields_set:
+        data = {**run.data.model_dump(exclude_unset=True), "max_length": before}
+        return changed_config(run, {"data": data})
+    kept = [name for name in read_manifest(Path(run.start))["tasks"] if name not in trained]
+    if run.data.max_length != before and kept:
+        raise ConfigError(
+            f"data.max_length is {run.data.max_length}, and {before} in {run.start!r}, so task {kept[0]!r} would read "
+            "long texts otherwise. Leave it out, or train that task, too."
+        )
+    return run
 
 
 def _task_reference(task: str) -> str:
@@ -183,6 +200,8 @@ def _train(run: RunConfig, specs: Sequence[TaskSpec], *, resume: bool) -> TrainR
     model, kept, metrics = _start_model(run, device)
     encoder = Encoder(model.backbone, max_length=run.data.max_length)
     ready = {spec.name: prepare_task(spec, run=run, encoder=encoder, before=kept.get(spec.name)) for spec in specs}
+    # Test rows are read once before training, so that what is wrong with them does not show after it.
+    splits = scored_splits({name: task.spec for name, task in ready.items()}, run.sources)
     add_tasks(model, ready, run=run)
     num_experts = run.experts.pool or len(model.routed)
     check_gate(run, model, num_experts=num_experts)
@@ -197,8 +216,6 @@ def _train(run: RunConfig, specs: Sequence[TaskSpec], *, resume: bool) -> TrainR
     if has_gate(run):
         rows = {**_others_rows(kept, ready, run=run, encoder=encoder), **ready}
         model.gate = start_gate(model.eval(), ready, rows_by_expert(model, rows), run=run)
-    # Test rows are read once before training, so that what is wrong with them does not show after it.
-    splits = scored_splits({name: task.spec for name, task in ready.items()}, run.sources)
     progress = _fit(model, ready, run=run, output=output, resume=resume)
     metrics.update({task: {"validation": score} for task, score in progress.scores.items()})
     evaluation = from_first(

@@ -46,6 +46,15 @@ def test_experts_alone_are_a_group_for_each_task(model):
     assert not any(group.tied for group in groups.values())
 
 
+def test_tasks_that_share_an_expert_are_one_group_that_learns_once(model):
+    model.tasks["kept"] = replace(model.tasks["kept"], experts=("mood",))
+    groups = find_groups(model, ["mood", "names", "kept"], run=load_config())
+    assert {name: group.tasks for name, group in groups.items()} == {"names": ["names"], "mood+kept": ["mood", "kept"]}
+    learnt = [id(value) for group in groups.values() for value in group.parameters.values()]
+    assert len(set(learnt)) == len(learnt)
+    assert owners(groups["mood+kept"].parameters) == {"mood", "kept"}
+
+
 @pytest.mark.parametrize(("gate", "learnt"), [
     ("token", {"gate/gate.0.weight", "gate/gate.1.weight", "gate/gate.2.weight"}),
     ("sequence", {"gate/gate.0.weight", "gate/gate.0.bias", "gate/gate.2.weight", "gate/gate.2.bias"}),

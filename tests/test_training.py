@@ -315,6 +315,52 @@ def test_a_kept_head_is_not_stretched_to_new_labels(tmp_path, tiny_bert):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_kept_head_keeps_the_order_of_its_labels(tmp_path, tiny_bert):
+    first = write_toy(tmp_path, "mood", sizes=(16, 8, 8), labels={"bad": "bad", "good": "good"})
+    old = run([first], tiny_bert, tmp_path / "old", train__epochs=1).path
+    turned = write_toy(tmp_path / "other", "mood", sizes=(16, 8, 8), labels={"good": "good", "bad": "bad"})
+    new = sparse_ft.train(
+        [turned], from_checkpoint=old, output=tmp_path / "new", overrides=settings(train__epochs=1), device="cpu"
+    )
+    assert new.tasks["mood"].label_names == load_checkpoint(new.path).tasks["mood"].label_names == ["bad", "good"]
+    assert new.history[-1]["validation"]["mood"] >= 0.5
+    other = write_toy(tmp_path / "more", "mood", sizes=(16, 8, 8), kind="multi_label", columns={"labels": "label"})
+    with pytest.raises(DataError, match=r"Task 'mood' is a multi_label, but in .* it is a classification"):
+        sparse_ft.train([other], from_checkpoint=old, output=tmp_path / "out", device="cpu")
+
+
+def test_test_rows_that_cannot_be_read_show_before_training(tmp_path, tiny_bert, monkeypatch):
+    task = write_toy(tmp_path, "mood", sizes=(16, 8, 8))
+    (tmp_path / "mood" / "test.jsonl").write_text('{"text": null, "label": "bad"}\n')
+    monkeypatch.setattr("sparse_ft.training.fit", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(DataError, match=r"test\.jsonl', line 1: text is null"):
+        run([task], tiny_bert, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_out_of_scope_label_must_be_one(tmp_path, tiny_bert):
+    task = write_toy(tmp_path, "mood", sizes=(16, 8, 8), out_of_scope="Bad")
+    with pytest.raises(DataError, match=r"out_of_scope of task 'mood': Unknown label 'Bad'\. Did you mean 'bad'"):
+        run([task], tiny_bert, tmp_path / "out")
+
+
+def test_kept_tasks_read_as_much_of_a_text_as_before(tmp_path, tiny_bert):
+    tasks = [write_toy(tmp_path, name, sizes=(16, 8, 8)) for name in ("mood", "about")]
+    short = {"train__epochs": 1, "data__max_length": 8}
+    old = run(tasks[:1], tiny_bert, tmp_path / "old", **short).path
+    new = sparse_ft.train(
+        tasks[1:], from_checkpoint=old, output=tmp_path / "new", overrides=settings(train__epochs=1), device="cpu"
+    ).path
+    assert load_checkpoint(new).config.data.max_length == 8
+    texts = ["the table loved " * 6]
+    before, after = (sparse_ft.load(folder, device="cpu").logits(texts, "mood") for folder in (old, new))
+    assert torch.equal(before, after)
+    with pytest.raises(ConfigError, match=r"data\.max_length is 16, and 8 in .*, so task 'mood' would read long texts"):
+        sparse_ft.train(
+            tasks[1:], from_checkpoint=old, output=tmp_path / "out", overrides=["data.max_length=16"], device="cpu"
+        )
+
+
 def test_first_block_and_targets_decide_which_layers_are_experts(tmp_path, tiny_bert):
     task = write_toy(tmp_path, "mood", sizes=(16, 8, 8))
     path = run(
