@@ -3,9 +3,10 @@
     python benchmarks/layers.py                      forward, then forward and backward; fp32
     python benchmarks/layers.py --bf16 --passes forward
 
-MiniLM with experts of rank 8 on all linears, weights random. ``text top-2`` routes each row to two experts, ``token``
-weighs all experts anew for each token. Every figure is the median of rounds in which all variants take turns, divided
-by the bare backbone's in the same round; its backward pass goes down to the embeddings. PEFT: one LoRA of rank 8 on the
+MiniLM with experts of rank 8 on all linears, weights random. ``text top-2`` routes each row to two experts that are
+given, ``text gate`` lets the default gate read the lower half of the blocks first, ``token`` weighs all experts anew
+for each token. Every figure is the median of rounds in which all variants take turns, divided by the bare backbone's in
+the same round; its backward pass goes down to the embeddings. PEFT: one LoRA of rank 8 on the
 same linears; mixed batches (``adapter_names``), which loop over the adapters of a batch and cannot train; Arrow, whose
 top 2 of each token are computed with all others; X-LoRA. A peer that fails is named with its error.
 """
@@ -19,7 +20,13 @@ import peers
 import torch
 
 from sparse_ft.backbone import load_backbone
+from sparse_ft.choosing import Choice
+from sparse_ft.config import GateConfig
+from sparse_ft.encoding import Example
 from sparse_ft.experts import Expert
+from sparse_ft.gate_training import gate_block
+from sparse_ft.gates import SequenceGate
+from sparse_ft.inference import text_routing
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.routing import Pass, Routing
 
@@ -62,11 +69,27 @@ def ours(numbers: list[int], inputs: dict[str, torch.Tensor], *, dense_limit: in
         }
         if number > dense_limit:
             del choices[f"ours, token gate over {number}"]
+        if 2 <= number <= dense_limit and not train:
+            gated, examples = (
+                with_gate(model),
+                [Example(row, ids) for row, ids in enumerate(inputs["input_ids"].tolist())],
+            )
+            choices[f"ours, text gate over {number}"] = lambda model=gated, rows=examples: text_routing(model, rows)
         if number == 1:
             choices = {"ours, one expert": lambda: Routing.rows([0] * rows)}
         for name, routing in choices.items():
             variants[name] = lambda model=model, routing=routing: _hidden(model, routing(), inputs)
     return variants
+
+
+def with_gate(model: SparseExpertModel) -> SparseExpertModel:
+    """Give a model a gate for texts as it is by default, at random."""
+    block = gate_block(model, GateConfig())
+    gate = SequenceGate(model.experts.names, model.backbone.hidden_size, block=block, choice=Choice(top_k=2))
+    gate.standardise(torch.randn(64, block + 1, model.backbone.hidden_size, generator=torch.Generator().manual_seed(0)))
+    gate.initialise(torch.Generator().manual_seed(0))
+    model.gate = gate.eval()
+    return model
 
 
 def _hidden(model: SparseExpertModel, routing: Routing, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
