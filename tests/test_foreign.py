@@ -136,7 +136,10 @@ def test_an_added_adapter_has_no_task_and_no_other_task_notices(tmp_path, tiny_f
     ):
         edit(path, add=[(None, adapter)], output=tmp_path / "out")
     result = edit(path, add=[("theirs", adapter)], output=tmp_path / "out")
-    assert result.changes[0] == f"Added 'theirs' from {str(adapter)!r}: rank 4 on 3 layers. It has no head, so no task."
+    assert result.changes[0] == (
+        f"Added 'theirs' from {str(adapter)!r}: rank 4 on 3 layers. It has no head, so no task "
+        "(`sparse-ft import` reads those of token classifiers)."
+    )
     loaded = load_checkpoint(tmp_path / "out")
     assert loaded.model.experts.names == ["mood", "names", "theirs"]
     assert list(loaded.tasks) == list(HEADS)
