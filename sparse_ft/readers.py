@@ -220,10 +220,14 @@ def _divide(records: Sequence[Record], *, tenths: Sequence[int], column: Column 
     random.Random(SPLIT_SEED).shuffle(order)
     parts: list[list[Record]] = []
     for share in reversed(tenths[1:]):
-        size = max(1, len(records) * share // 10)
-        chosen: list[int] = []
-        while len(chosen) < size and len(order) > len(tenths) - len(parts) - 1:
-            chosen.extend(order.pop(0))
+        room = max(1, len(records) * share // 10)
+        taken: list[list[int]] = []
+        for group in order:
+            if len(group) <= room:
+                taken.append(group)
+                room -= len(group)
+        chosen = {place for group in taken or [min(order, key=len)] for place in group}
+        order = [group for group in order if group[0] not in chosen]
         parts.append([records[place] for place in sorted(chosen)])
     return [[records[place] for place in sorted(itertools.chain(*order))], *reversed(parts)]
 
