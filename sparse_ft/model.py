@@ -41,6 +41,10 @@ class TaskSlot:
         return self.mixed or len(self.experts) > 1
 
 
+def _knows(gate: Gate, block: int) -> bool:
+    return not isinstance(gate, TokenGate) or block in gate.blocks
+
+
 class SparseExpertModel(nn.Module):
     """One frozen backbone that answers every task through the task's expert and head.
 
@@ -154,15 +158,6 @@ class SparseExpertModel(nn.Module):
         assert self.gate is not None
         places = [self.experts.index(name) for name in self.gate.names]
         return routing.placed(places, num_experts=len(self.experts.names))
-
-    def trainable(self, task: str) -> dict[str, nn.Parameter]:
-        """Return what learns from a task: its experts' deltas and its head, by name."""
-        found = {f"head.{name}": value for name, value in self.head(task).named_parameters()}
-        used = self.tasks[task].used
-        for expert in used:
-            prefix = "expert." if len(used) == 1 else f"expert.{expert}."
-            found.update({f"{prefix}{name}": value for name, value in self.experts.parameters(expert).items()})
-        return {name: parameter for name, parameter in found.items() if parameter.numel()}
 
     def train(self, mode: bool = True) -> "SparseExpertModel":
         """Switch experts and heads to training, and the backbone's own dropout on if ``backbone_dropout`` says so."""
@@ -281,8 +276,7 @@ class SparseExpertModel(nn.Module):
 
     def blocks_asked(self, gate: Gate) -> list[int]:
         """Return the 0-based blocks at which a gate decides: a token gate knows none of an expert that came later."""
-        blocks = range(self.first_block, self.backbone.num_blocks)
-        return [block for block in blocks if not isinstance(gate, TokenGate) or block in gate.blocks]
+        return [block for block in range(self.first_block, self.backbone.num_blocks) if _knows(gate, block)]
 
     def _ask(
         self,
@@ -295,7 +289,7 @@ class SparseExpertModel(nn.Module):
         shared: tuple[int, Tensor] | None,
     ) -> Tensor:
         """Let a gate decide for one block; the hidden states stay as they are."""
-        if block not in self.blocks_asked(gate):
+        if not _knows(gate, block):
             return hidden
         running = self.slot.running
         assert running is not None

@@ -5,13 +5,13 @@ Nothing here prints. Text and Markdown are two renderings of the same blocks: li
 
 import json
 import re
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparse_ft.errors import SparseFTError
+from sparse_ft.folders import write_bytes
 from sparse_ft.scores import Confusion, Report, Score
 from sparse_ft.tables import align, printable, terminal_width
 
@@ -144,7 +144,7 @@ def write_report(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in {**pictures, **contents}.items():  # what is linked comes first
-            _write_whole(folder / name, content)
+            write_bytes(folder / name, content)
     except OSError as error:
         raise SparseFTError(
             f"The report cannot be written to {str(folder)!r}: {error.strerror or error}. Expected a folder that can "
@@ -177,16 +177,6 @@ def _json_file(tasks: Mapping[str, TaskReport], *, about: Mapping[str, str], rou
     entries = {name: report_json(task.score, unseen_rows=task.unseen_rows) for name, task in tasks.items()}
     content = {**about, "tasks": entries, **({} if routing is None else {"routing": routing})}
     return json.dumps(content, ensure_ascii=False) + "\n"
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write beside the target and rename, so that readers see the old file or the new one."""
-    staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        staged.write_bytes(content)
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
 
 
 def _blocks(score: Score, *, unseen_rows: Score | None, max_matrix: int) -> list[_Line | _Table]:

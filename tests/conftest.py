@@ -325,3 +325,21 @@ def _byte_level(family, *, bos):
         return Qwen2TokenizerFast(tokenizer_object=raw, **tokens)
     own = GPT2TokenizerFast if family == "gpt2" else GPTNeoXTokenizerFast
     return own(tokenizer_object=raw, unk_token=names["eos"], pad_token=None, **tokens)
+
+
+def trainable_of(model, task):
+    """What learns from a task: its experts' deltas and its head, by name."""
+    found = {f"head.{name}": value for name, value in model.head(task).named_parameters()}
+    used = model.tasks[task].used
+    for expert in used:
+        prefix = "expert." if len(used) == 1 else f"expert.{expert}."
+        found.update({f"{prefix}{name}": value for name, value in model.experts.parameters(expert).items()})
+    return {name: parameter for name, parameter in found.items() if parameter.numel()}
+
+
+@pytest.fixture(scope="session")
+def toys(tmp_path_factory, tiny_bert):
+    """A checkpoint of all toy tasks; nobody may change it."""
+    from test_training import trained_toys
+
+    return trained_toys(tmp_path_factory, tiny_bert)

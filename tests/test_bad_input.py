@@ -7,15 +7,10 @@ import pytest
 import yaml
 from test_cli import call, quick
 from test_mixing import trained_mixture
-from test_training import toy_rows, trained_toys, write_rows, write_toy
+from test_training import toy_rows, write_rows, write_toy
 
 TRAIN = ["train", "--task", "mood.yaml", "--backbone", "{bert}", *quick()]
 NER = ["train", "--task", "names.yaml", "--backbone", "{bert}", *quick()]
-
-
-@pytest.fixture(scope="module")
-def toys(tmp_path_factory, tiny_bert):
-    return trained_toys(tmp_path_factory, tiny_bert)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from test_training import KINDS, run, settings, trained_minilm, trained_toys, write_toy
+from test_training import KINDS, run, settings, trained_minilm, write_toy
 
 import sparse_ft
 from sparse_ft import checkpoint as checkpoint_module
@@ -24,11 +24,6 @@ from sparse_ft.manifest import FORMAT, check_name, read_manifest
 from sparse_ft.routing import Routing
 
 TEXTS = ["the table loved", "", "Ada Lovelace met Mozart in London", "at six " * 60]
-
-
-@pytest.fixture(scope="module")
-def toys(tmp_path_factory, tiny_bert):
-    return trained_toys(tmp_path_factory, tiny_bert)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_training import settings, toy_rows, trained_toys, write_rows, write_toy
+from test_training import settings, toy_rows, write_rows, write_toy
 
 import sparse_ft
 from sparse_ft import cli as cli_module
@@ -42,11 +42,6 @@ def cli(monkeypatch, capsys, tmp_path):
     """Call the command line in an empty folder."""
     monkeypatch.chdir(tmp_path)
     return lambda *arguments: call(monkeypatch, capsys, *arguments)
-
-
-@pytest.fixture(scope="module")
-def toys(tmp_path_factory, tiny_bert):
-    return trained_toys(tmp_path_factory, tiny_bert)
 
 
 def quick(**changes) -> list[str]:

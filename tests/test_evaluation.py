@@ -13,17 +13,12 @@ import yaml
 from seqeval.metrics import f1_score as entity_f1
 from seqeval.metrics import precision_score as entity_precision
 from seqeval.metrics import recall_score as entity_recall
-from test_training import KINDS, run, toy_rows, trained_toys, write_rows, write_toy
+from test_training import KINDS, run, toy_rows, write_rows, write_toy
 
 import sparse_ft
 from sparse_ft.checkpoint import load_checkpoint
 from sparse_ft.decoding import best_legal_tags
 from sparse_ft.errors import ConfigError, DataError
-
-
-@pytest.fixture(scope="module")
-def toys(tmp_path_factory, tiny_bert):
-    return trained_toys(tmp_path_factory, tiny_bert)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import add_random_expert
+from conftest import add_random_expert, trainable_of
 
 from sparse_ft.batching import collate
 from sparse_ft.encoding import Encoder
@@ -160,7 +160,7 @@ def test_get_gives_a_copy(make_model):
 def test_gradients_reach_only_the_experts_that_are_trained(make_model):
     model = make_model("bert", HEADS)
     model.requires_grad_(False)
-    for parameter in model.trainable("names").values():
+    for parameter in trainable_of(model, "names").values():
         parameter.requires_grad_(True)
     logits = model(batch_of(model, list(HEADS)))
     (logits["mood"].square().sum() + logits["names"].square().sum()).backward()
@@ -193,7 +193,7 @@ def test_no_graph_is_built_below_the_lowest_expert_layer(make_model, family, fir
     model.train()
     model(batch_of(model, ["mood"]))["mood"].sum().backward()
     assert tracked == {index: (index > first_block, index >= first_block) for index in range(len(blocks))}
-    trainable = {id(parameter) for parameter in model.trainable("mood").values()}
+    trainable = {id(parameter) for parameter in trainable_of(model, "mood").values()}
     assert all((parameter.grad is not None) == (id(parameter) in trainable) for parameter in model.parameters())
 
 

@@ -5,17 +5,12 @@ import re
 import shutil
 
 import pytest
-from test_training import KINDS, trained_toys, write_toy
+from test_training import KINDS, write_toy
 
 from sparse_ft.errors import CheckpointError, ConfigError
 from sparse_ft.listing import describe_checkpoint, describe_task, describe_tasks
 from sparse_ft.manifest import read_metrics
 from sparse_ft.tasks import list_tasks, load_task
-
-
-@pytest.fixture(scope="module")
-def toys(tmp_path_factory, tiny_bert):
-    return trained_toys(tmp_path_factory, tiny_bert)
 
 
 def cells(line: str) -> list[str]:

@@ -3,18 +3,12 @@
 import sys
 
 import pytest
-from test_training import trained_toys
 
 import sparse_ft
 from sparse_ft.errors import ConfigError, DataError
 from sparse_ft.merging import merge
 
 pytest.importorskip("optuna")
-
-
-@pytest.fixture(scope="module")
-def toys(tmp_path_factory, tiny_bert):
-    return trained_toys(tmp_path_factory, tiny_bert)
 
 
 @pytest.fixture

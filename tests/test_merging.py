@@ -14,7 +14,7 @@ from test_bad_input import disk
 from test_cli import call
 from test_editing import HEADS, LABELS, answers, logits, saved
 from test_experts import assert_bit_identical
-from test_training import trained_toys, write_toy
+from test_training import write_toy
 
 import sparse_ft
 from sparse_ft.checkpoint import load_checkpoint, save_checkpoint
@@ -23,11 +23,6 @@ from sparse_ft.gates import PrototypeGate
 from sparse_ft.manifest import read_manifest, read_metrics
 from sparse_ft.merged_expert import merge_experts, merge_settings
 from sparse_ft.merging import merge
-
-
-@pytest.fixture(scope="module")
-def toys(tmp_path_factory, tiny_bert):
-    return trained_toys(tmp_path_factory, tiny_bert)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from itertools import chain
 
 import pytest
 import torch
-from conftest import CAUSAL, FAMILIES, add_random_expert
+from conftest import CAUSAL, FAMILIES, add_random_expert, trainable_of
 
 from sparse_ft.backbone import load_backbone
 from sparse_ft.batching import collate
@@ -141,7 +141,7 @@ def test_two_tasks_may_share_an_expert(make_model):
     mixed = run(model, [*rows_of(model, "mood"), *rows_of(model, "topic")])
     assert_same_answers(mixed["mood"], one_by_one(model, "mood"))
     assert_same_answers(mixed["topic"], one_by_one(model, "topic"))
-    assert set(model.trainable("mood")) == set(model.trainable("topic"))
+    assert set(trainable_of(model, "mood")) == set(trainable_of(model, "topic"))
 
 
 def test_deberta_runs_a_mixed_batch_expert_by_expert_and_tracks_gradients(three_tasks):
@@ -152,7 +152,7 @@ def test_deberta_runs_a_mixed_batch_expert_by_expert_and_tracks_gradients(three_
         model.zero_grad()
         for rows in batches:
             sum(logits.square().sum() for logits in run(model, rows).values()).backward()
-        return {name: value.grad.clone() for task in HEADS for name, value in model.trainable(task).items()}
+        return {name: value.grad.clone() for task in HEADS for name, value in trainable_of(model, task).items()}
 
     rows = {task: rows_of(model, task) for task in HEADS}
     together, apart = gradients([list(chain.from_iterable(rows.values()))]), gradients(rows.values())
@@ -169,7 +169,7 @@ def test_a_task_may_be_called_like_an_attribute_of_a_module(make_model, name):
     assert one_by_one(model, name).shape == (4, 3)
     mixed = run(model.train(), [*rows_of(model, name), *rows_of(model, "other")])
     (mixed[name].sum() + mixed["other"].sum()).backward()
-    assert all(parameter.grad is not None for parameter in model.trainable(name).values())
+    assert all(parameter.grad is not None for parameter in trainable_of(model, name).values())
     model.eval().to(torch.float32)
     assert set(model.tasks) == {name, "other"}
 
@@ -212,7 +212,7 @@ def test_gradient_flows_into_expert_and_head_only_and_reaches_all_of_both(three_
     for task in HEADS:
         model.zero_grad()
         run(model, rows_of(model, task))[task].square().sum().backward()
-        trainable = model.trainable(task)
+        trainable = trainable_of(model, task)
         assert sum(name.startswith("head.") for name in trainable) == 2
         assert sum(name.startswith("expert.") for name in trainable) == 2 * len(
             model.backbone.select_linears(first_block=FIRST_BLOCK[task])
@@ -230,11 +230,11 @@ def test_the_gradient_of_a_mixed_batch_is_that_of_its_tasks_alone(three_tasks, f
     model = three_tasks(family)
     rows = {task: rows_of(model, task) for task in HEADS}
     sum(logits.square().mean() for logits in run(model, list(chain.from_iterable(rows.values()))).values()).backward()
-    mixed = {task: {name: value.grad for name, value in model.trainable(task).items()} for task in HEADS}
+    mixed = {task: {name: value.grad for name, value in trainable_of(model, task).items()} for task in HEADS}
     model.zero_grad(set_to_none=True)
     for task in HEADS:
         run(model, rows[task])[task].square().mean().backward()
-        for name, parameter in model.trainable(task).items():
+        for name, parameter in trainable_of(model, task).items():
             torch.testing.assert_close(mixed[task][name], parameter.grad, atol=1e-5, rtol=1e-4)
 
 
@@ -261,7 +261,7 @@ def test_a_bf16_backbone_answers_and_learns_in_float32(three_tasks):
         assert (got[task] - expected[task]).abs().max() < 0.1 * scale  # 8 bits, through three blocks
     sum(logits.sum() for logits in got.values()).backward()
     for task in HEADS:
-        for name, parameter in model.trainable(task).items():
+        for name, parameter in trainable_of(model, task).items():
             assert parameter.dtype == parameter.grad.dtype == torch.float32, name
 
 
@@ -299,7 +299,7 @@ def test_rows_whose_trunk_is_kept_answer_and_learn_as_without(make_model, family
         model.zero_grad(set_to_none=True)
         logits = run(model, chosen)
         sum(own.square().mean() for own in logits.values()).backward()
-        found.append((logits, {f"{t}.{n}": v.grad for t in logits for n, v in model.trainable(t).items()}))
+        found.append((logits, {f"{t}.{n}": v.grad for t in logits for n, v in trainable_of(model, t).items()}))
     (plain, plain_gradients), (kept, kept_gradients) = found
     for task in plain:
         assert_same_answers(kept[task], plain[task])
@@ -331,7 +331,7 @@ def test_stories260k_learns_to_tell_two_kinds_of_text_apart(stories260k):
     happy = ["Lily was happy and played outside.", "They laughed and had fun.", "Mom smiled and gave him a big hug."]
     sad = ["Lily was sad and cried at home.", "They were angry and scared.", "Mom was upset and he lost his toy."]
     rows, targets = rows_of(model, "mood", happy + sad), torch.tensor([0, 0, 0, 1, 1, 1])
-    optimizer = torch.optim.AdamW(model.trainable("mood").values(), lr=5e-3)
+    optimizer = torch.optim.AdamW(trainable_of(model, "mood").values(), lr=5e-3)
     model.train()
     losses = []
     for _ in range(25):

@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from test_training import trained_toys
 from transformers import pipeline
 
 import sparse_ft
@@ -14,11 +13,6 @@ import sparse_ft.pipeline
 from sparse_ft.errors import CheckpointError, ConfigError
 
 TEXTS = ["the table loved", "Ada met Mozart in Lisbon", "half boring of", "", "music then football"]
-
-
-@pytest.fixture(scope="module")
-def toys(tmp_path_factory, tiny_bert):
-    return trained_toys(tmp_path_factory, tiny_bert)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from test_mixing import MIXTURES, mix, trained_mixture
-from test_training import FILLERS, logits_of, run, toy_rows, trained_minilm, trained_toys, write_toy
+from test_training import FILLERS, logits_of, run, toy_rows, trained_minilm, write_toy
 
 import sparse_ft
 from sparse_ft.errors import ConfigError, DataError
@@ -35,11 +35,6 @@ ODD_TEXTS = [
     "\u200bAda\ufeff Mozart\u0000 in\x07 London",
     "\U0001d400\U0001d41d\U0001d41a met Mozart",
 ]
-
-
-@pytest.fixture(scope="module")
-def toys(tmp_path_factory, tiny_bert):
-    return trained_toys(tmp_path_factory, tiny_bert)
 
 
 @pytest.fixture(scope="module")

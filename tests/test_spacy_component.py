@@ -5,7 +5,6 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from test_training import trained_toys
 
 import sparse_ft
 from sparse_ft.checkpoint import load_checkpoint, save_checkpoint
@@ -23,11 +22,6 @@ TEXTS = [
     "half boring of Geneva, then music",
     "Charles Babbage in London",
 ]
-
-
-@pytest.fixture(scope="module")
-def toys(tmp_path_factory, tiny_bert):
-    return trained_toys(tmp_path_factory, tiny_bert)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
+from conftest import trainable_of
 
 import sparse_ft
 from sparse_ft import fitting
@@ -501,7 +502,9 @@ def test_each_task_keeps_its_best_state(tmp_path, tiny_bert, monkeypatch):
     score_rows = fitting.score_rows
 
     def watching(model, spec, data):
-        states[spec.name].append({name: value.detach().clone() for name, value in model.trainable(spec.name).items()})
+        states[spec.name].append(
+            {name: value.detach().clone() for name, value in trainable_of(model, spec.name).items()}
+        )
         return predict(model, spec, data)
 
     def scripted(spec, data, predictions):
@@ -515,7 +518,7 @@ def test_each_task_keeps_its_best_state(tmp_path, tiny_bert, monkeypatch):
     path = run(tasks, tiny_bert, tmp_path / "out", train__epochs=3).path
     saved = load_checkpoint(path).model
     for name, best, other in (("mood", 1, 2), ("about", 2, 0)):  # of equal scores the last
-        assert equal(dict(saved.trainable(name)), states[name][best])
+        assert equal(dict(trainable_of(saved, name)), states[name][best])
         assert not equal(states[name][best], states[name][other])
     assert json.loads((path / "metrics.json").read_text())["mood"]["validation"] == 0.9
 
@@ -561,7 +564,7 @@ def test_label_smoothing_bounds_the_loss_from_below(tmp_path, tiny_bert):
 def test_bf16_backbone_trains_float32_experts(tmp_path, tiny_bert, caught_model):
     task = write_toy(tmp_path, "mood")
     result = run([task], tiny_bert, tmp_path / "out", train__precision="bf16", train__epochs=5, train__batch_size=8)
-    assert {value.dtype for value in caught_model[0].trainable("mood").values()} == {torch.float32}
+    assert {value.dtype for value in trainable_of(caught_model[0], "mood").values()} == {torch.float32}
     assert caught_model[0].encoder.embeddings.word_embeddings.weight.dtype == torch.bfloat16
     assert {tensor.dtype for tensor in tensors(result.path).values()} == {torch.float32}
     assert result.history[-1]["loss"]["mood"] < 0.8 * result.history[0]["loss"]["mood"]

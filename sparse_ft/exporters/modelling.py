@@ -24,54 +24,42 @@ _POOLED = {
     "last": "tokens[torch.arange(len(mask), device=mask.device), (mask.cumsum(1) * mask).argmax(1)]",
 }
 
-_POOLED_MODEL = '''"""{stock} with one answer a text: {words}.
-
-Written by sparse-ft. The head is linear, so it may stand before the pooling as well as behind it.
+_MODEL = '''"""{about}
 """
 
 import torch
 from transformers import {config}, {stock}
-from transformers.modeling_outputs import SequenceClassifierOutput
+{imports}
 
-
-class PooledConfig({config}):
+class {title}Config({config}):
     # A type of its own, so that no stock class takes these weights for its own.
-    model_type = "pooled_{model_type}"
+    model_type = "{model_type}"
 
 
-class PooledForSequenceClassification({stock}):
-    config_class = PooledConfig
+class {name}({stock}):
+    config_class = {title}Config
 
     def __init__(self, config):
         super().__init__({config}.from_dict(config.to_dict()))  # the type by which the library builds the backbone
         self.config = config
+{body}'''
 
+_POOLED_ABOUT = """{stock} with one answer a text: {words}.
+
+Written by sparse-ft. The head is linear, so it may stand before the pooling as well as behind it."""
+
+_POOLED_BODY = """
     def forward(self, input_ids, attention_mask=None, **inputs):
         tokens = super().forward(input_ids=input_ids, attention_mask=attention_mask, **inputs).logits
         mask = torch.ones_like(tokens[..., 0]) if attention_mask is None else attention_mask.to(tokens.dtype)
         return SequenceClassifierOutput(logits={pooled})
-'''
-
-_SHAPED_MODEL = '''"""{stock} that sees how words are written: a vector for each shape is added where a block begins.
-
-Written by sparse-ft. The shapes come from the tokenizer of this folder.
 """
 
-import torch
-from transformers import {config}, {stock}
+_SHAPED_ABOUT = """{stock} that sees how words are written: a vector for each shape is added where a block begins.
 
+Written by sparse-ft. The shapes come from the tokenizer of this folder."""
 
-class ShapedConfig({config}):
-    # A type of its own, so that no stock class takes these weights for its own.
-    model_type = "shaped_{model_type}"
-
-
-class ShapedForTokenClassification({stock}):
-    config_class = ShapedConfig
-
-    def __init__(self, config):
-        super().__init__({config}.from_dict(config.to_dict()))  # the type by which the library builds the backbone
-        self.config = config
+_SHAPED_BODY = """\
         self.word_shapes = torch.nn.Embedding({shapes}, {width})  # row 0, of what is no word, is zero
         self.get_submodule("{block}").register_forward_pre_hook(self._add, with_kwargs=True)
 
@@ -85,7 +73,7 @@ class ShapedForTokenClassification({stock}):
             raise ValueError("word_shapes is missing. Load the tokenizer of this folder with trust_remote_code=True.")
         self.added = self.word_shapes(word_shapes)
         return super().forward(input_ids=input_ids, attention_mask=attention_mask, **inputs)
-'''
+"""
 
 _SHAPED_TOKENIZER = '''"""A tokenizer that says how the word of each token is written.
 
@@ -135,9 +123,10 @@ def write_pooled(folder: Path, *, stock: Any, pooling: str) -> None:
         stock: The token classifier.
         pooling: ``mean``, ``first`` or ``last``.
     """
-    source = _POOLED_MODEL.format(**_names(stock), words=POOLING_WORDS[pooling], pooled=_POOLED[pooling])
-    write_bytes(folder / "modeling_pooled.py", source.encode())
-    _name_class(folder, "pooled", stock=stock, end="SequenceClassification")
+    about = _POOLED_ABOUT.format(stock=type(stock).__name__, words=POOLING_WORDS[pooling])
+    imports = "from transformers.modeling_outputs import SequenceClassifierOutput\n"
+    body = _POOLED_BODY.format(pooled=_POOLED[pooling])
+    _write_model(folder, "pooled", "SequenceClassification", stock=stock, about=about, imports=imports, body=body)
 
 
 def write_shaped(folder: Path, *, stock: Any, block: str, width: int, language: str) -> None:
@@ -150,9 +139,9 @@ def write_shaped(folder: Path, *, stock: Any, block: str, width: int, language: 
         width: Of the vectors.
         language: Of the task; how its texts are split into words.
     """
-    source = _SHAPED_MODEL.format(**_names(stock), block=block, shapes=len(sparse_ft.words.SHAPES), width=width)
-    write_bytes(folder / "modeling_shaped.py", source.encode())
-    _name_class(folder, "shaped", stock=stock, end="TokenClassification")
+    about = _SHAPED_ABOUT.format(stock=type(stock).__name__)
+    body = _SHAPED_BODY.format(block=block, shapes=len(sparse_ft.words.SHAPES), width=width)
+    _write_model(folder, "shaped", "TokenClassification", stock=stock, about=about, imports="", body=body)
     tokenizer = _SHAPED_TOKENIZER.format(language=language)
     write_bytes(folder / "tokenization_shaped.py", tokenizer.encode())
     write_words(folder)
@@ -188,16 +177,16 @@ def own_class(folder: Path, module: str, name: str) -> Any:
             del sys.modules[loaded]
 
 
-def _names(stock: Any) -> dict[str, str]:
-    config = stock.config
-    return {"stock": type(stock).__name__, "config": type(config).__name__, "model_type": config.model_type}
-
-
-def _name_class(folder: Path, prefix: str, *, stock: Any, end: str) -> None:
-    """Let config.json name the class ``<Prefix>For<end>`` of ``modeling_<prefix>.py``."""
-    module, name = f"modeling_{prefix}", f"{prefix.title()}For{end}"
-    classes = {"AutoConfig": f"{module}.{prefix.title()}Config", f"AutoModelFor{end}": f"{module}.{name}"}
-    model_type = f"{prefix}_{stock.config.model_type}"
+def _write_model(folder: Path, prefix: str, end: str, *, stock: Any, about: str, imports: str, body: str) -> None:
+    """Write ``modeling_<prefix>.py`` with the class ``<Prefix>For<end>``, and let config.json name it."""
+    module, title, config = f"modeling_{prefix}", prefix.title(), type(stock.config).__name__
+    name, model_type = f"{title}For{end}", f"{prefix}_{stock.config.model_type}"
+    source = _MODEL.format(
+        about=about, imports=imports, body=body, title=title, name=name, model_type=model_type,
+        config=config, stock=type(stock).__name__,
+    )  # fmt: skip
+    write_bytes(folder / f"{module}.py", source.encode())
+    classes = {"AutoConfig": f"{module}.{title}Config", f"AutoModelFor{end}": f"{module}.{name}"}
     _update(folder / "config.json", {"model_type": model_type, "architectures": [name], "auto_map": classes})
 
 
