@@ -59,7 +59,8 @@ def auxiliary(
     shares = []
     for routing in routings:
         assert routing.logits is not None
-        found["balance"].append(load_balancing_loss(routing.logits, top_k=top_k, mask=mask))
+        tempered, experts = routing.logits / settings.temperature, _chosen(routing, top_k, places)
+        found["balance"].append(load_balancing_loss(tempered, experts=experts, mask=mask))
         found["z"].append(z_loss(routing.logits, mask=mask))
         found["routing"].append(routing_cross_entropy(routing.logits, targets, mask=mask))
         real = torch.ones_like(routing.logits[..., 0]) if mask is None else mask.to(routing.logits.dtype)
@@ -74,6 +75,18 @@ def auxiliary(
         + settings.routing_loss * means["routing"]
     )
     return Auxiliary(total, {name: value.item() for name, value in means.items()}, torch.stack(shares).mean(0))
+
+
+def _chosen(routing: Routing, top_k: int, places: Sequence[int]) -> Tensor:
+    """Return the gate's experts with the largest logits, [N, K] or [N, S, K]; of a shortlist, where there is one."""
+    logits, among = routing.logits, routing.experts
+    assert logits is not None
+    if among is None or logits.dim() == 2:
+        return logits.topk(top_k, dim=-1).indices
+    own = torch.zeros(max(places) + 1, dtype=torch.long, device=among.device)  # the model's number to the gate's
+    own[list(places)] = torch.arange(len(places), device=among.device)
+    listed = own[among].unsqueeze(1).expand(-1, logits.shape[1], -1)  # [N, S, m]
+    return listed.gather(-1, logits.gather(-1, listed).topk(top_k, dim=-1).indices)
 
 
 def alarms(usage: Mapping[str, float], *, pool: bool, settings: GateConfig) -> list[str]:

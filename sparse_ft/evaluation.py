@@ -217,7 +217,7 @@ def evaluate_task(
         predictions = predict_rows(model, spec, data, gate=gate, usage=usage)
         routing = Routing(None, usage.mean(1))
     else:
-        routing = route.rows(data.examples, _texts(data), task=spec.name)
+        routing = route.rows(data.examples, _texts(data), task=spec.name, language=spec.language)
         predictions = predict_rows(model, spec, data, routing=routing)
     score = score_rows(spec, data, predictions)
     if score.unseen_labels:

@@ -1,7 +1,7 @@
 """The gate of a checkpoint: fitted after the experts, or anew on those of a checkpoint (``--stage gate``)."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,8 @@ def check_gate(run: RunConfig, model: SparseExpertModel, *, num_experts: int) ->
         check_token_routing(model)
     elif settings.shortlist is not None:
         raise ConfigError(f"gate.shortlist is for tokens, but gate.type is {settings.type}. Leave it out.")
+    if settings.type == "token" and settings.min_confidence:
+        raise ConfigError("gate.min_confidence turns away whole texts, but gate.type is token. Leave it out.")
     if run.stage != "joint" and (run.experts.shared or run.experts.shared_a):
         setting = "shared" if run.experts.shared else "shared_a"
         raise ConfigError(f"experts.{setting} is for experts that are trained jointly. Add --stage joint.")
@@ -87,9 +89,21 @@ def rows_by_expert(model: SparseExpertModel, ready: Mapping[str, TrainingTask]) 
 
 
 def add_gate(
-    model: SparseExpertModel, ready: Mapping[str, TrainingTask], *, run: RunConfig, metrics: dict[str, Any]
+    model: SparseExpertModel,
+    ready: Mapping[str, TrainingTask],
+    *,
+    run: RunConfig,
+    metrics: dict[str, Any],
+    kept: Collection[str] = (),
 ) -> None:
     """Fit the gate, if there is something to choose, and note how often it is right on validation rows.
+
+    Args:
+        model: With its experts.
+        ready: Rows of its tasks.
+        run: The run's config.
+        metrics: Of each task, where the accuracy is noted.
+        kept: Tasks whose answers may not change. A gate that chooses among the experts of one stays.
 
     Raises:
         ConfigError: If an expert has no rows to fit it on.
@@ -97,6 +111,14 @@ def add_gate(
     mixed = [task for task, slot in model.tasks.items() if slot.mixed]
     if mixed:
         _LOG.info("The gate stays as it is, because task %s was trained with it.", mixed[0])
+        return
+    split = [task for task in kept if model.tasks[task].gated]
+    if split:
+        _LOG.warning(
+            "The gate stays as it is, because a new one might send texts of task %s to another of its experts. "
+            "`sparse-ft train --stage gate --from` fits it anew.",
+            split[0],
+        )
         return
     rows = rows_by_expert(model, ready)
     gated = any(slot.gated for slot in model.tasks.values())

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,45 @@ from sparse_ft.gates import Gate, SequenceGate, TokenGate
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.routing import Pass, Routing
 from sparse_ft.trunk import keep_trunk
+
+
+class TaskExamples(NamedTuple):
+    """Texts as one task reads them."""
+
+    examples: Sequence[Example]
+    """Rows of model input; windows of one text share a ``row``."""
+    num_rows: int
+    """Number of texts."""
+    num_parts: Sequence[int] | None
+    """Words or choices of each text, for tasks that give logits for these; see ``TaskKind.parts``."""
+
+
+@torch.no_grad()
+def mixed_logits(model: SparseExpertModel, asked: Mapping[str, TaskExamples]) -> dict[str, list[Tensor]]:
+    """Compute the logits of several tasks, each for its own texts, in batches that hold rows of all of them.
+
+    Args:
+        model: In evaluation mode.
+        asked: Task to its texts; tasks that one expert serves.
+
+    Returns:
+        Task to one float32 CPU tensor a text, as ``row_logits`` gives them.
+    """
+    found = {task: _blank(model, task, own) for task, own in asked.items()}
+    pairs = [(task, example) for task, own in asked.items() for example in own.examples]
+    for members in _batches([example for _, example in pairs], model.device):
+        chosen = [pairs[member] for member in sorted(members)]  # the rows of a task side by side
+        batch = collate(chosen, pad_id=model.backbone.pad_id, device=model.device)
+        logits = model(batch)
+        for rows in batch.tasks:
+            own = [example for _, example in chosen[rows.start : rows.stop]]
+            _sort_back(
+                logits[rows.task].float().cpu(),
+                own,
+                by_part=asked[rows.task].num_parts is not None,
+                into=found[rows.task],
+            )
+    return found
 
 
 @torch.no_grad()
@@ -44,16 +84,10 @@ def row_logits(
     Returns:
         One float32 CPU tensor a text: (labels,), or (words, tags), or (choices, 1).
     """
-    num_outputs = model.head(task).linear.out_features
     asked = routing is None and gate is None and model.tasks[task].gated and not isinstance(model.gate, TokenGate)
     if asked and any(example.hidden is None for example in examples):
         routing = text_routing(model, examples, task=task)
-    if num_parts is None:
-        rows = [torch.zeros(num_outputs) for _ in range(num_rows)]
-    else:
-        untagged = torch.full((num_outputs,), NEVER)
-        untagged[0] = 0.0
-        rows = [untagged.repeat(parts, 1) for parts in num_parts]
+    rows = _blank(model, task, TaskExamples(examples, num_rows, num_parts))
     for members in _batches(examples, model.device):
         chosen = [examples[member] for member in members]
         batch = collate([(task, example) for example in chosen], pad_id=model.backbone.pad_id, device=model.device)
@@ -62,16 +96,31 @@ def row_logits(
         logits = model(batch, routing=own, gate=gate, seen=seen)[task].float().cpu()
         if usage is not None:
             usage[members] = _mean_weights(seen, batch.attention_mask, len(model.experts.names)).cpu()
-        if num_parts is None:
-            for example, row in zip(chosen, logits, strict=True):
-                rows[example.row] = row
-            continue
-        start = 0
-        for example in chosen:
-            stop = start + len(example.word_indices)
-            rows[example.row][example.word_indices] = logits[start:stop]
-            start = stop
+        _sort_back(logits, chosen, by_part=num_parts is not None, into=rows)
     return rows
+
+
+def _blank(model: SparseExpertModel, task: str, asked: TaskExamples) -> list[Tensor]:
+    """Return the logits of texts of which nothing was computed: words that the backbone does not see are untagged."""
+    num_outputs = model.head(task).linear.out_features
+    if asked.num_parts is None:
+        return [torch.zeros(num_outputs) for _ in range(asked.num_rows)]
+    untagged = torch.full((num_outputs,), NEVER)
+    untagged[0] = 0.0
+    return [untagged.repeat(parts, 1) for parts in asked.num_parts]
+
+
+def _sort_back(logits: Tensor, examples: Sequence[Example], *, by_part: bool, into: list[Tensor]) -> None:
+    """Put the logits of one task in a batch, one a row or one a word, where their texts are."""
+    if not by_part:
+        for example, row in zip(examples, logits, strict=True):
+            into[example.row] = row
+        return
+    start = 0
+    for example in examples:
+        stop = start + len(example.word_indices)
+        into[example.row][example.word_indices] = logits[start:stop]
+        start = stop
 
 
 def _mean_weights(seen: Mapping[int, Routing], attention_mask: Tensor, num_experts: int) -> Tensor:

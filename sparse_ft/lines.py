@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sparse_ft.errors import DataError
+from sparse_ft.forms import EXPECTED, row_of
 
 if TYPE_CHECKING:
     from sparse_ft.answers import Answer, Prediction
@@ -55,23 +56,12 @@ def _parsed(line: str, number: int) -> Any:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise DataError(f"Line {number} is no JSON ({error}): {line[:60]!r}. {_ROW}") from error
-    if not isinstance(row, dict) or set(row) - _KEYS or not _fits(row):
-        raise DataError(f"Line {number} is not such a row: {line[:60]!r}. {_ROW}")
-    if "choices" in row:
-        return row["text"], row.get("text_pair"), row["choices"]
-    return (row["text"], row["text_pair"]) if "text_pair" in row else row["text"]
-
-
-def _fits(row: dict[str, Any]) -> bool:
-    second, choices = row.get("text_pair", ""), row.get("choices", [""])
-    paired = isinstance(second, str) or (second is None and "choices" in row)
-    chosen = isinstance(choices, list) and len(choices) > 0 and all(isinstance(choice, str) for choice in choices)
-    return isinstance(row.get("text"), str) and paired and chosen
-
-
-_KEYS = {"text", "text_pair", "choices"}
-_ROW = 'Expected {"text": "…", "text_pair": "…", "choices": ["…", "…"]}, the last two as the task reads them.'
+        raise DataError(f"Line {number} is no JSON ({error}): {line[:60]!r}. {EXPECTED}") from error
+    try:
+        row_of(row if isinstance(row, dict) else {})
+    except DataError as error:
+        raise DataError(f"Line {number} is not such a row: {line[:60]!r}. {EXPECTED}") from error
+    return row
 
 
 def _lines(stream: Any, name: str) -> Iterator[str]:
@@ -90,7 +80,7 @@ def format_prediction(prediction: "Prediction") -> str:
     asked = [prediction.text, prediction.text_pair, *(prediction.choices or [])]
     lines = ["\t".join(part for part in asked if part is not None)]
     if prediction.unknown:
-        return f"{lines[0]}\n  unknown: unlike the texts that the experts were trained on"
+        return f"{lines[0]}\n  unknown: no expert is for such a text"
     width = max((len(task) for task in prediction.tasks), default=0)
     lines.extend(f"  {task:<{width}}  {_format_answer(answer)}" for task, answer in prediction.tasks.items())
     return "\n".join(lines)

@@ -153,10 +153,12 @@ class SparseExpertModel(nn.Module):
             )
         return gate
 
-    def placed(self, routing: Routing) -> Routing:
-        """Turn what this model's gate says of its experts into a routing among those of the model."""
-        assert self.gate is not None
-        places = [self.experts.index(name) for name in self.gate.names]
+    def placed(self, routing: Routing, *, names: Sequence[str] | None = None) -> Routing:
+        """Turn what a gate says of its experts, by default this model's, into a routing among those of the model."""
+        if names is None:
+            assert self.gate is not None
+            names = self.gate.names
+        places = [self.experts.index(name) for name in names]
         return routing.placed(places, num_experts=len(self.experts.names))
 
     def train(self, mode: bool = True) -> "SparseExpertModel":
@@ -294,8 +296,7 @@ class SparseExpertModel(nn.Module):
         running = self.slot.running
         assert running is not None
         routing = gate.route(GateInput(hidden, attention_mask, block, generator=running.generator))
-        if gate is self.gate:
-            routing = self.placed(routing)
+        routing = self.placed(routing, names=gate.names)
         if seen is not None:
             seen[block] = routing
         self.slot.replace(routing if shared is None else routing.plus(*shared))

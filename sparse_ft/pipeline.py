@@ -5,7 +5,7 @@
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from sparse_ft.checkpoint import MODEL_TYPE
-from sparse_ft.prediction import CHUNK, LoadedModel, Text, load
+from sparse_ft.forms import Asked
+from sparse_ft.prediction import CHUNK, LoadedModel, load
 
 TASK = "sparse-ft"
 
@@ -77,7 +78,7 @@ class SparseFTPipeline:
 
     def __call__(
         self,
-        inputs: Text | Iterable[Text],
+        inputs: Asked | Iterable[Asked],
         *,
         tasks: Sequence[str] | str | None = None,
         batch_size: int | None = None,
@@ -85,7 +86,8 @@ class SparseFTPipeline:
         """Answer one text, a list, or whatever yields texts.
 
         Args:
-            inputs: A text, or a pair as a tuple; a list of such; or a generator or data set of such.
+            inputs: A text, a pair as a tuple, or an object with tasks of its own; a list, a generator or a
+                data set of such.
             tasks: As for ``LoadedModel.predict``.
             batch_size: Texts that are read before they are answered.
 
@@ -93,13 +95,13 @@ class SparseFTPipeline:
             One answer, a list, or a generator that reads no more than ``batch_size`` texts ahead.
         """
         wanted = self.tasks if tasks is None else tasks
-        if isinstance(inputs, str | tuple):
+        if isinstance(inputs, str | tuple | Mapping):
             return self.model.predict([inputs], wanted)[0].to_dict()
         answers = self._answers(inputs, wanted, size=batch_size or self.batch_size)
         return list(answers) if isinstance(inputs, list) else answers
 
     def _answers(
-        self, texts: Iterable[Text], tasks: Sequence[str] | str | None, *, size: int
+        self, texts: Iterable[Asked], tasks: Sequence[str] | str | None, *, size: int
     ) -> Iterator[dict[str, Any]]:
         iterator = iter(texts)
         while chunk := list(itertools.islice(iterator, size)):

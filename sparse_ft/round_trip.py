@@ -9,8 +9,9 @@ from torch import Tensor
 
 from sparse_ft.encoding import Encoder
 from sparse_ft.errors import ExportError, SparseFTError
+from sparse_ft.forms import Text
 from sparse_ft.kinds import find_kind
-from sparse_ft.prediction import LoadedModel, Text
+from sparse_ft.prediction import LoadedModel
 from sparse_ft.readers import read
 from sparse_ft.tasks import TaskSpec, load_task
 from sparse_ft.words import SHAPES, split_words, word_shape

@@ -70,13 +70,16 @@ class Route:
         asked = self.name == "gate" or (self.name == "task" and task is not None and self.model.tasks[task].gated)
         return self.model.gate if asked and isinstance(self.model.gate, TokenGate) else None
 
-    def rows(self, examples: Sequence[Example], texts: Sequence[str], *, task: str | None = None) -> Routing:
+    def rows(
+        self, examples: Sequence[Example], texts: Sequence[str], *, task: str | None = None, language: str | None = None
+    ) -> Routing:
         """Route examples as wholes.
 
         Args:
             examples: Rows of model input.
             texts: What the ``row`` of an example points to.
             task: That they belong to, which only the route ``task`` asks for.
+            language: Of the texts, for rules; None leaves it to their characters.
         """
         if self.name == "gate":
             return text_routing(self.model, examples)
@@ -91,7 +94,9 @@ class Route:
             return Routing.rows([index] * len(examples), device=self.model.device)
         nothing = torch.zeros(len(examples), 1, 0, device=self.model.device)
         mask = torch.ones(len(examples), 1, device=self.model.device)
-        routing = self.gate.route(GateInput(nothing, mask, 0, [texts[example.row] for example in examples]))
+        own = [texts[example.row] for example in examples]
+        metadata = [] if language is None else [{"language": language}] * len(examples)
+        routing = self.gate.route(GateInput(nothing, mask, 0, own, metadata))
         places = [self.model.experts.index(name) for name in self.gate.names]
         return routing.placed(places, num_experts=len(self.model.experts.names))
 
@@ -113,9 +118,10 @@ def arrow_gate(model: SparseExpertModel, *, top_k: int = 2) -> ArrowGate:
         ConfigError: If the architecture cannot route tokens.
     """
     check_token_routing(model)
-    names, hidden = model.experts.names, model.backbone.hidden_size
+    names, hidden = model.routed, model.backbone.hidden_size
+    places = [model.experts.index(name) for name in names]
     vectors = {
-        block: torch.stack([_first_singular_vector(model, index, block, hidden) for index in range(len(names))])
+        block: torch.stack([_first_singular_vector(model, index, block, hidden) for index in places])
         for block in range(model.first_block, model.backbone.num_blocks)
     }
     moved = {block: value.to(model.device) for block, value in vectors.items()}

@@ -227,6 +227,11 @@ class RulesGate:
         weights = torch.tensor([[float(index is not None)] for index in chosen], device=inputs.hidden.device)
         return Routing(experts, weights)
 
+    def choose(self, texts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> list[str | None]:
+        """Return the expert of each text; None where no rule holds."""
+        found = [self._first(text, about) for text, about in zip(texts, metadata, strict=True)]
+        return [None if index is None else self.names[index] for index in found]
+
     def _first(self, text: str, metadata: Mapping[str, Any]) -> int | None:
         for place, rule in enumerate(self.rules):
             if rule.holds(text, metadata):

@@ -243,7 +243,7 @@ def _finish(
             note_accuracy(model, ready, metrics=metrics)
         else:
             rows = {**kept_rows(kept, ready, run=run, encoder=encoder), **ready}
-            add_gate(model, rows, run=run, metrics=metrics)
+            add_gate(model, rows, run=run, metrics=metrics, kept=kept.keys() - ready.keys())
     except ConfigError as error:  # what was trained is worth keeping without a gate, too
         _LOG.warning("The checkpoint gets no gate. %s", error)
     # The new folder takes the place of the old one with its resume/, which is done with.

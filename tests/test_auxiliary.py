@@ -1,5 +1,7 @@
 """What a gate did in a pass: losses as in losses.py, use of the experts against loops, and when an alarm sounds."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -165,3 +167,21 @@ def test_a_large_task_may_use_its_own_expert_as_much_as_it_likes():
     (message,) = said(0.98, 0.02, pool=False)
     assert message.startswith("Expert 'pool-1' got 2.0%")
     assert "experts.pool" not in message
+
+
+def test_only_choices_from_the_shortlist_count_for_balance():
+    logits, shortlist = random_logits((4, 6, GATED), seed=5), torch.tensor([[0, 2], [1, 2], [0, 1], [2, 0]])
+    among = logits.gather(-1, shortlist.unsqueeze(1).expand(-1, 6, -1))
+    inner = Choice(top_k=1)(among)
+    routing = replace(inner, experts=shortlist, logits=logits).placed(PLACES, num_experts=EXPERTS)
+    settings = GateConfig(temperature=2.0)
+    found = auxiliary(
+        [routing], places=PLACES, num_experts=EXPERTS, settings=settings, top_k=1, targets=TARGETS, mask=None
+    )
+    hits = torch.zeros(GATED)
+    for row in range(4):
+        for token in range(6):
+            listed = shortlist[row].tolist()
+            hits[max(listed, key=lambda expert: logits[row, token, expert].item())] += 1 / 24
+    expected = GATED * (hits * (logits / 2.0).softmax(-1).mean((0, 1))).sum()
+    assert found.losses["balance"] == pytest.approx(expected.item(), rel=1e-5)

@@ -341,6 +341,29 @@ def test_predict_pairs(cli, toys):
     assert "reads two texts a row, got one: 'no pair'" in err
 
 
+def test_predict_rows_with_tasks_of_their_own_and_rules(cli, toys, tmp_path):
+    rows = [
+        {"text": "the table loved", "tasks": ["mood"]},
+        {"text": "Ada in London", "tasks": ["names", "about"]},
+        {"text": "half boring", "metadata": {"channel": "mail"}},
+        {"text": "Ada met Mozart"},
+    ]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    rules = "- {metadata: {channel: mail}, expert: about}\n- {contains: [zebra], expert: mood}\n"
+    (tmp_path / "rules.yaml").write_text(rules)
+    code, out, err = cli("predict", toys, "--file", "rows.jsonl", "--route", "rules.yaml", "--json")
+    assert (code, err) == (0, "Rule 2 of rules.yaml never matched.\n")
+    found = [json.loads(line) for line in out.splitlines()]
+    assert [list(line["tasks"]) for line in found] == [["mood"], ["names", "about"], ["about"], []]
+    assert [line.get("unknown", False) for line in found] == [False, False, False, True]
+    shown = cli("predict", toys, "Ada met Mozart", "--route", "rules.yaml")[1]
+    assert shown == "Ada met Mozart\n  unknown: no expert is for such a text\n"
+    write_rows(tmp_path / "rows.jsonl", [*rows, {"text": "loved", "task": "mood"}])
+    code, _, err = cli("predict", toys, "--file", "rows.jsonl", "--task", "mood")
+    assert code == 2
+    assert "Line 5 is not such a row" in err
+
+
 def test_predict_an_empty_file(cli, single, tmp_path):
     (tmp_path / "empty.txt").write_text("")
     assert cli("predict", single, "--file", "empty.txt") == (0, "", "")

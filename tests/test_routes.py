@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import add_random_expert
 from test_gate_training import marked
+from test_mixing import trained_mixture
 from test_training import run
 
 import sparse_ft
@@ -101,6 +102,25 @@ def test_usage_per_block_is_told_where_tokens_were_routed_and_nowhere_else(pair)
             assert sum(blocks) / 2 == pytest.approx(share, abs=1e-5)
     for route in ("task", "gate", "uniform", "mood"):
         assert "blocks" not in sparse_ft.evaluate(pair, route=route, device="cpu").to_dict()["routing"]
+
+
+def test_arrow_never_chooses_what_all_rows_use_anyway(tmp_path, tmp_path_factory, tiny_bert):
+    path = trained_mixture(tmp_path_factory, tiny_bert, "token")
+    model = load_checkpoint(path).model
+    assert "shared" in model.experts.names
+    assert arrow_gate(model).names == [name for name in model.experts.names if name != "shared"]
+    usage = sparse_ft.evaluate(path, route="arrow", device="cpu").routing.usage
+    for shares in usage.values():
+        assert shares.get("shared", 0.0) == 0.0
+        assert sum(shares.values()) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_rules_on_the_language_see_that_of_the_task(pair, tmp_path, caplog):
+    rules = tmp_path / "rules.yaml"
+    rules.write_text("- {language: de, expert: names}\n- {language: en, expert: mood}\n")
+    result = sparse_ft.evaluate(pair, route=str(rules), device="cpu")
+    assert result.routing.confusion == {"mood": {"mood": 16}, "names": {"mood": 16}}
+    assert f"Rule 1 of {rules} never matched." in caplog.text
 
 
 def test_arrow_in_a_batch_equals_arrow_alone(pair):

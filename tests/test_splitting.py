@@ -81,3 +81,17 @@ def test_what_cannot_be_split_is_refused(tmp_path, halved):
     with pytest.raises(ConfigError, match="There is an expert named 'about' already"):
         edit(halved.path, split=[("mood", "about")], output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_another_task_does_not_change_which_half_answers(tmp_path, halved, caplog):
+    new = write_toy(tmp_path, "mood", as_name="feeling")
+    trained = sparse_ft.train(
+        [new], from_checkpoint=halved.path, output=tmp_path / "out", overrides=settings(train__epochs=1), device="cpu"
+    ).path
+    assert "The gate stays as it is" in caplog.text
+    assert torch.equal(answers(trained, "mood"), answers(halved.path, "mood"))
+    assert load_checkpoint(trained).model.gate.names == ["mood", "about", "mood-2"]
+    with pytest.raises(ConfigError, match="does not know the expert 'feeling', which came later"):
+        sparse_ft.load(trained, device="cpu").predict(TEXTS)
+    anew = sparse_ft.train([], from_checkpoint=trained, stage="gate", output=tmp_path / "anew", device="cpu").path
+    assert set(load_checkpoint(anew).model.gate.names) == {"mood", "about", "mood-2", "feeling"}
