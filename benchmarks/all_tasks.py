@@ -33,7 +33,8 @@ def expert_model(first_block: int) -> SparseExpertModel:
         expert.deltas = {module: pair for module, pair in expert.deltas.items() if module in modules}
         expert.__post_init__()
         model.experts.add(expert)
-        model.add_task(task, expert=task, level="text", num_outputs=4)
+        words = task == "names"
+        model.add_task(task, expert=task, level="word" if words else "text", num_outputs=9 if words else 4)
     return model
 
 
@@ -43,8 +44,8 @@ def shared_trunk(model: SparseExpertModel, examples: list[Example]) -> torch.Ten
     answers = []
     for task in TASKS:
         batch = collate([(task, row) for row in rows], pad_id=model.backbone.pad_id, device=model.device)
-        answers.append(model(batch)[task])
-    return torch.stack(answers)
+        answers.append(model(batch)[task].flatten())
+    return torch.cat(answers)
 
 
 def gated_pass(model: SparseExpertModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -52,7 +53,8 @@ def gated_pass(model: SparseExpertModel, inputs: dict[str, torch.Tensor]) -> tor
     rows, tokens = inputs["input_ids"].shape
     with model.slot.filled(Pass(Routing(None, torch.full((rows, tokens, len(TASKS)), 1 / len(TASKS))))):
         hidden = model.encoder(**inputs).last_hidden_state
-        return torch.stack([model.head(task)(hidden.mean(1)) for task in TASKS])
+        read = [hidden if model.tasks[task].level == "word" else hidden.mean(1) for task in TASKS]
+        return torch.cat([model.head(task)(states).flatten() for task, states in zip(TASKS, read, strict=True)])
 
 
 def main() -> None:
@@ -65,7 +67,11 @@ def main() -> None:
     rows, tokens = (int(part) for part in options.shape.split("x"))
     ids = torch.randint(1000, 20000, (rows, tokens), generator=torch.Generator().manual_seed(0))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    examples = [Example(row=place, input_ids=row) for place, row in enumerate(ids.tolist())]
+    every = list(range(tokens))  # each token is a word
+    examples = [
+        Example(row=place, input_ids=row, word_positions=every, word_indices=every)
+        for place, row in enumerate(ids.tolist())
+    ]
     repeated = {name: value.repeat(len(TASKS), 1) for name, value in inputs.items()}
     bare = load_backbone("minilm").model
     copies = [load_backbone("minilm").model for _ in TASKS]

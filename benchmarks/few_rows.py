@@ -13,7 +13,7 @@ from sparse_ft.tasks import TaskSpec
 
 
 def draw(spec: TaskSpec, source: Path, *, rows: int, seed: int, folder: Path) -> Path:
-    """Write a task with so many training rows a class (for tagging, entities a type), and return its task file.
+    """Write a task with so many training rows a class and return its task file; for tagging, sentences with each type.
 
     As many other rows of the training split become the validation split; test stays as it is.
     """

@@ -3,8 +3,8 @@
     python benchmarks/few_shot.py --base CHECKPOINT --data-root DATA --tasks banking77,atis,conll2003 --rows 10,50
 
 alone: a new expert on its own. by text, by token: a new expert and a gate over it and the experts of the checkpoint,
-which stay as they are; two experts are mixed. All see the same rows (so many a class; for tagging, so many entities a
-type), as many other rows choose the best epoch, and the whole test split is scored.
+which stay as they are; two experts are mixed. All see the same rows (so many a class; for tagging, so many
+sentences with an entity of each type), as many other rows choose the best epoch, and the whole test split is scored.
 """
 
 import argparse

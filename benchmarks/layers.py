@@ -19,7 +19,7 @@ from collections.abc import Callable
 import peers
 import torch
 
-from sparse_ft.backbone import load_backbone
+from sparse_ft.backbone import Backbone, load_backbone, set_attention
 from sparse_ft.choosing import Choice
 from sparse_ft.config import GateConfig
 from sparse_ft.encoding import Example
@@ -44,19 +44,29 @@ def random_expert(model: SparseExpertModel, name: str, generator: torch.Generato
     return Expert(name, 16.0, deltas)
 
 
-def with_experts(number: int) -> SparseExpertModel:
-    model = SparseExpertModel(load_backbone("minilm")).eval()
+def loaded(dtype: torch.dtype) -> Backbone:
+    """Load the backbone as a training run does on a CPU."""
+    backbone = load_backbone("minilm", dtype=dtype)
+    if dtype == torch.bfloat16:
+        set_attention(backbone, "eager")
+    return backbone
+
+
+def with_experts(number: int, *, dtype: torch.dtype) -> SparseExpertModel:
+    model = SparseExpertModel(loaded(dtype)).eval()
     generator = torch.Generator().manual_seed(0)
     model.experts.add(*(random_expert(model, f"e{place}", generator) for place in range(number)))
     return model
 
 
-def ours(numbers: list[int], inputs: dict[str, torch.Tensor], *, dense_limit: int, train: bool) -> dict[str, Run]:
+def ours(
+    numbers: list[int], inputs: dict[str, torch.Tensor], *, dense_limit: int, train: bool, dtype: torch.dtype
+) -> dict[str, Run]:
     rows, tokens = inputs["input_ids"].shape
     variants: dict[str, Run] = {}
     for number in numbers:
         generator = torch.Generator().manual_seed(number)
-        model = with_experts(number)
+        model = with_experts(number, dtype=dtype)
         if train:
             for name in model.experts.names[:_TRAINED]:
                 model.experts.parameters(name)
@@ -97,21 +107,21 @@ def _hidden(model: SparseExpertModel, routing: Routing, inputs: dict[str, torch.
         return model.encoder(**inputs).last_hidden_state
 
 
-def theirs(numbers: list[int], inputs: dict[str, torch.Tensor], *, train: bool) -> dict[str, Run]:
-    bare = load_backbone("minilm").model
+def theirs(numbers: list[int], inputs: dict[str, torch.Tensor], *, train: bool, dtype: torch.dtype) -> dict[str, Run]:
+    bare = loaded(dtype).model
     bare.embeddings.LayerNorm.bias.requires_grad_(train)
-    models = {"bare backbone": bare, "PEFT, one LoRA": peers.mixed(1)}
+    models = {"bare backbone": bare, "PEFT, one LoRA": peers.mixed(1, model=loaded(dtype).model)}
     variants: dict[str, Run] = {}
     for number in numbers:
         for name, build in (("Arrow", peers.arrow), ("X-LoRA", peers.xlora)):
             try:
-                model = build(number)
+                model = build(number, model=loaded(dtype).model)
                 model(**inputs)
                 models[f"PEFT, {name} of {number}"] = model
             except (KeyError, RuntimeError, ValueError, AttributeError, TypeError) as error:
                 print(f"PEFT, {name} of {number}: fails with {error!r}"[:160], flush=True)
         if not train:
-            model = peers.mixed(number)
+            model = peers.mixed(number, model=loaded(dtype).model)
             names = [f"e{place % number}" for place in range(len(inputs["input_ids"]))]
             variants[f"PEFT, adapter_names of {number}"] = lambda model=model, names=names: (
                 model(**inputs, adapter_names=names).last_hidden_state
@@ -149,7 +159,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dense-limit", type=int, default=16, help="most experts of the token gate")
     parser.add_argument("--peers", default="4,8,16", help="numbers of adapters for PEFT")
-    parser.add_argument("--bf16", action="store_true", help="under autocast")
+    parser.add_argument("--bf16", action="store_true", help="frozen weights in bf16, adapters in fp32, as in training")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     numbers = [int(number) for number in options.experts.split(",")]
@@ -159,10 +169,10 @@ def main() -> None:
             rows, tokens = (int(part) for part in shape.split("x"))
             ids = torch.randint(1000, 20000, (rows, tokens), generator=torch.Generator().manual_seed(0))
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
-                variants = theirs(peer_numbers, inputs, train=train)
-                variants |= ours(numbers, inputs, dense_limit=options.dense_limit, train=train)
-                seconds = measure(variants, rounds=options.rounds, train=train)
+            dtype = torch.bfloat16 if options.bf16 else torch.float32
+            variants = theirs(peer_numbers, inputs, train=train, dtype=dtype)
+            variants |= ours(numbers, inputs, dense_limit=options.dense_limit, train=train, dtype=dtype)
+            seconds = measure(variants, rounds=options.rounds, train=train)
             print(f"\n| {shape}, {'forward and backward' if train else 'forward'} | ms | / bare | / PEFT, one LoRA |")
             print("|---|---:|---:|---:|")
             for name, values in seconds.items():

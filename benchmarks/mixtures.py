@@ -5,7 +5,9 @@
 
 full: a full fine-tune per task. expert: a LoRA per task, the task known; the routes below it use the same experts.
 shared: one LoRA for all tasks. joint: experts and gate trained together, a text or a token going through two experts;
-pool: the same with experts of no task. Each finished run is one line of ``--results``; what is there is not run again.
+pool: the same with experts of no task. Every method sees each row ``train.epochs`` times. Parameters are those of
+experts, heads, and the gate where it learns and is asked. Each finished run is one line of ``--results``; what is there
+is not run again.
 """
 
 import argparse
@@ -22,6 +24,7 @@ from trainer_peers import run_trainer
 
 import sparse_ft.evaluation
 import sparse_ft.training
+from sparse_ft.config import load_config
 
 ROUTES = ("gate", "prototype", "arrow", "uniform", "random", "hash")
 """Of the experts that were trained alone."""
@@ -41,13 +44,15 @@ class Comparison:
     def __init__(
         self, tasks: list[str], *, data_root: Path | None, seed: int, overrides: list[str], folder: Path
     ) -> None:
-        self.tasks, self.seed, self.overrides, self.folder = tasks, seed, overrides, folder
+        self.tasks, self.seed, self.folder = tasks, seed, folder
+        self.overrides = ["train.min_steps=0", *overrides]  # no task is repeated more often than another
         self.sources = {task: data_root / task for task in tasks} if data_root else None
 
     def full(self) -> dict[str, dict[str, Any]]:
+        epochs = load_config(overrides=self.overrides).train.epochs
+        sources = self.sources or dict.fromkeys(self.tasks)
         found = [
-            run_trainer("full", task, self.sources[task] if self.sources else None, self.seed, self.overrides)
-            for task in self.tasks
+            run_trainer("full", task, sources[task], self.seed, self.overrides, epochs=epochs) for task in self.tasks
         ]
         scores = {task: entry["headline"] for task, entry in zip(self.tasks, found, strict=True)}
         seconds = sum(entry["seconds"] for entry in found)
@@ -70,7 +75,7 @@ class Comparison:
             result = sparse_ft.evaluation.evaluate(checkpoint, route=asked, device="cpu")
             found[f"expert, route {route}"] = {
                 "scores": _headlines(checkpoint, result),
-                "trained": found["expert"]["trained"],
+                "trained": _trained(path, gate=route == "gate"),
                 "seconds": 0.0,
                 "right": result.routing.accuracy,
             }
@@ -99,10 +104,9 @@ class Comparison:
             seed=self.seed,
             device="cpu",
         )
-        weights = [*result.path.glob("experts/*/*.safetensors"), *result.path.glob("heads/*.safetensors")]
         return {
             "scores": _headlines(result.path, result.evaluation),
-            "trained": sum(file.stat().st_size for file in weights) // 4,
+            "trained": _trained(result.path, gate=name != "expert"),
             "seconds": time.perf_counter() - started,
         }
 
@@ -115,6 +119,15 @@ METHODS: dict[str, Callable[[Comparison], dict[str, dict[str, Any]]]] = {
     "pool_token": Comparison.pool_token,
     "full": Comparison.full,
 }
+
+
+def _trained(checkpoint: Path, *, gate: bool) -> int:
+    """Count the numbers that were trained, those of the gate only if it was asked."""
+    model = sparse_ft.load(checkpoint, device="cpu").checkpoint.model
+    parts = [value for name in model.experts.names for value in model.experts.parameters(name).values()]
+    parts += model.heads.parameters()
+    parts += model.gate.parameters() if gate and model.gate is not None else []
+    return sum(part.numel() for part in parts)
 
 
 def _headlines(checkpoint: Path, result: sparse_ft.evaluation.Evaluation) -> dict[str, float]:

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from peft import ArrowConfig, LoraConfig, PeftModel, XLoraConfig, create_arrow_model, get_peft_model
+from transformers import PreTrainedModel
 
 from sparse_ft.backbone import load_backbone
 
@@ -16,10 +17,10 @@ _TARGETS = r".*encoder\.layer\..*\.(query|key|value|dense)"
 """The linears of the blocks; the pooler's is not used."""
 
 
-def mixed(adapters: int) -> PeftModel:
-    """Load the backbone with LoRAs named e0, e1 and so on."""
+def mixed(adapters: int, *, model: PreTrainedModel | None = None) -> PeftModel:
+    """Give the backbone, or one that was loaded, LoRAs named e0, e1 and so on."""
     config = LoraConfig(r=RANK, lora_alpha=16, target_modules=_TARGETS, init_lora_weights=False)
-    wrapped = get_peft_model(load_backbone("minilm").model, config, adapter_name="e0")
+    wrapped = get_peft_model(model or load_backbone("minilm").model, config, adapter_name="e0")
     for place in range(1, adapters):
         wrapped.add_adapter(f"e{place}", copy.deepcopy(config))
     return wrapped.eval()
@@ -34,21 +35,20 @@ def saved(folder: Path, number: int) -> list[Path]:
     return paths
 
 
-def arrow(adapters: int) -> PeftModel:
+def arrow(adapters: int, *, model: PreTrainedModel) -> PeftModel:
     """Build PEFT's Arrow, which routes each token to two adapters without training."""
     with tempfile.TemporaryDirectory() as folder:
         paths = [str(path) for path in saved(Path(folder), adapters)]
-        model = create_arrow_model(load_backbone("minilm").model, paths, ArrowConfig(top_k=2)).eval()
-    for name, parameter in model.named_parameters():
+        wrapped = create_arrow_model(model, paths, ArrowConfig(top_k=2)).eval()
+    for name, parameter in wrapped.named_parameters():
         parameter.requires_grad_(".lora_" in name)
-    return model
+    return wrapped
 
 
-def xlora(adapters: int) -> PeftModel:
+def xlora(adapters: int, *, model: PreTrainedModel) -> PeftModel:
     """Build PEFT's X-LoRA, which runs the model twice and weighs all adapters for each token."""
     with tempfile.TemporaryDirectory() as folder:
         paths = {str(place): str(path) for place, path in enumerate(saved(Path(folder), adapters))}
-        model = load_backbone("minilm").model
         model.config.use_cache = False
         config = XLoraConfig(task_type="FEATURE_EXTRACTION", hidden_size=model.config.hidden_size, adapters=paths)
         return get_peft_model(model, config).eval()
