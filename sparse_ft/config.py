@@ -40,6 +40,8 @@ class ExpertConfig(_Section):
     """In a joint run: whether there is one expert more that every row uses, whatever the gate chooses."""
     shared_a: bool = False
     """Whether the experts of a pool have the same A and differ in B only (HydraLoRA)."""
+    frozen: list[str] = Field(default_factory=list)
+    """Experts of --from that stay as they are while their tasks are trained: heads learn, and a joint run's gate."""
 
 
 class TrainConfig(_Section):

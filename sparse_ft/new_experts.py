@@ -7,7 +7,7 @@ import torch
 
 from sparse_ft.config import GateConfig, RunConfig
 from sparse_ft.encoding import Example
-from sparse_ft.errors import ConfigError
+from sparse_ft.errors import ConfigError, unknown_name
 from sparse_ft.experts import named_generator
 from sparse_ft.gate_training import fit_gate, gate_block
 from sparse_ft.gates import SequenceGate, TokenGate
@@ -26,6 +26,7 @@ _SHORT = 4
 def add_tasks(model: SparseExpertModel, ready: Mapping[str, TrainingTask], *, run: RunConfig) -> None:
     """Give every task of a run its experts and its head; those that the model has already keep theirs."""
     joint = run.stage == "joint"
+    _check_frozen(model, run=run)
     left = [name for name, slot in model.tasks.items() if slot.gated and name not in ready]
     if joint and left:
         raise ConfigError(
@@ -67,11 +68,27 @@ def add_tasks(model: SparseExpertModel, ready: Mapping[str, TrainingTask], *, ru
     _check_shared(model, list(ready), run=run)
 
 
+def _check_frozen(model: SparseExpertModel, *, run: RunConfig) -> None:
+    """Refuse to freeze what has not been trained: an expert that is not there yet."""
+    for name in run.experts.frozen:
+        if name not in model.experts.names:
+            where = "experts.frozen names experts of a checkpoint to start --from."
+            known = (
+                unknown_name("expert", name, model.experts.names) if run.start else f"No --from, and {name!r} frozen."
+            )
+            raise ConfigError(f"{known} {where}")
+    if run.experts.frozen and run.experts.shared_a:
+        raise ConfigError(
+            "experts.shared_a ties the A of all experts of the pool, so none can stay as it is. Leave experts.frozen "
+            "out."
+        )
+
+
 def _check_shared(model: SparseExpertModel, trained: Sequence[str], *, run: RunConfig) -> None:
     """Refuse to train an expert that also serves a task whose head would stay as it is."""
     for task in trained:
         for other, slot in model.tasks.items():
-            common = sorted(set(slot.used) & set(model.tasks[task].used))
+            common = sorted(set(slot.used) & set(model.tasks[task].used) - set(run.experts.frozen))
             if other not in trained and common:
                 raise ConfigError(
                     f"The expert {common[0]!r} of task {task!r} in {run.start!r} also serves task {other!r}, whose "

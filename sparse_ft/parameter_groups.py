@@ -43,8 +43,11 @@ def find_groups(model: SparseExpertModel, tasks: Sequence[str], *, run: RunConfi
         run: The run's config.
     """
     if run.stage != "joint":
-        return {"+".join(members): Group(members, _learnt(model, members)) for members in _sharing(model, tasks)}
-    parameters = _learnt(model, tasks)
+        return {
+            "+".join(members): Group(members, _learnt(model, members, frozen=run.experts.frozen))
+            for members in _sharing(model, tasks)
+        }
+    parameters = _learnt(model, tasks, frozen=run.experts.frozen)
     if has_gate(run):
         assert model.gate is not None
         classifier = model.gate.linears if isinstance(model.gate, TokenGate) else model.gate.classifier
@@ -52,12 +55,12 @@ def find_groups(model: SparseExpertModel, tasks: Sequence[str], *, run: RunConfi
     return {"joint": Group(list(tasks), parameters, _tied(model, tasks) if run.experts.shared_a else [])}
 
 
-def _learnt(model: SparseExpertModel, tasks: Sequence[str]) -> dict[str, nn.Parameter]:
-    """Return the heads and experts of tasks, an expert that several share only once."""
+def _learnt(model: SparseExpertModel, tasks: Sequence[str], *, frozen: Sequence[str]) -> dict[str, nn.Parameter]:
+    """Return the heads and experts of tasks, an expert that several share only once, a frozen one not at all."""
     found: dict[str, nn.Parameter] = {}
     for task in tasks:
         found.update({f"{task}/head.{name}": value for name, value in model.head(task).named_parameters()})
-        for expert in model.tasks[task].used:
+        for expert in [name for name in model.tasks[task].used if name not in frozen]:
             learnt = {name: value for name, value in model.experts.parameters(expert).items() if value.numel()}
             found.update({f"{expert}/expert.{name}": value for name, value in learnt.items()})
     return found

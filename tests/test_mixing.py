@@ -601,3 +601,37 @@ def test_a_pool_of_one_is_an_expert_that_all_tasks_share_without_a_gate(tmp_path
         assert {(slot.experts, slot.gated) for slot in model.tasks.values()} == {(("pool-0",), False)}
         assert not any("usage" in epoch for epoch in result.history)
     assert not equal(tensors(first.path), tensors(further.path))
+
+
+def further(tasks, output, *, start, **changes):
+    """Train tasks of a checkpoint further, each alone."""
+    return sparse_ft.train(
+        tasks, from_checkpoint=start, output=output, overrides=settings(**changes), device="cpu"
+    ).path
+
+
+@pytest.mark.parametrize("stage", ["experts", "joint"])
+def test_a_frozen_expert_stays_while_its_task_learns(tmp_path, tiny_bert, stage):
+    old = run(small(tmp_path, "mood", "about"), tiny_bert, tmp_path / "old", train__epochs=1).path
+    before, options = tensors(old), {"experts__frozen": ["mood"], "train__epochs": 1}
+    if stage == "joint":
+        new = mix([], None, tmp_path / "new", start=old, gate__type="token", **options).path
+    else:
+        new = further(["mood", "about"], tmp_path / "new", start=old, **options)
+    after = tensors(new)
+    for name in [name for name in before if not name.startswith("gate")]:
+        assert torch.equal(before[name], after[name]) is name.startswith("experts/mood/"), name
+
+
+def test_two_tasks_may_read_one_frozen_expert(tmp_path, tiny_bert):
+    """What is refused as long as the expert learns, for the answers of the other task would change."""
+    tasks = small(tmp_path, "mood", "about")
+    old = run(tasks, tiny_bert, tmp_path / "old", train__epochs=1, experts__pool=1).path
+    expert = load_checkpoint(old).model.tasks["mood"].experts[0]
+    with pytest.raises(ConfigError, match=f"The expert '{expert}' of task 'mood' .* also serves task 'about'"):
+        further(["mood"], tmp_path / "new", start=old)
+    new = further(["mood"], tmp_path / "new", start=old, experts__frozen=[expert])
+    texts = texts_of(4)
+    loaded = [sparse_ft.load(path, device="cpu") for path in (old, new)]
+    assert torch.equal(*(model.logits(texts, "about") for model in loaded))
+    assert not torch.equal(*(model.logits(texts, "mood") for model in loaded))
