@@ -62,8 +62,23 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
+        if _lacks_memory(error):
+            typer.echo(
+                f"Error: Out of memory: {error}. Expected a device that holds the backbone, the experts and a batch. "
+                "Use --device cpu, or shorter texts (data.max_length).",
+                err=True,
+            )
+            sys.exit(2)
         typer.echo(f"Unexpected error: {type(error).__name__}: {error}. Run again with --debug to see where.", err=True)
         sys.exit(1)
+
+
+def _lacks_memory(error: Exception) -> bool:
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from sparse_ft.devices import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def _version(wanted: bool) -> None:

@@ -88,8 +88,11 @@ def save_resume(
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"adam/{key}/{name}"] = value.detach().cpu()
     tensors["rng/cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["rng/cuda"] = torch.cuda.get_rng_state()
+    device = _device_of(parameters)
+    if device.type == "cuda":
+        tensors["rng/cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        tensors["rng/mps"] = torch.mps.get_rng_state()
 
     def fill(folder: Path) -> None:
         contiguous = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
@@ -152,10 +155,17 @@ def load_resume(
                 if f"adam/{key}/{name}" in tensors
             }
     torch.set_rng_state(tensors["rng/cpu"])
-    if "rng/cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["rng/cuda"])
+    device = _device_of(parameters)
+    if device.type == "cuda" and "rng/cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng/cuda"], device)
+    elif device.type == "mps" and "rng/mps" in tensors:
+        torch.mps.set_rng_state(tensors["rng/mps"])
     best = {name.removeprefix("best/"): tensor for name, tensor in tensors.items() if name.startswith("best/")}
     return Progress(**values), best
+
+
+def _device_of(parameters: Mapping[str, nn.Parameter]) -> torch.device:
+    return next(iter(parameters.values())).device
 
 
 def _read_progress(file: Path) -> dict[str, Any]:

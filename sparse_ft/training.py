@@ -89,14 +89,14 @@ def train(
         SparseFTError: For everything that the caller can mend; nothing is written then.
     """
     given = {
-        "tasks": [_task_reference(task) for task in tasks] or None,
+        "tasks": [str(task) for task in tasks] or None,
         "backbone": backbone,
         "seed": seed,
         "device": device,
         "stage": stage,
     }
     values = {key: value for key, value in given.items() if value is not None}
-    run = load_config(config, overrides=overrides, values=values)
+    run = _from_here(load_config(config, overrides=overrides, values=values))
     if run.experts.pool and run.stage == "experts":
         run = changed_config(run, {"stage": "joint"})
     if from_checkpoint is not None:
@@ -157,6 +157,19 @@ def _keep_length(run: RunConfig, trained: Sequence[str]) -> RunConfig:
             "long texts otherwise. Leave it out, or train that task, too."
         )
     return run
+
+
+def _from_here(run: RunConfig) -> RunConfig:
+    """Make the paths in a config absolute, so that a run can be resumed, and its checkpoint used, from elsewhere."""
+    paths = {
+        "tasks": [_task_reference(task) for task in run.tasks],
+        "sources": {task: str(Path(source).expanduser().absolute()) for task, source in run.sources.items()},
+        "start": None if run.start is None else str(Path(run.start).expanduser().absolute()),
+        "backbone": run.backbone,
+    }
+    if run.backbone != "minilm" and Path(run.backbone).expanduser().is_dir():
+        paths["backbone"] = str(Path(run.backbone).expanduser().resolve())
+    return changed_config(run, {key: value for key, value in paths.items() if key in run.model_fields_set})
 
 
 def _task_reference(task: str) -> str:

@@ -60,7 +60,7 @@ def as_tsv(content: str | bytes, **changes) -> None:
     (["tasks", "sentimant"], ["Unknown task 'sentimant'", "Did you mean 'sentiment'?"]),
     ([*TRAIN, "--backbone", "minlm"], ["Unknown backbone 'minlm'", "Did you mean 'minilm'?", "Any folder with"]),
     ([*TRAIN, "--backbone", "./nothing"], ["Backbone folder './nothing' does not exist", "config.json"]),
-    ([*TRAIN, "--backbone", "mood"], ["'mood'", "no readable config.json"]),
+    ([*TRAIN, "--backbone", "mood"], ["mood' has no readable config.json"]),
     ([*TRAIN, "--device", "gpu"], ["Unknown device 'gpu'", "Expected auto, cpu, cuda"]),
     ([*TRAIN, "--device", "cuda:99"], ["'cuda:99' is not available here", "Present: cpu", "Use --device auto"]),
     ([*TRAIN, "--config", "fastt"], ["Unknown config 'fastt'", "Or give the path of a YAML file"]),

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 from test_training import settings, toy_rows, write_rows, write_toy
 
 import sparse_ft
@@ -194,17 +196,22 @@ def test_bundled_configs_train(cli, tmp_path, tiny_bert, name):
     assert code == 0, err
 
 
-def test_resume(cli, tmp_path, tiny_bert, monkeypatch):
-    from sparse_ft import fitting
-
-    task, save = write_toy(tmp_path, "mood", sizes=(8, 4, 4)), fitting._Loop.save
+def stopping(save):
+    """Save, and press Ctrl-C."""
 
     def stop(loop):
         save(loop)
         raise KeyboardInterrupt
 
+    return stop
+
+
+def test_resume(cli, tmp_path, tiny_bert, monkeypatch):
+    from sparse_ft import fitting
+
+    task = write_toy(tmp_path, "mood", sizes=(8, 4, 4))
     with monkeypatch.context() as patch:
-        patch.setattr(fitting._Loop, "save", stop)
+        patch.setattr(fitting._Loop, "save", stopping(fitting._Loop.save))
         code, _, err = cli("train", "--task", task, "--backbone", tiny_bert, "--output", "out", *quick())
         assert code not in (0, 2)
     code, _, err = cli("predict", "out", "text")
@@ -213,6 +220,25 @@ def test_resume(cli, tmp_path, tiny_bert, monkeypatch):
     code, out, err = cli(*shlex.split(advised))
     assert code == 0, err
     assert "Checkpoint: out\n" in out
+
+
+def test_paths_of_a_config_hold_in_every_folder(cli, tmp_path, tiny_bert, monkeypatch):
+    """Also those of the interrupted run, and of the checkpoint that evaluate reads its data by."""
+    from sparse_ft import fitting
+
+    files = {"format": "jsonl", **{split: f"{split}.jsonl" for split in ("train", "validation", "test")}}
+    write_toy(tmp_path, "mood", sizes=(8, 4, 4), files=files)
+    (tmp_path / "bert").symlink_to(tiny_bert)
+    run = {"tasks": ["mood.yaml"], "backbone": "bert", "sources": {"mood": "mood"}, "output": "out"}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting._Loop, "save", stopping(fitting._Loop.save))
+        assert cli("train", "--config", "run.yaml", *quick())[0] not in (0, 2)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for command in (["train", "--resume", "--output", "../out"], ["evaluate", "../out"]):
+        code, _, err = cli(*command)
+        assert code == 0, err
 
 
 def test_the_report_shows_what_the_route_did(cli, toys, tmp_path):
@@ -385,6 +411,19 @@ def test_debug_shows_the_traceback(cli, toys):
         cli("--debug", "evaluate", toys, "--split", "tset")
     with pytest.raises(sparse_ft.SparseFTError):
         cli("evaluate", toys, "--split", "tset", "--debug")
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), torch.OutOfMemoryError("no room")])
+def test_memory_that_runs_out_is_a_mistake_with_advice(cli, monkeypatch, toys, error):
+    def full(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("sparse_ft.prediction.load_checkpoint", full)
+    code, out, err = cli("predict", toys, "text")
+    assert (code, out) == (2, "")
+    assert err.startswith("Error: Out of memory: no room. ")
+    assert "--device cpu" in err
+    assert err.count("\n") == 1
 
 
 def test_the_unexpected_is_one(cli, monkeypatch):
