@@ -3,196 +3,230 @@
     python benchmarks/benchmark.py conll2003 --data-root DATA --seeds 13,14,15 --methods expert,full
     python benchmarks/benchmark.py english4 --data-root DATA --methods mixture,full --append benchmarks/results.md
     python benchmarks/benchmark.py fewshot --data-root DATA --seeds 13,14,15,16,17
+    python benchmarks/benchmark.py clue --data-root DATA --backbone hfl/chinese-roberta-wwm-ext --submission handed_in/
     python benchmarks/benchmark.py sst2,banking77 --data-root DATA
 
 Methods: expert (one of ours a task), mixture (one of our checkpoints for all tasks, each answered by its own expert),
-and those of trainer_peers.py: full, bitfit, head, peft. All read the same rows through the same tokens and are scored
-by the same code; the validation split chooses the best epoch, and test is scored once per run. fewshot: 10 rows a
-class. Each finished run is one line of ``--results``; what is there already is not run again. Seconds are those of the
-whole run, validation included.
+and those of trainer_peers.py: full, bitfit, head, peft. All read the same rows through the same tokens, from the same
+backbone, and are scored by the same code; the validation split chooses the best epoch, and test is scored once per run.
+fewshot: 10 rows a class, and 10 others to choose the epoch; without questions that are out of scope. clue: see clue.py;
+tasks whose data is not there are left out; ``--backbone random-chars`` is a small Chinese character BERT with random
+weights, which shows that the code runs and nothing else; ``--submission`` writes the files that the CLUE site accepts,
+with the first seed's experts.
+
+Each finished run is one line of ``--results``; what is there already, asked in the same way, is not run again. Seconds
+are those of the whole run, from reading the data to the test score; tokens per second are those of training alone.
 """
 
 import argparse
 import json
-import platform
-import statistics
-import subprocess
+import shlex
+import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import peft
+import clue
 import torch
-import transformers
+from benchmark_table import Entry, about, asked, finished, plot, section, table
 from few_rows import draw
-from trainer_peers import RATES, run_trainer
+from parameters import trained_numbers
+from trainer_peers import PEER_KINDS, RATES, run_trainer
 
 import sparse_ft.training
+from sparse_ft.errors import SparseFTError
+from sparse_ft.prediction import LoadedModel, load
+from sparse_ft.submission import SUBMISSIONS, write_submission
 from sparse_ft.tasks import load_task
 
 SUITES = {
     "conll2003": ["conll2003"],
     "english4": ["sst2", "ag_news", "clinc150", "conll2003"],
     "fewshot": ["banking77", "clinc150"],
+    "clue": clue.TASKS,
 }
 METHODS = ["expert", "mixture", *RATES, "peft"]
 ROWS, EPOCHS = 10, 30
 """Of ``fewshot``: training rows a class, and epochs of the peers; ours repeats few rows by itself (train.min_steps)."""
 
 
-def run_ours(
-    tasks: list[str],
-    sources: dict[str, Path | None],
-    *,
-    seed: int,
-    overrides: list[str],
-    backbone: str | None,
-    keep: Path | None,
-) -> list[dict[str, Any]]:
-    """Train the tasks into one checkpoint, which stays under ``keep``; return an entry for each."""
-    with tempfile.TemporaryDirectory() as folder:
+class Subject(NamedTuple):
+    """A task of the suite."""
+
+    name: str
+    file: str
+    """What ``load_task`` takes."""
+    source: Path | None
+    """Its data; None where the task file knows it."""
+
+
+class Benchmark:
+    """The suite with its options.
+
+    Args:
+        options: Of the command line.
+        scratch: For what is not kept.
+    """
+
+    def __init__(self, options: argparse.Namespace, scratch: Path) -> None:
+        self.options, self.scratch = options, scratch
+        self.few, self.clue = options.suite == "fewshot", options.suite == "clue"
+        self.tasks = SUITES.get(options.suite) or options.suite.split(",")
+        self.backbone = options.backbone
+        self.files: dict[str, Path] = {}
+        if self.clue:
+            there = {task: clue.task_file(task, options.data_root, scratch) for task in self.tasks}
+            self.files = {task: path for task, path in there.items() if path is not None}
+            self.tasks = list(self.files)
+            lacking = ", ".join(task for task in there if task not in self.files)
+            print(f"no data: {lacking or 'none is missing'}", flush=True)
+            if self.backbone == "random-chars":
+                self.backbone = str(clue.build_random(scratch / "backbone", self.files, options.data_root))
+
+    def subjects(self, tasks: list[str], *, seed: int, folder: Path) -> list[Subject]:
+        root = self.options.data_root
+        if self.few:
+            return [Subject(task, str(self._drawn(task, seed=seed, folder=folder / task)), None) for task in tasks]
+        return [Subject(task, str(self.files.get(task, task)), root / task) for task in tasks]
+
+    def _drawn(self, task: str, *, seed: int, folder: Path) -> Path:
+        folder.mkdir()
+        source = self.options.data_root / task
+        return draw(load_task(task), source, rows=ROWS, seed=seed, folder=folder, in_scope=True)
+
+    def identity(self, method: str, task: str, group: list[str], seed: int) -> Entry:
+        return {
+            "task": task,
+            "method": method,
+            "seed": seed,
+            "group": group,
+            "few": self.few,
+            "overrides": self.options.overrides,
+            "backbone": self.options.backbone,
+            "data": str(self.options.data_root.resolve()),
+            "note": self.options.note,
+        }
+
+    def run(self, method: str, group: list[str], seed: int) -> list[dict[str, Any]]:
+        """Return what was found, an entry a task."""
+        with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
+            subjects = self.subjects(group, seed=seed, folder=Path(folder))
+            if method in ("mixture", "expert"):
+                return self._ours(method, subjects, seed=seed, folder=Path(folder))
+            return [self._theirs(method, subject, seed=seed) for subject in subjects]
+
+    def _theirs(self, method: str, subject: Subject, *, seed: int) -> dict[str, Any]:
+        return run_trainer(
+            method,
+            subject.file,
+            subject.source,
+            seed,
+            self.options.overrides,
+            epochs=EPOCHS if self.few else None,
+            backbone=self.backbone,
+            device=self.options.device,
+        )
+
+    def _ours(self, method: str, subjects: list[Subject], *, seed: int, folder: Path) -> list[dict[str, Any]]:
+        """Train the tasks into one checkpoint, which stays under ``--keep``."""
         started = time.perf_counter()
-        named = {load_task(task).name: str(source) for task, source in sources.items() if source is not None}
+        names = {load_task(subject.file).name: subject for subject in subjects}
+        data = {name: str(subject.source) for name, subject in names.items() if subject.source is not None}
+        few, note = "-few" if self.few else "", f"-{self.options.note}" if self.options.note else ""
+        output = (self.options.keep or folder) / f"{method}-{'+'.join(names)}{few}{note}-{seed}"
+        if (output / "resume").exists() and (self.few or self.clue):
+            shutil.rmtree(output)  # its task file has gone
+        limit = clue.LIMITS.get(subjects[0].name) if self.clue else None
         result = sparse_ft.training.train(
-            tasks,
-            data=named or None,
-            backbone=backbone,
-            output=(keep or Path(folder)) / f"{'+'.join(Path(task).stem for task in tasks)}-{seed}",
+            [subject.file for subject in subjects],
+            data=data or None,
+            backbone=self.backbone,
+            output=output,
             seed=seed,
-            overrides=overrides,
-            device="cpu",
+            overrides=[*([f"data.train_limit={limit}"] if limit else []), *self.options.overrides],
+            device=self.options.device,
+            resume=(output / "resume").exists(),
         )
         seconds = time.perf_counter() - started
+        model = load(result.path, device="cpu")
         entries = []
         for name, spec in result.tasks.items():
-            files = [
-                *(result.path / "experts" / name).glob("*.safetensors"),
-                *(result.path / "heads").glob(f"{name}.*"),
-            ]
-            score = result.evaluation.tasks[name].score
+            score, split = result.evaluation.tasks[name].score, result.evaluation.splits[name]
+            metrics, source = dict(score.metrics), names[name].source
+            if self.clue and name == "cluener":
+                metrics |= clue.scores_of_texts(model, split, source)
+            where = getattr(spec.files, split) if self.clue else split
+            metric = clue.HEADLINES.get(name, spec.metric) if self.clue else spec.metric
             entries.append({
-                "metrics": score.metrics,
-                "headline": score.metrics[spec.metric],
+                "metrics": metrics,
+                "metric": metric,
+                "headline": metrics[metric],
+                "also": {key: metrics[key] for key in clue.ALSO.get(name, [])} if self.clue else {},
+                "scored_on": f"{where}, {score.n:,} rows{f', trained on {limit:,}' if limit else ''}",
+                "counted": not self.clue or name in clue.COUNTED,
                 "token_report": score.token_report,
                 "validation": max(epoch["validation"][name] for epoch in result.history),
                 "epochs": len(result.history),
-                "seconds": seconds / len(tasks),
+                "seconds": seconds / len(subjects),
                 "tokens_per_second": result.tokens_per_second,
-                "trainable": sum(file.stat().st_size for file in files) // 4,
+                "trainable": trained_numbers(model.checkpoint.model, [name]),
             })  # fmt: skip
+            if self.options.submission is not None and name in SUBMISSIONS:
+                self._hand_in(model, name, source)
         return entries
 
-
-def run_method(
-    method: str,
-    tasks: list[str],
-    *,
-    data_root: Path,
-    seed: int,
-    overrides: list[str],
-    few: bool,
-    backbone: str | None = None,
-    keep: Path | None = None,
-) -> dict[str, dict[str, Any]]:
-    """Return an entry a task."""
-    with tempfile.TemporaryDirectory() as folder:
-        sources: dict[str, Path | None] = {task: data_root / task for task in tasks}
-        if few:  # the new task file knows its rows
-            drawn = {}
-            for task in tasks:
-                (Path(folder) / task).mkdir()
-                path = draw(load_task(task), data_root / task, rows=ROWS, seed=seed, folder=Path(folder) / task)
-                drawn[str(path)] = None
-            sources = drawn
-        asked = list(sources)
-        if method in ("mixture", "expert"):
-            found = run_ours(asked, sources, seed=seed, overrides=overrides, backbone=backbone, keep=keep)
-        else:
-            epochs = EPOCHS if few else None
-            found = [run_trainer(method, name, sources[name], seed, overrides, epochs=epochs) for name in asked]
-        return dict(zip(tasks, found, strict=True))
+    def _hand_in(self, model: LoadedModel, task: str, source: Path) -> None:
+        if (self.options.submission / SUBMISSIONS[task].file).exists():  # the first seed's
+            return
+        try:
+            print(f"{task}: {write_submission(model, task, data=source, output=self.options.submission)}", flush=True)
+        except SparseFTError as error:
+            print(f"{task}: nothing to hand in. {error}", flush=True)
 
 
-def table(entries: list[dict[str, Any]]) -> str:
-    lines = [
-        "| task | method | seeds | validation | test | spread | trained parameters | seconds | tokens per second |",
-        "|---|---|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for (task, method), rows in _groups(entries).items():
-        test = [row["headline"] for row in rows]
-        cells = [
-            task,
-            method,
-            ", ".join(str(row["seed"]) for row in rows),
-            f"{statistics.mean(row['validation'] for row in rows):.4f}",
-            f"{statistics.mean(test):.4f}",
-            f"{statistics.stdev(test):.4f}" if len(test) > 1 else "",
-            f"{rows[0]['trainable']:,}",
-            f"{statistics.mean(row['seconds'] for row in rows):,.0f}",
-            f"{statistics.mean(row['tokens_per_second'] for row in rows):,.0f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+def run_all(benchmark: Benchmark, methods: list[str], seeds: list[int], results: Path) -> list[Entry]:
+    """Run what is not there yet, and return all that was asked for; a run that fails is said, and the others go on."""
+    wanted: list[str] = []
+    for seed in seeds:
+        for method in methods:
+            for group in [benchmark.tasks] if method == "mixture" else [[task] for task in benchmark.tasks]:
+                identities = [benchmark.identity(method, task, group, seed) for task in group]
+                wanted.extend(asked(identity) for identity in identities)
+                done = {asked(entry) for entry in finished(results)}
+                if all(asked(identity) in done for identity in identities):
+                    continue
+                try:
+                    found = benchmark.run(method, group, seed)
+                except SparseFTError as error:
+                    print(f"{'+'.join(group)} {method} {seed}: {error}", flush=True)
+                    continue
+                for identity, result in zip(identities, found, strict=True):
+                    entry = {**identity, **result, "about": about()}
+                    with results.open("a", encoding="utf-8") as stream:
+                        stream.write(json.dumps(entry) + "\n")
+                    shown = f"{entry['task']} {method} {seed} {entry['note']}: validation {entry['validation']:.4f}"
+                    print(f"{shown}, {entry['headline']:.4f}, {entry['seconds']:.0f} s", flush=True)
+    latest = {asked(entry): entry for entry in finished(results)}
+    return [latest[key] for key in wanted if key in latest]
 
 
-def _groups(entries: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for entry in sorted(entries, key=lambda entry: entry["seed"]):
-        groups.setdefault((entry["task"], entry["method"]), []).append(entry)
-    return dict(sorted(groups.items()))
-
-
-def plot(entries: list[dict[str, Any]], path: Path) -> None:
-    """Draw the score of each task and method against trained parameters and seconds, a point a run."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    methods = list(dict.fromkeys(entry["method"] for entry in entries))
-    tasks = list(dict.fromkeys(entry["task"] for entry in entries))
-    for (task, method), rows in _groups(entries).items():
-        style = {"color": f"C{methods.index(method)}", "marker": "os^Dvp*X"[tasks.index(task) % 8], "alpha": 0.8}
-        score = [row["headline"] for row in rows]
-        for axes, key in ((left, "trainable"), (right, "seconds")):
-            axes.scatter([row[key] for row in rows], score, label=f"{task}, {method}", **style)
-    for axes, name in ((left, "trained parameters"), (right, "seconds")):
-        axes.set_xlabel(name)
-        low, high = axes.get_xlim()
-        if high > 10 * max(low, 1):
-            axes.set_xscale("log")
-        axes.grid(alpha=0.3)
-    left.set_ylabel("test score")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
-    figure.savefig(path, dpi=120)
-
-
-def about() -> str:
-    """Name the machine, the versions and the commit."""
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True
-    ).stdout.strip()
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
-        cpu = f"{len(names)} x {names[0]}" if names else cpu
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
-    return f"{cpu}; Python {platform.python_version()}, {versions}; commit {commit}"
-
-
-def finished(path: Path) -> list[dict[str, Any]]:
-    """Read the runs that are there already."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+def command(options: argparse.Namespace) -> str:
+    """Return the command that gives the table, without what is only of this machine."""
+    words = ["python", "benchmarks/benchmark.py", options.suite, "--data-root", "DATA", "--seeds", options.seeds]
+    given = {"--methods": options.methods, "--backbone": Path(options.backbone).name, "--device": options.device}
+    words += [word for name, value in given.items() if value not in (None, "minilm", "cpu") for word in (name, value)]
+    return shlex.join([*words, *(word for override in options.overrides for word in ("--set", override))])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("suite", help=f"{', '.join(SUITES)}, or names of tasks separated by commas")
     parser.add_argument("--data-root", type=Path, required=True, help="folder with conll2003/, sst2/, …")
-    parser.add_argument("--methods", default="expert,full", help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--methods", help=f"of {', '.join(METHODS)}; default expert,full, and for clue expert")
     parser.add_argument("--seeds", default="13,14,15")
-    parser.add_argument("--backbone", help="of expert and mixture; the peers take the packaged MiniLM")
+    parser.add_argument("--backbone", default="minilm", help="hub id, folder, minilm, or for clue random-chars")
     parser.add_argument(
         "--set",
         action="append",
@@ -200,60 +234,41 @@ def main() -> None:
         dest="overrides",
         help="section.key=value, for ours; the peers heed data.train_limit",
     )
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
     parser.add_argument("--note", default="", help="kept with each result")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--results", type=Path, default=Path("benchmark.jsonl"))
     parser.add_argument("--keep", type=Path, help="folder where the checkpoints of expert and mixture stay")
+    parser.add_argument("--submission", type=Path, help="folder for the files of the CLUE site")
     parser.add_argument("--plot", type=Path, help="PNG of score against parameters and seconds")
     parser.add_argument("--append", type=Path, help="Markdown file that gets the table, e.g. benchmarks/results.md")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    few = options.suite == "fewshot"
-    tasks = SUITES.get(options.suite) or options.suite.split(",")
-    methods = options.methods.split(",")
+    methods = (options.methods or ("expert" if options.suite == "clue" else "expert,full")).split(",")
     unknown = [method for method in methods if method not in METHODS]
     if unknown:
         parser.error(f"unknown method {unknown[0]!r}; there are {', '.join(METHODS)}")
-    note = f"{options.note}{' few rows' if few else ''}".strip()
-    seeds = [int(seed) for seed in options.seeds.split(",")]
-    for seed in seeds:
-        for method in methods:
-            for group in [tasks] if method == "mixture" else [[task] for task in tasks]:
-                done = {
-                    (entry["task"], entry["method"], entry["seed"], entry["note"])
-                    for entry in finished(options.results)
-                }
-                if all((task, method, seed, note) in done for task in group):
-                    continue
-                found = run_method(
-                    method,
-                    group,
-                    data_root=options.data_root,
-                    seed=seed,
-                    overrides=options.overrides,
-                    few=few,
-                    backbone=options.backbone,
-                    keep=options.keep,
-                )
-                with options.results.open("a", encoding="utf-8") as stream:
-                    for task, result in found.items():
-                        entry = {"task": task, "method": method, "seed": seed, "note": note, **result}
-                        stream.write(json.dumps(entry) + "\n")
-                        shown = f"{task} {method} {seed} {note}: validation {entry['validation']:.4f}"
-                        print(f"{shown}, test {entry['headline']:.4f}, {entry['seconds']:.0f} s", flush=True)
-    wanted = [
-        entry
-        for entry in finished(options.results)
-        if entry["task"] in tasks and entry["method"] in methods and entry["seed"] in seeds and entry["note"] == note
-    ]
-    print(table(wanted))
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            benchmark = Benchmark(options, Path(scratch))
+            kinds = {task: load_task(str(benchmark.files.get(task, task))).kind for task in benchmark.tasks}
+        except SparseFTError as error:
+            parser.error(str(error))
+        for task, kind in kinds.items():
+            peers = [method for method in methods if method not in ("expert", "mixture")]
+            if peers and kind not in PEER_KINDS:
+                parser.error(f"{peers[0]!r} is for {' and '.join(PEER_KINDS)}, and {task!r} is {kind}")
+        entries = run_all(benchmark, methods, [int(seed) for seed in options.seeds.split(",")], options.results)
+    if not entries:
+        sys.exit("Nothing was scored.")
+    hint = clue.NOTES.get(options.backbone, "") if options.suite == "clue" else ""
+    print(hint + "\n" + table(entries) if hint else table(entries))
     if options.plot:
-        plot(wanted, options.plot)
+        plot(entries, options.plot)
     if options.append:
-        command = f"`benchmarks/benchmark.py {options.suite} --methods {options.methods} --seeds {options.seeds}`"
-        section = f"\n## {options.suite} {note}\n\n{command}, {about()}\n\n{table(wanted)}\n"
+        title = " ".join(filter(None, (options.suite, options.note, hint and f"({hint})")))
         with options.append.open("a", encoding="utf-8") as stream:
-            stream.write(section)
+            stream.write(section(title, command(options), entries))
 
 
 if __name__ == "__main__":

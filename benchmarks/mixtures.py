@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from parameters import trained_numbers
 from trainer_peers import run_trainer
 
 import sparse_ft.evaluation
 import sparse_ft.training
 from sparse_ft.config import load_config
+from sparse_ft.model import SparseExpertModel
 
 ROUTES = ("gate", "prototype", "arrow", "uniform", "random", "hash")
 """Of the experts that were trained alone."""
@@ -75,7 +77,7 @@ class Comparison:
             result = sparse_ft.evaluation.evaluate(checkpoint, route=asked, device="cpu")
             found[f"expert, route {route}"] = {
                 "scores": _headlines(checkpoint, result),
-                "trained": _trained(path, gate=route == "gate"),
+                "trained": trained_numbers(_model(path), gate=route == "gate"),
                 "seconds": 0.0,
                 "right": result.routing.accuracy,
             }
@@ -106,7 +108,7 @@ class Comparison:
         )
         return {
             "scores": _headlines(result.path, result.evaluation),
-            "trained": _trained(result.path, gate=name != "expert"),
+            "trained": trained_numbers(_model(result.path), gate=name != "expert"),
             "seconds": time.perf_counter() - started,
         }
 
@@ -121,13 +123,8 @@ METHODS: dict[str, Callable[[Comparison], dict[str, dict[str, Any]]]] = {
 }
 
 
-def _trained(checkpoint: Path, *, gate: bool) -> int:
-    """Count the numbers that were trained, those of the gate only if it was asked."""
-    model = sparse_ft.load(checkpoint, device="cpu").checkpoint.model
-    parts = [value for name in model.experts.names for value in model.experts.parameters(name).values()]
-    parts += model.heads.parameters()
-    parts += model.gate.parameters() if gate and model.gate is not None else []
-    return sum(part.numel() for part in parts)
+def _model(checkpoint: Path) -> SparseExpertModel:
+    return sparse_ft.load(checkpoint, device="cpu").checkpoint.model
 
 
 def _headlines(checkpoint: Path, result: sparse_ft.evaluation.Evaluation) -> dict[str, float]:

@@ -5,7 +5,9 @@
 Both train on the same sentences for the same epochs from the same backbone; the sides take turns, round by round.
 Counted are real tokens (no padding) per second of the whole training call, without reading data and without
 validation. PEFT: LoRA of rank 8 on query and value (its default for BERT), batch 8, random order, padding to the
-longest row of a batch: what a user gets who changes nothing.
+longest row of a batch: what a user gets who changes nothing. F1 of both after whole runs: ``benchmark.py conll2003
+--methods expert,peft``. The share of the peak is that of a large matrix product in the same precision, of which a step
+needs two for each frozen weight (forward, and backward to the input).
 """
 
 import argparse
@@ -20,8 +22,9 @@ import torch
 import transformers
 from peft import LoraConfig, TaskType, get_peft_model
 
-from sparse_ft.backbone import load_backbone
+from sparse_ft.backbone import load_backbone, set_attention
 from sparse_ft.config import load_config
+from sparse_ft.devices import find_device, find_dtype
 from sparse_ft.encoding import Encoder
 from sparse_ft.evaluation import prepare
 from sparse_ft.fitting import fit
@@ -34,7 +37,7 @@ from sparse_ft.tasks import load_task
 from sparse_ft.training_data import TrainingTask
 
 
-def time_peft(examples, *, num_labels, epochs, seed):
+def time_peft(examples, *, num_labels, epochs, seed, device):
     rows = []
     for example in examples:
         labels = [IGNORED] * len(example.input_ids)
@@ -55,6 +58,7 @@ def time_peft(examples, *, num_labels, epochs, seed):
                 save_strategy="no",
                 report_to=[],
                 disable_tqdm=True,
+                use_cpu=device.type == "cpu",
                 seed=seed,
             ),
             train_dataset=datasets.Dataset.from_list(rows),
@@ -65,9 +69,14 @@ def time_peft(examples, *, num_labels, epochs, seed):
         return time.perf_counter() - started
 
 
-def time_ours(spec, examples, validation, *, epochs, seed):
-    run = load_config(overrides=[f"train.epochs={epochs}", "train.min_steps=0"], values={"seed": seed})
-    model = SparseExpertModel(load_backbone("minilm"))
+def time_ours(spec, examples, validation, *, epochs, seed, device, overrides):
+    whole = [f"train.epochs={epochs}", "train.min_steps=0", "train.patience=0"]
+    run = load_config(overrides=[*overrides, *whole], values={"seed": seed, "device": str(device)})
+    dtype = find_dtype(run.train.precision, device)
+    backbone = load_backbone("minilm", dtype=dtype)
+    if device.type == "cpu" and dtype == torch.bfloat16:  # as training does
+        set_attention(backbone, "eager")
+    model = SparseExpertModel(backbone)
     modules = model.backbone.select_linears(first_block=run.experts.first_block)
     model.experts.create(
         spec.name,
@@ -79,11 +88,23 @@ def time_ours(spec, examples, validation, *, epochs, seed):
     )
     kind = find_kind(spec.kind)
     model.add_task(spec.name, expert=spec.name, level=kind.level, num_outputs=len(kind.outputs(spec.label_names)))
+    model.to(device)
     task = TrainingTask(spec, list(examples), validation)
     with tempfile.TemporaryDirectory() as output:
         started = time.perf_counter()
         fit(model, {spec.name: task}, run=run, output=Path(output), resume=False)
         return time.perf_counter() - started
+
+
+def peak(device, dtype):
+    """Measure the FLOP a second of a large matrix product."""
+    left, right = (torch.randn(2048, 2048, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(7):
+        started = time.perf_counter()
+        (left @ right).sum().item()
+        seconds.append(time.perf_counter() - started)
+    return 2 * 2048**3 / statistics.median(seconds)
 
 
 def main() -> None:
@@ -93,8 +114,11 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu", help="of both: cpu, or cuda")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", help="section.key=value, for ours")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    device = find_device(options.device)
     transformers.logging.set_verbosity_error()
 
     spec = load_task("conll2003")
@@ -109,13 +133,21 @@ def main() -> None:
     for number in range(options.rounds):
         rows = random.Random(number).sample(every, options.rows)
         tokens = sum(len(row.input_ids) for row in rows) * options.epochs
-        peft.append(tokens / time_peft(rows, num_labels=num_labels, epochs=options.epochs, seed=number))
-        ours.append(tokens / time_ours(spec, rows, one_row, epochs=options.epochs, seed=number))
+        same = {"epochs": options.epochs, "seed": number, "device": device}
+        peft.append(tokens / time_peft(rows, num_labels=num_labels, **same))
+        ours.append(tokens / time_ours(spec, rows, one_row, overrides=options.overrides, **same))
         ratios.append(ours[-1] / peft[-1])
         shown = f"PEFT {peft[-1]:,.0f} tok/s, sparse-ft {ours[-1]:,.0f} tok/s, ratio {ratios[-1]:.2f}"
         print(f"round {number + 1}: {shown}", flush=True)
     shown = [f"{statistics.median(values):,.0f}" for values in (peft, ours)]
     print(f"median of {options.rounds}: PEFT {shown[0]}, sparse-ft {shown[1]}, ratio {statistics.median(ratios):.2f}")
+    weights = sum(linear.weight.numel() for linear in load_backbone("minilm").linears.values())
+    precision = load_config(overrides=options.overrides).train.precision
+    most = peak(device, find_dtype(precision, device))
+    share = statistics.median(ours) * 4 * weights / most
+    print(
+        f"{4 * weights / 1e6:.0f} MFLOP a token; peak {most / 1e9:,.0f} GFLOP/s, of which sparse-ft reaches {share:.0%}"
+    )
 
 
 if __name__ == "__main__":

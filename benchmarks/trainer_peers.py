@@ -26,7 +26,7 @@ from transformers import (
 from sparse_ft.backbone import load_backbone
 from sparse_ft.config import load_config
 from sparse_ft.encoding import Encoder, Example
-from sparse_ft.evaluation import EvalData, prepare, score_rows
+from sparse_ft.evaluation import EvalData, prepare, score_rows, scored_split
 from sparse_ft.kinds import find_kind
 from sparse_ft.kinds.classification import IGNORED
 from sparse_ft.readers import label_names, read
@@ -47,17 +47,32 @@ RATES = {"full": 1.0, "bitfit": 10.0, "head": 10.0}
 """Factor on the learning rate: what trains few weights needs a higher one."""
 
 
+PEER_KINDS = ("classification", "token_classification")
+"""What transformers has a class for that reads rows as ours do."""
+
+
 def run_trainer(
-    method: str, task: str, source: Path | None, seed: int, overrides: list[str], *, epochs: int | None = None
+    method: str,
+    task: str,
+    source: Path | None,
+    seed: int,
+    overrides: list[str],
+    *,
+    epochs: int | None = None,
+    backbone: str = "minilm",
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Train on the rows that an expert would get, and score validation after each epoch and test once.
 
-    ``epochs`` is for rows so few that the recipe's would be a handful of steps.
+    ``epochs`` is for rows so few that the recipe's would be a handful of steps. Without answers to test, validation is
+    scored in its place.
     """
+    began = time.perf_counter()
     limit = load_config(overrides=overrides).data.train_limit
-    backbone = load_backbone("minilm")
-    encoder = Encoder(backbone, max_length=256)
+    loaded = load_backbone(backbone)
+    encoder = Encoder(loaded, max_length=256)
     spec = load_task(task)
+    split = scored_split(spec, None if source is None else str(source))
     found = read(spec, data=source)
     labels = label_names(spec, found["train"])
     spec = spec.with_labels(labels)
@@ -66,26 +81,29 @@ def run_trainer(
         rows = rows.shuffle(seed=seed).select(range(limit))
     kind = find_kind(spec.kind)
     train = kind.encode(rows.to_dict(), encoder=encoder, labels=spec.label_names, language=spec.language)
-    evaluated = {split: prepare(found[split].to_dict(), spec=spec, encoder=encoder) for split in ("validation", "test")}
+    evaluated = {
+        name: prepare(found[name].to_dict(), spec=spec, encoder=encoder)
+        for name in dict.fromkeys(("validation", split))
+    }
     torch.manual_seed(seed)
-    classifier = _Classifier(spec, pad_id=backbone.pad_id, method=method)
-    rate, usual = RECIPES.get(task, RECIPES["conll2003"])
+    classifier = _Classifier(spec, backbone, pad_id=loaded.pad_id, method=method)
+    rate, usual = RECIPES.get(spec.name, RECIPES["conll2003"])
     epochs = epochs or usual
     ours = {"learning_rate": rate * RATES.get(method, 1.0), "num_train_epochs": epochs, **_OURS}
     settings = {} if method == "peft" else ours
-    started = time.perf_counter()
-    best = classifier.train(train, evaluated["validation"], settings=settings, seed=seed)
-    seconds = time.perf_counter() - started
-    entry = classifier.score(evaluated["test"])
+    best, training = classifier.train(train, evaluated["validation"], settings=settings, seed=seed, device=device)
+    entry = classifier.score(evaluated[split])
     tokens = sum(len(example.input_ids) for example in train) * (epochs if settings else 3)
     return {
         "metrics": entry.metrics,
+        "metric": spec.metric,
+        "scored_on": f"{split}, {entry.n:,} rows",
         "headline": entry.metrics[spec.metric],
         "token_report": entry.token_report,
         "validation": best,
         "epochs": epochs if settings else 3,
-        "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
+        "seconds": time.perf_counter() - began,
+        "tokens_per_second": tokens / training,
         "trainable": sum(value.numel() for value in classifier.model.parameters() if value.requires_grad),
     }
 
@@ -101,16 +119,15 @@ _OURS: dict[str, Any] = {
 
 
 class _Classifier:
-    """``AutoModelFor…Classification`` on the packaged MiniLM; the method says which weights are trained."""
+    """``AutoModelFor…Classification`` on a backbone; the method says which weights are trained."""
 
-    def __init__(self, spec: TaskSpec, *, pad_id: int, method: str) -> None:
+    def __init__(self, spec: TaskSpec, backbone: str, *, pad_id: int, method: str) -> None:
         self.spec, self.pad_id, self.kind = spec, pad_id, find_kind(spec.kind)
         self.words = self.kind.level == "word"
         self.outputs = self.kind.outputs(spec.label_names or [])
         head = AutoModelForTokenClassification if self.words else AutoModelForSequenceClassification
-        self.model = head.from_pretrained(
-            packaged_minilm_dir(), num_labels=len(self.outputs), attn_implementation="eager"
-        )
+        folder = packaged_minilm_dir() if backbone == "minilm" else backbone
+        self.model = head.from_pretrained(folder, num_labels=len(self.outputs), attn_implementation="eager")
         if method == "peft":
             kind = TaskType.TOKEN_CLS if self.words else TaskType.SEQ_CLS
             self.model = get_peft_model(self.model, LoraConfig(task_type=kind))
@@ -123,6 +140,8 @@ class _Classifier:
         rows = []
         for example in examples:
             row: dict[str, Any] = {"input_ids": example.input_ids, "length": len(example.input_ids)}
+            if example.token_type_ids is not None:
+                row["token_type_ids"] = example.token_type_ids
             if self.words:
                 row["labels"] = [IGNORED] * len(example.input_ids)
                 for position, target in zip(example.word_positions, example.targets, strict=True):
@@ -138,7 +157,10 @@ class _Classifier:
         def padded(values: list[int], filler: int) -> list[int]:
             return values + [filler] * (longest - len(values))
 
-        return {
+        types = {}
+        if any(row.get("token_type_ids") for row in rows):
+            types["token_type_ids"] = torch.tensor([padded(list(row["token_type_ids"]), 0) for row in rows])
+        return types | {
             "input_ids": torch.tensor([padded(row["input_ids"], self.pad_id) for row in rows]),
             "attention_mask": torch.tensor([padded([1] * len(row["input_ids"]), 0) for row in rows]),
             "labels": torch.tensor([padded(row["labels"], IGNORED) if self.words else row["labels"] for row in rows]),
@@ -154,7 +176,8 @@ class _Classifier:
             chosen = [data.examples[place] for place in order[start : start + 32]]
             batch = self.collate(self.features(chosen))
             batch.pop("labels")
-            for example, row in zip(chosen, self.model(**batch).logits, strict=True):
+            outputs = self.model(**{name: value.to(self.model.device) for name, value in batch.items()}).logits
+            for example, row in zip(chosen, outputs.float().cpu(), strict=True):
                 if self.words:
                     logits[example.row][example.word_indices] = row[example.word_positions]
                 else:
@@ -167,8 +190,10 @@ class _Classifier:
             scored.metrics["plain_f1"] = score_rows(self.spec, data, plain).metrics["f1"]
         return scored
 
-    def train(self, examples: Sequence[Example], validation: EvalData, *, settings: dict[str, Any], seed: int) -> float:
-        """Train, keep the weights of the best epoch, and return its validation score."""
+    def train(
+        self, examples: Sequence[Example], validation: EvalData, *, settings: dict[str, Any], seed: int, device: str
+    ) -> tuple[float, float]:
+        """Train, keep the weights of the best epoch, and return its validation score and the seconds of training."""
         rows = datasets.Dataset.from_list(self.features(examples))
         with tempfile.TemporaryDirectory() as output:
             trainer = _BestEpoch(
@@ -180,7 +205,7 @@ class _Classifier:
                     save_strategy="no",
                     report_to=[],
                     seed=seed,
-                    use_cpu=True,
+                    use_cpu=device == "cpu",
                     disable_tqdm=True,
                     remove_unused_columns=False,
                 ),
@@ -189,19 +214,23 @@ class _Classifier:
                 data_collator=self.collate,
             )
             trainer.score = lambda: self.score(validation).metrics[self.spec.metric]
+            started = time.perf_counter()
             trainer.train()
+            seconds = time.perf_counter() - started - trainer.seconds
         self.model.load_state_dict(trainer.state_dict)
-        return trainer.best
+        return trainer.best, seconds
 
 
 class _BestEpoch(Trainer):
     """Scores validation after each epoch with our scorer and keeps the best weights."""
 
-    best, state_dict, score = -1.0, None, None
+    best, state_dict, score, seconds = -1.0, None, None, 0.0
 
     def evaluate(self, *args, **kwargs):
+        started = time.perf_counter()
         value = self.score()
         if value > self.best:
             self.best = value
             self.state_dict = {key: tensor.clone() for key, tensor in self.model.state_dict().items()}
+        self.seconds += time.perf_counter() - started
         return {"eval_score": value}
