@@ -80,7 +80,7 @@ class Gradients:
         self.mixing = mixing
         self.model, self.tasks, self.parameters, self.run = model, tasks, list(parameters), run
         self.accelerator = accelerator
-        self.workers = _count_workers(model, run)
+        self.workers = min(from_each(_count_workers(model, run)))  # the same in all, for they divide a batch by it
         self.pool = _thread_pool(self.workers) if self.workers > 1 else None
 
     def add(self, pairs: Pairs, *, step: int) -> Found:
@@ -183,7 +183,7 @@ class Gradients:
             return total, Found(losses)
         part_of_batch = len(pairs) / whole.rows
         scaled = {name: value * part_of_batch for name, value in added.losses.items()}
-        return total + added.total * part_of_batch, Found(losses, scaled, added.usage * part_of_batch)
+        return total + added.total * part_of_batch, Found(losses, scaled, added.usage.cpu() * part_of_batch)
 
     def _mean_loss(self, task: TrainingTask, units: Sequence[int], logits: Tensor, targets: Tensor) -> Tensor:
         """Average the loss of some rows of one task, whose logits and targets follow one another."""

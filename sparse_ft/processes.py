@@ -34,7 +34,10 @@ def _state() -> PartialState | None:
 
 @functools.cache
 def _join() -> PartialState:
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
+    if torch.cuda.is_available():  # gloo besides, for runs with --device cpu
+        state = PartialState(timeout=_PATIENCE, backend="cuda:nccl,cpu:gloo")
+    else:
+        state = PartialState(cpu=True, timeout=_PATIENCE)
     if not state.is_main_process:  # what there is to say is said once
         logging.getLogger("sparse_ft").setLevel(logging.ERROR)
     return state
