@@ -97,6 +97,7 @@ def _groups(entries: list[Entry]) -> dict[tuple[str, str], list[Entry]]:
 def plot(entries: list[Entry], path: Path) -> None:
     """Draw the score of each task and method against trained parameters and seconds, a point a run."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
@@ -112,6 +113,9 @@ def plot(entries: list[Entry], path: Path) -> None:
         low, high = axes.get_xlim()
         if high > 10 * max(low, 1):
             axes.set_xscale("log")
+        else:
+            axes.locator_params(axis="x", nbins=5)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(alpha=0.3)
     left.set_ylabel("score")
     figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
