@@ -13,7 +13,7 @@ import transformers
 
 Entry = dict[str, Any]
 
-ASKED = ("task", "method", "seed", "group", "few", "overrides", "backbone", "data", "note")
+ASKED = ("task", "method", "seed", "group", "few", "overrides", "backbone", "data", "note", "device", "threads")
 """What makes a run another one."""
 
 
@@ -51,6 +51,7 @@ def table(entries: list[Entry]) -> str:
         also = [
             f"; {name} {statistics.mean(row['also'][name] for row in rows):.4f}" for name in rows[0].get("also", {})
         ]
+        seconds = [row["seconds"] for row in rows if row["seconds"] is not None]  # None: in several sessions
         cells = [
             task,
             method,
@@ -60,7 +61,7 @@ def table(entries: list[Entry]) -> str:
             f"{statistics.mean(score):.4f}",
             f"{statistics.stdev(score):.4f}" if len(score) > 1 else "",
             f"{rows[0]['trainable']:,}",
-            f"{statistics.mean(row['seconds'] for row in rows):,.0f}",
+            f"{statistics.mean(seconds):,.0f}" if seconds else "",
             f"{statistics.mean(row['tokens_per_second'] for row in rows):,.0f}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
@@ -107,7 +108,7 @@ def plot(entries: list[Entry], path: Path) -> None:
         style = {"color": f"C{methods.index(method)}", "marker": "os^Dvp*X"[tasks.index(task) % 8], "alpha": 0.8}
         score = [row["headline"] for row in rows]
         for axes, key in ((left, "trainable"), (right, "seconds")):
-            axes.scatter([row[key] for row in rows], score, label=f"{task}, {method}", **style)
+            axes.scatter([row[key] or float("nan") for row in rows], score, label=f"{task}, {method}", **style)
     for axes, name in ((left, "trained parameters"), (right, "seconds")):
         axes.set_xlabel(name)
         low, high = axes.get_xlim()

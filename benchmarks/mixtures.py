@@ -32,6 +32,10 @@ ROUTES = ("gate", "prototype", "arrow", "uniform", "random", "hash")
 """Of the experts that were trained alone."""
 
 
+EQUAL = ["train.min_steps=0", "train.patience=0"]
+"""So that no row is seen more often than others, and no method stops early."""
+
+
 class Comparison:
     """One seed on some tasks.
 
@@ -47,7 +51,7 @@ class Comparison:
         self, tasks: list[str], *, data_root: Path | None, seed: int, overrides: list[str], folder: Path
     ) -> None:
         self.tasks, self.seed, self.folder = tasks, seed, folder
-        self.overrides = ["train.min_steps=0", *overrides]  # no task is repeated more often than another
+        self.overrides = overrides
         self.sources = {task: data_root / task for task in tasks} if data_root else None
 
     def full(self) -> dict[str, dict[str, Any]]:
@@ -170,7 +174,8 @@ def main() -> None:
     entries: list[dict[str, Any]] = []
     if options.results.exists():
         entries = [json.loads(line) for line in options.results.read_text(encoding="utf-8").splitlines()]
-    same = {"tasks": tasks, "data": str(options.data_root), "overrides": options.overrides}
+    overrides = [*EQUAL, *options.overrides]
+    same = {"tasks": tasks, "data": str(options.data_root), "overrides": overrides}
     entries = [entry for entry in entries if {key: entry.get(key) for key in same} == same]
     done = {(entry["run"], entry["seed"]) for entry in entries}
     for seed in [int(seed) for seed in options.seeds.split(",")]:
@@ -179,7 +184,7 @@ def main() -> None:
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 comparison = Comparison(
-                    tasks, data_root=options.data_root, seed=seed, overrides=options.overrides, folder=Path(folder)
+                    tasks, data_root=options.data_root, seed=seed, overrides=overrides, folder=Path(folder)
                 )
                 for method, found in METHODS[run](comparison).items():
                     entries.append({"run": run, "method": method, "seed": seed, **same, **found})

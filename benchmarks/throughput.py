@@ -141,13 +141,14 @@ def main() -> None:
         print(f"round {number + 1}: {shown}", flush=True)
     shown = [f"{statistics.median(values):,.0f}" for values in (peft, ours)]
     print(f"median of {options.rounds}: PEFT {shown[0]}, sparse-ft {shown[1]}, ratio {statistics.median(ratios):.2f}")
-    weights = sum(linear.weight.numel() for linear in load_backbone("minilm").linears.values())
+    backbone, first_block = load_backbone("minilm"), load_config(overrides=options.overrides).experts.first_block
+    above = [linear for name, linear in backbone.linears.items() if backbone.block_of(name) >= first_block]
+    weights = sum(linear.weight.numel() for linear in above)
     precision = load_config(overrides=options.overrides).train.precision
     most = peak(device, find_dtype(precision, device))
     share = statistics.median(ours) * 4 * weights / most
-    print(
-        f"{4 * weights / 1e6:.0f} MFLOP a token; peak {most / 1e9:,.0f} GFLOP/s, of which sparse-ft reaches {share:.0%}"
-    )
+    each = f"{4 * weights / 1e6:.0f} MFLOP a token from block {first_block} up"
+    print(f"{each}; peak {most / 1e9:,.0f} GFLOP/s, of which sparse-ft reaches {share:.0%}")
 
 
 if __name__ == "__main__":

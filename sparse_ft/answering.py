@@ -26,7 +26,7 @@ from sparse_ft.inference import (
 )
 from sparse_ft.kinds import find_kind
 from sparse_ft.routing import Routing
-from sparse_ft.rules import RulesGate
+from sparse_ft.rules import RulesGate, joined
 
 _Key = tuple[int, ...]
 
@@ -95,7 +95,12 @@ class Answering:
     def by_rules(self, rows: Sequence[Row], rules: RulesGate) -> list[Prediction]:
         """Let rules choose an expert for every text, and answer the tasks of that expert."""
         model, texts = self.checkpoint.model, [row.text for row in rows]
-        shown = [text if isinstance(text, str) else "\t".join(filter(None, text[:2])) for text in texts]
+        for text in texts:
+            form_of(text)  # says what is wrong with it
+        shown = [
+            joined(text if isinstance(text, str) else text[0], None if isinstance(text, str) else text[1])
+            for text in texts
+        ]
         chosen = rules.choose(shown, [row.metadata for row in rows])
         routing = Routing.rows(
             [0 if name is None else model.experts.index(name) for name in chosen], device=model.device

@@ -64,8 +64,8 @@ def main() -> None:
             raise
         if _lacks_memory(error):
             typer.echo(
-                f"Error: Out of memory: {error}. Expected a device that holds the backbone, the experts and a batch. "
-                "Use --device cpu, or shorter texts (data.max_length).",
+                f"Error: Out of memory ({str(error) or type(error).__name__}). Expected room for the backbone, the "
+                "experts and a batch. Free some, use another --device, or ask for shorter texts.",
                 err=True,
             )
             sys.exit(2)
@@ -166,7 +166,8 @@ def train(
     speed = f"Trained on {result.tokens_per_second:,.0f} tokens per second. " if result.history else ""
     typer.echo(f"\n{speed}Checkpoint: {shown}")
     dashes = "-- " if example.startswith("-") else ""
-    typer.echo(f"Next: sparse-ft predict {shlex.quote(shown)} {dashes}{shlex.quote(example)}")
+    named = f"--task {spec.name} " if from_ is not None else ""  # whatever its gate knows of new experts
+    typer.echo(f"Next: sparse-ft predict {shlex.quote(shown)} {named}{dashes}{shlex.quote(example)}")
 
 
 @app.command()

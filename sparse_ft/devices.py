@@ -1,5 +1,7 @@
 """Which device computes, and in which precision."""
 
+import errno
+import re
 from pathlib import Path
 
 import torch
@@ -58,4 +60,7 @@ def _computes_bf16(device: torch.device) -> bool:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error means that memory ran out, on a GPU or on the CPU."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    said = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error))
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(said)

@@ -25,8 +25,10 @@ from sparse_ft.reports import TaskReport, report_json, report_text
 from sparse_ft.routes import Route
 from sparse_ft.routing import Routing
 from sparse_ft.routing_report import RoutingReport, report_routing
+from sparse_ft.rules import joined
 from sparse_ft.scores import Score
 from sparse_ft.tasks import SPLITS, Split, TaskSpec
+from sparse_ft.words import join_words
 
 _LOG = logging.getLogger("sparse_ft")
 
@@ -217,7 +219,8 @@ def evaluate_task(
         predictions = predict_rows(model, spec, data, gate=gate, usage=usage)
         routing = Routing(None, usage.mean(1))
     else:
-        routing = route.rows(data.examples, _texts(data), task=spec.name, language=spec.language)
+        stated = spec.language if spec.language != "en" else None  # which is also what files say nothing of
+        routing = route.rows(data.examples, _texts(data), task=spec.name, language=stated)
         predictions = predict_rows(model, spec, data, routing=routing)
     score = score_rows(spec, data, predictions)
     if score.unseen_labels:
@@ -238,10 +241,11 @@ def _own_experts(model: SparseExpertModel, task: str, ensemble: Ensemble | None)
 
 
 def _texts(data: EvalData) -> list[str]:
-    """Return the rows as text; words stand apart."""
-    if "text" in data.columns:
-        return list(data.columns["text"])
-    return [" ".join(tokens) for tokens in data.columns["tokens"]]
+    """Return the rows as text, as prediction shows them to rules."""
+    if "text" not in data.columns:
+        return [join_words(tokens) for tokens in data.columns["tokens"]]
+    seconds = data.columns.get("text_pair", [None] * data.num_rows)
+    return [joined(*pair) for pair in zip(data.columns["text"], seconds, strict=True)]
 
 
 def evaluate(

@@ -116,7 +116,7 @@ def add_gate(
     if split:
         _LOG.warning(
             "The gate stays as it is, because a new one might send texts of task %s to another of its experts. "
-            "`sparse-ft train --stage gate --from` fits it anew.",
+            "`sparse-ft train --stage gate --from` fits it anew; until then, name tasks with --task.",
             split[0],
         )
         return

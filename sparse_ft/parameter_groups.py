@@ -45,7 +45,7 @@ def find_groups(model: SparseExpertModel, tasks: Sequence[str], *, run: RunConfi
     if run.stage != "joint":
         return {
             "+".join(members): Group(members, _learnt(model, members, frozen=run.experts.frozen))
-            for members in _sharing(model, tasks)
+            for members in _sharing(model, tasks, frozen=run.experts.frozen)
         }
     parameters = _learnt(model, tasks, frozen=run.experts.frozen)
     if has_gate(run):
@@ -66,11 +66,11 @@ def _learnt(model: SparseExpertModel, tasks: Sequence[str], *, frozen: Sequence[
     return found
 
 
-def _sharing(model: SparseExpertModel, tasks: Sequence[str]) -> list[list[str]]:
-    """Put tasks together that have an expert in common."""
+def _sharing(model: SparseExpertModel, tasks: Sequence[str], *, frozen: Sequence[str]) -> list[list[str]]:
+    """Put tasks together that have an expert in common which learns."""
     found: list[list[str]] = []
     for task in tasks:
-        used = set(model.tasks[task].used)
+        used = set(model.tasks[task].used) - set(frozen)
         meets = [group for group in found if any(used & set(model.tasks[other].used) for other in group)]
         found = [group for group in found if group not in meets]
         found.append([*itertools.chain(*meets), task])

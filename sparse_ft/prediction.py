@@ -67,7 +67,7 @@ class LoadedModel:
             texts: Raw texts, also empty; (text, text) for tasks on pairs, (text, question) for span extraction and
                 (text, question or None, choices) for multiple choice. Or objects like the lines of a .jsonl file:
                 ``{"text": …, "tasks": ["ner"], "metadata": {"channel": "mail"}}``, with tasks of their own, which all
-                run in the same batches, and what rules ask for. A single string is a list of one.
+                run in the same batches, and what rules ask for. A single string or object is a list of one.
             tasks: Names, or ``"all"``. None lets the rules or the gate choose an expert for each text, whose tasks are
                 answered; without a gate, or with one that chooses for tokens, it means all.
             combine: ``mix``, ``average`` or ``vote``, see ``ensembles.Combine``: tasks with the same labels, and the
@@ -83,7 +83,7 @@ class LoadedModel:
             DataError: If a task gets something else than it reads, e.g. one on pairs single texts.
         """
         answering, chosen = self._answering, tasks is None and combine is None
-        rows = [row_of(text) for text in ([texts] if isinstance(texts, str) else texts)]
+        rows = [row_of(text) for text in ([texts] if isinstance(texts, str | Mapping) else texts)]
         names = answering.task_names("all" if tasks is None else tasks)
         ensembles: dict[str, Ensemble] = {}
         if combine is not None:
@@ -123,7 +123,7 @@ class LoadedModel:
     ) -> Iterator[Prediction]:
         """Answer tasks for any number of texts, holding no more than ``CHUNK`` of them in memory."""
         self._answering.task_names("all" if tasks is None else tasks)
-        iterator = iter(texts)
+        iterator = iter([texts] if isinstance(texts, str | Mapping) else texts)
         while chunk := list(itertools.islice(iterator, CHUNK)):
             yield from self.predict(chunk, tasks, combine=combine)
 

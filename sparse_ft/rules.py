@@ -245,6 +245,11 @@ class RulesGate:
         return [number for number, (rule, hits) in pairs if not hits and rule.conditions]
 
 
+def joined(text: str, second: str | None) -> str:
+    """Return what rules see of a row: its text, or its two with a tab between them."""
+    return text if second is None else f"{text}\t{second}"
+
+
 def _whole_word(word: str) -> str:
     """Return a pattern for a word that is not part of a longer one, where its script has spaces between words."""
     inner = r"\s+".join(re.escape(part) for part in word.split())

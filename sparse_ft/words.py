@@ -67,6 +67,11 @@ def split_words(text: str, language: str = "en") -> list[Word]:
     return words
 
 
+def join_words(words: Sequence[str]) -> str:
+    """Put words together as a text: with spaces, but for the scripts that are written without."""
+    return re.sub(rf"(?<=[{_SINGLE}]) (?=[{_SINGLE}])", "", " ".join(words))
+
+
 def _goes_on(before: str, after: str) -> bool:
     """Say whether a word does not end between two characters: at a vowel sign, say, or behind one."""
     if _combines(after):

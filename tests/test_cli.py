@@ -421,8 +421,8 @@ def test_memory_that_runs_out_is_a_mistake_with_advice(cli, monkeypatch, toys, e
     monkeypatch.setattr("sparse_ft.prediction.load_checkpoint", full)
     code, out, err = cli("predict", toys, "text")
     assert (code, out) == (2, "")
-    assert err.startswith("Error: Out of memory: no room. ")
-    assert "--device cpu" in err
+    assert err.startswith("Error: Out of memory (no room). ")
+    assert "another --device" in err
     assert err.count("\n") == 1
 
 

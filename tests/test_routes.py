@@ -7,12 +7,13 @@ import torch
 from conftest import add_random_expert
 from test_gate_training import marked
 from test_mixing import trained_mixture
-from test_training import run
+from test_training import run, write_toy
 
 import sparse_ft
 from sparse_ft.checkpoint import load_checkpoint
 from sparse_ft.errors import ConfigError
 from sparse_ft.routes import BASELINES, ROUTES, Route, arrow_gate
+from sparse_ft.words import join_words
 
 
 @pytest.fixture(scope="module")
@@ -115,12 +116,16 @@ def test_arrow_never_chooses_what_all_rows_use_anyway(tmp_path, tmp_path_factory
         assert sum(shares.values()) == pytest.approx(1.0, abs=1e-4)
 
 
-def test_rules_on_the_language_see_that_of_the_task(pair, tmp_path, caplog):
+def test_rules_see_the_same_in_evaluate_as_in_predict(tmp_path, tiny_bert):
+    """Both texts of a pair, Chinese words without spaces, and a language that the task file states."""
+    pairs = write_toy(tmp_path, "reply", sizes=(16, 8, 8))
+    german = write_toy(tmp_path, "mood", sizes=(16, 8, 8), language="de")
+    path = run([pairs, german], tiny_bert, tmp_path / "out", train__epochs=1).path
     rules = tmp_path / "rules.yaml"
-    rules.write_text("- {language: de, expert: names}\n- {language: en, expert: mood}\n")
-    result = sparse_ft.evaluate(pair, route=str(rules), device="cpu")
-    assert result.routing.confusion == {"mood": {"mood": 16}, "names": {"mood": 16}}
-    assert f"Rule 1 of {rules} never matched." in caplog.text
+    rules.write_text("- {language: de, expert: mood}\n- {matches: '\\t', expert: reply}\n- {otherwise: mood}\n")
+    result = sparse_ft.evaluate(path, route=str(rules), device="cpu")
+    assert result.routing.confusion == {"reply": {"reply": 8}, "mood": {"mood": 8}}
+    assert join_words(["在", "上", "海", "met", "Ada", "。"]) == "在上海 met Ada 。"
 
 
 def test_arrow_in_a_batch_equals_arrow_alone(pair):
