@@ -5,9 +5,9 @@
 
 full: a full fine-tune per task. expert: a LoRA per task, the task known; the routes below it use the same experts.
 shared: one LoRA for all tasks. joint: experts and gate trained together, a text or a token going through two experts;
-pool: the same with experts of no task. Every method sees each row ``train.epochs`` times. Parameters are those of
-experts, heads, and the gate where it learns and is asked. Each finished run is one line of ``--results``; what is there
-is not run again.
+pool: the same with experts of no task. Every method sees each row ``train.epochs`` times, in as many steps. Parameters:
+those of experts, heads, and the gate where it learns and is asked. Each finished run is one line of ``--results``; what
+is there is not run again.
 """
 
 import argparse
@@ -57,8 +57,10 @@ class Comparison:
     def full(self) -> dict[str, dict[str, Any]]:
         epochs = load_config(overrides=self.overrides).train.epochs
         sources = self.sources or dict.fromkeys(self.tasks)
+        batch = 32 // len(self.tasks)  # as many rows of a task in a step as in a batch of all
         found = [
-            run_trainer("full", task, sources[task], self.seed, self.overrides, epochs=epochs) for task in self.tasks
+            run_trainer("full", task, sources[task], self.seed, self.overrides, epochs=epochs, batch_size=batch)
+            for task in self.tasks
         ]
         scores = {task: entry["headline"] for task, entry in zip(self.tasks, found, strict=True)}
         seconds = sum(entry["seconds"] for entry in found)

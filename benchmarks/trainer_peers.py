@@ -61,6 +61,7 @@ def run_trainer(
     epochs: int | None = None,
     backbone: str = "minilm",
     device: str = "cpu",
+    batch_size: int = 32,
 ) -> dict[str, Any]:
     """Train on the rows that an expert would get, and score validation after each epoch and test once.
 
@@ -89,7 +90,12 @@ def run_trainer(
     classifier = _Classifier(spec, backbone, pad_id=loaded.pad_id, method=method)
     rate, usual = RECIPES.get(spec.name, RECIPES["conll2003"])
     epochs = epochs or usual
-    ours = {"learning_rate": rate * RATES.get(method, 1.0), "num_train_epochs": epochs, **_OURS}
+    ours = {
+        "learning_rate": rate * RATES.get(method, 1.0),
+        "num_train_epochs": epochs,
+        "per_device_train_batch_size": batch_size,
+        **_OURS,
+    }
     settings = {} if method == "peft" else ours
     best, training = classifier.train(train, evaluated["validation"], settings=settings, seed=seed, device=device)
     entry = classifier.score(evaluated[split])
@@ -109,7 +115,6 @@ def run_trainer(
 
 
 _OURS: dict[str, Any] = {
-    "per_device_train_batch_size": 32,
     "warmup_steps": 0.1,
     "weight_decay": 0.01,
     "train_sampling_strategy": "group_by_length",
