@@ -173,7 +173,7 @@ def test_the_command_line_asks_questions_by_tab_and_choices_by_json_lines(reader
     [
         ("the table", "picks", "Line 1 is no JSON"),
         ('{"text": "a", "choice": ["b"]}', "picks", "Line 1 is not such a row"),
-        ('["a"]', "picks", 'Expected {"text": "…", "text_pair": "…", "choices": ["…", "…"]}'),
+        ('["a"]', "picks", 'Expected {"text": "…"}, with "text_pair": "…" and "choices": ["…", "…"] as the task reads'),
         ('{"text": "a"}', "picks", "Task 'picks' reads choices beside one text or two, got one: 'a'"),
         ('{"text": "a", "choices": "b"}', "picks", "Line 1 is not such a row"),
         ('{"text": "a", "choices": []}', "picks", "Line 1 is not such a row"),
