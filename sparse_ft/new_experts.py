@@ -74,7 +74,9 @@ def _check_frozen(model: SparseExpertModel, *, run: RunConfig) -> None:
         if name not in model.experts.names:
             where = "experts.frozen names experts of a checkpoint to start --from."
             known = (
-                unknown_name("expert", name, model.experts.names) if run.start else f"No --from, and {name!r} frozen."
+                unknown_name("expert", name, model.experts.names)
+                if run.start
+                else f"Nothing to keep: {name!r} has not been trained."
             )
             raise ConfigError(f"{known} {where}")
     if run.experts.frozen and run.experts.shared_a:

@@ -126,7 +126,7 @@ def sets(*changes):
     ([*TRAIN, *sets("experts.shared=true")], ["experts.shared is for experts that are trained", "--stage joint"]),
     ([*JOINT, *sets("gate.shortlist=2")], ["gate.shortlist is for tokens, but gate.type is sequence"]),
     ([*JOINT, *sets("gate.type=token", "gate.min_confidence=0.1")], ["gate.min_confidence turns away whole texts"]),
-    ([*TRAIN, *sets("experts.frozen=[mood]")], ["'mood' frozen", "experts of a checkpoint to start --from"]),
+    ([*TRAIN, *sets("experts.frozen=[mood]")], ["'mood' has not been trained", "to start --from"]),
     ([*TRAIN, "--from", "{toys}", *sets("experts.frozen=[moood]")], ["Unknown expert 'moood'. Did you mean 'mood'?"]),
     ([*JOINT, *sets("gate.block=3")], ["gate.block is 3, but the blocks are 0 to 2"]),
     ([*TRAIN, *sets("experts.pool=-1")], ["experts.pool", "greater than or equal to 0 (got -1)"]),
