@@ -85,6 +85,11 @@ class Benchmark:
             if self.backbone == "random-chars":
                 self.backbone = str(clue.build_random(scratch / "backbone", self.files, options.data_root))
 
+    @property
+    def bounded(self) -> bool:
+        """Whether the options bound the training rows."""
+        return any(override.startswith("data.train_limit=") for override in self.options.overrides)
+
     def subjects(self, tasks: list[str], *, seed: int, folder: Path) -> list[Subject]:
         root = self.options.data_root
         if self.few:
@@ -140,8 +145,7 @@ class Benchmark:
         output = (self.options.keep or folder) / f"{method}-{'+'.join(names)}{few}{note}-{seed}"
         if (output / "resume").exists() and (self.few or self.clue):
             shutil.rmtree(output)  # its task file has gone
-        asked_limit = any(override.startswith("data.train_limit=") for override in self.options.overrides)
-        limit = None if asked_limit or not self.clue else clue.LIMITS.get(subjects[0].name)
+        limit = clue.LIMITS.get(subjects[0].name) if self.clue and not self.bounded else None
         resumed = (output / "resume").exists()
         result = sparse_ft.training.train(
             [subject.file for subject in subjects],
@@ -267,7 +271,7 @@ def main() -> None:
             kinds = {task: load_task(str(benchmark.files.get(task, task))).kind for task in benchmark.tasks}
         except SparseFTError as error:
             parser.error(str(error))
-        if "mixture" in methods and not clue.LIMITS.keys().isdisjoint(benchmark.files) and not options.overrides:
+        if "mixture" in methods and not clue.LIMITS.keys().isdisjoint(benchmark.files) and not benchmark.bounded:
             parser.error(
                 "a mixture of all of CLUE holds 577,157 blanks of ChID: bound it with --set data.train_limit=20000"
             )

@@ -13,7 +13,7 @@ from sparse_ft.checkpoint import Checkpoint
 from sparse_ft.encoding import Encoder, Example
 from sparse_ft.ensembles import Ensemble, ensemble_logits
 from sparse_ft.errors import ConfigError, DataError
-from sparse_ft.forms import FORMS, Row, Text, columns_of, form_of
+from sparse_ft.forms import FORMS, Row, Text, columns_of, form_of, parts_of
 from sparse_ft.gates import SequenceGate
 from sparse_ft.inference import (
     TaskExamples,
@@ -82,7 +82,7 @@ class Answering:
                 answers[place][name] = answer
                 routings[place][model.tasks[name].experts[0]] = 1.0
         mixed = [tuple(name for name in names if name not in alone) for names in asked]
-        for group in set(mixed) - {()}:  # by the gate, as if all texts asked for the same
+        for group in dict.fromkeys(filter(None, mixed)):  # by the gate, as if all texts asked for the same
             where = [place for place, names in enumerate(mixed) if names == group]
             for place, prediction in zip(where, self.by_task([texts[p] for p in where], group, {}), strict=True):
                 answers[place].update(prediction.tasks)
@@ -97,15 +97,12 @@ class Answering:
         model, texts = self.checkpoint.model, [row.text for row in rows]
         for text in texts:
             form_of(text)  # says what is wrong with it
-        shown = [
-            joined(text if isinstance(text, str) else text[0], None if isinstance(text, str) else text[1])
-            for text in texts
-        ]
+        shown = [joined(*parts_of(text)[:2]) for text in texts]
         chosen = rules.choose(shown, [row.metadata for row in rows])
         routing = Routing.rows(
             [0 if name is None else model.experts.index(name) for name in chosen], device=model.device
         )
-        answers = self._routed(texts, chosen, routing)
+        answers = self._routed(texts, chosen, routing, shared={})
         for text, name, found in zip(texts, chosen, answers, strict=True):
             if name is not None and not found:
                 raise DataError(
@@ -123,7 +120,7 @@ class Answering:
         chosen: Sequence[str | None],
         routing: Routing,
         *,
-        shared: Mapping[str, Mapping[_Key, Example]] | None = None,
+        shared: Mapping[str, Mapping[_Key, Example]],
     ) -> list[dict[str, Answer]]:
         """Answer for each text the tasks that its expert serves, of those that read such texts.
 
@@ -131,10 +128,8 @@ class Answering:
             texts: The rows.
             chosen: The expert of each, whose tasks are answered; None answers none.
             routing: Of the rows.
-            shared: What has been computed of the texts, by task; tasks that the gate mixes must be among them, or go
-                through what ``routing`` says.
+            shared: What has been computed of the texts, by task; all of it where the gate mixes the experts.
         """
-        kept = {} if shared is None else shared
         answers: list[dict[str, Answer]] = [{} for _ in texts]
         for name, slot in self.checkpoint.model.tasks.items():
             reads = self.tasks[name].reads
@@ -143,8 +138,8 @@ class Answering:
                 for place, expert in enumerate(chosen)
                 if expert in slot.experts and form_of(texts[place]) == reads
             ]
-            own = None if slot.mixed and name in kept else routing.take(places)
-            found = self._answers(name, [texts[place] for place in places], shared=kept.get(name, {}), routing=own)
+            own = None if slot.mixed and name in shared else routing.take(places)
+            found = self._answers(name, [texts[place] for place in places], shared=shared.get(name, {}), routing=own)
             for place, answer in zip(places, found, strict=True):
                 answers[place][name] = answer
         return answers
@@ -354,5 +349,5 @@ def _mean_by_text(usage: Tensor, rows: Tensor, number: int) -> Tensor:
 def _prediction(
     text: Text, tasks: dict[str, Answer], routing: dict[str, float], *, unknown: bool = False
 ) -> Prediction:
-    first, second, choices = (text, None, None) if isinstance(text, str) else (*text, None)[:3]
+    first, second, choices = parts_of(text)
     return Prediction(first, tasks, routing, second, unknown, choices)

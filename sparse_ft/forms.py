@@ -67,6 +67,13 @@ def _strings(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(entry, str) for entry in value)
 
 
+def parts_of(text: Text) -> tuple[str, str | None, Sequence[str] | None]:
+    """Return the text, the second text or question, and the choices; None for what there is not."""
+    if isinstance(text, str):
+        return text, None, None
+    return text[0], text[1], text[2] if len(text) == 3 else None
+
+
 def form_of(text: Text) -> str:
     """Tell what a text is, as ``TaskSpec.reads`` says it: a key of FORMS.
 
