@@ -19,7 +19,7 @@ from collections.abc import Callable
 import peers
 import torch
 
-from sparse_ft.backbone import Backbone, load_backbone, set_attention
+from sparse_ft.backbone import Backbone, load_backbone, set_training_attention
 from sparse_ft.choosing import Choice
 from sparse_ft.config import GateConfig
 from sparse_ft.encoding import Example
@@ -47,8 +47,7 @@ def random_expert(model: SparseExpertModel, name: str, generator: torch.Generato
 def loaded(dtype: torch.dtype) -> Backbone:
     """Load the backbone as a training run does on a CPU."""
     backbone = load_backbone("minilm", dtype=dtype)
-    if dtype == torch.bfloat16:
-        set_attention(backbone, "eager")
+    set_training_attention(backbone, torch.device("cpu"))
     return backbone
 
 

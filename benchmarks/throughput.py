@@ -22,7 +22,7 @@ import torch
 import transformers
 from peft import LoraConfig, TaskType, get_peft_model
 
-from sparse_ft.backbone import load_backbone, set_attention
+from sparse_ft.backbone import load_backbone, set_training_attention
 from sparse_ft.config import load_config
 from sparse_ft.devices import find_device, find_dtype
 from sparse_ft.encoding import Encoder
@@ -74,8 +74,7 @@ def time_ours(spec, examples, validation, *, epochs, seed, device, overrides):
     run = load_config(overrides=[*overrides, *whole], values={"seed": seed, "device": str(device)})
     dtype = find_dtype(run.train.precision, device)
     backbone = load_backbone("minilm", dtype=dtype)
-    if device.type == "cpu" and dtype == torch.bfloat16:  # as training does
-        set_attention(backbone, "eager")
+    set_training_attention(backbone, device)
     model = SparseExpertModel(backbone)
     modules = model.backbone.select_linears(first_block=run.experts.first_block)
     model.experts.create(

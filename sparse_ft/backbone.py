@@ -331,10 +331,13 @@ def _put_space_before_words(tokenizer: Any) -> None:
             part.add_prefix_space = True
 
 
-def set_attention(backbone: Backbone, implementation: Literal["eager", "sdpa"]) -> None:
-    """Choose how attention is computed.
+def set_training_attention(backbone: Backbone, device: torch.device) -> None:
+    """Choose the attention that trains fastest; sdpa makes a step in bf16 on a CPU up to 1.7 times slower."""
+    if device.type == "cpu" and next(backbone.model.parameters()).dtype == torch.bfloat16:
+        set_attention(backbone, "eager")
 
-    On a CPU the batched matrix products of ``eager`` train up to 1.7 times faster than ``sdpa`` on short texts.
-    """
+
+def set_attention(backbone: Backbone, implementation: Literal["eager", "sdpa"]) -> None:
+    """Choose how attention is computed: by batched matrix products, or by torch's fused function."""
     if backbone.config._attn_implementation != implementation:
         backbone.model.set_attn_implementation(implementation)  # type: ignore[operator]

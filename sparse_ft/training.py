@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from sparse_ft.backbone import load_backbone, set_attention
+from sparse_ft.backbone import load_backbone, set_training_attention
 from sparse_ft.checkpoint import load_checkpoint, save_checkpoint
 from sparse_ft.config import RunConfig, changed_config, load_config
 from sparse_ft.devices import find_device, find_dtype, is_out_of_memory
@@ -281,9 +281,7 @@ def _start_model(run: RunConfig, device: torch.device) -> tuple[SparseExpertMode
     else:
         before = load_checkpoint(run.start, dtype=dtype)
         model, kept, metrics = before.model, before.tasks, before.metrics
-    if device.type == "cpu" and dtype == torch.bfloat16:
-        # Batched matrix products: sdpa's backward in bf16 on a CPU makes a whole step up to 1.7 times slower.
-        set_attention(model.backbone, "eager")
+    set_training_attention(model.backbone, device)
     return model, kept, metrics
 
 
