@@ -11,7 +11,8 @@ import statistics
 
 import peers
 import torch
-from layers import measure, random_expert
+from layers import random_expert
+from timing import measure, ratio
 
 from sparse_ft.backbone import load_backbone
 from sparse_ft.batching import collate
@@ -95,12 +96,12 @@ def main() -> None:
         "ours, own experts in the last block": lambda: shared_trunk(top, examples),
         "ours, one gated pass over all experts in all blocks": lambda: gated_pass(gated, inputs),
     }
-    seconds = measure(variants, rounds=options.rounds, train=False)
+    with torch.no_grad():
+        seconds = measure(variants, rounds=options.rounds)
     print(f"| four tasks, {options.shape} | ms | / one bare pass |\n|---|---:|---:|")
     for name, values in seconds.items():
-        base = seconds["bare backbone, one pass"]
-        ratio = statistics.median(value / other for value, other in zip(values, base, strict=True))
-        print(f"| {name} | {statistics.median(values) * 1000:.1f} | {ratio:.2f} |")
+        median = statistics.median(values) * 1000
+        print(f"| {name} | {median:.1f} | {ratio(seconds, name, 'bare backbone, one pass'):.2f} |")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ are those of the whole run, from reading the data to the test score; tokens per 
 """
 
 import argparse
+import hashlib
 import json
 import shlex
 import shutil
@@ -30,13 +31,15 @@ from typing import Any, NamedTuple
 
 import clue
 import torch
-from benchmark_table import Entry, about, asked, finished, plot, section, table
+from benchmark_table import plot, section, table
 from few_rows import draw
 from parameters import trained_numbers
+from runs import Entry, Runs
 from trainer_peers import PEER_KINDS, RATES, run_trainer
 
 import sparse_ft.training
 from sparse_ft.errors import SparseFTError
+from sparse_ft.evaluation import evaluate, scored_splits
 from sparse_ft.prediction import LoadedModel, load
 from sparse_ft.submission import SUBMISSIONS, write_submission
 from sparse_ft.tasks import load_task
@@ -101,12 +104,12 @@ class Benchmark:
         source = self.options.data_root / task
         return draw(load_task(task), source, rows=ROWS, seed=seed, folder=folder, in_scope=True)
 
-    def identity(self, method: str, task: str, group: list[str], seed: int) -> Entry:
+    def asked(self, method: str, group: list[str], seed: int) -> Entry:
+        """Return what makes a run another one."""
         return {
-            "task": task,
             "method": method,
-            "seed": seed,
             "group": group,
+            "seed": seed,
             "few": self.few,
             "overrides": self.options.overrides,
             "backbone": self.options.backbone,
@@ -125,7 +128,7 @@ class Benchmark:
             return [self._theirs(method, subject, seed=seed) for subject in subjects]
 
     def _theirs(self, method: str, subject: Subject, *, seed: int) -> dict[str, Any]:
-        return run_trainer(
+        found = run_trainer(
             method,
             subject.file,
             subject.source,
@@ -135,21 +138,49 @@ class Benchmark:
             backbone=self.backbone,
             device=self.options.device,
         )
+        return {**found, "counted": not self.clue or subject.name in clue.COUNTED}
 
     def _ours(self, method: str, subjects: list[Subject], *, seed: int, folder: Path) -> list[dict[str, Any]]:
-        """Train the tasks into one checkpoint, which stays under ``--keep``."""
-        started = time.perf_counter()
+        """Train the tasks into one checkpoint, which stays under ``--keep``, and score it."""
+        asked = json.dumps(self.asked(method, [subject.name for subject in subjects], seed))
         names = {load_task(subject.file).name: subject for subject in subjects}
-        data = {name: str(subject.source) for name, subject in names.items() if subject.source is not None}
-        few, note = "-few" if self.few else "", f"-{self.options.note}" if self.options.note else ""
-        output = (self.options.keep or folder) / f"{method}-{'+'.join(names)}{few}{note}-{seed}"
+        name = f"{method}-{'+'.join(names)}-{seed}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
+        output = (self.options.keep or folder) / name
+        kept = (output / "manifest.json").exists()
+        if kept:
+            print(f"{output} is trained already", flush=True)
+        found = {} if kept else self._trained(names, output, seed=seed)
+        model = load(output, device=self.options.device)
+        splits = scored_splits(model.tasks, model.checkpoint.config.sources)
+        evaluation = found.pop("evaluation", None) or evaluate(output, split=splits, device=self.options.device)
+        entries = []
+        for task, subject in names.items():
+            score, split, spec = evaluation.tasks[task].score, evaluation.splits[task], model.tasks[task]
+            entry = {
+                "metrics": dict(score.metrics),
+                "metric": spec.metric,
+                "scored_on": f"{split}, {score.n:,} rows",
+                "token_report": score.token_report,
+                "validation": model.checkpoint.metrics[task]["validation"],
+                "trainable": trained_numbers(model.checkpoint.model, [task]),
+                **found,
+            }
+            if self.clue:
+                entry |= clue.view(model, task, split, score=score, source=subject.source, limit=self._limit(task))
+            entries.append({**entry, "headline": entry["metrics"][entry["metric"]]})
+            if self.lacks(method, task, seed):
+                self._hand_in(model, task, subject.source)
+        return entries
+
+    def _trained(self, names: dict[str, Subject], output: Path, *, seed: int) -> dict[str, Any]:
+        """Train, or go on with a run that was interrupted."""
+        started = time.perf_counter()
         if (output / "resume").exists() and (self.few or self.clue):
             shutil.rmtree(output)  # its task file has gone
-        limit = clue.LIMITS.get(subjects[0].name) if self.clue and not self.bounded else None
-        resumed = (output / "resume").exists()
+        limit, resumed = self._limit(next(iter(names))), (output / "resume").exists()
         result = sparse_ft.training.train(
-            [subject.file for subject in subjects],
-            data=data or None,
+            [subject.file for subject in names.values()],
+            data={task: str(subject.source) for task, subject in names.items() if subject.source is not None} or None,
             backbone=self.backbone,
             output=output,
             seed=seed,
@@ -157,38 +188,24 @@ class Benchmark:
             device=self.options.device,
             resume=resumed,
         )
-        seconds = time.perf_counter() - started
-        model = load(result.path, device="cpu")
-        entries = []
-        for name, spec in result.tasks.items():
-            score, split = result.evaluation.tasks[name].score, result.evaluation.splits[name]
-            metrics, source = dict(score.metrics), names[name].source
-            if self.clue and name == "cluener":
-                metrics |= clue.scores_of_texts(model, split, source)
-            where = getattr(spec.files, split) if self.clue else split
-            metric = clue.HEADLINES.get(name, spec.metric) if self.clue else spec.metric
-            entries.append({
-                "metrics": metrics,
-                "metric": metric,
-                "headline": metrics[metric],
-                "also": {key: metrics[key] for key in clue.ALSO.get(name, [])} if self.clue else {},
-                "scored_on": f"{where}, {score.n:,} rows{f', trained on {limit:,} at most' if limit else ''}",
-                "counted": not self.clue or name in clue.COUNTED,
-                "token_report": score.token_report,
-                "validation": max(epoch["validation"][name] for epoch in result.history),
-                "epochs": len(result.history),
-                "seconds": None if resumed else seconds / len(subjects),
-                "tokens_per_second": result.tokens_per_second,
-                "trainable": trained_numbers(model.checkpoint.model, [name]),
-            })  # fmt: skip
-            if self.hands_in(name, seed):
-                self._hand_in(model, name, source)
-        return entries
+        return {
+            "evaluation": result.evaluation,
+            "epochs": len(result.history),
+            "seconds": None if resumed else (time.perf_counter() - started) / len(names),
+            "tokens_per_second": result.tokens_per_second,
+        }
 
-    def hands_in(self, task: str, seed: int) -> bool:
-        """Whether a run writes a file for the CLUE site: those of the first seed."""
-        first = int(self.options.seeds.split(",")[0])
-        return self.clue and self.options.submission is not None and task in SUBMISSIONS and seed == first
+    def _limit(self, task: str) -> int | None:
+        """Return how many training rows of a CLUE task are taken where the options do not say."""
+        return clue.LIMITS.get(task) if self.clue and not self.bounded else None
+
+    def lacks(self, method: str, task: str, seed: int) -> bool:
+        """Say whether the file for the CLUE site is yet to be written: with the experts of the first seed."""
+        if method != "expert" or not self.clue or self.options.submission is None or task not in SUBMISSIONS:
+            return False
+        first, wanted = int(self.options.seeds.split(",")[0]), SUBMISSIONS[task]
+        there = clue.is_there(self.options.data_root / task, wanted.test)
+        return seed == first and there and not (self.options.submission / wanted.file).exists()
 
     def _hand_in(self, model: LoadedModel, task: str, source: Path) -> None:
         try:
@@ -197,35 +214,27 @@ class Benchmark:
             print(f"{task}: nothing to hand in. {error}", flush=True)
 
 
-def run_all(benchmark: Benchmark, methods: list[str], seeds: list[int], results: Path) -> list[Entry]:
+def run_all(benchmark: Benchmark, methods: list[str], seeds: list[int], runs: Runs) -> list[Entry]:
     """Run what is not there yet, and return all that was asked for; a run that fails is said, and the others go on."""
-    wanted: list[str] = []
+    entries: list[Entry] = []
     for seed in seeds:
         for method in methods:
             for group in [benchmark.tasks] if method == "mixture" else [[task] for task in benchmark.tasks]:
-                identities = [benchmark.identity(method, task, group, seed) for task in group]
-                wanted.extend(asked(identity) for identity in identities)
-                done = {asked(entry) for entry in finished(results)}
-                to_write = [task for task in group if method == "expert" and benchmark.hands_in(task, seed)]
-                lacking = [
-                    task for task in to_write if not (benchmark.options.submission / SUBMISSIONS[task].file).exists()
-                ]
-                if all(asked(identity) in done for identity in identities) and not lacking:
-                    continue
-                try:
-                    found = benchmark.run(method, group, seed)
-                except SparseFTError as error:
-                    print(f"{'+'.join(group)} {method} {seed}: {error}", flush=True)
-                    continue
-                for identity, result in zip(identities, found, strict=True):
-                    entry = {**identity, **result, "about": about()}
-                    with results.open("a", encoding="utf-8") as stream:
-                        stream.write(json.dumps(entry) + "\n")
-                    shown = f"{entry['task']} {method} {seed} {entry['note']}: validation {entry['validation']:.4f}"
-                    took = "" if entry["seconds"] is None else f", {entry['seconds']:.0f} s"
-                    print(f"{shown}, {entry['headline']:.4f}{took}", flush=True)
-    latest = {asked(entry): entry for entry in finished(results)}
-    return [latest[key] for key in wanted if key in latest]
+                asked = benchmark.asked(method, group, seed)
+                done = runs.find(asked)
+                if not done or any(benchmark.lacks(method, task, seed) for task in group):
+                    try:
+                        found = benchmark.run(method, group, seed)
+                    except (SparseFTError, ValueError) as error:  # transformers raises the latter
+                        print(f"{'+'.join(group)} {method} {seed}: {error}", flush=True)
+                        continue
+                    for task, result in zip(group, found, strict=True):
+                        entry = result if done else runs.add({**asked, "task": task}, result)
+                        took = "" if entry.get("seconds") is None else f", {entry['seconds']:.0f} s"
+                        shown = f"validation {entry['validation']:.4f}, {entry['headline']:.4f}{took}"
+                        print(f"{task} {method} {seed} {benchmark.options.note}: {shown}", flush=True)
+                entries.extend({entry["task"]: entry for entry in runs.find(asked)}.values())
+    return entries
 
 
 def command(options: argparse.Namespace) -> str:
@@ -279,7 +288,7 @@ def main() -> None:
             peers = [method for method in methods if method not in ("expert", "mixture")]
             if peers and kind not in PEER_KINDS:
                 parser.error(f"{peers[0]!r} is for {' and '.join(PEER_KINDS)}, and {task!r} is {kind}")
-        entries = run_all(benchmark, methods, [int(seed) for seed in options.seeds.split(",")], options.results)
+        entries = run_all(benchmark, methods, [int(seed) for seed in options.seeds.split(",")], Runs(options.results))
     if not entries:
         sys.exit("Nothing was scored.")
     hint = clue.NOTES.get(options.backbone, "") if options.suite == "clue" else ""

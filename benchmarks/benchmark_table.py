@@ -1,45 +1,9 @@
-"""Runs of benchmark.py as they are kept, a line of JSON each, and the table and the picture made of them."""
+"""The table and the picture of what benchmark.py found."""
 
-import json
-import platform
 import statistics
-import subprocess
 from pathlib import Path
-from typing import Any
 
-import peft
-import torch
-import transformers
-
-Entry = dict[str, Any]
-
-ASKED = ("task", "method", "seed", "group", "few", "overrides", "backbone", "data", "note", "device", "threads")
-"""What makes a run another one."""
-
-
-def asked(entry: Entry) -> str:
-    """Return what was asked for, to compare."""
-    return json.dumps([entry.get(key) for key in ASKED])
-
-
-def finished(path: Path) -> list[Entry]:
-    """Read the runs that are there already."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-
-
-def about() -> str:
-    """Name the machine, the versions and the commit."""
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True
-    ).stdout.strip()
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
-        cpu = f"{len(names)} x {names[0]}" if names else cpu
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
-    return f"{cpu}{gpu}; Python {platform.python_version()}, {versions}; commit {commit}"
+from runs import Entry
 
 
 def table(entries: list[Entry]) -> str:
@@ -51,7 +15,10 @@ def table(entries: list[Entry]) -> str:
         also = [
             f"; {name} {statistics.mean(row['also'][name] for row in rows):.4f}" for name in rows[0].get("also", {})
         ]
-        seconds = [row["seconds"] for row in rows if row["seconds"] is not None]  # None: in several sessions
+        seconds, rates = (
+            [row[key] for row in rows if row.get(key) is not None]  # none: in several sessions
+            for key in ("seconds", "tokens_per_second")
+        )
         cells = [
             task,
             method,
@@ -62,7 +29,7 @@ def table(entries: list[Entry]) -> str:
             f"{statistics.stdev(score):.4f}" if len(score) > 1 else "",
             f"{rows[0]['trainable']:,}",
             f"{statistics.mean(seconds):,.0f}" if seconds else "",
-            f"{statistics.mean(row['tokens_per_second'] for row in rows):,.0f}",
+            f"{statistics.mean(rates):,.0f}" if rates else "",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, *_means(entries)])
@@ -108,7 +75,7 @@ def plot(entries: list[Entry], path: Path) -> None:
         style = {"color": f"C{methods.index(method)}", "marker": "os^Dvp*X"[tasks.index(task) % 8], "alpha": 0.8}
         score = [row["headline"] for row in rows]
         for axes, key in ((left, "trainable"), (right, "seconds")):
-            axes.scatter([row[key] or float("nan") for row in rows], score, label=f"{task}, {method}", **style)
+            axes.scatter([row.get(key) or float("nan") for row in rows], score, label=f"{task}, {method}", **style)
     for axes, name in ((left, "trained parameters"), (right, "seconds")):
         axes.set_xlabel(name)
         low, high = axes.get_xlim()

@@ -6,6 +6,7 @@ scored on test where that has answers, else on validation, which then also chose
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -14,6 +15,7 @@ from sparse_ft.evaluation import predict_rows, prepare
 from sparse_ft.prediction import LoadedModel
 from sparse_ft.readers import read
 from sparse_ft.schemes import spans_from_tags
+from sparse_ft.scores import Score
 from sparse_ft.tasks import load_task, task_path
 
 TASKS = ["afqmc", "tnews", "iflytek", "ocnli", "cluewsc", "csl", "cmrc2018", "chid", "c3", "cmnli", "drcd", "cluener"]
@@ -84,6 +86,22 @@ def build_random(folder: Path, tasks: dict[str, Path], root: Path) -> Path:
     )
     BertModel(config).save_pretrained(folder)
     return folder
+
+
+def view(model: LoadedModel, task: str, split: str, *, score: Score, source: Path, limit: int | None) -> dict[str, Any]:
+    """Return the entries of a run that are otherwise in CLUE: how a task is scored, on what, and whether it counts."""
+    metrics = dict(score.metrics)
+    if task == "cluener":
+        metrics |= scores_of_texts(model, split, source)
+    file = getattr(model.tasks[task].files, split)
+    bound = f", trained on {limit:,} at most" if limit else ""
+    return {
+        "metrics": metrics,
+        "metric": HEADLINES.get(task, model.tasks[task].metric),
+        "also": {name: metrics[name] for name in ALSO.get(task, [])},
+        "scored_on": f"{file}, {score.n:,} rows{bound}",
+        "counted": task in COUNTED,
+    }
 
 
 def scores_of_texts(model: LoadedModel, split: str, source: Path) -> dict[str, float]:

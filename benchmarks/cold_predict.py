@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
     ours_command = [sys.executable, "-c", "from sparse_ft.cli import main; main()", "predict", options.checkpoint, TEXT]
+    ours_command += ["--device", "cpu"]
     bare_command = [sys.executable, "-c", BARE]
     seconds(ours_command), seconds(bare_command)  # fill the disk cache
     ours, bare, ratios = [], [], []

@@ -8,48 +8,58 @@ sentences with an entity of each type), as many other rows choose the best epoch
 """
 
 import argparse
-import json
-import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from few_rows import draw
+from runs import Entry, Runs, mean_and_spread
 
 import sparse_ft.training
+from sparse_ft.manifest import read_config
 from sparse_ft.tasks import load_task
 
 METHODS = {"alone": [], "by text": ["stage=joint"], "by token": ["stage=joint", "gate.type=token"]}
 
 
-def run(method: str, task: Path, base: Path, *, seed: int, overrides: list[str], output: Path) -> dict[str, float]:
-    started = time.perf_counter()
-    result = sparse_ft.training.train(
-        [str(task)],
-        from_checkpoint=None if method == "alone" else base,
-        output=output,
-        overrides=[*overrides, *METHODS[method]],
-        seed=seed,
-        device="cpu",
-    )
-    (name,) = result.tasks
-    score = result.scores[name][result.tasks[name].metric]
-    return {"score": score, "seconds": time.perf_counter() - started}
+class Comparison:
+    """The methods on the same rows.
+
+    Args:
+        base: Checkpoint with the existing experts.
+        overrides: For all runs.
+    """
+
+    def __init__(self, base: Path, *, overrides: list[str]) -> None:
+        self.base, self.overrides = base, overrides
+        self.config = read_config(base / "config.yaml")
+
+    def run(self, method: str, task: Path, *, seed: int, output: Path) -> dict[str, float]:
+        started = time.perf_counter()
+        alone = method == "alone"
+        length = [f"data.max_length={self.config.data.max_length}"]  # what the experts of the base were trained with
+        result = sparse_ft.training.train(
+            [str(task)],
+            backbone=self.config.backbone if alone else None,
+            from_checkpoint=None if alone else self.base,
+            output=output,
+            overrides=[*(length if alone else []), *self.overrides, *METHODS[method]],
+            seed=seed,
+            device="cpu",
+        )
+        (name,) = result.tasks
+        score = result.scores[name][result.tasks[name].metric]
+        return {"score": score, "seconds": time.perf_counter() - started}
 
 
-def table(entries: list[dict[str, Any]]) -> str:
+def table(entries: list[Entry]) -> str:
     lines = ["| task | rows a class | method | seeds | score |", "|---|---:|---|---:|---:|"]
     keys = dict.fromkeys((entry["task"], entry["rows"], entry["method"]) for entry in entries)
     for task, rows, method in sorted(keys, key=lambda key: (key[0], key[1])):
-        scores = [
-            entry["score"]
-            for entry in entries
-            if (entry["task"], entry["rows"], entry["method"]) == (task, rows, method)
-        ]
-        spread = f" ± {statistics.stdev(scores):.3f}" if len(scores) > 1 else ""
-        lines.append(f"| {task} | {rows} | {method} | {len(scores)} | {statistics.mean(scores):.3f}{spread} |")
+        same = {"task": task, "rows": rows, "method": method}
+        scores = [entry["score"] for entry in entries if same.items() <= entry.items()]
+        lines.append(f"| {task} | {rows} | {method} | {len(scores)} | {mean_and_spread(scores)} |")
     return "\n".join(lines)
 
 
@@ -66,23 +76,21 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("few_shot.jsonl"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    entries: list[dict[str, Any]] = []
-    if options.results.exists():
-        entries = [json.loads(line) for line in options.results.read_text(encoding="utf-8").splitlines()]
-    done = {(entry["task"], entry["rows"], entry["method"], entry["seed"]) for entry in entries}
+    root, base = options.data_root.resolve(), options.base.resolve()
+    same = {"base": str(base), "data": str(root), "overrides": options.overrides, "threads": options.threads}
+    comparison = Comparison(base, overrides=options.overrides)
+    runs, entries = Runs(options.results), []
     for seed in [int(seed) for seed in options.seeds.split(",")]:
         for task in options.tasks.split(","):
             for rows in [int(rows) for rows in options.rows.split(",")]:
                 with tempfile.TemporaryDirectory() as folder:
-                    path = draw(load_task(task), options.data_root / task, rows=rows, seed=seed, folder=Path(folder))
+                    path = draw(load_task(task), root / task, rows=rows, seed=seed, folder=Path(folder))
                     for method in options.methods.split(","):
-                        if (task, rows, method, seed) in done:
-                            continue
-                        output = Path(folder) / method.replace(" ", "-")
-                        found = run(method, path, options.base, seed=seed, overrides=options.overrides, output=output)
-                        entries.append({"task": task, "rows": rows, "method": method, "seed": seed, **found})
-                        with options.results.open("a", encoding="utf-8") as stream:
-                            stream.write(json.dumps(entries[-1]) + "\n")
+                        asked = {"task": task, "rows": rows, "method": method, "seed": seed, **same}
+                        if not runs.find(asked):
+                            output = Path(folder) / method.replace(" ", "-")
+                            runs.add(asked, comparison.run(method, path, seed=seed, output=output))
+                        entries.append(runs.find(asked)[-1])
     print(table(entries))
 
 

@@ -13,11 +13,11 @@ variants take turns.
 import argparse
 import statistics
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from layers import measure
+from timing import Run, measure, ratio
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -30,11 +30,12 @@ from transformers import (
 from sparse_ft.backbone import load_backbone
 from sparse_ft.batching import length_batches, token_limit
 from sparse_ft.exporting import export
+from sparse_ft.gates import SequenceGate
 from sparse_ft.kinds import find_kind
 from sparse_ft.lines import read_texts
 from sparse_ft.prediction import LoadedModel, load
 
-Run = Callable[[], object]
+BARE = "bare backbone, sorted"
 
 
 @torch.no_grad()
@@ -46,9 +47,14 @@ def sorted_labels(
     lengths = [len(ids) for ids in encoded["input_ids"]]
     found: dict[int, torch.Tensor] = {}
     for rows in length_batches(lengths, max_tokens=token_limit(model.device)):
-        batch = tokenizer.pad(
-            {name: [values[row] for row in rows] for name, values in encoded.items()}, return_tensors="pt"
-        )
+        batch = {
+            name: pad_sequence(
+                [torch.tensor(values[row]) for row in rows],
+                batch_first=True,
+                padding_value=tokenizer.pad_token_id if name == "input_ids" else 0,
+            )
+            for name, values in encoded.items()
+        }
         output = model(**batch)
         best = output.logits.argmax(-1) if "logits" in output else output.last_hidden_state.mean(1)
         found.update(zip(rows, best, strict=True))
@@ -88,28 +94,26 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     texts = [text for text in read_texts(options.texts) if text.strip()]
-    models = {path.name: load(path, device="cpu") for path in options.checkpoints}
+    models = {str(path): load(path, device="cpu") for path in options.checkpoints}
     first = next(iter(models.values()))
     backbone = load_backbone(first.checkpoint.config.backbone)
     max_length = first.checkpoint.config.data.max_length
     with tempfile.TemporaryDirectory() as folder:
         variants: dict[str, Run] = {
-            "bare backbone, sorted": lambda: sorted_labels(
-                backbone.model, backbone.tokenizer, texts, max_length=max_length
-            ),
+            BARE: lambda: sorted_labels(backbone.model, backbone.tokenizer, texts, max_length=max_length),
             **dense_models(first, texts, Path(folder) / "dense"),
         }
         for name, model in models.items():
             variants[f"{name}, all tasks"] = lambda model=model: model.predict(texts, "all")
-            variants[f"{name}, gate's choice"] = lambda model=model: model.predict(texts)
-        seconds = measure(variants, rounds=options.rounds, train=False)
-    base = seconds["bare backbone, sorted"]
+            if isinstance(model.checkpoint.model.gate, SequenceGate):
+                variants[f"{name}, gate's choice"] = lambda model=model: model.predict(texts)
+        seconds = measure(variants, rounds=options.rounds)
     print(
         f"| {len(texts):,} texts, {len(first.tasks)} tasks | texts a second | time / bare backbone |\n|---|---:|---:|"
     )
     for name, values in seconds.items():
-        ratio = statistics.median(value / other for value, other in zip(values, base, strict=True))
-        print(f"| {name} | {len(texts) / statistics.median(values):.0f} | {ratio:.2f} |")
+        rate = len(texts) / statistics.median(values)
+        print(f"| {name} | {rate:.0f} | {ratio(seconds, name, BARE):.2f} |")
 
 
 if __name__ == "__main__":

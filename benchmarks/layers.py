@@ -13,11 +13,11 @@ top 2 of each token are computed with all others; X-LoRA. A peer that fails is n
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import peers
 import torch
+from timing import measure, ratio
 
 from sparse_ft.backbone import Backbone, load_backbone, set_training_attention
 from sparse_ft.choosing import Choice
@@ -31,9 +31,6 @@ from sparse_ft.model import SparseExpertModel
 from sparse_ft.routing import Pass, Routing
 
 Run = Callable[[], torch.Tensor]
-
-_TRAINED = 64
-"""Experts that a training step updates at most; a batch cannot name more of them than it has rows for."""
 
 
 def random_expert(model: SparseExpertModel, name: str, generator: torch.Generator) -> Expert:
@@ -66,10 +63,10 @@ def ours(
     for number in numbers:
         generator = torch.Generator().manual_seed(number)
         model = with_experts(number, dtype=dtype)
-        if train:
-            for name in model.experts.names[:_TRAINED]:
-                model.experts.parameters(name)
         chosen = torch.stack([torch.randperm(number, generator=generator)[:2] for _ in range(rows)])
+        if train:  # the experts that the batch goes to
+            for place in range(number) if number <= dense_limit else chosen.unique().tolist():
+                model.experts.parameters(model.experts.names[place])
         weights = torch.rand(rows, tokens, number, generator=generator)
         # A routing keeps what layers made of it, so every pass gets a fresh one, as it does from a gate.
         choices = {
@@ -129,26 +126,6 @@ def theirs(numbers: list[int], inputs: dict[str, torch.Tensor], *, train: bool, 
     return plain | variants
 
 
-def measure(variants: dict[str, Run], *, rounds: int, train: bool) -> dict[str, list[float]]:
-    """Let all variants take turns; the first two rounds warm up.
-
-    Returns:
-        Seconds of each round; of CPU time where there is one thread, which other processes disturb less.
-    """
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    with torch.set_grad_enabled(train):
-        for number in range(rounds + 2):
-            for name, run in variants.items():
-                started = clock()
-                hidden = run()
-                if train:
-                    hidden.float().square().mean().backward()
-                if number >= 2:
-                    seconds[name].append(clock() - started)
-    return seconds
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--experts", default="1,4,8,16,64,256,1024")
@@ -171,17 +148,18 @@ def main() -> None:
             dtype = torch.bfloat16 if options.bf16 else torch.float32
             variants = theirs(peer_numbers, inputs, train=train, dtype=dtype)
             variants |= ours(numbers, inputs, dense_limit=options.dense_limit, train=train, dtype=dtype)
-            seconds = measure(variants, rounds=options.rounds, train=train)
+            if train:
+                variants = {
+                    name: lambda run=run: run().float().square().mean().backward() for name, run in variants.items()
+                }
+            with torch.set_grad_enabled(train):
+                seconds = measure(variants, rounds=options.rounds)
             print(f"\n| {shape}, {'forward and backward' if train else 'forward'} | ms | / bare | / PEFT, one LoRA |")
             print("|---|---:|---:|---:|")
             for name, values in seconds.items():
-                shown = [
-                    statistics.median(value / other for value, other in zip(values, seconds[base], strict=True))
-                    for base in ("bare backbone", "PEFT, one LoRA")
-                ]
-                print(
-                    f"| {name} | {statistics.median(values) * 1000:.1f} | {shown[0]:.2f} | {shown[1]:.2f} |", flush=True
-                )
+                shown = [ratio(seconds, name, base) for base in ("bare backbone", "PEFT, one LoRA")]
+                median = statistics.median(values) * 1000
+                print(f"| {name} | {median:.1f} | {shown[0]:.2f} | {shown[1]:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

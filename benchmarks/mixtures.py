@@ -3,15 +3,14 @@
     python benchmarks/mixtures.py --tasks sentiment,topic,intent,ner --seeds 13,14,15
     python benchmarks/mixtures.py --data-root DATA --tasks sst2,ag_news,clinc150,conll2003
 
-full: a full fine-tune per task. expert: a LoRA per task, the task known; the routes below it use the same experts.
-shared: one LoRA for all tasks. joint: experts and gate trained together, a text or a token going through two experts;
-pool: the same with experts of no task. Every method sees each row ``train.epochs`` times, in as many steps. Parameters:
-those of experts, heads, and the gate where it learns and is asked. Each finished run is one line of ``--results``; what
-is there is not run again.
+full: a full fine-tune per task, in batches of 32 rows divided by the number of tasks. expert: a LoRA per task, the task
+known; the routes below it use the same experts. shared: one LoRA for all tasks. joint: experts and gate at once,
+a text or a token going through two experts; pool: the same with experts of no task. Every method sees each row
+``train.epochs`` times, in about as many steps where the tasks are of one size. Parameters: those of experts, heads, and
+the gate where it learns and is asked. Each finished run is one line of ``--results``; what is there is not run again.
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 from parameters import trained_numbers
+from runs import Runs, mean_and_spread
 from trainer_peers import run_trainer
 
 import sparse_ft.evaluation
@@ -146,19 +146,14 @@ def _table(entries: list[dict[str, Any]], tasks: list[str]) -> str:
     ]
     for method in dict.fromkeys(entry["method"] for entry in entries):
         rows = [entry for entry in entries if entry["method"] == method]
-        cells = [_spread([row["scores"][task] for row in rows]) for task in tasks]
-        cells.append(_spread([statistics.mean(row["scores"].values()) for row in rows]))
+        cells = [mean_and_spread([row["scores"][task] for row in rows]) for task in tasks]
+        cells.append(mean_and_spread([statistics.mean(row["scores"].values()) for row in rows]))
         right = [row["right"] for row in rows if "right" in row]
         cells.append(f"{statistics.mean(right):.3f}" if right else "")
         cells.append(f"{rows[0]['trained']:,}")
         cells.append(f"{statistics.mean(row['seconds'] for row in rows):.0f}")
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _spread(values: list[float]) -> str:
-    mean = f"{statistics.mean(values):.3f}"
-    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
 
 
 def main() -> None:
@@ -173,25 +168,19 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     tasks = options.tasks.split(",")
-    entries: list[dict[str, Any]] = []
-    if options.results.exists():
-        entries = [json.loads(line) for line in options.results.read_text(encoding="utf-8").splitlines()]
+    root = None if options.data_root is None else options.data_root.resolve()
     overrides = [*EQUAL, *options.overrides]
-    same = {"tasks": tasks, "data": str(options.data_root), "overrides": overrides}
-    entries = [entry for entry in entries if {key: entry.get(key) for key in same} == same]
-    done = {(entry["run"], entry["seed"]) for entry in entries}
+    same = {"tasks": tasks, "data": str(root), "overrides": overrides, "threads": options.threads}
+    runs, entries = Runs(options.results), []
     for seed in [int(seed) for seed in options.seeds.split(",")]:
         for run in options.methods.split(","):
-            if (run, seed) in done:
-                continue
-            with tempfile.TemporaryDirectory() as folder:
-                comparison = Comparison(
-                    tasks, data_root=options.data_root, seed=seed, overrides=overrides, folder=Path(folder)
-                )
-                for method, found in METHODS[run](comparison).items():
-                    entries.append({"run": run, "method": method, "seed": seed, **same, **found})
-                    with options.results.open("a", encoding="utf-8") as stream:
-                        stream.write(json.dumps(entries[-1]) + "\n")
+            asked = {"run": run, "seed": seed, **same}
+            if not runs.find(asked):
+                with tempfile.TemporaryDirectory() as folder:
+                    comparison = Comparison(tasks, data_root=root, seed=seed, overrides=overrides, folder=Path(folder))
+                    for method, found in METHODS[run](comparison).items():
+                        runs.add(asked, {"method": method, **found})
+            entries.extend(runs.find(asked))
     print(_table(entries, tasks))
 
 

@@ -31,6 +31,7 @@ from sparse_ft.fitting import fit
 from sparse_ft.kinds import find_kind
 from sparse_ft.kinds.classification import IGNORED
 from sparse_ft.model import SparseExpertModel
+from sparse_ft.new_experts import add_tasks
 from sparse_ft.readers import label_names, read
 from sparse_ft.resources import packaged_minilm_dir
 from sparse_ft.tasks import load_task
@@ -75,35 +76,29 @@ def time_ours(spec, examples, validation, *, epochs, seed, device, overrides):
     dtype = find_dtype(run.train.precision, device)
     backbone = load_backbone("minilm", dtype=dtype)
     set_training_attention(backbone, device)
-    model = SparseExpertModel(backbone)
-    modules = model.backbone.select_linears(first_block=run.experts.first_block)
-    model.experts.create(
-        spec.name,
-        modules=modules,
-        rank=run.experts.rank,
-        alpha=run.experts.alpha,
-        seed=seed,
-        word_shapes=model.backbone.drops_case,
-    )
-    kind = find_kind(spec.kind)
-    model.add_task(spec.name, expert=spec.name, level=kind.level, num_outputs=len(kind.outputs(spec.label_names)))
+    model = SparseExpertModel(backbone, pooling=run.experts.pooling)
+    ready = {spec.name: TrainingTask(spec, list(examples), validation)}
+    add_tasks(model, ready, run=run)
+    model.experts.set_dropout(run.experts.dropout)
     model.to(device)
-    task = TrainingTask(spec, list(examples), validation)
     with tempfile.TemporaryDirectory() as output:
         started = time.perf_counter()
-        fit(model, {spec.name: task}, run=run, output=Path(output), resume=False)
+        fit(model, ready, run=run, output=Path(output), resume=False)
         return time.perf_counter() - started
 
 
 def peak(device, dtype):
     """Measure the FLOP a second of a large matrix product."""
-    left, right = (torch.randn(2048, 2048, device=device, dtype=dtype) for _ in range(2))
+    size, times = (2048, 1) if device.type == "cpu" else (8192, 10)
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds = []
-    for _ in range(7):
+    for _ in range(9):
         started = time.perf_counter()
-        (left @ right).sum().item()
+        for _ in range(times):
+            product = left @ right
+        product[0, 0].item()  # waits for a GPU
         seconds.append(time.perf_counter() - started)
-    return 2 * 2048**3 / statistics.median(seconds)
+    return 2 * size**3 * times / statistics.median(seconds[2:])
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 full: all weights. head: only what stands on the backbone. bitfit: that and the biases (Ben Zaken et al. 2022,
 https://arxiv.org/abs/2106.10199). peft: a LoRA of PEFT with its defaults and those of the Trainer, in batches of 8.
 
+A text is read as transformers' classes do it: BERT's from its first token through the pooler, where ours take the mean.
 Tagging is scored with legal tags only, as our experts are; the F1 of the best tag of each word is kept as ``plain_f1``.
 """
 
@@ -25,6 +26,7 @@ from transformers import (
 
 from sparse_ft.backbone import load_backbone
 from sparse_ft.config import load_config
+from sparse_ft.devices import find_device, find_dtype
 from sparse_ft.encoding import Encoder, Example
 from sparse_ft.evaluation import EvalData, prepare, score_rows, scored_split
 from sparse_ft.kinds import find_kind
@@ -45,6 +47,10 @@ RECIPES = {
 
 RATES = {"full": 1.0, "bitfit": 10.0, "head": 10.0}
 """Factor on the learning rate: what trains few weights needs a higher one."""
+
+
+PEFT_EPOCHS = 3
+"""The Trainer's default, which ``peft`` keeps."""
 
 
 PEER_KINDS = ("classification", "token_classification")
@@ -69,17 +75,17 @@ def run_trainer(
     scored in its place.
     """
     began = time.perf_counter()
-    limit = load_config(overrides=overrides).data.train_limit
+    bounds = load_config(overrides=overrides).data
     loaded = load_backbone(backbone)
-    encoder = Encoder(loaded, max_length=256)
+    encoder = Encoder(loaded, max_length=bounds.max_length)
     spec = load_task(task)
     split = scored_split(spec, None if source is None else str(source))
     found = read(spec, data=source)
     labels = label_names(spec, found["train"])
     spec = spec.with_labels(labels)
     rows = found["train"]
-    if limit is not None and len(rows) > limit:  # the same rows as the expert's
-        rows = rows.shuffle(seed=seed).select(range(limit))
+    if bounds.train_limit is not None and len(rows) > bounds.train_limit:  # the same rows as the expert's
+        rows = rows.shuffle(seed=seed).select(range(bounds.train_limit))
     kind = find_kind(spec.kind)
     train = kind.encode(rows.to_dict(), encoder=encoder, labels=spec.label_names, language=spec.language)
     evaluated = {
@@ -89,17 +95,18 @@ def run_trainer(
     torch.manual_seed(seed)
     classifier = _Classifier(spec, backbone, pad_id=loaded.pad_id, method=method)
     rate, usual = RECIPES.get(spec.name, RECIPES["conll2003"])
-    epochs = epochs or usual
-    ours = {
-        "learning_rate": rate * RATES.get(method, 1.0),
-        "num_train_epochs": epochs,
-        "per_device_train_batch_size": batch_size,
-        **_OURS,
-    }
-    settings = {} if method == "peft" else ours
+    epochs = epochs or (PEFT_EPOCHS if method == "peft" else usual)
+    settings: dict[str, Any] = {"num_train_epochs": epochs}
+    if method != "peft":
+        settings |= {
+            "learning_rate": rate * RATES[method],
+            "per_device_train_batch_size": batch_size,
+            "bf16": find_dtype("auto", find_device(device)) == torch.bfloat16,  # as ours
+            **_OURS,
+        }
     best, training = classifier.train(train, evaluated["validation"], settings=settings, seed=seed, device=device)
     entry = classifier.score(evaluated[split])
-    tokens = sum(len(example.input_ids) for example in train) * (epochs if settings else 3)
+    tokens = sum(len(example.input_ids) for example in train) * epochs
     return {
         "metrics": entry.metrics,
         "metric": spec.metric,
@@ -107,7 +114,7 @@ def run_trainer(
         "headline": entry.metrics[spec.metric],
         "token_report": entry.token_report,
         "validation": best,
-        "epochs": epochs if settings else 3,
+        "epochs": epochs,
         "seconds": time.perf_counter() - began,
         "tokens_per_second": tokens / training,
         "trainable": sum(value.numel() for value in classifier.model.parameters() if value.requires_grad),
@@ -132,13 +139,14 @@ class _Classifier:
         self.outputs = self.kind.outputs(spec.label_names or [])
         head = AutoModelForTokenClassification if self.words else AutoModelForSequenceClassification
         folder = packaged_minilm_dir() if backbone == "minilm" else backbone
-        self.model = head.from_pretrained(folder, num_labels=len(self.outputs), attn_implementation="eager")
+        self.model = head.from_pretrained(folder, num_labels=len(self.outputs))
+        self.model.config.pad_token_id = pad_id
         if method == "peft":
             kind = TaskType.TOKEN_CLS if self.words else TaskType.SEQ_CLS
             self.model = get_peft_model(self.model, LoraConfig(task_type=kind))
         elif method != "full":
             for name, parameter in self.model.named_parameters():
-                on_top = name.startswith("classifier") or ".pooler." in name
+                on_top = not name.startswith(f"{self.model.base_model_prefix}.") or ".pooler." in name
                 parameter.requires_grad_(on_top or (method == "bitfit" and name.endswith(".bias")))
 
     def features(self, examples: Sequence[Example]) -> list[dict[str, Any]]:

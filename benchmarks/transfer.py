@@ -2,7 +2,7 @@
 
     python benchmarks/transfer.py --data-root DATA
 
-sentiment -> SST-2 dev, topic -> AG News test, ner -> CoNLL-2003 test. The public data is read through its own task
+sentiment -> SST-2 test, topic -> AG News test, ner -> CoNLL-2003 test. The public data is read through its own task
 file; the label names are the same on both sides. No public row is trained on.
 """
 
@@ -17,7 +17,7 @@ from sparse_ft.readers import read
 from sparse_ft.tasks import load_task
 from sparse_ft.training import train
 
-PAIRS = {"sentiment": ("sst2", "validation"), "topic": ("ag_news", "test"), "ner": ("conll2003", "test")}
+PAIRS = {"sentiment": ("sst2", "test"), "topic": ("ag_news", "test"), "ner": ("conll2003", "test")}
 
 
 def main() -> None:
@@ -33,10 +33,11 @@ def main() -> None:
         for seed in [int(seed) for seed in options.seeds.split(",")]:
             with tempfile.TemporaryDirectory() as folder:
                 output = Path(folder) / "run"
-                result = train([task], output=output, seed=seed, overrides=options.overrides)
+                result = train([task], output=output, seed=seed, overrides=options.overrides, device="cpu")
                 checkpoint = load_checkpoint(output)
             spec = checkpoint.tasks[task]
-            data = prepare(rows.to_dict(), spec=spec, encoder=Encoder(checkpoint.model.backbone, max_length=256))
+            encoder = Encoder(checkpoint.model.backbone, max_length=checkpoint.config.data.max_length)
+            data = prepare(rows.to_dict(), spec=spec, encoder=encoder)
             score = score_rows(spec, data, predict_rows(checkpoint.model, spec, data))
             own = result.scores[task][spec.metric]
             best = max(entry["validation"][task] for entry in result.history)
