@@ -3,9 +3,9 @@
     python benchmarks/mixtures.py --tasks sentiment,topic,intent,ner --seeds 13,14,15
     python benchmarks/mixtures.py --data-root DATA --tasks sst2,ag_news,clinc150,conll2003
 
-full: a full fine-tune per task, in batches of 32 rows divided by the number of tasks. expert: a LoRA per task, the task
-known; the routes below it use the same experts. shared: one LoRA for all tasks. joint: experts and gate at once,
-a text or a token going through two experts; pool: the same with experts of no task. Every method sees each row
+full: a full fine-tune per task. expert: a LoRA per task, the task known; both in batches of 32 rows by the number
+of tasks. The routes below it use the same experts. shared: one LoRA for all tasks. joint: experts and gate together, a
+text or a token going through two experts; pool: the same with experts of no task. Every method sees each row
 ``train.epochs`` times, in about as many steps where the tasks are of one size. Parameters: those of experts, heads, and
 the gate where it learns and is asked. Each finished run is one line of ``--results``; what is there is not run again.
 """
@@ -67,7 +67,8 @@ class Comparison:
         return {"full": {"scores": scores, "trained": sum(entry["trainable"] for entry in found), "seconds": seconds}}
 
     def expert(self) -> dict[str, dict[str, Any]]:
-        found = {"expert": self._run("expert")}
+        batch = 32 // len(self.tasks)  # they are trained one after the other
+        found = {"expert": self._run("expert", f"train.batch_size={batch}")}
         path = self.folder / "expert"
         for route in ROUTES:
             asked, checkpoint = route, path

@@ -48,7 +48,7 @@ class TrainConfig(_Section):
     """The training loop."""
 
     epochs: int = Field(default=5, ge=1)
-    """Passes over the data; one is as long as all tasks together."""
+    """Passes over the rows of a task, or of the tasks that share experts: one is as long as all of them together."""
     min_steps: int = Field(default=240, ge=0)
     """Small data is repeated until there are this many optimizer steps, a tenth or more between evaluations."""
     batch_size: int = Field(default=32, ge=1)
@@ -70,9 +70,10 @@ class TrainConfig(_Section):
     """Whether the frozen backbone's own dropout is on in training; it slows a step by a quarter or more."""
     head_dropout: float = Field(default=0.1, ge=0, lt=1)
     patience: int = Field(default=3, ge=0)
-    """Evaluations without a better score, for all tasks, after which training stops; 0 never stops early."""
+    """Evaluations without a better score after which the training of a task stops, or of those that share experts; 0
+    never stops early."""
     mixture: Literal["proportional", "smoothed", "uniform"] = "proportional"
-    """How often each task is drawn: by its rows, by their square root, or equally."""
+    """How often each of the tasks that share experts is drawn: by its rows, by their square root, or equally."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the frozen weights in training; auto is bf16 where the hardware computes in it."""
     trunk_memory: int = Field(default=1024, ge=0)

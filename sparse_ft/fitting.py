@@ -1,15 +1,16 @@
-"""The training loop: batches of several tasks through one frozen backbone, each task with its own expert and head."""
+"""The training loop: batches through one frozen backbone, of one task after the other, or of all that share experts."""
 
 import logging
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sparse_ft.auxiliary import alarms
@@ -22,9 +23,9 @@ from sparse_ft.gradients import Gradients
 from sparse_ft.joint import has_gate
 from sparse_ft.mixing import Domains, Mixing, Pairs
 from sparse_ft.model import SparseExpertModel
-from sparse_ft.parameter_groups import build_optimizer, find_groups
+from sparse_ft.parameter_groups import Group, build_optimizer, find_groups
 from sparse_ft.processes import place, shared_out
-from sparse_ft.resume import Progress, fingerprint, load_resume, save_resume
+from sparse_ft.resume import Progress, fingerprint, load_resume, read_progress, save_resume
 from sparse_ft.training_data import TrainingTask
 from sparse_ft.trunk import keep_trunk, trunk_bytes
 
@@ -39,9 +40,9 @@ def fit(
 ) -> Progress:
     """Train the experts and heads of some tasks; leaves the model with the best state of each.
 
-    Every step is one batch; the rows of a task reach its expert and head only, so tasks trained together do not disturb
-    each other. In a joint run they meet in the experts and the gate, whose best state is that of the best mean score.
-    The state is saved to ``output/resume`` every ``train.save_steps`` steps and after each epoch.
+    Tasks that have nothing in common which learns are trained one after the other, each as in a run of its own. Those
+    that share experts, as all do in a joint run, meet in the batches, and their best state is that of the best mean
+    score. The state is saved to ``output/resume`` every ``train.save_steps`` steps and after each epoch.
 
     Args:
         model: On its device; has an expert and a head for each task.
@@ -56,76 +57,112 @@ def fit(
     Raises:
         SparseFTError: If the loss is no longer finite.
     """
-    accelerator = Accelerator(cpu=model.device.type == "cpu", device_placement=False)
-    loop = _Loop(model, tasks, run=run, output=output, accelerator=accelerator)
-    torch.manual_seed(run.seed)
+    accelerator = Accelerator(mixed_precision="no", device_placement=False)  # precision is that of the frozen weights
+    state = _State.start(model, tasks, run=run, output=output)
     if resume:
-        loop.load()
-    progress, settings = loop.progress, run.train
-    shown = {"desc": "training", "unit": "step", "mininterval": 0.5, "disable": place() > 0}
-    with tqdm(total=loop.total_steps, initial=progress.step, **shown) as bar:
-        while progress.epoch < loop.epochs and not _patience_is_out(progress, settings.patience):
-            model.train()
-            batches = loop.plan(progress.epoch)
-            while progress.batch < len(batches):
-                loop.step(batches[progress.batch])
-                bar.update()
-                bar.set_postfix(_postfix(progress), refresh=False)
-                if progress.step % settings.save_steps == 0 and progress.batch < len(batches):
-                    loop.save()
-            loop.end_epoch()
-            bar.set_postfix(_postfix(progress))
-            loop.save()
-    loop.take_best()
+        state.progress = read_progress(output, data=state.data)
+    progress, names = state.progress, list(state.groups)
+    while progress.group < len(names):
+        name = names[progress.group]
+        loop = _Loop(model, tasks, name=name, state=state, accelerator=accelerator)
+        torch.manual_seed(run.seed)
+        if resume:
+            loop.load()
+            resume = False
+        try:
+            loop.run_epochs(title="training" if len(names) == 1 else f"{name} ({progress.group + 1} of {len(names)})")
+        finally:
+            loop.close()
+        progress.next_group()
     return progress
 
 
+@dataclass
+class _State:
+    """What is of the whole run: all that learns, its best values so far, and where the run stands."""
+
+    run: RunConfig
+    output: Path
+    data: str
+    groups: dict[str, Group]
+    parameters: dict[str, nn.Parameter]
+    best: dict[str, Tensor]
+    progress: Progress
+
+    @classmethod
+    def start(
+        cls, model: SparseExpertModel, tasks: Mapping[str, TrainingTask], *, run: RunConfig, output: Path
+    ) -> "_State":
+        groups = find_groups(model, list(tasks), run=run)
+        parameters = {name: value for group in groups.values() for name, value in group.parameters.items()}
+        best = {name: value.detach().clone() for name, value in parameters.items()}
+        data = fingerprint({name: [*task.examples, *task.validation.examples] for name, task in tasks.items()})
+        return cls(run, output, data, groups, parameters, best, Progress())
+
+
 class _Loop:
-    """The state of a training run: parameters, optimizer, position, and the best tensors so far."""
+    """The training of one group: its rows, parameters and optimizer."""
 
     def __init__(
         self,
         model: SparseExpertModel,
         tasks: Mapping[str, TrainingTask],
         *,
-        run: RunConfig,
-        output: Path,
+        name: str,
+        state: _State,
         accelerator: Accelerator,
     ) -> None:
-        self.model, self.run, self.output = model, run, output
-        self.accelerator = accelerator
+        self.model, self.name, self.state, self.run, self.progress = model, name, state, state.run, state.progress
+        self.accelerator, self.group = accelerator, state.groups[name]
+        run, tasks = state.run, {task: tasks[task] for task in self.group.tasks}
         model.requires_grad_(False)
         model.backbone_dropout = run.train.backbone_dropout
-        examples = {name: task.examples for name, task in tasks.items()}
+        examples = {task: rows.examples for task, rows in tasks.items()}
         self.mixing = Mixing(model, examples, run=run) if has_gate(run) else None
-        domains = self.mixing is None and any(model.tasks[name].gated for name in tasks)
+        domains = self.mixing is None and any(model.tasks[task].gated for task in tasks)
         self.tasks = _keep_trunks(model, tasks, limit=run.train.trunk_memory * 2**20)
-        self.groups = find_groups(model, list(tasks), run=run)
-        self.parameters = {name: value for group in self.groups.values() for name, value in group.parameters.items()}
-        for parameter in self.parameters.values():
+        for parameter in self.group.parameters.values():
             parameter.requires_grad_(True)
-        self.optimizer = accelerator.prepare(build_optimizer(self.parameters, run))
+        self.optimizer = accelerator.prepare(build_optimizer(self.group.parameters, run))
         self.lengths = {
-            name: [sum(len(task.examples[place].input_ids) for place in unit) for unit in task.units]
-            for name, task in tasks.items()
+            task: [sum(len(rows.examples[place].input_ids) for place in unit) for unit in rows.units]
+            for task, rows in tasks.items()
         }
-        self.data = fingerprint({name: [*task.examples, *task.validation.examples] for name, task in tasks.items()})
         self.gradients = Gradients(
             model,
             self.tasks,
-            parameters=list(self.parameters.values()),
+            parameters=list(self.group.parameters.values()),
             run=run,
             accelerator=accelerator,
             mixing=Domains(model, examples) if domains else self.mixing,
         )
-        self.progress = Progress()
-        self.best = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self.passes = 1
         self.passes = math.ceil(run.train.min_steps / _EPOCHS / len(self.plan(0))) or 1
         steps_per_epoch = len(self.plan(0))
         wanted = math.ceil(run.train.epochs / self.passes)
         self.epochs = max(wanted, math.ceil(run.train.min_steps / steps_per_epoch))
         self.total_steps = self.epochs * steps_per_epoch
+
+    def run_epochs(self, *, title: str) -> None:
+        """Train to the end, and leave the model with the best state."""
+        progress, settings = self.progress, self.run.train
+        shown = {"desc": title, "unit": "step", "mininterval": 0.5, "disable": place() > 0}
+        with tqdm(total=self.total_steps, initial=progress.step, **shown) as bar:
+            while progress.epoch < self.epochs and not self._patience_is_out():
+                self.model.train()
+                batches = self.plan(progress.epoch)
+                while progress.batch < len(batches):
+                    self.step(batches[progress.batch])
+                    bar.update()
+                    bar.set_postfix(_postfix(progress), refresh=False)
+                    if progress.step % settings.save_steps == 0 and progress.batch < len(batches):
+                        self.save()
+                self.end_epoch()
+                bar.set_postfix(_postfix(progress))
+                self.save()
+        with torch.no_grad():
+            for name, parameter in self.group.parameters.items():
+                parameter.copy_(self.state.best[name])
 
     def plan(self, epoch: int) -> list[list[tuple[str, int]]]:
         """Return the batches between two evaluations: one pass over the rows, or several over few rows."""
@@ -150,10 +187,9 @@ class _Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         told = self.gradients.add(pairs, step=progress.step)
-        for group in self.groups.values():
-            group.sum_tied()
-            if settings.clip:
-                self.accelerator.clip_grad_norm_(group.parameters.values(), settings.clip)
+        self.group.sum_tied()
+        if settings.clip:
+            self.accelerator.clip_grad_norm_(self.group.parameters.values(), settings.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         for task, loss in told.losses.items():
@@ -182,16 +218,15 @@ class _Loop:
         for name, task in self.tasks.items():
             predictions = self._predicted(task)
             scores[name] = score_rows(task.spec, task.validation, predictions).metrics[task.spec.metric]
-        for name, group in self.groups.items():
-            score = sum(scores[task] for task in group.tasks) / len(group.tasks)
-            score = score if math.isfinite(score) else -math.inf  # a correlation with a constant is not a number
-            best = progress.best.get(name, -math.inf)
-            progress.stale[name] = 0 if score > best else progress.stale.get(name, 0) + 1
-            if score >= best:  # of equals the one that has learnt longest: few validation rows tie early
-                progress.best[name] = score
-                progress.scores.update({task: scores[task] for task in group.tasks})
-                for part, parameter in group.parameters.items():
-                    self.best[part] = parameter.detach().clone()
+        score = sum(scores.values()) / len(scores)
+        score = score if math.isfinite(score) else -math.inf  # a correlation with a constant is not a number
+        best = progress.best.get(self.name, -math.inf)
+        progress.stale[self.name] = 0 if score > best else progress.stale.get(self.name, 0) + 1
+        if score >= best:  # of equals the one that has learnt longest: few validation rows tie early
+            progress.best[self.name] = score
+            progress.scores.update(scores)
+            for name, parameter in self.group.parameters.items():
+                self.state.best[name] = parameter.detach().clone()
         mixture = {}
         if self.mixing is not None:
             usage = _shares(progress)
@@ -216,11 +251,12 @@ class _Loop:
             task.validation.num_rows, lambda rows: predict_rows(self.model, task.spec, task.validation.take(rows))
         )
 
-    def take_best(self) -> None:
-        """Give every parameter the value it had when its task scored best."""
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(self.best[name])
+    def _patience_is_out(self) -> bool:
+        patience = self.run.train.patience
+        return patience > 0 and self.progress.stale.get(self.name, 0) >= patience
+
+    def close(self) -> None:
+        """Let the threads end, and nothing learn."""
         self.model.requires_grad_(False).eval()
         self.gradients.close()
 
@@ -228,20 +264,19 @@ class _Loop:
         if place() > 0:
             return
         save_resume(
-            self.output,
+            self.state.output,
             config=self.run,
-            data=self.data,
+            data=self.state.data,
             progress=self.progress,
-            parameters=self.parameters,
+            parameters=self.state.parameters,
             optimizer=self.optimizer,
-            best=self.best,
+            best=self.state.best,
         )
 
     def load(self) -> None:
-        self.progress, best = load_resume(
-            self.output, data=self.data, parameters=self.parameters, optimizer=self.optimizer
-        )
-        self.best = {name: tensor.to(self.model.device) for name, tensor in best.items()}
+        """Put back the tensors and the random numbers; the position was read before."""
+        best = load_resume(self.state.output, parameters=self.state.parameters, optimizer=self.optimizer)
+        self.state.best = {name: tensor.to(self.model.device) for name, tensor in best.items()}
 
 
 def _keep_trunks(
@@ -275,10 +310,6 @@ def _rate(step: int, *, total: int, warmup: float) -> float:
     if step < rising:
         return (step + 1) / rising
     return (total - step) / max(1, total - rising)
-
-
-def _patience_is_out(progress: Progress, patience: int) -> bool:
-    return patience > 0 and bool(progress.stale) and min(progress.stale.values()) >= patience
 
 
 def _mean_losses(progress: Progress) -> dict[str, float]:

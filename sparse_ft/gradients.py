@@ -116,9 +116,10 @@ class Gradients:
         return [pairs[start : start + size] for start in range(0, len(pairs), size)]
 
     def close(self) -> None:
-        """Let the threads end."""
+        """Let the threads end; theirs was the number of cores that new threads of the process would take."""
         if self.pool is not None:
             self.pool.shutdown()
+            torch.set_num_threads(torch.get_num_threads())
 
     def _backward(self, parts: Sequence[tuple[int, Pairs]], step: int, *, whole: "_Whole") -> list[Found]:
         """Compute some numbered parts side by side; return what each adds to the means over the batch."""

@@ -24,6 +24,8 @@ from sparse_ft.manifest import read_config
 class Progress:
     """Where a run stands; plain values only."""
 
+    group: int = 0
+    """Groups of tasks that are done; epoch, batch and step are counted anew for each."""
     epoch: int = 0
     batch: int = 0
     """Batches of this epoch that are done."""
@@ -49,6 +51,11 @@ class Progress:
     """Sum of the gate's losses of this epoch, in a joint run."""
     usage: dict[str, float] = field(default_factory=dict)
     """Sum of each expert's share of the weights of a batch, in a joint run."""
+
+    def next_group(self) -> None:
+        """Stand at the beginning of the next group."""
+        self.group += 1
+        self.epoch = self.batch = self.step = 0
 
 
 def fingerprint(examples: Mapping[str, Sequence[Example]]) -> str:
@@ -79,7 +86,7 @@ def save_resume(
         data: ``fingerprint`` of the training rows.
         progress: Where the run stands.
         parameters: All trainable tensors by name.
-        optimizer: AdamW over these.
+        optimizer: AdamW over those of the group in training.
         best: The best tensors so far, by the same names.
     """
     tensors = {f"now/{name}": parameter.detach().cpu() for name, parameter in parameters.items()}
@@ -121,25 +128,43 @@ def find_resume(output: Path) -> RunConfig:
     return read_config(folder / "config.yaml")
 
 
-def load_resume(
-    output: Path, *, data: str, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> tuple[Progress, dict[str, Tensor]]:
-    """Put parameters, optimizer and random numbers back to where the run was.
+def read_progress(output: Path, *, data: str) -> Progress:
+    """Return where the run stood.
 
-    Returns:
-        Where it stood, and the best tensors so far.
+    Args:
+        output: Folder of the run.
+        data: ``fingerprint`` of the training rows.
 
     Raises:
         CheckpointError: If the state is damaged or the training rows have changed since.
     """
-    folder = output / "resume"
-    tensors = read_tensors(folder / "state.safetensors")
-    values = _read_progress(folder / "progress.json")
+    values = _read_progress(output / "resume" / "progress.json")
     if values.pop("data") != data:
         raise CheckpointError(
             f"The training rows are not those of the interrupted run in {str(output)!r}: the data or the tokenizer has "
             "changed. Put the old data back, or start anew in another --output."
         )
+    return Progress(**values)
+
+
+def load_resume(
+    output: Path, *, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """Put parameters, optimizer and random numbers back to where the run was.
+
+    Args:
+        output: Folder of the run.
+        parameters: All trainable tensors by name.
+        optimizer: AdamW over those of the group in training.
+
+    Returns:
+        The best tensors so far, by the same names.
+
+    Raises:
+        CheckpointError: If the state is damaged.
+    """
+    folder = output / "resume"
+    tensors = read_tensors(folder / "state.safetensors")
     lacking = [name for name in parameters if f"now/{name}" not in tensors]
     if lacking:
         raise CheckpointError(
@@ -149,19 +174,20 @@ def load_resume(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"now/{name}"])
-            optimizer.state[parameter] = {
+            state = {
                 key: _like_adam(key, tensors[f"adam/{key}/{name}"], parameter)
                 for key in ("step", "exp_avg", "exp_avg_sq")
                 if f"adam/{key}/{name}" in tensors
             }
+            if state:
+                optimizer.state[parameter] = state
     torch.set_rng_state(tensors["rng/cpu"])
     device = _device_of(parameters)
     if device.type == "cuda" and "rng/cuda" in tensors:
         torch.cuda.set_rng_state(tensors["rng/cuda"], device)
     elif device.type == "mps" and "rng/mps" in tensors:
         torch.mps.set_rng_state(tensors["rng/mps"])
-    best = {name.removeprefix("best/"): tensor for name, tensor in tensors.items() if name.startswith("best/")}
-    return Progress(**values), best
+    return {name.removeprefix("best/"): tensor for name, tensor in tensors.items() if name.startswith("best/")}
 
 
 def _device_of(parameters: Mapping[str, nn.Parameter]) -> torch.device:

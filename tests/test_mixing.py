@@ -122,7 +122,7 @@ def test_one_mean_score_decides_which_state_of_all_is_best(tmp_path, tiny_bert, 
         return score
 
     def watching(loop):
-        states.append({name: value.detach().clone() for name, value in loop.parameters.items()})
+        states.append({name: value.detach().clone() for name, value in loop.group.parameters.items()})
         end_epoch(loop)
 
     monkeypatch.setattr(fitting, "score_rows", scripted)

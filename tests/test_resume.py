@@ -18,7 +18,8 @@ from sparse_ft.errors import CheckpointError, ConfigError
 from sparse_ft.folders import recover_folder, replace_folder
 from sparse_ft.resume import find_resume
 
-# Three epochs of 7 steps, a save every second step; dropout makes every step depend on the random state.
+# Three epochs of 5 steps, then three of 3 for the second task, and a save every second step; dropout makes every step
+# depend on the random state.
 OPTIONS = {
     "train__epochs": 3,
     "train__batch_size": 8,
@@ -116,10 +117,12 @@ def assert_same_end(path: Path, expected: Path) -> None:
 
 MOMENTS = [
     ("after step", 5),  # one step after a save
-    ("after step", 17),  # in the last epoch
+    ("after step", 17),  # in the first epoch of the second task
+    ("after step", 24),  # the last
     ("in save", 3),  # two files go through write_bytes a save: the tensors of the second one
     ("in save", 6),  # the config of the third one
     ("after epoch", 1),
+    ("after epoch", 3),  # the last of the first task
     ("between renames", 3),
     ("before final save", 1),
     ("in final save", 3),
@@ -135,7 +138,7 @@ def test_a_killed_run_ends_where_the_uninterrupted_one_ends(tmp_path, tiny_bert,
     assert not (output / "manifest.json").exists()
     result = sparse_ft.train(output=output, resume=True)
     assert_same_end(result.path, expected)
-    assert len(result.history) == 3
+    assert len(result.history) == 6
 
 
 def test_a_run_killed_twice_ends_there_too(tmp_path, tiny_bert, uninterrupted, monkeypatch):
