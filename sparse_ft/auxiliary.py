@@ -89,26 +89,23 @@ def _chosen(routing: Routing, top_k: int, places: Sequence[int]) -> Tensor:
     return listed.gather(-1, logits.gather(-1, listed).topk(top_k, dim=-1).indices)
 
 
-def alarms(usage: Mapping[str, float], *, pool: bool, settings: GateConfig) -> list[str]:
+def alarms(usage: Mapping[str, float], *, settings: GateConfig, rows: Mapping[str, float] | None = None) -> list[str]:
     """Say which experts a gate does not use, or sends nearly everything to.
 
     Args:
-        usage: Expert to its share, 0 to 1, over an epoch.
-        pool: Whether the experts belong to no task; otherwise a large share may be that of a large task.
+        usage: Expert to its share of the weight, 0 to 1, over an epoch.
         settings: Named in the advice.
+        rows: Expert to the share of the rows that are of its task; None for a pool, whose experts should share evenly.
     """
-    even = 1 / len(usage)
-    advice = f"Raise gate.balance_loss (now {settings.balance_loss:g}) or gate.jitter (now {settings.jitter:g})"
+    pool, advice = rows is None, f"Raise gate.balance_loss (now {settings.balance_loss:g}) or gate.jitter"
+    advice = f"{advice} (now {settings.jitter:g}){', or lower experts.pool' if pool else ''}."
     found = []
     for name, share in usage.items():
-        if share < _IDLE * even:
-            found.append(
-                f"Expert {name!r} got {share:.1%} of the weight, an even share is {even:.1%}: it is hardly used. "
-                f"{advice}{', or lower experts.pool' if pool else ''}."
-            )
-        elif pool and len(usage) > 1 and share > min(_OVERLOADED * even, _MOST):
-            found.append(
-                f"Expert {name!r} got {share:.1%} of the weight, an even share is {even:.1%}: the gate collapses. "
-                f"{advice}."
-            )
+        due = 1 / len(usage) if rows is None else rows.get(name, 0.0)
+        other = f"an even share is {due:.1%}" if pool else f"its task has {due:.1%} of the rows"
+        about = f"Expert {name!r} got {share:.1%} of the weight, {other}"
+        if share < _IDLE * due:
+            found.append(f"{about}: it is hardly used. {advice}")
+        elif pool and len(usage) > 1 and share > min(_OVERLOADED * due, _MOST):
+            found.append(f"{about}: the gate collapses. {advice}")
     return found

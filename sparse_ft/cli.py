@@ -166,7 +166,9 @@ def train(
     speed = f"Trained on {result.tokens_per_second:,.0f} tokens per second. " if result.history else ""
     typer.echo(f"\n{speed}Checkpoint: {shown}")
     dashes = "-- " if example.startswith("-") else ""
-    named = f"--task {spec.name} " if from_ is not None else ""  # whatever its gate knows of new experts
+    # Whatever its gate knows of new experts; and a task that reads something else could not answer the example.
+    by_name = from_ is not None or len({other.reads for other in result.tasks.values()}) > 1
+    named = f"--task {spec.name} " if by_name else ""
     typer.echo(f"Next: sparse-ft predict {shlex.quote(shown)} {named}{dashes}{shlex.quote(example)}")
 
 

@@ -39,7 +39,7 @@ def edit(
     checkpoint: str | Path,
     *,
     output: str | Path,
-    remove: Sequence[str] = (),
+    remove: Sequence[str] | str = (),
     rename: Sequence[tuple[str, str]] = (),
     copy: Sequence[tuple[str, str]] = (),
     add: Sequence[tuple[str | None, str | Path]] = (),
@@ -73,7 +73,7 @@ def edit(
     folder = free_output(output)
     loaded = load_checkpoint(checkpoint, backbone=backbone)
     changes = []
-    for name in remove:
+    for name in [remove] if isinstance(remove, str) else remove:
         changes.extend(remove_expert(loaded, name))
     for old, new in rename:
         changes.extend(rename_expert(loaded, old, new))

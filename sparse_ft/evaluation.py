@@ -251,7 +251,7 @@ def _texts(data: EvalData) -> list[str]:
 def evaluate(
     checkpoint: str | Path | Checkpoint | LoadedModel,
     *,
-    tasks: Sequence[str] | None = None,
+    tasks: Sequence[str] | str | None = None,
     data: str | Path | Mapping[str, str] | None = None,
     split: Split | Mapping[str, Split] = "test",
     route: str = "task",
@@ -285,7 +285,7 @@ def evaluate(
         checkpoint = load_checkpoint(checkpoint, device=find_device(device), backbone=backbone)
     model = checkpoint.model
     way = Route(route, model, seed=checkpoint.config.seed)
-    chosen = list(tasks or checkpoint.tasks)
+    chosen = [tasks] if isinstance(tasks, str) else list(tasks or checkpoint.tasks)
     for task in chosen:
         checkpoint.model.head(task)
     splits = dict(split) if isinstance(split, Mapping) else dict.fromkeys(chosen, split)

@@ -3,7 +3,8 @@
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -231,7 +232,8 @@ class _Loop:
         if self.mixing is not None:
             usage = _shares(progress)
             mixture = {"auxiliary": _per_batch(progress, progress.auxiliary), "usage": usage}
-            for alarm in alarms(usage, pool=self.run.experts.pool > 0, settings=self.run.gate):
+            rows = None if self.run.experts.pool else self._rows_of_experts(self.mixing.names)
+            for alarm in alarms(usage, settings=self.run.gate, rows=rows):
                 _LOG.warning("Epoch %d: %s", progress.epoch + 1, alarm)
         progress.history.append(
             {
@@ -244,6 +246,14 @@ class _Loop:
         )
         progress.epoch, progress.batch = progress.epoch + 1, 0
         progress.losses, progress.counts, progress.auxiliary, progress.usage = {}, {}, {}, {}
+
+    def _rows_of_experts(self, names: Sequence[str]) -> dict[str, float]:
+        """Return the share of the rows of an epoch that are of the task of each expert."""
+        drawn = Counter(task for batch in self.plan(self.progress.epoch) for task, _ in batch)
+        experts = {task: self.model.tasks[task].experts for task in drawn}
+        return {
+            name: sum(count / drawn.total() for task, count in drawn.items() if name in experts[task]) for name in names
+        }
 
     def _predicted(self, task: TrainingTask) -> list[Any]:
         """Predict the validation rows of a task."""

@@ -80,7 +80,8 @@ def form_of(text: Text) -> str:
     Raises:
         DataError: If it is nothing of all these, or no Unicode.
     """
-    for part in (text,) if isinstance(text, str) else text if isinstance(text, tuple) else ():
+    given = (text,) if isinstance(text, str) else text if isinstance(text, tuple) else ()
+    for part in (*given[:2], *(given[2] if len(given) == 3 and not isinstance(given[2], str) else ())):
         if isinstance(part, str) and not part.isascii():
             try:
                 part.encode()

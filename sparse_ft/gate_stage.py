@@ -7,6 +7,7 @@ from typing import Any
 
 from sparse_ft.checkpoint import load_checkpoint, save_checkpoint
 from sparse_ft.config import RunConfig, changed_config
+from sparse_ft.continuing import keep_length, moved_backbone
 from sparse_ft.devices import find_device
 from sparse_ft.encoding import Encoder, Example
 from sparse_ft.errors import ConfigError, SparseFTError
@@ -120,6 +121,7 @@ def add_gate(
             split[0],
         )
         return
+    _forget_accuracy(metrics)
     rows = rows_by_expert(model, ready)
     gated = any(slot.gated for slot in model.tasks.values())
     model.gate = model.gate if gated else None  # one that a task needs stays if no other can be fitted
@@ -130,13 +132,19 @@ def add_gate(
 
 
 def note_accuracy(model: SparseExpertModel, ready: Mapping[str, TrainingTask], *, metrics: dict[str, Any]) -> None:
-    """Note how many validation rows of each task a gate for texts sends to the task's expert."""
+    """Note how many validation rows of each task a gate for texts sends to the task's expert; drop what was noted."""
+    _forget_accuracy(metrics)
     for name, task in ready.items():
         experts, gate = model.tasks[name].experts, model.gate
         if isinstance(gate, SequenceGate) and set(experts) < set(gate.names):
             accuracy = routing_accuracy(model, task.validation.examples, experts=experts)
             metrics.setdefault(name, {})["routing_accuracy"] = accuracy
             _LOG.info("The gate sends %.1f %% of the validation rows of %s to its expert", 100 * accuracy, name)
+
+
+def _forget_accuracy(metrics: dict[str, Any]) -> None:
+    for entry in metrics.values():
+        entry.pop("routing_accuracy", None)
 
 
 def train_gate(
@@ -149,7 +157,7 @@ def train_gate(
     """
     if run.start is None:
         raise ConfigError("--stage gate needs the checkpoint with the experts: add --from CHECKPOINT.")
-    before = load_checkpoint(run.start, device=find_device(run.device))
+    before = load_checkpoint(run.start, device=find_device(run.device), backbone=moved_backbone(run))
     names = list(before.tasks)
     model = before.model
     if len(model.experts.names) < 2:
@@ -168,13 +176,23 @@ def train_gate(
             "with `sparse-ft edit`."
         )
     sources = {**before.config.sources, **name_sources(data, names)}
+    run = keep_length(run, [])
     wanted = output or run.output
     folder = next_output(names) if wanted is None else free_output(wanted)
     asked: dict[str, Any] = {
-        key: getattr(run, key) for key in ("start", "seed", "device") if key in run.model_fields_set
+        key: getattr(run, key) for key in ("start", "seed", "device", "backbone") if key in run.model_fields_set
     }
-    changes = {**asked, "sources": sources, "output": str(folder), "gate": run.gate.model_dump()}
-    run = changed_config(before.config, changes)
+    rows = {"train_limit": run.data.train_limit} if "train_limit" in run.data.model_fields_set else {}
+    run = changed_config(
+        before.config,
+        {
+            **asked,
+            "sources": sources,
+            "output": str(folder),
+            "gate": run.gate.model_dump(),
+            "data": {**before.config.data.model_dump(), **rows},
+        },
+    )
     encoder = Encoder(model.backbone, max_length=run.data.max_length)
     ready = {name: prepare_task(spec, run=run, encoder=encoder, before=spec) for name, spec in before.tasks.items()}
     splits = scored_splits(before.tasks, run.sources)

@@ -19,6 +19,9 @@ from sparse_ft.model import SparseExpertModel
 from sparse_ft.processes import from_each, launched, number, place, sum_gradients
 from sparse_ft.training_data import TrainingTask
 
+_ROWS = 8
+"""Least rows of a part in a joint run, if the experts are few."""
+
 
 @dataclass(frozen=True)
 class _Whole:
@@ -108,8 +111,11 @@ class Gradients:
         """Divide a batch, which is in the order of the tasks.
 
         Neighbours are of one task and thus of like length, so they stay together. Not in a joint run: its balance and
-        its capacity are those of a part, which should hold of every task what the batch does.
+        its capacity are those of a part, which should hold of every task what the batch does, and rows enough to say
+        how the experts are used.
         """
+        if isinstance(self.mixing, Mixing):
+            count = max(1, min(count, len(pairs) // max(_ROWS, 2 * len(self.mixing.names))))
         if self.run.stage == "joint":
             return [part for start in range(count) if (part := pairs[start::count])]
         size = math.ceil(len(pairs) / count)

@@ -196,7 +196,12 @@ def leaving(
 
 
 def entering(
-    model: SparseExpertModel, examples: Sequence[Example], *, block: int | None = None, means: bool = False
+    model: SparseExpertModel,
+    examples: Sequence[Example],
+    *,
+    block: int | None = None,
+    hidden: bool = True,
+    means: bool = False,
 ) -> list[Example]:
     """Run the bare backbone up to a block, and keep what enters it in each example's ``trunk``.
 
@@ -204,6 +209,7 @@ def entering(
         model: In evaluation mode.
         examples: Rows of model input.
         block: 0-based; None takes the lowest with experts, below which all experts share the blocks.
+        hidden: Whether to keep the hidden states; without, only the means are.
         means: Whether to keep the mean of what enters each block up to there, too.
     """
     backbone = model.backbone
@@ -211,7 +217,13 @@ def entering(
     wanted = min(model.first_block, last) if block is None else block  # a model without experts has none to enter
     with model.slot.filled(Pass(None)):
         return keep_trunk(
-            backbone.model, backbone.blocks, examples, first_block=wanted, pad_id=backbone.pad_id, means=means
+            backbone.model,
+            backbone.blocks,
+            examples,
+            first_block=wanted,
+            pad_id=backbone.pad_id,
+            hidden=hidden,
+            means=means,
         )
 
 
@@ -220,18 +232,15 @@ def stacked_means(examples: Sequence[Example]) -> Tensor:
     return torch.stack([example.means for example in examples if example.means is not None])
 
 
-def mean_states(model: SparseExpertModel, examples: Sequence[Example], *, block: int, size: int = 2048) -> Tensor:
+def mean_states(model: SparseExpertModel, examples: Sequence[Example], *, block: int) -> Tensor:
     """Return the mean over the tokens of what enters each block from the lowest to this one.
 
     Args:
         model: In evaluation mode.
         examples: Rows of model input, at least one.
         block: 0-based; the last that is read.
-        size: Examples whose hidden states are in memory at once.
 
     Returns:
         [examples, block + 1, hidden] float32, on the CPU.
     """
-    starts = range(0, len(examples), size)
-    parts = (entering(model, examples[start : start + size], block=block, means=True) for start in starts)
-    return torch.cat([stacked_means(part).cpu() for part in parts])
+    return stacked_means(entering(model, examples, block=block, hidden=False, means=True))

@@ -26,7 +26,8 @@ def read_texts(source: str) -> Iterator[str]:
         return
     path = Path(source)
     if not path.exists() or path.is_dir():  # a pipe will do
-        raise DataError(f"File {source!r} does not exist. Give a file with one text a line, or - for standard input.")
+        problem = "is a folder" if path.is_dir() else "does not exist"
+        raise DataError(f"File {source!r} {problem}. Give a file with one text a line, or - for standard input.")
     try:
         with path.open("rb") as stream:
             yield from _lines(stream, repr(source))

@@ -56,7 +56,7 @@ def describe_checkpoint(path: Path) -> str:
 
 def _gate(gate: dict[str, Any] | None, metrics: dict[str, Any]) -> str:
     if gate is None:
-        return "none; name the tasks to answer"
+        return "none; all tasks answer, unless some are named"
     shares = {task: entry["routing_accuracy"] for task, entry in metrics.items() if "routing_accuracy" in entry}
     right = ", ".join(f"{task} {share:.3f}" for task, share in shares.items())
     threshold = f", unknown below {gate['min_confidence']:g}" if gate["min_confidence"] else ""

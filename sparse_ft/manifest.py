@@ -30,7 +30,7 @@ def check_name(name: str) -> str:
     """
     if not _NAME.fullmatch(name):
         raise CheckpointError(
-            f"The name {name!r} is not allowed: use letters, digits, - and _, at most 64, not - first."
+            f"The name {name!r} is not allowed: use letters, digits, - and _, at most 64, a letter or digit first."
         )
     return name
 

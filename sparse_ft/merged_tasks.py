@@ -89,7 +89,7 @@ def group_tasks(parts: Sequence[PartTask], *, heads: str) -> list[MergedTask]:
         name = members[0].called
         if name in found:
             first, second = found[name].parts[0], members[0]
-            reason = "with other labels" if heads != SEPARATE else "kept apart by --heads separate"
+            reason = "of another kind, language or labels" if heads != SEPARATE else "kept apart by --heads separate"
             raise ConfigError(
                 f"Two tasks are named {name!r}, {reason}: of the experts {first.expert!r} and {second.expert!r}. Give "
                 f"one another name: NAME=CHECKPOINT/experts/EXPERT, or `sparse-ft edit --copy`."

@@ -6,6 +6,7 @@ from typing import Any
 from sparse_ft.exporters.parts import any_shapes, sees_shapes, sole_expert
 from sparse_ft.kinds import find_kind
 from sparse_ft.prediction import LoadedModel
+from sparse_ft.words import split_words
 
 _MANY = 60
 
@@ -90,9 +91,9 @@ def _use(model: LoadedModel, tasks: Sequence[str], *, format: str, folder: str) 
     spec = model.tasks[tasks[0]]
     words = find_kind(spec.kind).level == "word"
     text, _, second = (spec.example or "Your text here.").partition("\t")
-    pair = spec.reads == "pair"
+    pair, split = spec.reads == "pair", [word.text for word in split_words(text, spec.language)]
     if format == "onnx":
-        return _use_onnx(model, tasks, folder=folder, row=text.split() if words else (text, second) if pair else text)
+        return _use_onnx(model, tasks, folder=folder, row=split if words else (text, second) if pair else text)
     if format == "peft":
         labels = len(find_kind(spec.kind).outputs(spec.label_names or []))
         example = f"{text!r}, {second!r}" if pair else repr(text)
@@ -100,7 +101,7 @@ def _use(model: LoadedModel, tasks: Sequence[str], *, format: str, folder: str) 
         return _PEFT.format(folder=folder, labels=labels, example=example, pool=pool)
     if words:
         trust = ", trust_remote_code=True" if sees_shapes(model, tasks[0]) else ""
-        return _WORDS.format(folder=folder, trust=trust, example=repr(text.split()))
+        return _WORDS.format(folder=folder, trust=trust, example=repr(split))
     more = ", top_k=None)  # a label holds from a score of 0.5" if spec.kind == "multi_label" else ")"
     example = repr({"text": text, "text_pair": second}) if pair else repr(text)
     return _TEXTS.format(folder=folder, example=example, more=more)

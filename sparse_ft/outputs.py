@@ -1,10 +1,11 @@
 """Which folder a command may write: one in which nothing would be lost."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from sparse_ft.errors import ConfigError
-from sparse_ft.folders import recover_folder
+from sparse_ft.folders import explain_os_errors, recover_folder
 from sparse_ft.manifest import MANIFEST
 
 
@@ -14,13 +15,25 @@ def default_output(names: Sequence[str]) -> Path:
 
 
 def next_output(names: Sequence[str]) -> Path:
-    """Return the next default folder of these tasks that does not exist."""
-    base = default_output(names)
+    """Make the next default folder of these tasks that does not exist, so that no run beside takes it, too."""
+    base = default_output(names).absolute()
     number, folder = 1, base
-    while folder.exists():
-        number += 1
-        folder = base.with_name(f"{base.name}-{number}")
-    return folder.absolute()
+    with explain_os_errors(base):
+        base.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                number += 1
+                folder = base.with_name(f"{base.name}-{number}")
+            else:
+                return folder
+
+
+def give_back(output: Path) -> None:
+    """Remove the folder of a run that has written nothing."""
+    with contextlib.suppress(OSError):  # it is not empty, or not there
+        output.rmdir()
 
 
 def free_output(output: str | Path) -> Path:

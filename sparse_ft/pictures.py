@@ -171,7 +171,7 @@ def _blocks(routing: RoutingReport, *, route: str) -> "Figure":
     }
     return _panels(
         panels,
-        rows=list(routing.usage),
+        rows=list(next(iter(routing.blocks.values()))),
         columns=routing.experts,
         title=f"Route {route}: mean weight of each expert on the tokens of each task",
         across="expert",

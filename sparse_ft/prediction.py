@@ -127,11 +127,11 @@ class LoadedModel:
         while chunk := list(itertools.islice(iterator, CHUNK)):
             yield from self.predict(chunk, tasks, combine=combine)
 
-    def logits(self, texts: Sequence[Text], task: str) -> Tensor | list[Tensor]:
+    def logits(self, texts: str | Sequence[Text], task: str) -> Tensor | list[Tensor]:
         """Compute the raw outputs of one task.
 
         Args:
-            texts: Raw texts.
+            texts: Raw texts; a single string is a list of one.
             task: A task of the checkpoint.
 
         Returns:
@@ -139,13 +139,13 @@ class LoadedModel:
             ``words.split_words``; for multiple choice a list of (choices, 1).
         """
         (name,) = self._answering.task_names([task])
-        rows = self._answering.row_logits(name, texts)
+        rows = self._answering.row_logits(name, [texts] if isinstance(texts, str) else texts)
         kind = find_kind(self.tasks[name].kind)
         if kind.level == "word" or kind.by_row:
             return rows
         return torch.stack(rows) if rows else torch.zeros(0, self.checkpoint.model.head(name).linear.out_features)
 
-    def probabilities(self, texts: Sequence[Text], task: str) -> Tensor:
+    def probabilities(self, texts: str | Sequence[Text], task: str) -> Tensor:
         """Compute the probability of every label of a task, float32 (texts, labels), in the order of its label names.
 
         Raises:
@@ -155,8 +155,9 @@ class LoadedModel:
         kind = find_kind(self.tasks[name].kind)
         logits = self.logits(texts, name)
         if isinstance(logits, list):
+            parts = "words" if kind.level == "word" else "choices"
             raise ConfigError(
-                f"Task {name!r} tags words and has no probabilities of a text. Ask logits for those of words."
+                f"Task {name!r} is about {parts} and has no probabilities of a text. Ask logits for those of {parts}."
             )
         return kind.probabilities(logits)
 

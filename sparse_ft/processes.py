@@ -83,6 +83,13 @@ def from_first(compute: Callable[[], _Value]) -> _Value:
     return value
 
 
+def same_in_all(module: nn.Module) -> None:
+    """Give a module in every process the tensors that it has in the first."""
+    if launched():
+        state = from_first(lambda: {name: tensor.cpu() for name, tensor in module.state_dict().items()})
+        module.load_state_dict(state)
+
+
 def shared_out(rows: int, compute: Callable[[Sequence[int]], Sequence[_Value]]) -> list[_Value]:
     """Compute something for each row, every process for its share of them, and return it for all.
 

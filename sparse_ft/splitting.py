@@ -8,7 +8,7 @@ from sklearn.cluster import KMeans
 from sparse_ft.checkpoint import Checkpoint
 from sparse_ft.encoding import Encoder, Example
 from sparse_ft.errors import ConfigError
-from sparse_ft.gate_stage import rows_by_expert
+from sparse_ft.gate_stage import note_accuracy, rows_by_expert
 from sparse_ft.gate_training import fit_gate, gate_block
 from sparse_ft.inference import mean_states
 from sparse_ft.model import SparseExpertModel
@@ -53,6 +53,7 @@ def split_expert(checkpoint: Checkpoint, name: str, new: str) -> list[str]:
     rows |= {name: halves[0], new: halves[1]}
     model.gate = fit_gate(model, rows, names=model.routed, settings=config.gate, seed=config.seed)
     model.eval().requires_grad_(False)
+    note_accuracy(model, ready, metrics=checkpoint.metrics)
     return [
         f"Split expert {name!r} of task {task!r} into {name!r} ({len(halves[0])} training rows) and {new!r} "
         f"({len(halves[1])}). They are still the same; `sparse-ft train --from … --task {task}` trains them apart."

@@ -70,7 +70,8 @@ class TaskSpec(_Section):
     name: str
     kind: str
     description: str = ""
-    language: str = "en"
+    language: str = Field(default="en", pattern=r"^[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*$")
+    """As in BCP 47, e.g. en, zh or pt-BR."""
     hub: HubSource | None = None
     files: FileSource | None = None
     columns: dict[str, Column] = Field(default_factory=dict)

@@ -16,6 +16,7 @@ from sparse_ft.checkpoint import Checkpoint, load_checkpoint
 from sparse_ft.devices import find_device
 from sparse_ft.encoding import Encoder, Example
 from sparse_ft.errors import ConfigError
+from sparse_ft.forms import form_of
 from sparse_ft.gates import Gate
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.routes import ROUTES, Route
@@ -114,6 +115,7 @@ def route_tokens(
     way = _find_route(route, model, seed=checkpoint.config.seed)
     encoder = Encoder(model.backbone, max_length=checkpoint.config.data.max_length)
     pairs = any(spec.reads == "pair" for spec in checkpoint.tasks.values())
+    form_of(text)  # says what is wrong with it
     parts = text.split("\t", 1) if pairs else [text]
     (example,) = encoder.texts(parts[:1], parts[1:] or None)
     tokens, truncated = _tokens(encoder, parts, example)

@@ -11,6 +11,7 @@ import torch
 from sparse_ft.backbone import load_backbone, set_training_attention
 from sparse_ft.checkpoint import load_checkpoint, save_checkpoint
 from sparse_ft.config import RunConfig, changed_config, load_config
+from sparse_ft.continuing import continued_config, keep_length, moved_backbone
 from sparse_ft.devices import find_device, find_dtype, is_out_of_memory
 from sparse_ft.encoding import Encoder
 from sparse_ft.errors import ConfigError, SparseFTError
@@ -22,8 +23,8 @@ from sparse_ft.joint import check_joint, has_gate
 from sparse_ft.manifest import check_name, read_config, read_manifest
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.new_experts import add_tasks, start_gate
-from sparse_ft.outputs import default_output, free_output, next_output
-from sparse_ft.processes import from_first, own_device, place
+from sparse_ft.outputs import default_output, free_output, give_back, next_output
+from sparse_ft.processes import from_first, own_device, place, same_in_all
 from sparse_ft.reports import report_json
 from sparse_ft.resume import Progress, find_resume
 from sparse_ft.tasks import Split, TaskSpec, load_task
@@ -54,7 +55,7 @@ class TrainResult:
 
 
 def train(
-    tasks: Sequence[str] = (),
+    tasks: Sequence[str] | str = (),
     *,
     data: str | Path | Mapping[str, str] | None = None,
     output: str | Path | None = None,
@@ -89,7 +90,7 @@ def train(
         SparseFTError: For everything that the caller can mend; nothing is written then.
     """
     given = {
-        "tasks": [str(task) for task in tasks] or None,
+        "tasks": [str(task) for task in ([tasks] if isinstance(tasks, str) else tasks)] or None,
         "backbone": backbone,
         "seed": seed,
         "device": device,
@@ -101,6 +102,8 @@ def train(
         run = changed_config(run, {"stage": "joint"})
     if from_checkpoint is not None:
         run = changed_config(run, {"start": str(Path(from_checkpoint).absolute())})
+    if run.start is not None and not resume:
+        run = continued_config(run)
     unresumed = run
     run = from_first(
         lambda: _resumed_config(unresumed, output, data=data) if resume else _find_tasks(unresumed, unresumed.start)
@@ -120,8 +123,12 @@ def train(
         sources = {**_sources_of(run.start), **run.sources, **name_sources(data, names)}
         wanted = output or run.output
         folder = from_first(lambda: next_output(names) if wanted is None else free_output(wanted))
-        run = changed_config(_keep_length(run, names), {"sources": sources, "output": str(folder)})
-    return _train(run, specs, resume=resume)
+        run = changed_config(keep_length(run, names), {"sources": sources, "output": str(folder)})
+    try:
+        return _train(run, specs, resume=resume)
+    finally:
+        if place() == 0:
+            give_back(Path(run.output or ""))
 
 
 def _find_tasks(run: RunConfig, start: str | None) -> RunConfig:
@@ -140,23 +147,6 @@ def _sources_of(checkpoint: str | None) -> dict[str, str]:
         return {}
     read_manifest(Path(checkpoint))
     return read_config(Path(checkpoint) / "config.yaml").sources
-
-
-def _keep_length(run: RunConfig, trained: Sequence[str]) -> RunConfig:
-    """Cut texts where the checkpoint to start from does, for the sake of its tasks that are not trained."""
-    if run.start is None:
-        return run
-    before = read_config(Path(run.start) / "config.yaml").data.max_length
-    if "max_length" not in run.data.model_fields_set:
-        data = {**run.data.model_dump(exclude_unset=True), "max_length": before}
-        return changed_config(run, {"data": data})
-    kept = [name for name in read_manifest(Path(run.start))["tasks"] if name not in trained]
-    if run.data.max_length != before and kept:
-        raise ConfigError(
-            f"data.max_length is {run.data.max_length}, and {before} in {run.start!r}, so task {kept[0]!r} would read "
-            "long texts otherwise. Leave it out, or train that task, too."
-        )
-    return run
 
 
 def _from_here(run: RunConfig) -> RunConfig:
@@ -229,6 +219,7 @@ def _train(run: RunConfig, specs: Sequence[TaskSpec], *, resume: bool) -> TrainR
     if has_gate(run):
         rows = {**_others_rows(kept, ready, run=run, encoder=encoder), **ready}
         model.gate = start_gate(model.eval(), ready, rows_by_expert(model, rows), run=run)
+        same_in_all(model.gate)
     progress = _fit(model, ready, run=run, output=output, resume=resume)
     metrics.update({task: {"validation": score} for task, score in progress.scores.items()})
     evaluation = from_first(
@@ -262,6 +253,7 @@ def _finish(
     # The new folder takes the place of the old one with its resume/, which is done with.
     tasks = {**kept, **{name: task.spec for name, task in ready.items()}}
     save_checkpoint(output, model=model, tasks=tasks, config=run, metrics=metrics)
+    model.to("cpu")  # makes room on a GPU for the checkpoint, which is read back
     evaluation = evaluate(output, tasks=list(ready), split=splits, device=run.device)
     for name, entry in evaluation.tasks.items():
         metrics[name].update(
@@ -279,7 +271,7 @@ def _start_model(run: RunConfig, device: torch.device) -> tuple[SparseExpertMode
         backbone = load_backbone(run.backbone, revision=run.revision, dtype=dtype)
         model, kept, metrics = SparseExpertModel(backbone, pooling=run.experts.pooling), {}, {}
     else:
-        before = load_checkpoint(run.start, dtype=dtype)
+        before = load_checkpoint(run.start, dtype=dtype, backbone=moved_backbone(run))
         model, kept, metrics = before.model, before.tasks, before.metrics
     set_training_attention(model.backbone, device)
     return model, kept, metrics
@@ -301,8 +293,9 @@ def _fit(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        in_parts = f"--set train.accumulation={run.train.accumulation * 2}, which does not change the result"
+        other = "" if run.stage == "joint" else f", or compute each batch in parts with {in_parts}"
         raise SparseFTError(
             f"Out of memory on {model.device} with train.batch_size={run.train.batch_size} and "
-            f"data.max_length={run.data.max_length}. Lower one of them, or compute each batch in parts with "
-            f"--set train.accumulation={run.train.accumulation * 2}, which does not change the result."
+            f"data.max_length={run.data.max_length}. Lower one of them{other}."
         ) from error

@@ -37,6 +37,7 @@ def keep_trunk(
     *,
     first_block: int,
     pad_id: int,
+    hidden: bool = True,
     means: bool = False,
 ) -> list[Example]:
     """Run the trunk over rows and keep what enters block ``first_block``.
@@ -49,10 +50,11 @@ def keep_trunk(
         examples: Rows of model input.
         first_block: Lowest block with expert layers; 0 keeps the embeddings.
         pad_id: Token id for padding.
+        hidden: Whether to keep the hidden states; without, only the means are.
         means: Whether to note the mean over the tokens of what enters each block up to there, too.
 
     Returns:
-        The same rows with ``trunk`` filled, and ``means`` if asked.
+        The same rows with ``trunk`` filled, and ``means`` on the CPU if asked.
     """
     device = next(encoder.parameters()).device
     kept = list(examples)
@@ -67,12 +69,12 @@ def keep_trunk(
             try:
                 encoder(**inputs)
             except _Reached as reached:
-                for member, hidden in zip(members, reached.hidden, strict=True):
+                for member, states in zip(members, reached.hidden, strict=True) if hidden else ():
                     size = len(examples[member].input_ids)
-                    kept[member] = replace(examples[member], trunk=hidden[:size].clone())
+                    kept[member] = replace(examples[member], trunk=states[:size].clone())
                 if means:
-                    pooled = [pool(hidden, batch.attention_mask, "mean") for hidden in (*passed, reached.hidden)]
-                    for member, row in zip(members, torch.stack(pooled, 1), strict=True):
+                    pooled = [pool(states, batch.attention_mask, "mean") for states in (*passed, reached.hidden)]
+                    for member, row in zip(members, torch.stack(pooled, 1).cpu(), strict=True):
                         kept[member] = replace(kept[member], means=row)
                 passed.clear()
     return kept

@@ -11,6 +11,8 @@ _SINGLE = (
     "\u2e80-\u2fff\u3005-\u3007\u3021-\u3029\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff64\uff65"
     "\U00020000-\U0003ffff"
 )
+_ALONE = re.compile(f"[{_SINGLE}]")
+_COMBINING = ("Mn", "Mc", "Me", "Cf")
 _CHUNK = re.compile(rf"[{_SINGLE}]|[^\s{_SINGLE}]+")
 # Inside a chunk: clitics and edge punctuation are words of their own; U.S., 3.5 and mother-in-law are one word.
 _WORD = re.compile(
@@ -73,14 +75,15 @@ def join_words(words: Sequence[str]) -> str:
 
 
 def _goes_on(before: str, after: str) -> bool:
-    """Say whether a word does not end between two characters: at a vowel sign, say, or behind one."""
+    """Say whether a word does not end between two characters: at a vowel sign or a soft hyphen, say, or behind one."""
     if _combines(after):
         return before.isalnum() or _combines(before)
-    return _combines(before) and after.isalnum()
+    return _combines(before) and after.isalnum() and _ALONE.match(after) is None
 
 
 def _combines(character: str) -> bool:
-    return character > "\u02ff" and (unicodedata.category(character)[0] == "M" or character in "\u200c\u200d")
+    """Whether a character is part of the one before it, or is not seen: a tokenizer may drop what is not."""
+    return character == "\u00ad" or (character > "\u02ff" and unicodedata.category(character) in _COMBINING)
 
 
 def cut_words(words: Sequence[Word], boundaries: set[int]) -> list[Word]:

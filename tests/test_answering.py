@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from test_mixing import MIXTURES, trained_mixture
 from test_prediction import SINGLE, assert_same, mixed_texts, passes
 
@@ -172,7 +173,14 @@ def test_a_single_row_is_a_list_of_one(model):
     assert sparse_ft.predict(model, row) == [found]
 
 
-@pytest.mark.parametrize("text", [None, 7, b"loved", ("loved",), ["loved", "boring"], "\ud800 half"])
+def test_logits_and_probabilities_take_a_single_text(model):
+    for answer in (model.logits, model.probabilities):
+        assert torch.equal(answer("the table loved", "mood"), answer(["the table loved"], "mood"))
+
+
+@pytest.mark.parametrize(
+    "text", [None, 7, b"loved", ("loved",), ["loved", "boring"], "\ud800 half", ("loved", None, ["\ud800", "b"])]
+)
 def test_rules_see_only_texts(ruled, text):
     with pytest.raises(DataError, match=r"Expected a text|no Unicode"):
         ruled.predict(["loved", text])

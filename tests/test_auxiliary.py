@@ -138,9 +138,10 @@ def test_usage_is_a_number_even_if_every_choice_was_dropped_or_turned_away():
 # Alarms
 
 
-def said(*shares, pool=True):
+def said(*shares, rows=None):
     names = [f"pool-{place}" for place in range(len(shares))]
-    return alarms(dict(zip(names, shares, strict=True)), pool=pool, settings=GateConfig())
+    due = None if rows is None else dict(zip(names, rows, strict=False))
+    return alarms(dict(zip(names, shares, strict=True)), rows=due, settings=GateConfig())
 
 
 @pytest.mark.parametrize("shares", [(0.25, 0.25, 0.25, 0.25), (0.4, 0.3, 0.2, 0.1), (0.5, 0.5), (0.85, 0.15)])
@@ -162,10 +163,11 @@ def test_an_expert_of_a_pool_that_takes_over_is_named():
     assert len(said(0.96, 0.04)) == 2  # the one too much, the other hardly used
 
 
-def test_a_large_task_may_use_its_own_expert_as_much_as_it_likes():
-    assert said(0.8, 0.1, 0.06, 0.04, pool=False) == []
-    (message,) = said(0.98, 0.02, pool=False)
-    assert message.startswith("Expert 'pool-1' got 2.0%")
+def test_a_task_may_use_its_own_expert_as_much_and_as_little_as_it_has_rows():
+    assert said(0.8, 0.1, 0.06, 0.04, rows=(0.8, 0.1, 0.06, 0.04)) == []
+    assert said(0.98, 0.01, 0.01, rows=(0.99, 0.01)) == []  # the third is not trained
+    (message,) = said(0.98, 0.02, rows=(0.7, 0.3))
+    assert message.startswith("Expert 'pool-1' got 2.0% of the weight, its task has 30.0% of the rows: it is hardly")
     assert "experts.pool" not in message
 
 

@@ -151,6 +151,15 @@ def test_the_printed_next_command_runs(cli, tmp_path, tiny_bert, name, output, c
     assert answer.startswith(changes.get("example") or "")
 
 
+def test_the_printed_next_command_names_the_task_if_tasks_read_different_things(cli, tmp_path, tiny_bert):
+    tasks = [write_toy(tmp_path, name, sizes=(8, 4, 4)) for name in ("mood", "reply")]
+    code, out, err = cli("train", "--task", tasks[0], "--task", tasks[1], "--backbone", tiny_bert, *quick())
+    assert code == 0, err
+    code, answer, err = cli(*next_command(out))
+    assert code == 0, err
+    assert "  mood  " in answer
+
+
 def test_config_set_data_and_from(cli, tmp_path, tiny_bert):
     tasks = [write_toy(tmp_path, name, sizes=(8, 4, 4)) for name in ("mood", "about")]
     for name, size in (("mood", 24), ("about", 16)):

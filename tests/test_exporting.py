@@ -9,7 +9,7 @@ import torch
 from conftest import add_random_expert
 from test_cli import call
 from test_editing import saved
-from test_training import write_toy
+from test_training import write_rows, write_toy
 from typer.testing import CliRunner
 
 import sparse_ft
@@ -19,6 +19,7 @@ from sparse_ft.cli import app
 from sparse_ft.config import RunConfig
 from sparse_ft.errors import ConfigError, ExportError
 from sparse_ft.experts import Expert
+from sparse_ft.exporters.int8 import int8_scores
 from sparse_ft.folding import fold, fresh_copy
 from sparse_ft.heads import pool
 from sparse_ft.kinds import find_kind
@@ -372,6 +373,30 @@ def test_int8_says_what_it_loses(graph):
         assert f"{task}, test, 6 rows: {scores['metric']} {scores['float32']:.4f} with float32, " in said
         assert entry["difference"]["disagreements"] == 0
     assert (folder / "model.int8.onnx").stat().st_size < (folder / "model.onnx").stat().st_size
+
+
+def test_int8_scores_tagging_that_is_annotated_by_characters(graph, tmp_path):
+    checkpoint, folder, _ = graph
+    model = sparse_ft.load(checkpoint, device="cpu")
+    rows = [
+        {"text": "Ada met London-based Mozart!", "spans": [{"start": 8, "end": 14, "type": "LOC"}]},
+        {"text": "Thanks!", "spans": []},
+    ]
+    write_rows(tmp_path / "test.jsonl", rows)
+    columns = {"text": "text", "spans": "spans"}
+    model.tasks["names"] = model.tasks["names"].model_copy(update={"columns": columns})
+    scores = int8_scores(model, ["names"], folder=folder, sources={"names": str(tmp_path)})["names"]
+    assert (scores["split"], scores["rows"]) == ("test", 2)
+    assert (
+        scores["float32"]
+        == sparse_ft.evaluate(model, data=str(tmp_path), tasks="names").tasks["names"].score.metrics["f1"]
+    )
+
+
+@pytest.mark.parametrize("language", ['en")\nprint("run', "en'", "", "e"])
+def test_the_language_of_a_task_never_becomes_code(language):
+    with pytest.raises(ConfigError, match=r"language"):
+        parse_task({"name": "x", "kind": "token_classification", "language": language}, where="x.yaml")
 
 
 # The real backbone

@@ -15,7 +15,7 @@ from sparse_ft.errors import CheckpointError, ConfigError, DataError
 from sparse_ft.gate_training import fit_on_means
 from sparse_ft.gates import PrototypeGate, SequenceGate
 from sparse_ft.inference import text_routing
-from sparse_ft.manifest import MANIFEST, read_manifest
+from sparse_ft.manifest import MANIFEST, read_config, read_manifest
 
 # Words that tell the tasks apart, so that a gate has something to learn.
 MARKS = {
@@ -205,6 +205,19 @@ def test_stage_gate_changes_the_gate_only(gated, tmp_path):
             torch.equal(part, right[module][place]) for module, pair in left.items() for place, part in enumerate(pair)
         )
     assert after.metrics["mood"]["validation"] == before.metrics["mood"]["validation"]
+
+
+def test_stage_gate_keeps_what_the_old_gate_was_told(gated, tmp_path):
+    options = {"from_checkpoint": gated, "stage": "gate", "device": "cpu"}
+    first = sparse_ft.train(output=tmp_path / "first", overrides=["gate.min_confidence=0.1", "gate.rows=30"], **options)
+    options["from_checkpoint"] = first.path
+    for changes, expected in (([], (0.1, 30, 50)), (["gate.rows=20", "data.train_limit=25"], (0.1, 20, 25))):
+        result = sparse_ft.train(output=tmp_path / str(len(changes)), overrides=changes, **options)
+        config = read_config(result.path / "config.yaml")
+        assert (config.gate.min_confidence, config.gate.rows, config.data.train_limit or 50) == expected
+        assert load_checkpoint(result.path).model.gate.choice.min_confidence == 0.1
+    prototypes = sparse_ft.train(output=tmp_path / "other", overrides=["gate.type=prototype"], **options).path
+    assert read_config(prototypes / "config.yaml").gate.min_confidence == 0  # another gate, another threshold
 
 
 def test_stage_gate_needs_a_checkpoint_with_several_experts(gated, tmp_path, tiny_bert):

@@ -110,13 +110,16 @@ def test_mean_states_are_those_of_the_bare_backbone(model):
     texts = [" ".join(words) for words in random_rows(9, longest=15)] + ["Ada"]
     examples = Encoder(model.backbone, max_length=64).texts(texts)
     last = model.backbone.num_blocks - 1
-    got = mean_states(model, examples, block=last, size=4)
+    got = mean_states(model, examples, block=last)
     assert got.shape == (10, last + 1, model.backbone.hidden_size)
     for example, row in zip(examples, got, strict=True):
         kept = [entering(model, [example], block=block)[0] for block in range(last + 1)]
         expected = torch.stack([alone.trunk.mean(0) for alone in kept])
         torch.testing.assert_close(row, expected, atol=1e-5, rtol=1e-4)
         assert all(alone.means is None for alone in kept)
+    (bare,) = entering(model, examples[:1], block=last, hidden=False, means=True)
+    assert bare.trunk is None  # hidden states of many texts take memory
+    assert torch.equal(bare.means, entering(model, examples[:1], block=last, means=True)[0].means)
 
 
 class Shortlist(torch.nn.Module):

@@ -196,7 +196,10 @@ def test_tasks_may_be_kept_apart(bert, other, moods, tmp_path):
 def test_other_labels_under_one_name_are_refused_until_one_is_renamed(bert, other, tmp_path):
     relabelled(other, "mood", ["sad", "happy"])
     experts = [bert / "experts/mood", other / "experts/mood"]
-    with pytest.raises(ConfigError, match=r"Two tasks are named 'mood', with other labels: .*NAME=CHECKPOINT/experts/"):
+    with pytest.raises(
+        ConfigError,
+        match=r"Two tasks are named 'mood', of another kind, language or labels: .*NAME=CHECKPOINT/experts/",
+    ):
         merge(experts, method="linear", output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
     merge([experts[0], ("feeling", experts[1])], method="linear", output=tmp_path / "out")

@@ -109,6 +109,22 @@ def test_the_history_tells_what_the_gate_did(tmp_path, tiny_bert):
         assert entry["validation"].keys() == {"mood", "names"}
 
 
+@pytest.mark.parametrize(("workers", "rows", "parts"), [(1, 32, 1), (4, 32, 4), (16, 32, 4), (16, 9, 1)])
+def test_parts_of_a_joint_batch_have_rows_enough_to_balance(tmp_path, tiny_bert, monkeypatch, workers, rows, parts):
+    sizes, losses = [], Gradients._losses
+
+    def counting(self, pairs, generator, *, whole):
+        sizes.append(len(pairs))
+        return losses(self, pairs, generator, whole=whole)
+
+    monkeypatch.setattr(Gradients, "_losses", counting)
+    task = write_toy(tmp_path, "mood", sizes=(rows, 4, 4))
+    changes = {"train__epochs": 1, "train__batch_size": 32, "train__workers": workers, "gate__type": "token", **POOL}
+    mix([task], tiny_bert, tmp_path / "out", **changes)
+    assert len(sizes) == parts
+    assert max(sizes) - min(sizes) <= 1
+
+
 def test_one_mean_score_decides_which_state_of_all_is_best(tmp_path, tiny_bert, monkeypatch):
     from sparse_ft import fitting
 

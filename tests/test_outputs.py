@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sparse_ft.errors import ConfigError
-from sparse_ft.outputs import default_output, free_output, next_output
+from sparse_ft.outputs import default_output, free_output, give_back, next_output
 
 
 def test_a_run_is_named_after_its_tasks_unless_they_are_many():
@@ -19,7 +19,16 @@ def test_the_next_free_folder_is_counted_up(tmp_path, monkeypatch):
     for expected in ("mood", "mood-2", "mood-3"):
         folder = next_output(["mood"])
         assert folder == tmp_path / "runs" / expected
-        folder.mkdir(parents=True)
+        assert folder.is_dir()  # so that no run beside takes it, too
+
+
+def test_a_folder_is_given_back_only_while_it_is_empty(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/resume").mkdir()
+    (tmp_path / "empty").mkdir()
+    for name in ("full", "empty", "nothing"):
+        give_back(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
 def test_a_folder_that_is_empty_or_not_there_is_free(tmp_path, monkeypatch):

@@ -2,12 +2,14 @@
 
 import logging
 import sys
+from dataclasses import replace
 from io import BytesIO
 
 import pytest
 import torch
 from test_token_table import routed
 
+from sparse_ft import pictures
 from sparse_ft.errors import ConfigError
 from sparse_ft.metrics import score_classification
 from sparse_ft.pictures import report_pictures, require_matplotlib, token_picture
@@ -83,6 +85,14 @@ def test_a_report_has_a_picture_for_each_confusion_and_for_the_routing():
     for png in [*whole.values(), *tokens.values()]:
         assert num_colours(png) > 20
         assert pixels(png)[0, 0].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_blocks_are_drawn_of_the_tasks_that_were_routed_by_token():
+    whole, tokens = (report(tasks, ["topic", "ner"], blocks=3) for tasks in (["plain", "topic"], ["topic"]))
+    figure = pictures._blocks(replace(whole, blocks=tokens.blocks), route="gate")
+    shown = [label.get_text() for axes in figure.axes for label in axes.get_yticklabels()]
+    assert "topic" in shown
+    assert "plain" not in shown
 
 
 @pytest.mark.parametrize("size", [2, 20, 21, 150, 201])

@@ -485,6 +485,13 @@ def test_where_a_model_is_scored_words_do_not_end_where_the_gold_does(tmp_path):
     assert predicted == [["B-LOC", "I-LOC", "O"]]  # all of Berlin-based, which is not the gold
     score = kind.score(kind.references(test), predicted, labels=labels, out_of_scope=None)
     assert score.metrics["f1"] == 0
+    types = ["JOB-TITLE"]  # a type may look as if a tag began in it
+    predicted = kind.predictions(logits, columns=test, labels=types)
+    assert predicted == [["B-JOB-TITLE", "I-JOB-TITLE", "O"]]
+    inside = [torch.tensor([[0.0, 9.0, 0.0], [0.0, 0.0, 9.0]])]
+    assert kind.predictions(inside, columns={"parents": [[0, 1, 1]]}, labels=types) == [
+        ["B-JOB-TITLE", "I-JOB-TITLE", "I-JOB-TITLE"]
+    ]
 
 
 @pytest.mark.parametrize(

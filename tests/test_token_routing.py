@@ -11,7 +11,7 @@ from sparse_ft.batching import collate
 from sparse_ft.checkpoint import load_checkpoint
 from sparse_ft.choosing import Choice
 from sparse_ft.encoding import Encoder
-from sparse_ft.errors import ConfigError
+from sparse_ft.errors import ConfigError, DataError
 from sparse_ft.gates import TokenGate
 from sparse_ft.inference import text_routing
 from sparse_ft.routes import BASELINES, arrow_gate
@@ -54,6 +54,11 @@ def test_arrow_is_shown_as_the_forward_pass_used_it(toys):
     assert routed.weights.sum(-1) == pytest.approx(1.0, abs=1e-5)
     assert sum(routed.usage.values()) == pytest.approx(1.0, abs=1e-5)
     assert not routed.weights.requires_grad
+
+
+def test_a_text_that_is_no_unicode_is_refused(toys):
+    with pytest.raises(DataError, match="no Unicode"):
+        route_tokens(toys, "caf\udce9", route="arrow")
 
 
 @pytest.mark.parametrize("shortlist", [None, 3])

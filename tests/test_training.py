@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,15 +12,16 @@ import yaml
 from conftest import trainable_of
 
 import sparse_ft
-from sparse_ft import fitting
+from sparse_ft import fitting, training
 from sparse_ft.backbone import load_backbone, set_attention
 from sparse_ft.checkpoint import load_checkpoint
 from sparse_ft.config import RunConfig, load_config
 from sparse_ft.encoding import Encoder
-from sparse_ft.errors import ConfigError, DataError, SparseFTError
+from sparse_ft.errors import BackboneError, ConfigError, DataError, SparseFTError
 from sparse_ft.evaluation import predict_rows, prepare
 from sparse_ft.inference import row_logits
 from sparse_ft.kinds.classification import Classification
+from sparse_ft.manifest import read_config, read_manifest
 from sparse_ft.readers import read
 
 # Words of the corpus that conftest's tokenizers are built on: fillers, then one group an answer.
@@ -131,7 +133,7 @@ def settings(**changes) -> list[str]:
     return [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in {**values, **changes}.items()]
 
 
-def run(tasks: list[str], backbone: str | Path | None, output: Path, *, seed: int | None = None, **changes):
+def run(tasks: list[str], backbone: str | Path | None, output: Path | None, *, seed: int | None = None, **changes):
     """Train on the CPU with ``settings(**changes)``."""
     return sparse_ft.train(
         tasks,
@@ -288,6 +290,47 @@ def test_a_new_task_leaves_the_kept_ones_as_they_were(tmp_path, tiny_bert):
     scores, kept = (json.loads((folder / "metrics.json").read_text())["mood"] for folder in (old, new))
     assert {**kept, **scores} == kept  # and how often the gate, now that there is one, is right
     assert after.checkpoint.manifest["experts"]["names"]["rank"] == 4
+
+
+def test_the_backbone_of_a_checkpoint_to_start_from_may_have_moved(tmp_path, tiny_folder, tiny_bert):
+    tasks = [write_toy(tmp_path, name, sizes=(16, 4, 4)) for name in ("mood", "about")]
+    here, there = (shutil.copytree(tiny_bert, tmp_path / name) for name in ("here", "there"))
+    first = run(tasks[:1], here, tmp_path / "first", train__epochs=1).path
+    shutil.rmtree(here)
+    options = {"from_checkpoint": first, "overrides": settings(train__epochs=1), "device": "cpu"}
+    path = sparse_ft.train(tasks[1:], backbone=str(there), output=tmp_path / "second", **options).path
+    assert read_manifest(path)["backbone"]["name"] == read_config(path / "config.yaml").backbone == str(there)
+    other = str(tiny_folder("gpt2"))
+    with pytest.raises(BackboneError, match="which is not that of the checkpoint's backbone"):
+        sparse_ft.train(tasks[1:], backbone=other, output=tmp_path / "third", **options)
+    with pytest.raises(
+        ConfigError, match=r"experts\.pooling is first, but the tasks of .* pool by mean\. Leave it out"
+    ):
+        sparse_ft.train(
+            tasks[1:],
+            from_checkpoint=first,
+            backbone=str(there),
+            overrides=settings(experts__pooling="first"),
+            output=tmp_path / "third",
+        )
+
+
+def test_runs_side_by_side_take_different_folders(tmp_path, tiny_bert, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    task = write_toy(tmp_path, "mood", sizes=(8, 4, 4))
+    load, paths = training.load_backbone, []
+
+    def beside(*args, **kwargs):
+        monkeypatch.setattr(training, "load_backbone", load)
+        paths.append(run([task], tiny_bert, None, train__epochs=1).path)
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(training, "load_backbone", beside)
+    paths.append(run([task], tiny_bert, None, train__epochs=1).path)
+    assert [path.name for path in paths] == ["mood-2", "mood"]
+    with pytest.raises(SparseFTError):
+        run([task], tmp_path / "nothing", None)
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["mood", "mood-2"]
 
 
 def test_a_kept_task_is_trained_further_when_it_is_named(tmp_path, tiny_bert):

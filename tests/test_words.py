@@ -42,6 +42,8 @@ def test_words_are_slices_in_order_and_cover_all_but_white_space(text, language)
         ("وَلَد", "وَلَد"),
         ("క్‌షణం", "క్‌షణం"),
         ("☀️ (☀️)", "☀ ️ ( ☀ ️ )"),
+        ("\ufeffMarta\u200b Lind\u00adqvist, Gothen\u200bburg", "\ufeffMarta\u200b Lind\u00adqvist , Gothen\u200bburg"),
+        ("去\u200b吧", "去\u200b 吧"),
     ],
 )
 def test_english_words_are_split_as_the_corpora_are(text, words):

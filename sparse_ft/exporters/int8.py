@@ -13,7 +13,7 @@ from sparse_ft.exporters.parts import load_tokenizer
 from sparse_ft.kinds import find_kind
 from sparse_ft.prediction import LoadedModel
 from sparse_ft.readers import read
-from sparse_ft.round_trip import foreign_logits, given_rows
+from sparse_ft.round_trip import foreign_logits, given_rows, rows_of
 from sparse_ft.tasks import TaskSpec
 
 INT8_GRAPH = "model.int8.onnx"
@@ -59,7 +59,8 @@ def int8_scores(
         spec, source = model.tasks[task], sources.get(task)
         split = scored_split(spec, source)
         data = prepare(read(spec, data=source, splits=[split])[split].to_dict(), spec=spec, encoder=model.encoder)
-        rows = given_rows(data.columns)
+        by_text = "parents" in data.columns  # words as split here, not as the annotation cuts them
+        rows = rows_of(spec, data.columns["text"]) if by_text else given_rows(data.columns)
         values: dict[str, float] = {}
         scored = 0
         for name, session in sessions.items():
@@ -77,7 +78,8 @@ def int8_scores(
 
 def _score(spec: TaskSpec, data: Any, logits: dict[int, Tensor]) -> float:
     places = list(logits)
-    guessed = find_kind(spec.kind).predictions(list(logits.values()), columns={}, labels=spec.label_names or [])
+    columns = {name: [values[place] for place in places] for name, values in data.columns.items()}
+    guessed = find_kind(spec.kind).predictions(list(logits.values()), columns=columns, labels=spec.label_names or [])
     by_row: list[Any] = [None] * data.num_rows
     for place, answer in zip(places, guessed, strict=True):
         by_row[place] = answer

@@ -106,7 +106,7 @@ def _shapes_of_words(words, row):
 
 
 def _shapes_in_text(text, row):
-    words = split_words(text, "{language}")
+    words = split_words(text, {language})
     starts = [word.start for word in words]
     return [
         0 if place is None or not words else word_shape(words[max(0, bisect_right(starts, begin) - 1)].text)
@@ -142,7 +142,7 @@ def write_shaped(folder: Path, *, stock: Any, block: str, width: int, language: 
     about = _SHAPED_ABOUT.format(stock=type(stock).__name__)
     body = _SHAPED_BODY.format(block=block, shapes=len(sparse_ft.words.SHAPES), width=width)
     _write_model(folder, "shaped", "TokenClassification", stock=stock, about=about, imports="", body=body)
-    tokenizer = _SHAPED_TOKENIZER.format(language=language)
+    tokenizer = _SHAPED_TOKENIZER.format(language=repr(language))
     write_bytes(folder / "tokenization_shaped.py", tokenizer.encode())
     write_words(folder)
     named = {

@@ -103,7 +103,7 @@ class TokenClassification:
 def _of_pieces(tags: Sequence[str], parents: Sequence[int]) -> list[str]:
     """Give every piece of a word its tag; an entity that begins at the word begins at its first piece."""
     return [
-        tags[parent].replace("B-", "I-", 1) if place and parents[place - 1] == parent else tags[parent]
+        f"I-{tags[parent][2:]}" if place and parents[place - 1] == parent and tags[parent] != "O" else tags[parent]
         for place, parent in enumerate(parents)
     ]
 
