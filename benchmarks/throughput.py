@@ -77,7 +77,7 @@ def time_ours(spec, examples, validation, *, epochs, seed, device, overrides):
     backbone = load_backbone("minilm", dtype=dtype)
     set_training_attention(backbone, device)
     model = SparseExpertModel(backbone, pooling=run.experts.pooling)
-    ready = {spec.name: TrainingTask(spec, list(examples), validation)}
+    ready = {spec.name: TrainingTask(spec, list(examples), list(examples), validation)}
     add_tasks(model, ready, run=run)
     model.experts.set_dropout(run.experts.dropout)
     model.to(device)

@@ -41,6 +41,8 @@ class EvalData:
     examples: list[Example]
     num_parts: list[int] | None
     """Words or choices of each row, for tasks that give logits for these."""
+    whole: list[Example]
+    """One a row, as a gate for texts is shown it."""
 
     @property
     def num_rows(self) -> int:
@@ -56,6 +58,7 @@ class EvalData:
             {name: [values[row] for row in rows] for name, values in self.columns.items()},
             [replace(example, row=places[example.row]) for example in self.examples if example.row in places],
             None if self.num_parts is None else [self.num_parts[row] for row in rows],
+            [replace(self.whole[row], row=place) for place, row in enumerate(rows)],
         )
 
 
@@ -64,7 +67,7 @@ class ScoredTask(NamedTuple):
 
     report: TaskReport
     routing: Routing
-    """Of each example, as a whole."""
+    """Of each row, where a gate for texts chose; otherwise of each example, as a whole."""
     usage: Tensor | None
     """[examples, blocks, experts]: mean weights over the tokens where these were routed, else None."""
     blocks: list[int]
@@ -118,7 +121,32 @@ def prepare(columns: Mapping[str, Sequence[Any]], *, spec: TaskSpec, encoder: En
     known = [place for place, answer in enumerate(answers) if answer is not None]
     kept = {name: [values[place] for place in known] for name, values in columns.items()}
     examples = kind.encode(kept, encoder=encoder, labels=spec.label_names or [], language=spec.language)
-    return EvalData(kept, examples, kind.parts(kept, language=spec.language))
+    whole = whole_rows(examples, kept, spec=spec, encoder=encoder)
+    return EvalData(kept, examples, kind.parts(kept, language=spec.language), whole)
+
+
+def whole_rows(
+    examples: Sequence[Example], columns: Mapping[str, Sequence[Any]], *, spec: TaskSpec, encoder: Encoder
+) -> list[Example]:
+    """Return one example a row, as ``predict`` shows it to a gate that knows no task yet.
+
+    A long text is its beginning; of a text with a question or choices, the text and the question are seen.
+
+    Args:
+        examples: The rows as the task's kind reads them, one or several each.
+        columns: The same rows.
+        spec: The task.
+        encoder: Of the backbone.
+    """
+    if spec.reads == "text":
+        first = {example.row: example for example in reversed(examples)}
+        (nothing,) = encoder.texts([""])  # of a row without words
+        rows = range(len(next(iter(columns.values()))))
+        return [first[row] if row in first else replace(nothing, row=row) for row in rows]
+    if not find_kind(spec.kind).by_row:
+        return list(examples)
+    seconds = columns.get("text_pair") or [None] * len(columns["text"])
+    return encoder.texts(list(columns["text"]), [second or "" for second in seconds])
 
 
 def predict_rows(
@@ -220,8 +248,10 @@ def evaluate_task(
         routing = Routing(None, usage.mean(1))
     else:
         stated = spec.language if spec.language != "en" else None  # which is also what files say nothing of
-        routing = route.rows(data.examples, _texts(data), task=spec.name, language=stated)
-        predictions = predict_rows(model, spec, data, routing=routing)
+        by_row = route.name == "gate"
+        routing = route.rows(data.whole if by_row else data.examples, _texts(data), task=spec.name, language=stated)
+        own = routing.take([example.row for example in data.examples]) if by_row else routing
+        predictions = predict_rows(model, spec, data, routing=own)
     score = score_rows(spec, data, predictions)
     if score.unseen_labels:
         _LOG.warning(

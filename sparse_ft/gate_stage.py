@@ -78,13 +78,13 @@ def rows_by_expert(model: SparseExpertModel, ready: Mapping[str, TrainingTask]) 
         slot = model.tasks[name]
         if slot.mixed and len(slot.experts) > 1:
             continue
-        owners = [slot.experts[0]] * len(task.examples)
+        owners = [slot.experts[0]] * len(task.whole)
         if len(slot.experts) > 1:
-            routing = text_routing(model, task.examples, task=name)
+            routing = text_routing(model, task.whole, task=name)
             owners = [
                 model.experts.names[best] for best in routing.spread(len(model.experts.names)).argmax(-1).tolist()
             ]
-        for owner, example in zip(owners, task.examples, strict=True):
+        for owner, example in zip(owners, task.whole, strict=True):
             examples.setdefault(owner, []).append(example)
     return examples
 
@@ -137,7 +137,7 @@ def note_accuracy(model: SparseExpertModel, ready: Mapping[str, TrainingTask], *
     for name, task in ready.items():
         experts, gate = model.tasks[name].experts, model.gate
         if isinstance(gate, SequenceGate) and set(experts) < set(gate.names):
-            accuracy = routing_accuracy(model, task.validation.examples, experts=experts)
+            accuracy = routing_accuracy(model, task.validation.whole, experts=experts)
             metrics.setdefault(name, {})["routing_accuracy"] = accuracy
             _LOG.info("The gate sends %.1f %% of the validation rows of %s to its expert", 100 * accuracy, name)
 

@@ -7,7 +7,7 @@ from functools import cached_property
 from sparse_ft.config import RunConfig
 from sparse_ft.encoding import Encoder, Example
 from sparse_ft.errors import DataError, unknown_name
-from sparse_ft.evaluation import EvalData, prepare, score_rows
+from sparse_ft.evaluation import EvalData, prepare, score_rows, whole_rows
 from sparse_ft.kinds import find_kind
 from sparse_ft.kinds.classification import IGNORED
 from sparse_ft.readers import label_names, read
@@ -24,6 +24,8 @@ class TrainingTask:
     """With all labels filled in."""
     examples: list[Example]
     """Each with at least one target."""
+    whole: list[Example]
+    """One a row, as a gate for texts is shown it."""
     validation: EvalData
 
     @cached_property
@@ -79,7 +81,9 @@ def prepare_task(spec: TaskSpec, *, run: RunConfig, encoder: Encoder, before: Ta
             run.backbone,
             spec.name,
         )
-    examples = kind.encode(rows.to_dict(), encoder=encoder, labels=labels, language=spec.language)
+    columns = rows.to_dict()
+    examples = kind.encode(columns, encoder=encoder, labels=labels, language=spec.language)
+    whole = whole_rows(examples, columns, spec=spec, encoder=encoder)
     examples = [example for example in examples if any(target != IGNORED for target in example.targets)]
     validation = prepare(found["validation"].to_dict(), spec=spec, encoder=encoder)
     if not examples or validation.num_rows == 0:
@@ -89,4 +93,4 @@ def prepare_task(spec: TaskSpec, *, run: RunConfig, encoder: Encoder, before: Ta
     score_rows(
         spec, validation, kind.references(validation.columns)
     )  # an impossible metric shows here, not after an epoch
-    return TrainingTask(spec, examples, validation)
+    return TrainingTask(spec, examples, whole, validation)

@@ -16,9 +16,14 @@ from seqeval.metrics import recall_score as entity_recall
 from test_training import KINDS, run, toy_rows, write_rows, write_toy
 
 import sparse_ft
+from sparse_ft.backbone import load_backbone
 from sparse_ft.checkpoint import load_checkpoint
 from sparse_ft.decoding import best_legal_tags
+from sparse_ft.encoding import Encoder
 from sparse_ft.errors import ConfigError, DataError
+from sparse_ft.evaluation import whole_rows
+from sparse_ft.kinds import find_kind
+from sparse_ft.tasks import TaskSpec
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +161,24 @@ def test_a_split_that_the_data_lacks_is_refused(tmp_path, tiny_bert):
     assert result.evaluation.splits == {"mood": "validation"}
     with pytest.raises(DataError, match=r"'mood' has no test split in its data\. Choose another with --split"):
         sparse_ft.evaluate(result.path, device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["span_extraction", "multiple_choice", "token_classification"])
+def test_a_gate_is_shown_what_prediction_shows_it(tiny_bert, kind):
+    encoder, long = Encoder(load_backbone(str(tiny_bert)), max_length=16), "the table loved London " * 8
+    spec = TaskSpec(name="x", kind=kind, labels=["PER"], metric="f1")
+    columns = {"row": [0, 1, 2], "text": [long, "Ada", ""], "text_pair": ["who was it", "where", ""]}
+    columns["choices"] = [["Ada", "London"], ["here", "there"], ["a", "b"]]
+    if kind == "token_classification":
+        columns = {"row": [0, 1, 2], "tokens": [text.split() for text in columns["text"]]}
+    kinds = find_kind(kind)
+    examples = kinds.encode(columns, encoder=encoder, labels=["PER"], language="en")
+    assert [example.row for example in examples] != [0, 1, 2]  # windows, choices, or nothing
+    shown = whole_rows(examples, columns, spec=spec, encoder=encoder)
+    pairs = None if kind == "token_classification" else columns["text_pair"]
+    expected = encoder.texts([long, "Ada", ""], pairs)
+    assert [example.row for example in shown] == [0, 1, 2]
+    assert [example.input_ids for example in shown] == [example.input_ids for example in expected]
 
 
 def test_rows_known_from_train_are_scored_apart(tmp_path, tiny_bert):
