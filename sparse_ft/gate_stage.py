@@ -178,7 +178,7 @@ def train_gate(
     sources = {**before.config.sources, **name_sources(data, names)}
     run = keep_length(run, [])
     wanted = output or run.output
-    folder = next_output(names) if wanted is None else free_output(wanted)
+    given = None if wanted is None else free_output(wanted)
     asked: dict[str, Any] = {
         key: getattr(run, key) for key in ("start", "seed", "device", "backbone") if key in run.model_fields_set
     }
@@ -188,7 +188,6 @@ def train_gate(
         {
             **asked,
             "sources": sources,
-            "output": str(folder),
             "gate": run.gate.model_dump(),
             "data": {**before.config.data.model_dump(), **rows},
         },
@@ -198,6 +197,8 @@ def train_gate(
     splits = scored_splits(before.tasks, run.sources)
     metrics = dict(before.metrics)
     add_gate(model, ready, run=run, metrics=metrics)
+    folder = given or next_output(names)
+    run = changed_config(run, {"output": str(folder)})
     save_checkpoint(folder, model=model, tasks=before.tasks, config=run, metrics=metrics)
     evaluation = evaluate(folder, tasks=names, split=splits, route="gate", device=run.device)
     return folder, evaluation, before.tasks
