@@ -31,9 +31,10 @@ def next_output(names: Sequence[str]) -> Path:
 
 
 def give_back(output: Path) -> None:
-    """Remove the folder of a run that has written nothing."""
+    """Remove what ``next_output`` made, if nothing was written into it."""
     with contextlib.suppress(OSError):  # it is not empty, or not there
         output.rmdir()
+        output.parent.rmdir()
 
 
 def free_output(output: str | Path) -> Path:

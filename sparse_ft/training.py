@@ -119,15 +119,17 @@ def train(
     names = [check_name(spec.name) for spec in specs]
     if len(set(names)) < len(names):
         raise ConfigError(f"Two tasks have the same name: {', '.join(names)}. Give each task file its own name.")
+    claimed = False
     if not resume:
         sources = {**_sources_of(run.start), **run.sources, **name_sources(data, names)}
         wanted = output or run.output
+        claimed = wanted is None
         folder = from_first(lambda: next_output(names) if wanted is None else free_output(wanted))
         run = changed_config(keep_length(run, names), {"sources": sources, "output": str(folder)})
     try:
         return _train(run, specs, resume=resume)
     finally:
-        if place() == 0:
+        if claimed and place() == 0:
             give_back(Path(run.output or ""))
 
 

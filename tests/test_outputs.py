@@ -23,12 +23,14 @@ def test_the_next_free_folder_is_counted_up(tmp_path, monkeypatch):
 
 
 def test_a_folder_is_given_back_only_while_it_is_empty(tmp_path):
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full/resume").mkdir()
-    (tmp_path / "empty").mkdir()
-    for name in ("full", "empty", "nothing"):
+    (tmp_path / "some/full/resume").mkdir(parents=True)
+    (tmp_path / "some/empty").mkdir()
+    (tmp_path / "none/empty").mkdir(parents=True)
+    for name in ("some/full", "some/empty", "some/nothing", "none/empty"):
         give_back(tmp_path / name)
-    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == [
+        "some", "some/full", "some/full/resume"
+    ]  # fmt: skip
 
 
 def test_a_folder_that_is_empty_or_not_there_is_free(tmp_path, monkeypatch):
