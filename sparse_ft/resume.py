@@ -198,11 +198,12 @@ def _read_progress(file: Path) -> dict[str, Any]:
     known = {"data", *(field.name for field in fields(Progress))}
     try:
         values = dict(json.loads(file.read_text(encoding="utf-8")))
-        if set(values) - known or "data" not in values:
+        if set(values) != known:
             raise ValueError(f"unknown or missing entries: {sorted(set(values) ^ known)}")
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(
-            f"{str(file)!r} is damaged: {error}. Start anew in another --output; the run cannot be resumed."
+            f"{str(file)!r} is damaged or of another version: {error}. Start anew in another --output; the run cannot "
+            "be resumed."
         ) from error
     return values
 

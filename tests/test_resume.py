@@ -287,6 +287,15 @@ def test_a_damaged_state_is_named(interrupted):
         sparse_ft.train(output=output, resume=True)
 
 
+def test_a_state_of_a_version_that_trained_otherwise_is_refused(interrupted):
+    _, output = interrupted
+    file = output / "resume/progress.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in values.items() if key != "group"}))
+    with pytest.raises(CheckpointError, match=r"is damaged or of another version: .*\['group'\]\. Start anew"):
+        sparse_ft.train(output=output, resume=True)
+
+
 def test_the_state_holds_no_pickle_and_names_the_config(interrupted):
     task, output = interrupted
     assert sorted(file.name for file in (output / "resume").iterdir()) == [
