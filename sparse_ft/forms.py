@@ -81,7 +81,8 @@ def form_of(text: Text) -> str:
         DataError: If it is nothing of all these, or no Unicode.
     """
     given = (text,) if isinstance(text, str) else text if isinstance(text, tuple) else ()
-    for part in (*given[:2], *(given[2] if len(given) == 3 and not isinstance(given[2], str) else ())):
+    chosen = given[2] if len(given) == 3 and isinstance(given[2], Sequence) and not isinstance(given[2], str) else ()
+    for part in (*given[:2], *chosen):
         if isinstance(part, str) and not part.isascii():
             try:
                 part.encode()
@@ -91,7 +92,7 @@ def form_of(text: Text) -> str:
         return "text"
     if isinstance(text, tuple) and len(text) == 2:
         return "pair"
-    if isinstance(text, tuple) and len(text) == 3 and not isinstance(text[2], str) and len(text[2]):
+    if chosen:
         return "choices"
     raise DataError(
         f"Expected a text or a pair of texts, got {type(text).__name__}: {text!r}. For multiple choice give "

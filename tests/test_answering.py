@@ -179,7 +179,18 @@ def test_logits_and_probabilities_take_a_single_text(model):
 
 
 @pytest.mark.parametrize(
-    "text", [None, 7, b"loved", ("loved",), ["loved", "boring"], "\ud800 half", ("loved", None, ["\ud800", "b"])]
+    "text",
+    [
+        None,
+        7,
+        b"loved",
+        ("loved",),
+        ["loved", "boring"],
+        "\ud800 half",
+        ("loved", None, ["\ud800", "b"]),
+        ("loved", None, None),
+        ("loved", None, []),
+    ],
 )
 def test_rules_see_only_texts(ruled, text):
     with pytest.raises(DataError, match=r"Expected a text|no Unicode"):
