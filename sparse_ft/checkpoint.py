@@ -1,5 +1,6 @@
 """The checkpoint: a folder with experts, heads and tasks that names its backbone but does not contain it."""
 
+import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -85,10 +86,18 @@ def save_checkpoint(
         write_bytes(folder / "config.yaml", _yaml(config.model_dump()))
         write_json(folder / "config.json", {"model_type": MODEL_TYPE})
         write_json(folder / "metrics.json", metrics)
-        model.backbone.tokenizer.save_pretrained(folder / "tokenizer")
+        _without_state(model.backbone.tokenizer).save_pretrained(folder / "tokenizer")
         write_json(folder / MANIFEST, _manifest(folder, model=model, tasks=tasks))
 
     replace_folder(path, fill)
+
+
+def _without_state(tokenizer: Any) -> Any:
+    """Copy a tokenizer without what its last call left in it: how it cut and padded would be saved, too."""
+    copied = copy.deepcopy(tokenizer)
+    copied.backend_tokenizer.no_truncation()
+    copied.backend_tokenizer.no_padding()
+    return copied
 
 
 def _yaml(content: Any) -> bytes:

@@ -31,8 +31,9 @@ class ExpertConfig(_Section):
     """Last parts of the names of the linears that get experts, e.g. [query, value]; null takes all of a block."""
     word_shapes: bool | None = None
     """Whether experts that tag words see how a word is written (capitals, digits); null: if the backbone drops case."""
-    pooling: Literal["auto", "mean", "first", "last"] = "auto"
-    """How a text becomes one vector; auto is last for causal backbones, else mean."""
+    pooling: Literal["auto", "unit", "mean", "first", "last"] = "auto"
+    """How a text becomes one vector: unit is the mean over its tokens scaled to one length; auto is last for causal
+    backbones, else unit."""
     pool: int = Field(default=0, ge=0, le=1024)
     """Train so many experts that belong to no task, jointly with the gate that mixes them; 1 is an expert that all
     tasks share, without a gate; 0: one expert a task."""

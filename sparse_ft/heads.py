@@ -6,6 +6,9 @@ from torch import Tensor, nn
 from sparse_ft.experts import named_generator
 from sparse_ft.routing import RoutingSlot
 
+EPSILON = 1e-6
+"""Keeps a mean of zeros from being divided by its length."""
+
 
 class Head(nn.Module):
     """A linear layer over pooled texts or over words, with dropout before it.
@@ -42,7 +45,8 @@ def pool(hidden: Tensor, attention_mask: Tensor, how: str) -> Tensor:
     Args:
         hidden: [N, S, hidden].
         attention_mask: [N, S], 1 for real tokens, at least one a row, padding on the right.
-        how: ``mean``, ``first`` or ``last`` real token.
+        how: ``first`` or ``last`` real token; the ``mean`` of all; or ``unit``, the mean scaled to a mean square of 1
+            over its numbers, so that only its direction tells texts apart, as sentence-transformers compares them.
 
     Returns:
         [N, hidden] in float32.
@@ -54,4 +58,5 @@ def pool(hidden: Tensor, attention_mask: Tensor, how: str) -> Tensor:
         rows = torch.arange(hidden.shape[0], device=hidden.device)  # len() would fix the number when it is traced
         return hidden[rows, last].float()
     weights = attention_mask.unsqueeze(-1).float()  # [N, S, 1]
-    return (hidden.float() * weights).sum(1) / weights.sum(1)
+    mean = (hidden.float() * weights).sum(1) / weights.sum(1)
+    return mean * (mean.square().mean(-1, keepdim=True) + EPSILON).rsqrt() if how == "unit" else mean

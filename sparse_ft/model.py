@@ -50,7 +50,8 @@ class SparseExpertModel(nn.Module):
 
     Args:
         backbone: Loaded by ``load_backbone``; its linears are replaced in place, so it belongs to this model then.
-        pooling: ``auto``, ``mean``, ``first`` or ``last``; ``auto`` is ``last`` for causal backbones, else ``mean``.
+        pooling: ``unit``, ``mean``, ``first`` or ``last``, see ``heads.pool``; ``auto`` is ``last`` for causal
+            backbones, else ``unit``.
     """
 
     def __init__(self, backbone: Backbone, *, pooling: str = "auto") -> None:
@@ -67,7 +68,7 @@ class SparseExpertModel(nn.Module):
             slot=self.slot,
         )
         self.word_shapes = self.experts.word_shapes  # registers its tables
-        self.pooling = pooling if pooling != "auto" else ("last" if backbone.family.causal else "mean")
+        self.pooling = pooling if pooling != "auto" else ("last" if backbone.family.causal else "unit")
         self.heads = nn.ModuleDict()
         self.tasks: dict[str, TaskSlot] = {}
         self.backbone_dropout = False

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sparse_ft.exporters.parts import any_shapes, sees_shapes, sole_expert
+from sparse_ft.exporters.parts import any_shapes, empty_classifier, sees_shapes, sole_expert
 from sparse_ft.kinds import find_kind
 from sparse_ft.prediction import LoadedModel
 from sparse_ft.words import split_words
@@ -16,13 +16,23 @@ from transformers import AutoTokenizer
 model = AutoPeftModelForTokenClassification.from_pretrained("{folder}", num_labels={labels}).eval()
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
 batch = tokenizer({example}, truncation=True, return_tensors="pt")
-logits = model(**batch).logits[0]  # one row a token{pool}"""
+{logits}"""
 
+_PEFT_WORDS = "logits = model(**batch).logits[0]  # one row a token"
+
+_PEFT_TEXT = """classifier = model.get_base_model()
+tokens = classifier.base_model(**batch).last_hidden_state[0]
+{pool}
+logits = classifier.{head}(text)"""
+
+_PADDED = "  # in a padded batch, where attention_mask is 1"
 _POOL = {
-    "mean": "\nlogits = logits.mean(0)  # of the text; in a padded batch, the mean where attention_mask is 1",
-    "first": "\nlogits = logits[0]  # of the text",
-    "last": "\nlogits = logits[-1]  # of the text; in a padded batch, the last where attention_mask is 1",
+    "unit": f"text = tokens.mean(0){_PADDED}\ntext = text / text.square().mean().sqrt()",
+    "mean": f"text = tokens.mean(0){_PADDED}",
+    "first": "text = tokens[0]",
+    "last": f"text = tokens[-1]{_PADDED}",
 }
+"""By the pooling of the checkpoint."""
 
 _TEXTS = """from transformers import pipeline
 
@@ -97,14 +107,20 @@ def _use(model: LoadedModel, tasks: Sequence[str], *, format: str, folder: str) 
     if format == "peft":
         labels = len(find_kind(spec.kind).outputs(spec.label_names or []))
         example = f"{text!r}, {second!r}" if pair else repr(text)
-        pool = "" if words else _POOL[model.checkpoint.model.pooling]
-        return _PEFT.format(folder=folder, labels=labels, example=example, pool=pool)
+        return _PEFT.format(folder=folder, labels=labels, example=example, logits=_peft_logits(model, tasks[0]))
     if words:
         trust = ", trust_remote_code=True" if sees_shapes(model, tasks[0]) else ""
         return _WORDS.format(folder=folder, trust=trust, example=repr(split))
     more = ", top_k=None)  # a label holds from a score of 0.5" if spec.kind == "multi_label" else ")"
     example = repr({"text": text, "text_pair": second}) if pair else repr(text)
     return _TEXTS.format(folder=folder, example=example, more=more)
+
+
+def _peft_logits(model: LoadedModel, task: str) -> str:
+    inner, spec = model.checkpoint.model, model.tasks[task]
+    if find_kind(spec.kind).level == "word":
+        return _PEFT_WORDS
+    return _PEFT_TEXT.format(head=empty_classifier(inner.backbone.config).head, pool=_POOL[inner.pooling])
 
 
 def _use_onnx(model: LoadedModel, tasks: Sequence[str], *, folder: str, row: Any) -> str:
@@ -136,13 +152,13 @@ def _remarks(model: LoadedModel, tasks: Sequence[str], *, format: str) -> list[s
         )
     if "text" in kinds and format == "peft":
         remarks.append(
-            "The head is linear, so it gives the same before and after the pooling: the token classifier of "
-            "transformers computes this text classification, too."
+            "No text classifier of transformers has a linear head over this pooling, so backbone and head come in a "
+            "token classifier, and the code above pools between the two."
         )
     if "text" in kinds and format == "transformers":
         remarks.append(
             "No text classifier of transformers has a linear head over this pooling, so the folder brings "
-            "`modeling_pooled.py`, which transformers runs with `trust_remote_code=True`; it is 20 lines."
+            "`modeling_pooled.py`, which transformers runs with `trust_remote_code=True`; it is 30 lines."
         )
     if "word" in kinds and format == "transformers" and sees_shapes(model, tasks[0]):
         remarks.append(

@@ -19,6 +19,7 @@ from sparse_ft.evaluation import Evaluation, evaluate, name_sources, scored_spli
 from sparse_ft.fitting import fit
 from sparse_ft.folders import explain_os_errors, write_json
 from sparse_ft.gate_stage import add_gate, check_gate, kept_rows, note_accuracy, rows_by_expert, train_gate
+from sparse_ft.head_start import start_head
 from sparse_ft.joint import check_joint, has_gate
 from sparse_ft.manifest import check_name, read_config, read_manifest
 from sparse_ft.model import SparseExpertModel
@@ -207,20 +208,24 @@ def _train(run: RunConfig, specs: Sequence[TaskSpec], *, resume: bool) -> TrainR
     ready = {spec.name: prepare_task(spec, run=run, encoder=encoder, before=kept.get(spec.name)) for spec in specs}
     # Test rows are read once before training, so that what is wrong with them does not show after it.
     splits = scored_splits({name: task.spec for name, task in ready.items()}, run.sources)
+    new = [task for name, task in ready.items() if name not in model.tasks]
     add_tasks(model, ready, run=run)
     num_experts = run.experts.pool or len(model.routed)
     check_gate(run, model, num_experts=num_experts)
     if run.stage == "joint":
         check_joint(run, num_experts=num_experts)
     model.experts.set_dropout(run.experts.dropout)
-    model.to(device)
+    model.to(device).eval()
+    for task in new:
+        if task.spec.kind == "classification":
+            start_head(model, task, encoder=encoder)
     if place() == 0:
         with explain_os_errors(output):
             output.mkdir(parents=True, exist_ok=True)
     _LOG.info("Training %s on %s into %s", ", ".join(ready), model.device, output)
     if has_gate(run):
         rows = {**_others_rows(kept, ready, run=run, encoder=encoder), **ready}
-        model.gate = start_gate(model.eval(), ready, rows_by_expert(model, rows), run=run)
+        model.gate = start_gate(model, ready, rows_by_expert(model, rows), run=run)
         same_in_all(model.gate)
     progress = _fit(model, ready, run=run, output=output, resume=resume)
     metrics.update({task: {"validation": score} for task, score in progress.scores.items()})

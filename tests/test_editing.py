@@ -309,7 +309,7 @@ def test_a_checkpoint_on_another_backbone_or_pooling_is_refused(bert, tmp_path, 
         add_from(load_checkpoint(bert), other, as_name="x")
     other = saved(tmp_path / "pooled", make_model, "bert", heads=heads, pooling="first")
     with pytest.raises(
-        CheckpointError, match=r"head of task 'about' in .* reads first pooling; this checkpoint has mean"
+        CheckpointError, match=r"head of task 'about' in .* reads first pooling; this checkpoint has unit"
     ):
         add_from(load_checkpoint(bert), other, as_name="x")
     heads = {"names": HEADS["names"]}  # a tagger does not pool

@@ -93,7 +93,8 @@ def test_a_fresh_expert_is_the_bare_backbone(make_model):
         bare = make_model("bert", {})
         hidden = bare.encoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
     weights = batch.attention_mask[..., None].float()
-    expected = model.head("mood")((hidden * weights).sum(1) / weights.sum(1))
+    mean = (hidden * weights).sum(1) / weights.sum(1)
+    expected = model.head("mood")(mean / mean.square().mean(-1, keepdim=True).sqrt())
     torch.testing.assert_close(adapted, expected, atol=1e-6, rtol=1e-5)
 
 

@@ -111,7 +111,10 @@ def test_peft_loads_what_was_exported(tmp_path, make_model, family):
         with torch.no_grad():
             if task == "mood":
                 batch = as_given(tokenizer, TEXTS)
-                found[task] = pool(theirs(**batch).logits, batch["attention_mask"], "last" if last else "mean")
+                classifier = theirs.get_base_model()
+                tokens = classifier.base_model(**batch).last_hidden_state
+                head = classifier.score if family == "llama" else classifier.classifier
+                found[task] = head(pool(tokens, batch["attention_mask"], "last" if last else "unit"))
             else:
                 batch = tokenizer(words_of(TEXTS), is_split_into_words=True, padding=True, return_tensors="pt")
                 found[task] = word_logits(theirs(**batch).logits, batch, words_of(TEXTS), last=last)

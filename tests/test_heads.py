@@ -15,12 +15,15 @@ def ragged(dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("how", ["mean", "first", "last"])
+@pytest.mark.parametrize("how", ["unit", "mean", "first", "last"])
 def test_pool_reads_the_real_tokens_of_each_row(how, dtype):
     hidden, mask, lengths = ragged(dtype)
     got = pool(hidden, mask, how)
     rows = [row[:length].float() for row, length in zip(hidden, lengths, strict=True)]
-    expected = torch.stack([{"mean": row.mean(0), "first": row[0], "last": row[-1]}[how] for row in rows])
+    vectors = {"unit": lambda row: row.mean(0), "mean": lambda row: row.mean(0), "first": lambda row: row[0]}
+    expected = torch.stack([vectors.get(how, lambda row: row[-1])(row) for row in rows])
+    if how == "unit":  # as sentence-transformers' Normalize, times the root of the width
+        expected = torch.nn.functional.normalize(expected, dim=-1) * hidden.shape[-1] ** 0.5
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, expected)
     rubbish = torch.where(mask[..., None].bool(), hidden, torch.full_like(hidden, 1e4))
@@ -61,7 +64,7 @@ def test_a_head_answers_no_rows_at_all():
     assert Head(16, 4, slot=RoutingSlot())(torch.zeros(0, 16)).shape == (0, 4)
 
 
-@pytest.mark.parametrize("how", ["mean", "first", "last"])
+@pytest.mark.parametrize("how", ["unit", "mean", "first", "last"])
 def test_pooling_can_be_traced_for_any_number_of_rows(how):
     class Pooled(torch.nn.Module):
         def forward(self, hidden, mask):

@@ -341,7 +341,7 @@ def test_another_backbone_or_pooling_is_refused(refused, bert, tmp_path, make_mo
     strange = saved(tmp_path / "strange", make_model, tiny_folder("bert", seed=1))
     refused("{toys}", strange, "--method", "linear", *OUT, said="were trained on the backbone")
     first = saved(tmp_path / "pooled", make_model, "bert", pooling="first")
-    refused(bert, first, "--method", "linear", *OUT, said="reads first pooling; this checkpoint has mean.")
+    refused(bert, first, "--method", "linear", *OUT, said="reads first pooling; this checkpoint has unit.")
 
 
 def test_damaged_numbers_are_refused(refused, bert, tmp_path):

@@ -194,8 +194,8 @@ def test_unknown_names_are_refused_with_the_closest_one(make_model):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_auto_pooling_is_the_last_token_for_causal_backbones_else_the_mean(three_tasks, family):
-    expected = "last" if family in CAUSAL else "mean"
+def test_auto_pooling_is_the_last_token_for_causal_backbones_else_the_scaled_mean(three_tasks, family):
+    expected = "last" if family in CAUSAL else "unit"
     automatic, chosen = three_tasks(family), three_tasks(family, pooling=expected)
     assert automatic.pooling == expected
     assert torch.equal(one_by_one(automatic, "mood"), one_by_one(chosen, "mood"))

@@ -304,7 +304,7 @@ def test_the_backbone_of_a_checkpoint_to_start_from_may_have_moved(tmp_path, tin
     with pytest.raises(BackboneError, match="which is not that of the checkpoint's backbone"):
         sparse_ft.train(tasks[1:], backbone=other, output=tmp_path / "third", **options)
     with pytest.raises(
-        ConfigError, match=r"experts\.pooling is first, but the tasks of .* pool by mean\. Leave it out"
+        ConfigError, match=r"experts\.pooling is first, but the tasks of .* pool by unit\. Leave it out"
     ):
         sparse_ft.train(
             tasks[1:],

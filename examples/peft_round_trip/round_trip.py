@@ -45,9 +45,11 @@ def main() -> None:
     theirs = PeftModel.from_pretrained(base, adapter).eval()
     batch = AutoTokenizer.from_pretrained(adapter)(texts, truncation=True, padding=True, return_tensors="pt")
     with torch.no_grad():
-        tokens = theirs(**batch).logits
-    real = batch["attention_mask"].unsqueeze(-1)
-    logits = (tokens * real).sum(1) / real.sum(1)  # the head is linear: before or behind the mean, it gives the same
+        classifier = theirs.get_base_model()
+        tokens = classifier.base_model(**batch).last_hidden_state
+        real = batch["attention_mask"].unsqueeze(-1)
+        mean = (tokens * real).sum(1) / real.sum(1)
+        logits = classifier.classifier(mean / mean.square().mean(-1, keepdim=True).sqrt())  # experts.pooling is unit
     ours = model.logits(texts, "topic")
     print(f"Largest difference of the logits in PEFT: {(ours - logits).abs().max():.1e}")
 

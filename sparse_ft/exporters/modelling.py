@@ -15,13 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import sparse_ft.words
-from sparse_ft.exporters.parts import POOLING_WORDS
+from sparse_ft.exporters.parts import TokenClassifier
 from sparse_ft.folders import write_bytes, write_json
+from sparse_ft.heads import EPSILON
 
+_MEAN = "(tokens * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)"
 _POOLED = {
-    "mean": "(tokens * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)",
+    "unit": f"{_MEAN}\n        text = text * (text.square().mean(-1, keepdim=True) + {EPSILON}).rsqrt()",
+    "mean": _MEAN,
     "first": "tokens[:, 0]",
     "last": "tokens[torch.arange(len(mask), device=mask.device), (mask.cumsum(1) * mask).argmax(1)]",
+}
+_POOLED_WORDS = {
+    "unit": "the mean of its tokens, scaled to one length",
+    "mean": "the mean of its tokens",
+    "first": "its first token",
+    "last": "its last token",
 }
 
 _MODEL = '''"""{about}
@@ -44,15 +53,16 @@ class {name}({stock}):
         self.config = config
 {body}'''
 
-_POOLED_ABOUT = """{stock} with one answer a text: {words}.
+_POOLED_ABOUT = """{stock} with one answer a text, which its head reads off {words}.
 
-Written by sparse-ft. The head is linear, so it may stand before the pooling as well as behind it."""
+Written by sparse-ft."""
 
 _POOLED_BODY = """
     def forward(self, input_ids, attention_mask=None, **inputs):
-        tokens = super().forward(input_ids=input_ids, attention_mask=attention_mask, **inputs).logits
+        tokens = self.base_model(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
         mask = torch.ones_like(tokens[..., 0]) if attention_mask is None else attention_mask.to(tokens.dtype)
-        return SequenceClassifierOutput(logits={pooled})
+        text = {pooled}
+        return SequenceClassifierOutput(logits=self.{head}(text))
 """
 
 _SHAPED_ABOUT = """{stock} that sees how words are written: a vector for each shape is added where a block begins.
@@ -115,18 +125,18 @@ def _shapes_in_text(text, row):
 '''
 
 
-def write_pooled(folder: Path, *, stock: Any, pooling: str) -> None:
+def write_pooled(folder: Path, *, stock: TokenClassifier, pooling: str) -> None:
     """Make an exported token classifier one of texts.
 
     Args:
         folder: Of the export; its config then names the class ``PooledForSequenceClassification``.
         stock: The token classifier.
-        pooling: ``mean``, ``first`` or ``last``.
+        pooling: ``unit``, ``mean``, ``first`` or ``last``.
     """
-    about = _POOLED_ABOUT.format(stock=type(stock).__name__, words=POOLING_WORDS[pooling])
+    about = _POOLED_ABOUT.format(stock=type(stock.model).__name__, words=_POOLED_WORDS[pooling])
     imports = "from transformers.modeling_outputs import SequenceClassifierOutput\n"
-    body = _POOLED_BODY.format(pooled=_POOLED[pooling])
-    _write_model(folder, "pooled", "SequenceClassification", stock=stock, about=about, imports=imports, body=body)
+    body = _POOLED_BODY.format(pooled=_POOLED[pooling], head=stock.head)
+    _write_model(folder, "pooled", "SequenceClassification", stock=stock.model, about=about, imports=imports, body=body)
 
 
 def write_shaped(folder: Path, *, stock: Any, block: str, width: int, language: str) -> None:

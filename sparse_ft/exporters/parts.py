@@ -19,13 +19,6 @@ from sparse_ft.words import SHAPES
 _HEADS = ("classifier", "score")
 """How transformers' token classifiers name their head."""
 
-POOLING_WORDS = {
-    "mean": "the mean of the logits of its tokens",
-    "first": "the logits of its first token",
-    "last": "the logits of its last token",
-}
-"""What the logits of a text are, by the pooling of the checkpoint."""
-
 
 class TokenClassifier(NamedTuple):
     """The token classifier that transformers has for a backbone."""
@@ -96,13 +89,28 @@ def token_classifier(backbone: Backbone, spec: TaskSpec, head: nn.Linear) -> Tok
     Raises:
         ExportError: If that classifier has more layers between backbone and head.
     """
-    from transformers import AutoModelForTokenClassification
-
     config = copy.deepcopy(backbone.config)
     names = find_kind(spec.kind).outputs(spec.label_names or [])
     config.id2label = dict(enumerate(names))
     config.label2id = {name: place for place, name in enumerate(names)}
-    with torch.device("meta"):  # its random weights are replaced, or the model refused
+    model, prefix, place = empty_classifier(config)
+    setattr(model, prefix, backbone.model)
+    setattr(model, place, copy.deepcopy(head).cpu().float())
+    return TokenClassifier(model.eval().requires_grad_(False), prefix, place)
+
+
+def empty_classifier(config: Any) -> TokenClassifier:
+    """Build the token classifier of an architecture without any memory for its weights.
+
+    Args:
+        config: Of transformers.
+
+    Raises:
+        ExportError: If it has more layers between backbone and head.
+    """
+    from transformers import AutoModelForTokenClassification
+
+    with torch.device("meta"):
         model = AutoModelForTokenClassification.from_config(config)
     inside = [name for name, module in model.named_children() if any(True for _ in module.parameters())]
     found = [name for name in inside if name in _HEADS]
@@ -111,9 +119,7 @@ def token_classifier(backbone: Backbone, spec: TaskSpec, head: nn.Linear) -> Tok
             f"transformers' {type(model).__name__} has another layer between the blocks and the head "
             f"({', '.join(inside)}), which an expert of this backbone was trained without. Export it as onnx."
         )
-    setattr(model, model.base_model_prefix, backbone.model)
-    setattr(model, found[0], copy.deepcopy(head).cpu().float())
-    return TokenClassifier(model.eval().requires_grad_(False), model.base_model_prefix, found[0])
+    return TokenClassifier(model, model.base_model_prefix, found[0])
 
 
 def save_tokenizer(model: LoadedModel, folder: Path) -> None:

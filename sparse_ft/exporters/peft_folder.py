@@ -1,12 +1,12 @@
 """Export to PEFT: the expert as an adapter of transformers' token classifier, with the head in it.
 
-transformers has no text classifier whose head is a linear over the mean of the tokens. It needs none: a linear gives
-the same before and after a mean, so the logits of a text are the mean of those of its tokens (or those of one token, as
-the checkpoint pools). That is exact, and works for all tasks with the stock classes.
+transformers has no text classifier whose head is a linear over the mean of the tokens, but its token classifier holds
+all that this takes: the backbone, and the linear. The card shows the two lines that pool in between.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -65,7 +65,11 @@ def write_peft(model: LoadedModel, tasks: Sequence[str], folder: Path) -> dict[s
     level = find_kind(spec.kind).level
 
     def run(batch: dict[str, Tensor]) -> Tensor:
-        logits = wrapped(**{name: value for name, value in batch.items() if name != "word_shapes"}).logits
-        return logits if level == "word" else pool(logits, batch["attention_mask"], inner.pooling)
+        known = {name: value for name, value in batch.items() if name != "word_shapes"}
+        if level == "word":
+            return wrapped(**known).logits
+        classifier: Any = wrapped.get_base_model()
+        states = classifier.base_model(**known).last_hidden_state
+        return getattr(classifier, base.head)(pool(states, batch["attention_mask"], inner.pooling))
 
     return {task: compare(model, task, sample_texts(model, task), run=run, tokenizer=load_tokenizer(folder))}

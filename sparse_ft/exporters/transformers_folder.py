@@ -1,8 +1,8 @@
 """Export to transformers: a dense model with the expert folded into the weights.
 
 A tagging task becomes transformers' own token classifier, unless its expert sees word shapes. A task on texts becomes
-the same model, which pools the logits of the tokens (see peft_folder.py: that is exact), because no text classifier of
-transformers has a linear head over the mean of the tokens. These two bring their code with them; see modelling.py.
+the same model, which pools before its head, because no text classifier of transformers has a linear head over the mean
+of the tokens. These two bring their code with them; see modelling.py.
 """
 
 from collections.abc import Sequence
@@ -58,7 +58,7 @@ def write_transformers(model: LoadedModel, tasks: Sequence[str], folder: Path) -
     else:
         tokenizer, loader = load_tokenizer(folder), type(dense)
         if find_kind(spec.kind).level == "text":
-            write_pooled(folder, stock=dense, pooling=inner.pooling)
+            write_pooled(folder, stock=stock, pooling=inner.pooling)
             loader = own_class(folder, "modeling_pooled", "PooledForSequenceClassification")
     loaded = loader.from_pretrained(folder, local_files_only=True).eval()
 

@@ -1,0 +1,123 @@
+"""Heads of new tasks begin at the means of their classes."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES
+from test_training import run, toy_rows, write_rows, write_toy
+
+import sparse_ft
+from sparse_ft.backbone import load_backbone
+from sparse_ft.batching import collate
+from sparse_ft.config import RunConfig
+from sparse_ft.encoding import Encoder
+from sparse_ft.head_start import start_head
+from sparse_ft.heads import pool
+from sparse_ft.model import SparseExpertModel
+from sparse_ft.new_experts import add_tasks
+from sparse_ft.tasks import load_task
+from sparse_ft.training_data import prepare_task
+
+
+def started(folder, backbone):
+    """Return a model with the head of the toy task in a folder at its start, the task, and the encoder."""
+    model = SparseExpertModel(load_backbone(str(backbone)))
+    encoder = Encoder(model.backbone, max_length=64)
+    task = prepare_task(load_task(str(folder / "mood.yaml")), run=RunConfig(), encoder=encoder)
+    add_tasks(model, {"mood": task}, run=RunConfig())
+    start_head(model.eval(), task, encoder=encoder)
+    return model, task, encoder
+
+
+def vectors_of(backbone, examples, how):
+    """Read texts one by one through a backbone without expert layers: [texts, hidden] float64."""
+    bare = load_backbone(str(backbone))
+    found = []
+    for example in examples:
+        batch = collate([("", example)], pad_id=bare.pad_id)
+        with torch.no_grad():
+            hidden = bare.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+        found.append(pool(hidden, batch.attention_mask, how)[0].double().numpy())
+    return np.stack(found)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_begin_as_the_cosine_to_each_class_mean(tmp_path, tiny_folder, family):
+    write_toy(tmp_path, "mood", sizes=(30, 8, 8))
+    model, task, encoder = started(tmp_path, tiny_folder(family))
+    labels = task.spec.label_names
+    texts = [*encoder.texts(labels), *task.examples]
+    own = np.array([*range(len(labels)), *(example.targets[0] for example in task.examples)])
+    vectors = vectors_of(tiny_folder(family), texts, model.pooling)
+    centred = vectors - vectors.mean(0)
+    means = np.stack([centred[own == label].mean(0) for label in range(len(labels))])
+    directions = means / np.linalg.norm(means, axis=1, keepdims=True)
+    lengths = np.linalg.norm(centred, axis=1)
+    expected = 20 * (centred @ directions.T) / lengths.mean()
+    with torch.no_grad():
+        batch = collate([("mood", example) for example in task.examples], pad_id=model.backbone.pad_id)
+        got = model(batch)["mood"].numpy()
+    np.testing.assert_allclose(got, expected[len(labels) :], atol=2e-4)
+
+
+def test_of_each_class_fifty_rows_are_read(tmp_path, tiny_bert):
+    rows = toy_rows("mood", 400, seed=0)
+    first, counts = [], dict.fromkeys({row["label"] for row in rows}, 0)
+    for row in rows:
+        counts[row["label"]] += 1
+        first.extend([row] if counts[row["label"]] <= 50 else [])
+    assert min(counts.values()) > 50
+    heads = []
+    for folder, kept in (("all", rows), ("first", first)):
+        path = tmp_path / folder
+        write_toy(path, "mood")
+        write_rows(path / "mood" / "train.jsonl", kept)
+        model, _, _ = started(path, tiny_bert)
+        heads.append(model.head("mood").linear)
+    assert torch.equal(heads[0].weight, heads[1].weight)
+    assert torch.equal(heads[0].bias, heads[1].bias)
+
+
+def test_texts_that_are_all_the_same_give_finite_logits(tmp_path, tiny_bert):
+    write_toy(tmp_path, "mood")
+    for split in ("train", "validation", "test"):
+        write_rows(tmp_path / "mood" / f"{split}.jsonl", [{"text": "the", "label": label} for label in ("the", "The")])
+    model, task, _ = started(tmp_path, tiny_bert)
+    with torch.no_grad():
+        assert model(collate([("mood", task.examples[0])], pad_id=0))["mood"].isfinite().all()
+
+
+def test_minilm_knows_classes_by_their_names_and_two_texts_each(tmp_path, minilm):
+    texts = {
+        "sports": ["They won the cup final on penalties.", "The striker was injured in training."],
+        "cooking": ["Simmer the sauce for ten minutes.", "Add a pinch of salt to the dough."],
+        "bank_account": ["I cannot see my transfer.", "My card was charged twice."],
+    }
+    unseen = {"sports": "The goalkeeper saved the match.", "cooking": "Bake it until golden brown.",
+              "bank_account": "When is the payment booked?"}  # fmt: skip
+    write_toy(tmp_path, "mood")
+    rows = [{"text": text, "label": label} for label, own in texts.items() for text in own]
+    for split in ("train", "validation"):
+        write_rows(tmp_path / "mood" / f"{split}.jsonl", rows)
+    model, task, encoder = started(tmp_path, minilm)
+    with torch.no_grad():
+        batch = collate([("mood", example) for example in encoder.texts(list(unseen.values()))], pad_id=0)
+        found = model(batch)["mood"].argmax(-1).tolist()
+    assert [task.spec.label_names[place] for place in found] == list(unseen)
+
+
+def test_training_begins_there_and_a_head_that_was_trained_stays(tmp_path, tiny_bert):
+    mood, about = write_toy(tmp_path, "mood"), write_toy(tmp_path, "about")
+    still = {"train__learning_rate": 1e-30, "train__epochs": 1}
+    first = run([mood], tiny_bert, tmp_path / "first", **still)
+    expected = started(tmp_path, tiny_bert)[0].head("mood").linear.weight
+    linear = sparse_ft.load(first.path, device="cpu").checkpoint.model.head("mood").linear
+    torch.testing.assert_close(linear.weight, expected, rtol=0, atol=1e-6)
+    with torch.no_grad():
+        linear.weight.mul_(2)
+    model = sparse_ft.load(first.path, device="cpu").checkpoint.model
+    again = sparse_ft.train(
+        [about], from_checkpoint=first.path, output=tmp_path / "second", device="cpu", overrides=["train.epochs=1"]
+    )
+    after = sparse_ft.load(again.path, device="cpu").checkpoint.model
+    assert torch.equal(after.head("mood").linear.weight, model.head("mood").linear.weight)
