@@ -27,8 +27,8 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 from sparse_ft.exporters.int8 import INT8_GRAPH
 from sparse_ft.exporters.onnx_folder import GRAPH, TASKS, read_tasks, runner
 from sparse_ft.exporters.parts import sees_shapes
+from sparse_ft.exporters.peft_folder import peft_logits
 from sparse_ft.exporting import export
-from sparse_ft.heads import pool
 from sparse_ft.importing import import_adapter
 from sparse_ft.inference import row_logits
 from sparse_ft.kinds import find_kind
@@ -69,8 +69,9 @@ def torch_side(model: LoadedModel, task: str, theirs, folder: Path, *, pooled: b
     known = set(tokenizer("a"))  # word shapes only of a tokenizer that knows them
 
     def run(batch):
-        logits = theirs(**{name: value for name, value in batch.items() if name in known}).logits
-        return pool(logits, batch["attention_mask"], model.checkpoint.model.pooling) if pooled else logits
+        own = {name: value for name, value in batch.items() if name in known}
+        pooling = model.checkpoint.model.pooling if pooled else None
+        return peft_logits(theirs, own, head="classifier", pooling=pooling)
 
     return foreign_side(model, task, run, tokenizer)
 

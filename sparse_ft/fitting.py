@@ -61,7 +61,7 @@ def fit(
     accelerator = Accelerator(mixed_precision="no", device_placement=False)  # precision is that of the frozen weights
     state = _State.start(model, tasks, run=run, output=output)
     if resume:
-        state.progress = read_progress(output, data=state.data)
+        state.progress = read_progress(output, data=state.data, pooling=model.pooling)
     progress, names = state.progress, list(state.groups)
     while progress.group < len(names):
         name = names[progress.group]
@@ -98,7 +98,7 @@ class _State:
         parameters = {name: value for group in groups.values() for name, value in group.parameters.items()}
         best = {name: value.detach().clone() for name, value in parameters.items()}
         data = fingerprint({name: [*task.examples, *task.validation.examples] for name, task in tasks.items()})
-        return cls(run, output, data, groups, parameters, best, Progress())
+        return cls(run, output, data, groups, parameters, best, Progress(model.pooling))
 
 
 class _Loop:

@@ -1,17 +1,15 @@
 """Where the head of a new task begins: at its classes, as the backbone sees them before anything is learnt."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+import re
 
 import torch
-from torch import Tensor
 from torch.nn import functional
 
 from sparse_ft.batching import collate, length_batches, token_limit
-from sparse_ft.encoding import Encoder, Example
+from sparse_ft.encoding import Encoder
 from sparse_ft.heads import pool
 from sparse_ft.model import SparseExpertModel
-from sparse_ft.routing import Routing
+from sparse_ft.tasks import TaskSpec
 from sparse_ft.training_data import TrainingTask
 
 _ROWS = 50
@@ -25,43 +23,47 @@ https://github.com/UKPLab/sentence-transformers/blob/v3.0.0/sentence_transformer
 _LEAST = 1e-6
 """Length that is divided by where all texts are the same."""
 
+_BETWEEN = re.compile(r"(?<=[^\W_])[-_]+(?=[^\W_])")
+
+
+def has_start(model: SparseExpertModel, spec: TaskSpec) -> bool:
+    """Say whether class means tell anything: single texts of one length have directions that do, pairs have not."""
+    return spec.kind == "classification" and spec.reads == "text" and model.pooling == "unit"
+
 
 @torch.no_grad()
 def start_head(model: SparseExpertModel, task: TrainingTask, *, encoder: Encoder) -> None:
-    """Let a head tell which class mean points the same way as a text: 20 times the cosine, seen from the mean of all.
+    """Let a head tell which class mean points the same way as a text: 20 times the cosine, seen from the middle of all.
 
     With few rows a class that is a better start than chance, and training ends better, too; benchmarks/results.md has
-    the figures. The name of a class counts as one more text of it.
+    the figures ("Ten rows a class"). The name of a class counts as one more text of it, and the middle is that of the
+    class means, so that a large class has no more say than a small one.
 
     Args:
-        model: On its device, with the task's head; its experts do not count.
-        task: Of the kind classification.
+        model: On its device, in evaluation mode, with the task's head.
+        task: One that ``has_start``.
         encoder: Of the backbone.
     """
-    names = encoder.texts([label.replace("_", " ").replace("-", " ") for label in task.spec.label_names or []])
-    classes = [[name] for name in names]
+    labels = task.spec.label_names or []
+    chosen = list(enumerate(encoder.texts([_BETWEEN.sub(" ", label) for label in labels])))
+    counts = [1] * len(labels)
     for example in task.examples:
-        own = classes[example.targets[0]]
-        if len(own) <= _ROWS:
-            own.append(example)
-    vectors = _bare_vectors(model, task.spec.name, [example for own in classes for example in own])
-    middle = vectors.mean(0)
-    centred = vectors - middle
-    means = torch.stack([own.mean(0) for own in centred.split([len(own) for own in classes])])  # [classes, hidden]
-    length = centred.norm(dim=-1).mean().clamp_min(_LEAST)
-    linear = model.head(task.spec.name).linear
-    linear.weight.copy_(functional.normalize(means, dim=-1) * (_SCALE / length))
-    linear.bias.copy_(-(linear.weight @ middle))
-
-
-def _bare_vectors(model: SparseExpertModel, task: str, examples: Sequence[Example]) -> Tensor:
-    """Pool texts as the head will read them, but without any expert: [examples, hidden] float32."""
-    vectors = torch.empty(len(examples), model.backbone.hidden_size, device=model.device)
-    lengths = [len(example.input_ids) for example in examples]
-    for members in length_batches(lengths, max_tokens=token_limit(model.device)):
-        rows = [(task, replace(examples[member], targets=[])) for member in members]
+        (label,) = example.targets
+        if counts[label] <= _ROWS:
+            counts[label] += 1
+            chosen.append((label, example))
+    means = torch.zeros(len(labels), model.backbone.hidden_size, device=model.device)
+    for members in length_batches([len(text.input_ids) for _, text in chosen], max_tokens=token_limit(model.device)):
+        rows = [("", chosen[member][1]) for member in members]
         batch = collate(rows, pad_id=model.backbone.pad_id, device=model.device)
-        nobody = torch.zeros(len(rows), 1, device=model.device)
-        hidden = model.hidden_states(batch, routing=Routing(nobody.long(), nobody))
-        vectors[members] = pool(hidden, batch.attention_mask, model.pooling)
-    return vectors
+        share = torch.zeros(len(labels), len(rows), device=model.device)  # of each text in the mean of its class
+        for place, member in enumerate(members):
+            label = chosen[member][0]
+            share[label, place] = 1 / counts[label]
+        means += share @ pool(model.bare_states(batch), batch.attention_mask, model.pooling)
+    middle = means.mean(0)
+    # Root mean square of a text's distance from the middle, classes counted alike: its own mean square is 1 a number.
+    distance = (len(middle) - middle.square().sum()).clamp_min(_LEAST).sqrt()
+    linear = model.head(task.spec.name).linear
+    linear.weight.copy_(functional.normalize(means - middle, dim=-1) * (_SCALE / distance))
+    linear.bias.copy_(-(linear.weight @ middle))

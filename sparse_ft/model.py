@@ -229,6 +229,10 @@ class SparseExpertModel(nn.Module):
             parts.append(self._through(batch, rows, running, asked=asked))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def bare_states(self, batch: Batch) -> Tensor:
+        """Run a batch of texts through the backbone without any expert, [N, S, H]."""
+        return self._through(batch, slice(None), Pass(None), asked=None)
+
     def _default_routing(self, batch: Batch) -> tuple[Routing | None, Gate | None]:
         """Route rows by their tasks: each to its expert, or all by the gate that their tasks were trained with."""
         slots = {rows.task: self.tasks[rows.task] for rows in batch.tasks}

@@ -21,16 +21,17 @@ batch = tokenizer({example}, truncation=True, return_tensors="pt")
 _PEFT_WORDS = "logits = model(**batch).logits[0]  # one row a token"
 
 _PEFT_TEXT = """classifier = model.get_base_model()
-tokens = classifier.base_model(**batch).last_hidden_state[0]
+tokens = classifier.base_model(**batch).last_hidden_state
 {pool}
-logits = classifier.{head}(text)"""
+logits = classifier.{head}(texts)  # one row a text"""
 
-_PADDED = "  # in a padded batch, where attention_mask is 1"
+_MEAN = """real = batch["attention_mask"].unsqueeze(-1)
+texts = (tokens * real).sum(1) / real.sum(1)"""
 _POOL = {
-    "unit": f"text = tokens.mean(0){_PADDED}\ntext = text / text.square().mean().sqrt()",
-    "mean": f"text = tokens.mean(0){_PADDED}",
-    "first": "text = tokens[0]",
-    "last": f"text = tokens[-1]{_PADDED}",
+    "unit": f"{_MEAN}\ntexts = texts / texts.square().mean(-1, keepdim=True).sqrt()",
+    "mean": _MEAN,
+    "first": "texts = tokens[:, 0]",
+    "last": 'texts = tokens[list(range(len(tokens))), batch["attention_mask"].sum(1) - 1]',
 }
 """By the pooling of the checkpoint."""
 

@@ -24,6 +24,8 @@ from sparse_ft.manifest import read_config
 class Progress:
     """Where a run stands; plain values only."""
 
+    pooling: str
+    """How the run reads texts; a version that would read them otherwise cannot go on with it."""
     group: int = 0
     """Groups of tasks that are done; epoch, batch and step are counted anew for each."""
     epoch: int = 0
@@ -128,21 +130,27 @@ def find_resume(output: Path) -> RunConfig:
     return read_config(folder / "config.yaml")
 
 
-def read_progress(output: Path, *, data: str) -> Progress:
+def read_progress(output: Path, *, data: str, pooling: str) -> Progress:
     """Return where the run stood.
 
     Args:
         output: Folder of the run.
         data: ``fingerprint`` of the training rows.
+        pooling: Of the model.
 
     Raises:
-        CheckpointError: If the state is damaged or the training rows have changed since.
+        CheckpointError: If the state is damaged, or the training rows or the pooling have changed since.
     """
     values = _read_progress(output / "resume" / "progress.json")
     if values.pop("data") != data:
         raise CheckpointError(
             f"The training rows are not those of the interrupted run in {str(output)!r}: the data or the tokenizer has "
             "changed. Put the old data back, or start anew in another --output."
+        )
+    if values["pooling"] != pooling:
+        raise CheckpointError(
+            f"The interrupted run in {str(output)!r} reads texts by {values['pooling']} pooling, this version by "
+            f"{pooling}. Start anew in another --output."
         )
     return Progress(**values)
 

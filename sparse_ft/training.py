@@ -19,7 +19,7 @@ from sparse_ft.evaluation import Evaluation, evaluate, name_sources, scored_spli
 from sparse_ft.fitting import fit
 from sparse_ft.folders import explain_os_errors, write_json
 from sparse_ft.gate_stage import add_gate, check_gate, kept_rows, note_accuracy, rows_by_expert, train_gate
-from sparse_ft.head_start import start_head
+from sparse_ft.head_start import has_start, start_head
 from sparse_ft.joint import check_joint, has_gate
 from sparse_ft.manifest import check_name, read_config, read_manifest
 from sparse_ft.model import SparseExpertModel
@@ -216,13 +216,14 @@ def _train(run: RunConfig, specs: Sequence[TaskSpec], *, resume: bool) -> TrainR
         check_joint(run, num_experts=num_experts)
     model.experts.set_dropout(run.experts.dropout)
     model.to(device).eval()
-    for task in new:
-        if task.spec.kind == "classification":
-            start_head(model, task, encoder=encoder)
     if place() == 0:
         with explain_os_errors(output):
             output.mkdir(parents=True, exist_ok=True)
     _LOG.info("Training %s on %s into %s", ", ".join(ready), model.device, output)
+    for task in [] if resume else new:  # what is resumed has moved on from there
+        if has_start(model, task.spec):
+            start_head(model, task, encoder=encoder)
+            same_in_all(model.head(task.spec.name))
     if has_gate(run):
         rows = {**_others_rows(kept, ready, run=run, encoder=encoder), **ready}
         model.gate = start_gate(model, ready, rows_by_expert(model, rows), run=run)

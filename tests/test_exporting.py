@@ -1,6 +1,7 @@
 """What leaves the toolkit gives the same answers in the library that it is for."""
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -95,7 +96,7 @@ def test_a_folded_backbone_gives_the_hidden_states_of_the_expert_layers(make_mod
 
 
 @pytest.mark.parametrize("family", ["roberta", "gpt2", "llama", "deberta-v2"])
-def test_peft_loads_what_was_exported(tmp_path, make_model, family):
+def test_peft_loads_what_was_exported(tmp_path, monkeypatch, make_model, family):
     from peft import AutoPeftModelForTokenClassification
     from transformers import AutoTokenizer
 
@@ -120,6 +121,13 @@ def test_peft_loads_what_was_exported(tmp_path, make_model, family):
                 found[task] = word_logits(theirs(**batch).logits, batch, words_of(TEXTS), last=last)
         assert_close(model.logits(TEXTS, task), found[task])
         assert {"README.md", "export.json", "adapter_config.json", "adapter_model.safetensors"} <= set(files(folder))
+        if task == "mood":
+            card = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+            monkeypatch.chdir(result.path)
+            shown = {}
+            written, meant = r"tokenizer\(.*, truncation=True", f"tokenizer({TEXTS!r}, padding=True, truncation=True"
+            exec(re.sub(written, meant, card), shown)
+            assert_close(model.logits(TEXTS, task), shown["logits"].detach())
         record = json.loads((folder / "export.json").read_text())["tasks"][task]["difference"]
         assert record == result.differences[task].to_dict()
         assert 0 < record["texts"] <= record["answers"]

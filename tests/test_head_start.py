@@ -2,16 +2,17 @@
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
-from conftest import FAMILIES
-from test_training import run, toy_rows, write_rows, write_toy
+from conftest import CAUSAL, FAMILIES
+from test_training import run, settings, toy_rows, write_rows, write_toy
 
 import sparse_ft
 from sparse_ft.backbone import load_backbone
 from sparse_ft.batching import collate
 from sparse_ft.config import RunConfig
 from sparse_ft.encoding import Encoder
-from sparse_ft.head_start import start_head
+from sparse_ft.head_start import has_start, start_head
 from sparse_ft.heads import pool
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.new_experts import add_tasks
@@ -41,7 +42,7 @@ def vectors_of(backbone, examples, how):
     return np.stack(found)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in CAUSAL])
 def test_logits_begin_as_the_cosine_to_each_class_mean(tmp_path, tiny_folder, family):
     write_toy(tmp_path, "mood", sizes=(30, 8, 8))
     model, task, encoder = started(tmp_path, tiny_folder(family))
@@ -49,15 +50,16 @@ def test_logits_begin_as_the_cosine_to_each_class_mean(tmp_path, tiny_folder, fa
     texts = [*encoder.texts(labels), *task.examples]
     own = np.array([*range(len(labels)), *(example.targets[0] for example in task.examples)])
     vectors = vectors_of(tiny_folder(family), texts, model.pooling)
-    centred = vectors - vectors.mean(0)
-    means = np.stack([centred[own == label].mean(0) for label in range(len(labels))])
-    directions = means / np.linalg.norm(means, axis=1, keepdims=True)
-    lengths = np.linalg.norm(centred, axis=1)
-    expected = 20 * (centred @ directions.T) / lengths.mean()
+    means = np.stack([vectors[own == label].mean(0) for label in range(len(labels))])
+    middle = means.mean(0)
+    directions = (means - middle) / np.linalg.norm(means - middle, axis=1, keepdims=True)
+    squares = np.square(vectors - middle).sum(1)
+    distance = np.sqrt(np.mean([squares[own == label].mean() for label in range(len(labels))]))
+    expected = 20 * (vectors - middle) @ directions.T / distance
     with torch.no_grad():
         batch = collate([("mood", example) for example in task.examples], pad_id=model.backbone.pad_id)
         got = model(batch)["mood"].numpy()
-    np.testing.assert_allclose(got, expected[len(labels) :], atol=2e-4)
+    np.testing.assert_allclose(got, expected[len(labels) :], atol=1e-4, rtol=1e-4)
 
 
 def test_of_each_class_fifty_rows_are_read(tmp_path, tiny_bert):
@@ -106,18 +108,54 @@ def test_minilm_knows_classes_by_their_names_and_two_texts_each(tmp_path, minilm
     assert [task.spec.label_names[place] for place in found] == list(unseen)
 
 
-def test_training_begins_there_and_a_head_that_was_trained_stays(tmp_path, tiny_bert):
-    mood, about = write_toy(tmp_path, "mood"), write_toy(tmp_path, "about")
-    still = {"train__learning_rate": 1e-30, "train__epochs": 1}
-    first = run([mood], tiny_bert, tmp_path / "first", **still)
-    expected = started(tmp_path, tiny_bert)[0].head("mood").linear.weight
-    linear = sparse_ft.load(first.path, device="cpu").checkpoint.model.head("mood").linear
-    torch.testing.assert_close(linear.weight, expected, rtol=0, atol=1e-6)
+def test_a_large_class_has_no_more_say_than_a_small_one(tmp_path, minilm):
+    """The middle is that between the classes, so rows of the large one are not cut in two."""
+    write_toy(tmp_path, "mood")
+    good = [f"I loved the {thing}, it was {how}." for thing in ("film", "food", "trip", "book", "hotel", "play")
+            for how in ("great", "wonderful", "lovely", "superb")]  # fmt: skip
+    bad = ["I hated it, it was awful.", "A boring and terrible waste of money."]
+    rows = [{"text": text, "label": label} for label, own in (("good", good), ("bad", bad)) for text in own]
+    for split in ("train", "validation"):
+        write_rows(tmp_path / "mood" / f"{split}.jsonl", rows)
+    model, task, _ = started(tmp_path, minilm)
     with torch.no_grad():
-        linear.weight.mul_(2)
-    model = sparse_ft.load(first.path, device="cpu").checkpoint.model
+        batch = collate([("mood", example) for example in task.examples], pad_id=0)
+        found = model(batch)["mood"].argmax(-1).tolist()
+    assert found == [task.spec.label_names.index(row["label"]) for row in rows]
+
+
+def test_only_single_texts_of_one_length_have_a_start(tmp_path, tiny_folder):
+    def told(name, family, pooling="auto"):
+        spec = load_task(write_toy(tmp_path, name))
+        return has_start(SparseExpertModel(load_backbone(str(tiny_folder(family))), pooling=pooling), spec)
+
+    assert told("mood", "bert")
+    assert not told("mood", "bert", "mean")
+    assert not told("mood", "gpt2")
+    assert not told("reply", "bert")
+    assert not told("about", "bert")
+    assert not told("names", "bert")
+
+
+STILL = {"train__learning_rate": 1e-30, "train__epochs": 1}
+"""A run that learns nothing."""
+
+
+def test_training_begins_there(tmp_path, tiny_bert):
+    mood = write_toy(tmp_path, "mood")
+    path = run([mood], tiny_bert, tmp_path / "first", **STILL).path
+    expected = started(tmp_path, tiny_bert)[0].head("mood").linear.weight
+    linear = sparse_ft.load(path, device="cpu").checkpoint.model.head("mood").linear
+    torch.testing.assert_close(linear.weight, expected, rtol=0, atol=1e-6)
+
+
+def test_a_head_that_was_trained_stays_where_it_is(tmp_path, tiny_bert):
+    path = run([write_toy(tmp_path, "mood")], tiny_bert, tmp_path / "first", **STILL).path
+    file = path / "heads" / "mood.safetensors"
+    doubled = {name: 2 * tensor for name, tensor in safetensors.torch.load_file(file).items()}
+    safetensors.torch.save_file(doubled, file)
     again = sparse_ft.train(
-        [about], from_checkpoint=first.path, output=tmp_path / "second", device="cpu", overrides=["train.epochs=1"]
+        ["mood"], from_checkpoint=path, output=tmp_path / "second", device="cpu", overrides=settings(**STILL)
     )
-    after = sparse_ft.load(again.path, device="cpu").checkpoint.model
-    assert torch.equal(after.head("mood").linear.weight, model.head("mood").linear.weight)
+    head = sparse_ft.load(again.path, device="cpu").checkpoint.model.head("mood")
+    torch.testing.assert_close(head.state_dict(), doubled, rtol=0, atol=1e-6)

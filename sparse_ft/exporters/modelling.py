@@ -1,6 +1,6 @@
 """The code that an export to transformers brings where no class of transformers computes what the checkpoint does.
 
-A task on texts needs a model that pools the logits of the tokens; an expert that sees word shapes one that adds their
+A task on texts needs a model that pools before its head; an expert that sees word shapes one that adds their
 vectors, and a tokenizer that says how each word is written. transformers runs such files with
 ``trust_remote_code=True``.
 """
@@ -59,10 +59,10 @@ Written by sparse-ft."""
 
 _POOLED_BODY = """
     def forward(self, input_ids, attention_mask=None, **inputs):
-        tokens = self.base_model(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
+        tokens = self.base_model(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state.float()
         mask = torch.ones_like(tokens[..., 0]) if attention_mask is None else attention_mask.to(tokens.dtype)
         text = {pooled}
-        return SequenceClassifierOutput(logits=self.{head}(text))
+        return SequenceClassifierOutput(logits=self.{head}(text.to(self.{head}.weight.dtype)))
 """
 
 _SHAPED_ABOUT = """{stock} that sees how words are written: a vector for each shape is added where a block begins.

@@ -1,7 +1,7 @@
 """Export to PEFT: the expert as an adapter of transformers' token classifier, with the head in it.
 
 transformers has no text classifier whose head is a linear over the mean of the tokens, but its token classifier holds
-all that this takes: the backbone, and the linear. The card shows the two lines that pool in between.
+all that this takes: the backbone, and the linear. The card shows the lines that pool in between.
 """
 
 from collections.abc import Sequence
@@ -39,6 +39,25 @@ def plain_expert(model: LoadedModel, task: str) -> Expert:
     return expert
 
 
+def peft_logits(wrapped: Any, batch: dict[str, Tensor], *, head: str, pooling: str | None) -> Tensor:
+    """Compute what the card of an export shows.
+
+    Args:
+        wrapped: The token classifier with its adapter.
+        batch: What its tokenizer gives.
+        head: Name of the linear in it.
+        pooling: Of the checkpoint; None for a task that tags words.
+
+    Returns:
+        [texts, labels], or [texts, tokens, tags].
+    """
+    if pooling is None:
+        return wrapped(**batch).logits
+    classifier = wrapped.get_base_model()
+    tokens = classifier.base_model(**batch).last_hidden_state
+    return getattr(classifier, head)(pool(tokens, batch["attention_mask"], pooling))
+
+
 def write_peft(model: LoadedModel, tasks: Sequence[str], folder: Path) -> dict[str, Difference]:
     """Write the adapter of a task into a folder, and run it through PEFT.
 
@@ -62,14 +81,10 @@ def write_peft(model: LoadedModel, tasks: Sequence[str], folder: Path) -> dict[s
     for parameter in getattr(base.model, base.head).parameters():
         parameter.zero_()  # the weights must come from the folder
     wrapped = PeftModel.from_pretrained(base.model, str(folder)).eval()
-    level = find_kind(spec.kind).level
+    pooling = None if find_kind(spec.kind).level == "word" else inner.pooling
 
     def run(batch: dict[str, Tensor]) -> Tensor:
         known = {name: value for name, value in batch.items() if name != "word_shapes"}
-        if level == "word":
-            return wrapped(**known).logits
-        classifier: Any = wrapped.get_base_model()
-        states = classifier.base_model(**known).last_hidden_state
-        return getattr(classifier, base.head)(pool(states, batch["attention_mask"], inner.pooling))
+        return peft_logits(wrapped, known, head=base.head, pooling=pooling)
 
     return {task: compare(model, task, sample_texts(model, task), run=run, tokenizer=load_tokenizer(folder))}
