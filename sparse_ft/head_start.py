@@ -16,12 +16,9 @@ _ROWS = 50
 """Of each class; more say little more about a mean."""
 
 _SCALE = 20.0
-"""Logits begin as so many times a cosine, with which sentence-transformers trains, too:
+"""So many times a cosine is a logit, as where sentence-transformers trains:
 https://github.com/UKPLab/sentence-transformers/blob/v3.0.0/sentence_transformers/losses/MultipleNegativesRankingLoss.py.
 """
-
-_LEAST = 1e-6
-"""Length that is divided by where all texts are the same."""
 
 _BETWEEN = re.compile(r"(?<=[^\W_])[-_]+(?=[^\W_])")
 
@@ -33,11 +30,12 @@ def has_start(model: SparseExpertModel, spec: TaskSpec) -> bool:
 
 @torch.no_grad()
 def start_head(model: SparseExpertModel, task: TrainingTask, *, encoder: Encoder) -> None:
-    """Let a head tell which class mean points the same way as a text: 20 times the cosine, seen from the middle of all.
+    """Let a head tell which class mean lies in the direction of a text, seen from the middle of all.
 
-    With few rows a class that is a better start than chance, and training ends better, too; benchmarks/results.md has
-    the figures ("Ten rows a class"). The name of a class counts as one more text of it, and the middle is that of the
-    class means, so that a large class has no more say than a small one.
+    Logits are 20 times the cosine where texts point all ways, and smaller where the backbone keeps them close together,
+    so that classes which it does not tell apart begin near chance. With few rows a class training ends better, too;
+    benchmarks/results.md has the figures ("Ten rows a class"). The name of a class counts as one more text of it, and
+    the middle is that of the class means, so that a large class has no more say than a small one.
 
     Args:
         model: On its device, in evaluation mode, with the task's head.
@@ -62,8 +60,6 @@ def start_head(model: SparseExpertModel, task: TrainingTask, *, encoder: Encoder
             share[label, place] = 1 / counts[label]
         means += share @ pool(model.bare_states(batch), batch.attention_mask, model.pooling)
     middle = means.mean(0)
-    # Root mean square of a text's distance from the middle, classes counted alike: its own mean square is 1 a number.
-    distance = (len(middle) - middle.square().sum()).clamp_min(_LEAST).sqrt()
     linear = model.head(task.spec.name).linear
-    linear.weight.copy_(functional.normalize(means - middle, dim=-1) * (_SCALE / distance))
+    linear.weight.copy_(functional.normalize(means - middle, dim=-1) * (_SCALE / len(middle) ** 0.5))
     linear.bias.copy_(-(linear.weight @ middle))
