@@ -1,5 +1,6 @@
 """Load a frozen backbone and its tokenizer, and find its blocks; the only file that knows transformers' internals."""
 
+import copy
 import hashlib
 import json
 from dataclasses import dataclass
@@ -134,6 +135,14 @@ class Backbone:
     def block_of(self, name: str) -> int:
         """Return the 0-based block that a linear of this name is in."""
         return int(name.removeprefix(f"{self.family.blocks}.").partition(".")[0])
+
+
+def fresh_tokenizer(tokenizer: Any) -> Any:
+    """Copy a tokenizer without what its last call left in it: how it cut and padded would be saved, too."""
+    copied = copy.deepcopy(tokenizer)
+    copied.backend_tokenizer.no_truncation()
+    copied.backend_tokenizer.no_padding()
+    return copied
 
 
 def _is_linear(module: nn.Module) -> bool:

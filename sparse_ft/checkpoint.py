@@ -1,6 +1,5 @@
 """The checkpoint: a folder with experts, heads and tasks that names its backbone but does not contain it."""
 
-import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from torch import Tensor
 
 import sparse_ft
 from sparse_ft.adapter_files import WRAPPER, write_adapter
-from sparse_ft.backbone import load_backbone
+from sparse_ft.backbone import fresh_tokenizer, load_backbone
 from sparse_ft.choosing import Choice
 from sparse_ft.config import RunConfig
 from sparse_ft.errors import CheckpointError
@@ -86,18 +85,10 @@ def save_checkpoint(
         write_bytes(folder / "config.yaml", _yaml(config.model_dump()))
         write_json(folder / "config.json", {"model_type": MODEL_TYPE})
         write_json(folder / "metrics.json", metrics)
-        _without_state(model.backbone.tokenizer).save_pretrained(folder / "tokenizer")
+        fresh_tokenizer(model.backbone.tokenizer).save_pretrained(folder / "tokenizer")
         write_json(folder / MANIFEST, _manifest(folder, model=model, tasks=tasks))
 
     replace_folder(path, fill)
-
-
-def _without_state(tokenizer: Any) -> Any:
-    """Copy a tokenizer without what its last call left in it: how it cut and padded would be saved, too."""
-    copied = copy.deepcopy(tokenizer)
-    copied.backend_tokenizer.no_truncation()
-    copied.backend_tokenizer.no_padding()
-    return copied
 
 
 def _yaml(content: Any) -> bytes:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparse_ft.backbone import Backbone
+from sparse_ft.backbone import Backbone, fresh_tokenizer
 from sparse_ft.errors import ExportError
 from sparse_ft.experts import Expert
 from sparse_ft.kinds import find_kind
@@ -128,7 +128,7 @@ def save_tokenizer(model: LoadedModel, folder: Path) -> None:
     Its longest row is the checkpoint's, it pads on the right and has a token for it, and gives token types only if the
     backbone knows them.
     """
-    tokenizer = copy.deepcopy(model.checkpoint.model.backbone.tokenizer)
+    tokenizer = fresh_tokenizer(model.checkpoint.model.backbone.tokenizer)
     tokenizer.model_max_length = model.encoder.max_length
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     if tokenizer.pad_token is None:
