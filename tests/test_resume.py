@@ -296,6 +296,14 @@ def test_a_state_of_a_version_that_trained_otherwise_is_refused(interrupted):
         sparse_ft.train(output=output, resume=True)
 
 
+def test_a_state_of_a_run_that_read_texts_otherwise_is_refused(interrupted):
+    _, output = interrupted
+    file = output / "resume/progress.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "pooling": "mean"}))
+    with pytest.raises(CheckpointError, match=r"reads texts by mean pooling, this version by unit\. Start anew"):
+        sparse_ft.train(output=output, resume=True)
+
+
 def test_the_state_holds_no_pickle_and_names_the_config(interrupted):
     task, output = interrupted
     assert sorted(file.name for file in (output / "resume").iterdir()) == [
