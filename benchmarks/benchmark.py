@@ -7,12 +7,12 @@
     python benchmarks/benchmark.py sst2,banking77 --data-root DATA
 
 Methods: expert (one of ours a task), mixture (one of our checkpoints for all tasks, each answered by its own expert),
-and those of trainer_peers.py: full, bitfit, head, peft. All read the same rows through the same tokens, from the same
-backbone, and are scored by the same code; the validation split chooses the best epoch, and test is scored once per run.
-fewshot: 10 rows a class, and 10 others to choose the epoch; without questions that are out of scope. clue: see clue.py;
-tasks whose data is not there are left out; ``--backbone random-chars`` is a small Chinese character BERT with random
-weights, which shows that the code runs and nothing else; ``--submission`` writes the files that the CLUE site accepts,
-with the first seed's experts.
+and those of trainer_peers.py: full, full_pooled, bitfit, head, peft. All read the same rows through the same tokens,
+from the same backbone, and are scored by the same code; the validation split chooses the best epoch, and test is scored
+once per run. fewshot: 10 rows a class, and 10 others to choose the epoch; without questions that are out of scope.
+clue: see clue.py; tasks whose data is not there are left out; ``--backbone random-chars`` is a small Chinese character
+BERT with random weights, which shows that the code runs and nothing else; ``--submission`` writes the files that the
+CLUE site accepts, with the first seed's experts.
 
 Each finished run is one line of ``--results``; what is there already, asked in the same way, is not run again. Seconds
 are those of the whole run, from reading the data to the test score; tokens per second are those of training alone.

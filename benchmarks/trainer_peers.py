@@ -1,9 +1,10 @@
 """The peers of our experts on the same backbone, trained by transformers' Trainer on the same rows, scored alike.
 
-full: all weights. head: only what stands on the backbone. bitfit: that and the biases (Ben Zaken et al. 2022,
+full: all weights. full_pooled: all weights, but a text is read off the mean over its tokens, scaled to one length, as
+ours do by default. head: only what stands on the backbone. bitfit: that and the biases (Ben Zaken et al. 2022,
 https://arxiv.org/abs/2106.10199). peft: a LoRA of PEFT with its defaults and those of the Trainer, in batches of 8.
 
-A text is read as transformers' classes do it: BERT's from its first token through the pooler, where ours take the mean.
+All but full_pooled read a text as transformers' classes do it: BERT's from its first token through the pooler.
 Tagging is scored with legal tags only, as our experts are; the F1 of the best tag of each word is kept as ``plain_f1``.
 """
 
@@ -17,18 +18,21 @@ import datasets
 import numpy as np
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
+from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     Trainer,
     TrainingArguments,
 )
+from transformers.modeling_outputs import SequenceClassifierOutput
 
-from sparse_ft.backbone import load_backbone
+from sparse_ft.backbone import Backbone, load_backbone
 from sparse_ft.config import load_config
 from sparse_ft.devices import find_device, find_dtype
 from sparse_ft.encoding import Encoder, Example
 from sparse_ft.evaluation import EvalData, prepare, score_rows, scored_split
+from sparse_ft.heads import pool
 from sparse_ft.kinds import find_kind
 from sparse_ft.kinds.classification import IGNORED
 from sparse_ft.readers import label_names, read
@@ -45,7 +49,7 @@ RECIPES = {
 }
 """Learning rate and epochs of the full fine-tune by task; others get those of ``conll2003``."""
 
-RATES = {"full": 1.0, "bitfit": 10.0, "head": 10.0}
+RATES = {"full": 1.0, "full_pooled": 1.0, "bitfit": 10.0, "head": 10.0}
 """Factor on the learning rate: what trains few weights needs a higher one."""
 
 
@@ -93,7 +97,7 @@ def run_trainer(
         for name in dict.fromkeys(("validation", split))
     }
     torch.manual_seed(seed)
-    classifier = _Classifier(spec, backbone, pad_id=loaded.pad_id, method=method)
+    classifier = _Classifier(spec, backbone, loaded=loaded, method=method)
     rate, usual = RECIPES.get(spec.name, RECIPES["conll2003"])
     epochs = epochs or (PEFT_EPOCHS if method == "peft" else usual)
     settings: dict[str, Any] = {"num_train_epochs": epochs}
@@ -130,21 +134,56 @@ _OURS: dict[str, Any] = {
 """What the Trainer is told where it does not run with its defaults."""
 
 
-class _Classifier:
-    """``AutoModelFor…Classification`` on a backbone; the method says which weights are trained."""
+class _PooledClassifier(torch.nn.Module):
+    """One answer a text, read off the mean over its tokens as our heads do; dropout and first weights as BERT's class.
 
-    def __init__(self, spec: TaskSpec, backbone: str, *, pad_id: int, method: str) -> None:
-        self.spec, self.pad_id, self.kind = spec, pad_id, find_kind(spec.kind)
+    Args:
+        backbone: All of whose weights are trained.
+        outputs: Number of labels.
+    """
+
+    def __init__(self, backbone: Backbone, outputs: int) -> None:
+        super().__init__()
+        self.backbone = backbone.model.requires_grad_(True)
+        self.dropout, self.head = torch.nn.Dropout(0.1), torch.nn.Linear(backbone.hidden_size, outputs)
+        torch.nn.init.normal_(self.head.weight, std=0.02)
+        torch.nn.init.zeros_(self.head.bias)
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+    ) -> SequenceClassifierOutput:
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        tokens = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
+        logits = self.head(self.dropout(pool(tokens, attention_mask, "unit")))
+        return SequenceClassifierOutput(None if labels is None else cross_entropy(logits, labels), logits)
+
+
+class _Classifier:
+    """A classifier of transformers, or ours above, on a backbone; the method says which weights are trained."""
+
+    def __init__(self, spec: TaskSpec, backbone: str, *, loaded: Backbone, method: str) -> None:
+        self.spec, self.pad_id, self.kind = spec, loaded.pad_id, find_kind(spec.kind)
         self.words = self.kind.level == "word"
         self.outputs = self.kind.outputs(spec.label_names or [])
+        if method == "full_pooled" and not self.words:
+            self.model = _PooledClassifier(loaded, len(self.outputs))
+            return
         head = AutoModelForTokenClassification if self.words else AutoModelForSequenceClassification
         folder = packaged_minilm_dir() if backbone == "minilm" else backbone
         self.model = head.from_pretrained(folder, num_labels=len(self.outputs))
-        self.model.config.pad_token_id = pad_id
+        self.model.config.pad_token_id = loaded.pad_id
         if method == "peft":
             kind = TaskType.TOKEN_CLS if self.words else TaskType.SEQ_CLS
             self.model = get_peft_model(self.model, LoraConfig(task_type=kind))
-        elif method != "full":
+        elif method not in ("full", "full_pooled"):
             for name, parameter in self.model.named_parameters():
                 on_top = not name.startswith(f"{self.model.base_model_prefix}.") or ".pooler." in name
                 parameter.requires_grad_(on_top or (method == "bitfit" and name.endswith(".bias")))

@@ -1,0 +1,127 @@
+"""The benchmark command and the peers that it trains, on a tiny backbone and the bundled samples."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparse_ft.backbone import load_backbone
+from sparse_ft.resources import bundled_dir
+from sparse_ft.tasks import load_task
+
+SCRIPTS = Path(__file__).parents[1] / "benchmarks"
+FEW = ("data.train_limit=40", "train.epochs=1", "train.min_steps=0", "gate.rows=40")
+
+pytestmark = pytest.mark.skipif(not SCRIPTS.exists(), reason="benchmarks/ is not in an installed package")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _scripts():
+    """Let the scripts find one another, as they do when one of them is run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPTS)
+        yield
+
+
+def call(*arguments: str | Path) -> None:
+    import benchmark
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["benchmark.py", *map(str, arguments)])
+        benchmark.main()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("benchmark") / "results.jsonl"
+
+
+@pytest.fixture(scope="module")
+def options(tiny_bert, results) -> list[str | Path]:
+    """Return what all calls are told; the first has run every method on one task, the second two of them on another."""
+    import benchmark
+
+    arguments = [
+        *("--data-root", bundled_dir("tasks") / "data", "--backbone", tiny_bert, "--seeds", "13", "--threads", "1"),
+        *(word for setting in FEW for word in ("--set", setting)),
+        *("--results", results),
+    ]
+    call("intent", "--methods", ",".join(benchmark.METHODS), *arguments)
+    call("intent,ner", "--methods", "expert,full", *arguments)
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def entries(options, results) -> dict[tuple[str, str], dict]:
+    found = [json.loads(line) for line in results.read_text().splitlines()]
+    assert len(found) == len({(entry["task"], entry["method"]) for entry in found}), "something was run twice"
+    return {(entry["task"], entry["method"]): entry for entry in found}
+
+
+def test_every_method_is_scored_on_test(entries):
+    import benchmark
+
+    asked = {("intent", method) for method in benchmark.METHODS} | {("ner", "expert"), ("ner", "full")}
+    assert set(entries) == asked
+    for (task, _), entry in entries.items():
+        assert entry["scored_on"] == {"intent": "test, 160 rows", "ner": "test, 130 rows"}[task]
+        assert 0 <= entry["headline"] == entry["metrics"][entry["metric"]] <= 1
+
+
+def test_trained_parameters_are_those_of_the_method(entries, tiny_bert):
+    bare = sum(value.numel() for value in load_backbone(str(tiny_bert)).model.parameters())
+    trained = {method: entry["trainable"] for (task, method), entry in entries.items() if task == "intent"}
+    hidden, labels = 32, len(load_task("intent").label_names)
+    assert trained["full_pooled"] == bare + hidden * labels + labels
+    assert trained["full"] - trained["full_pooled"] == hidden * hidden + hidden  # the pooler
+    assert trained["head"] < trained["bitfit"] < trained["full"]
+    assert trained["mixture"] == trained["expert"] < trained["full"]
+
+
+def test_what_is_there_is_not_run_again(options, tmp_path, capsys, monkeypatch):
+    import benchmark
+
+    def never(*arguments: object, **named: object) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(benchmark, "run_trainer", never)
+    monkeypatch.setattr(benchmark.sparse_ft.training, "train", never)
+    pages = ("--plot", tmp_path / "plot.png", "--append", tmp_path / "results.md")
+    call("intent,ner", "--methods", "expert,full", *options, *pages)
+    printed, written = capsys.readouterr().out, (tmp_path / "results.md").read_text()
+    rows = [line for line in printed.splitlines() if line.startswith("| ")]
+    assert len(rows) == 1 + 3 * 2  # a header; each method on two tasks, and its mean
+    assert all(row in written for row in rows)
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["intent", "--methods", "lora"], "unknown method 'lora'; there are expert, mixture, full"),
+        (["intents"], "Did you mean 'intent'"),
+        (["clue/cmrc2018", "--methods", "full"], "'full' is for classification and token_classification"),
+    ],
+)
+def test_mistakes_are_explained(arguments, said, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        call(*arguments, "--data-root", tmp_path, "--results", tmp_path / "results.jsonl")
+    assert stopped.value.code == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pooled_classifier_reads_no_padding_and_trains_all_weights(tiny_bert):
+    from trainer_peers import _PooledClassifier
+
+    torch.manual_seed(0)
+    model = _PooledClassifier(load_backbone(str(tiny_bert)), 3).eval()
+    ids = torch.randint(5, 40, (2, 9))
+    mask = torch.tensor([[1] * 9, [1] * 5 + [0] * 4])
+    found = model(ids, mask, labels=torch.tensor([0, 2]))
+    alone = model(ids[1:, :5], mask[1:, :5])
+    torch.testing.assert_close(found.logits[1:], alone.logits)
+    found.loss.backward()
+    assert all(value.grad is not None and value.grad.abs().sum() > 0 for value in model.backbone.encoder.parameters())
