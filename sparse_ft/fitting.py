@@ -74,6 +74,7 @@ def fit(
             loop.run_epochs(title="training" if len(names) == 1 else f"{name} ({progress.group + 1} of {len(names)})")
         finally:
             loop.close()
+        del loop  # before the next one takes its memory
         progress.next_group()
     return progress
 
@@ -266,8 +267,9 @@ class _Loop:
         return patience > 0 and self.progress.stale.get(self.name, 0) >= patience
 
     def close(self) -> None:
-        """Let the threads end, and nothing learn."""
+        """Let the threads end, nothing learn, and the optimizer go, which accelerate would keep to the end."""
         self.model.requires_grad_(False).eval()
+        self.accelerator.free_memory()
         self.gradients.close()
 
     def save(self) -> None:

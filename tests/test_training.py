@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -502,6 +503,21 @@ def test_tasks_of_one_run_are_trained_as_each_alone_bit_for_bit(tmp_path, tiny_b
     for task, name in zip(tasks, sizes, strict=True):
         alone = load_checkpoint(run([task], tiny_bert, tmp_path / f"out-{name}", **options).path).model
         assert equal(dict(trainable_of(alone, name)), dict(trainable_of(together, name)))
+
+
+def test_the_optimizer_of_a_task_goes_with_it(tmp_path, tiny_bert, monkeypatch):
+    made, alive, build = [], [], fitting.build_optimizer
+
+    def watched(parameters, run):
+        alive.append(sum(reference() is not None for reference in made))
+        optimizer = build(parameters, run)
+        made.append(weakref.ref(optimizer))
+        return optimizer
+
+    monkeypatch.setattr(fitting, "build_optimizer", watched)
+    tasks = [write_toy(tmp_path, name, sizes=(20, 8, 4)) for name in ("mood", "about", "names")]
+    run(tasks, tiny_bert, tmp_path / "out")
+    assert alive == [0, 0, 0]
 
 
 # When to stop, and what to keep
