@@ -12,6 +12,7 @@ import statistics
 import peers
 import torch
 from layers import random_expert
+from script import run
 from timing import measure, ratio
 
 from sparse_ft.backbone import load_backbone
@@ -105,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

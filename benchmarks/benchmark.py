@@ -9,13 +9,17 @@
 Methods: expert (one of ours a task), mixture (one of our checkpoints for all tasks, each answered by its own expert),
 and those of trainer_peers.py: full, full_pooled, bitfit, head, peft. All read the same rows through the same tokens,
 from the same backbone, and are scored by the same code; the validation split chooses the best epoch, and test is scored
-once per run. fewshot: 10 rows a class, and 10 others to choose the epoch; without questions that are out of scope.
-clue: see clue.py; tasks whose data is not there are left out; ``--backbone random-chars`` is a small Chinese character
-BERT with random weights, which shows that the code runs and nothing else; ``--submission`` writes the files that the
-CLUE site accepts, with the first seed's experts.
+once per run. What ours have beyond that: heads on single texts begin at class means, label names included, and experts
+that tag words see capitals. Epochs are those of our defaults, and for the peers those of trainer_peers.RECIPES.
+fewshot: 10 rows a class, and 10 others to choose the epoch; without questions that are out of scope. clue: see clue.py;
+tasks whose data is not there are left out; ``--backbone random-chars`` is a small Chinese character BERT with random
+weights, which shows that the code runs and nothing else; ``--submission`` writes the files that the CLUE site accepts,
+with the first seed's experts.
 
-Each finished run is one line of ``--results``; what is there already, asked in the same way, is not run again. Seconds
-are those of the whole run, from reading the data to the test score; tokens per second are those of training alone.
+Each finished run is one line of ``--results``; what is there already, asked in the same way, is not run again. With
+``--keep`` checkpoints stay, are scored again where ``--results`` is new, and are told by the commit that began them.
+Seconds are those of the whole run, from reading the data to the test score; tokens per second are those of the training
+steps (of the peers: of the Trainer without its evaluations).
 """
 
 import argparse
@@ -34,11 +38,12 @@ import torch
 from benchmark_table import plot, section, table
 from few_rows import draw
 from parameters import trained_numbers
-from runs import Entry, Runs
+from runs import Entry, Runs, about
+from script import chosen, listed, numbers, run
 from trainer_peers import PEER_KINDS, RATES, run_trainer
 
 import sparse_ft.training
-from sparse_ft.errors import SparseFTError
+from sparse_ft.errors import DataError, SparseFTError
 from sparse_ft.evaluation import evaluate, scored_splits
 from sparse_ft.prediction import LoadedModel, load
 from sparse_ft.submission import SUBMISSIONS, write_submission
@@ -76,8 +81,11 @@ class Benchmark:
     def __init__(self, options: argparse.Namespace, scratch: Path) -> None:
         self.options, self.scratch = options, scratch
         self.few, self.clue = options.suite == "fewshot", options.suite == "clue"
-        self.tasks = SUITES.get(options.suite) or options.suite.split(",")
+        self.tasks = SUITES.get(options.suite) or listed(options.suite)
         self.backbone = options.backbone
+        self.asked_backbone = options.backbone
+        if Path(options.backbone).is_dir():
+            self.asked_backbone = str(Path(options.backbone).resolve())
         self.files: dict[str, Path] = {}
         if self.clue:
             there = {task: clue.task_file(task, options.data_root, scratch) for task in self.tasks}
@@ -85,7 +93,10 @@ class Benchmark:
             self.tasks = list(self.files)
             lacking = ", ".join(task for task in there if task not in self.files)
             print(f"no data: {lacking or 'none is missing'}", flush=True)
+            if not self.tasks:
+                raise DataError(f"No task of CLUE has its data in {str(options.data_root)!r}: {lacking} are missing.")
             if self.backbone == "random-chars":
+                self.asked_backbone += f" of {', '.join(self.tasks)}"  # whose characters it knows
                 self.backbone = str(clue.build_random(scratch / "backbone", self.files, options.data_root))
 
     @property
@@ -112,11 +123,12 @@ class Benchmark:
             "seed": seed,
             "few": self.few,
             "overrides": self.options.overrides,
-            "backbone": self.options.backbone,
+            "backbone": self.asked_backbone,
             "data": str(self.options.data_root.resolve()),
             "note": self.options.note,
             "device": self.options.device,
             "threads": self.options.threads,
+            **({"files": {task: self.files[task].read_text(encoding="utf-8") for task in group}} if self.clue else {}),
         }
 
     def run(self, method: str, group: list[str], seed: int) -> list[dict[str, Any]]:
@@ -128,6 +140,8 @@ class Benchmark:
             return [self._theirs(method, subject, seed=seed) for subject in subjects]
 
     def _theirs(self, method: str, subject: Subject, *, seed: int) -> dict[str, Any]:
+        if subject.name == "cluener":
+            raise DataError(f"CLUE scores the texts of entities, and {method} is scored on their places.")
         found = run_trainer(
             method,
             subject.file,
@@ -142,14 +156,12 @@ class Benchmark:
 
     def _ours(self, method: str, subjects: list[Subject], *, seed: int, folder: Path) -> list[dict[str, Any]]:
         """Train the tasks into one checkpoint, which stays under ``--keep``, and score it."""
-        asked = json.dumps(self.asked(method, [subject.name for subject in subjects], seed))
-        names = {load_task(subject.file).name: subject for subject in subjects}
-        name = f"{method}-{'+'.join(names)}-{seed}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
-        output = (self.options.keep or folder) / name
-        kept = (output / "manifest.json").exists()
+        names, group = {load_task(subject.file).name: subject for subject in subjects}, [one.name for one in subjects]
+        output = (self.options.keep or folder) / self._folder(method, group, seed)
+        by, kept = _origin(output), self.keeps(method, group, seed)
         if kept:
             print(f"{output} is trained already", flush=True)
-        found = {} if kept else self._trained(names, output, seed=seed)
+        found = {} if kept else self._trained(names, output, seed=seed, by=by)
         model = load(output, device=self.options.device)
         splits = scored_splits(model.tasks, model.checkpoint.config.sources)
         evaluation = found.pop("evaluation", None) or evaluate(output, split=splits, device=self.options.device)
@@ -163,6 +175,7 @@ class Benchmark:
                 "token_report": score.token_report,
                 "validation": model.checkpoint.metrics[task]["validation"],
                 "trainable": trained_numbers(model.checkpoint.model, [task]),
+                "about": by.read_text(encoding="utf-8"),
                 **found,
             }
             if self.clue:
@@ -172,12 +185,28 @@ class Benchmark:
                 self._hand_in(model, task, subject.source)
         return entries
 
-    def _trained(self, names: dict[str, Subject], output: Path, *, seed: int) -> dict[str, Any]:
-        """Train, or go on with a run that was interrupted."""
+    def _folder(self, method: str, group: list[str], seed: int) -> str:
+        """Name the checkpoint of a run by what was asked."""
+        asked = json.dumps(self.asked(method, group, seed))
+        return f"{method}-{'+'.join(group)}-{seed}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}".replace("/", "-")
+
+    def keeps(self, method: str, group: list[str], seed: int) -> bool:
+        """Say whether the checkpoint of a run is there, with all that is needed to score it."""
+        if self.options.keep is None or self.few or self.options.backbone == "random-chars":
+            return False  # rows and weights that were made for one call have gone with it
+        output = self.options.keep / self._folder(method, group, seed)
+        return (output / "manifest.json").exists() and _origin(output).exists()
+
+    def _trained(self, names: dict[str, Subject], output: Path, *, seed: int, by: Path) -> dict[str, Any]:
+        """Train, or go on with a run that was interrupted, and note in ``by`` what code and machine began it."""
         started = time.perf_counter()
-        if (output / "resume").exists() and (self.few or self.clue):
-            shutil.rmtree(output)  # its task file has gone
-        limit, resumed = self._limit(next(iter(names))), (output / "resume").exists()
+        resumed = (output / "resume").exists() and by.exists() and not self.few and not self.clue
+        if output.exists() and not resumed:
+            shutil.rmtree(output)  # its task file has gone, or it is not known where it came from
+        limit = self._limit(next(iter(names)))
+        if not resumed:
+            by.parent.mkdir(parents=True, exist_ok=True)
+            by.write_text(about(), encoding="utf-8")
         result = sparse_ft.training.train(
             [subject.file for subject in names.values()],
             data={task: str(subject.source) for task, subject in names.items() if subject.source is not None} or None,
@@ -190,7 +219,6 @@ class Benchmark:
         )
         return {
             "evaluation": result.evaluation,
-            "epochs": len(result.history),
             "seconds": None if resumed else (time.perf_counter() - started) / len(names),
             "tokens_per_second": result.tokens_per_second,
         }
@@ -203,7 +231,7 @@ class Benchmark:
         """Say whether the file for the CLUE site is yet to be written: with the experts of the first seed."""
         if method != "expert" or not self.clue or self.options.submission is None or task not in SUBMISSIONS:
             return False
-        first, wanted = int(self.options.seeds.split(",")[0]), SUBMISSIONS[task]
+        first, wanted = numbers(self.options.seeds)[0], SUBMISSIONS[task]
         there = clue.is_there(self.options.data_root / task, wanted.test)
         return seed == first and there and not (self.options.submission / wanted.file).exists()
 
@@ -214,6 +242,11 @@ class Benchmark:
             print(f"{task}: nothing to hand in. {error}", flush=True)
 
 
+def _origin(output: Path) -> Path:
+    """Return the file beside a checkpoint that says which code and machine began it."""
+    return output.with_name(f"{output.name}.txt")
+
+
 def run_all(benchmark: Benchmark, methods: list[str], seeds: list[int], runs: Runs) -> list[Entry]:
     """Run what is not there yet, and return all that was asked for; a run that fails is said, and the others go on."""
     entries: list[Entry] = []
@@ -222,10 +255,14 @@ def run_all(benchmark: Benchmark, methods: list[str], seeds: list[int], runs: Ru
             for group in [benchmark.tasks] if method == "mixture" else [[task] for task in benchmark.tasks]:
                 asked = benchmark.asked(method, group, seed)
                 done = runs.find(asked)
-                if not done or any(benchmark.lacks(method, task, seed) for task in group):
+                lacking = [task for task in group if benchmark.lacks(method, task, seed)]
+                if done and lacking and not benchmark.keeps(method, group, seed):
+                    print(f"{lacking[0]}: no checkpoint to answer with; --keep keeps them.", flush=True)
+                    lacking = []
+                if not done or lacking:
                     try:
                         found = benchmark.run(method, group, seed)
-                    except (SparseFTError, ValueError) as error:  # transformers raises the latter
+                    except (SparseFTError, ValueError, RuntimeError) as error:  # of torch or transformers the others
                         print(f"{'+'.join(group)} {method} {seed}: {error}", flush=True)
                         continue
                     for task, result in zip(group, found, strict=True):
@@ -270,16 +307,11 @@ def main() -> None:
     parser.add_argument("--append", type=Path, help="Markdown file that gets the table, e.g. benchmarks/results.md")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    methods = (options.methods or ("expert" if options.suite == "clue" else "expert,full")).split(",")
-    unknown = [method for method in methods if method not in METHODS]
-    if unknown:
-        parser.error(f"unknown method {unknown[0]!r}; there are {', '.join(METHODS)}")
+    asked = options.methods or ("expert" if options.suite == "clue" else "expert,full")
+    methods, seeds = chosen(asked, METHODS, what="method"), numbers(options.seeds)
     with tempfile.TemporaryDirectory() as scratch:
-        try:
-            benchmark = Benchmark(options, Path(scratch))
-            kinds = {task: load_task(str(benchmark.files.get(task, task))).kind for task in benchmark.tasks}
-        except SparseFTError as error:
-            parser.error(str(error))
+        benchmark = Benchmark(options, Path(scratch))
+        kinds = {task: load_task(str(benchmark.files.get(task, task))).kind for task in benchmark.tasks}
         if "mixture" in methods and not clue.LIMITS.keys().isdisjoint(benchmark.files) and not benchmark.bounded:
             parser.error(
                 "a mixture of all of CLUE holds 577,157 blanks of ChID: bound it with --set data.train_limit=20000"
@@ -288,7 +320,7 @@ def main() -> None:
             peers = [method for method in methods if method not in ("expert", "mixture")]
             if peers and kind not in PEER_KINDS:
                 parser.error(f"{peers[0]!r} is for {' and '.join(PEER_KINDS)}, and {task!r} is {kind}")
-        entries = run_all(benchmark, methods, [int(seed) for seed in options.seeds.split(",")], Runs(options.results))
+        entries = run_all(benchmark, methods, seeds, Runs(options.results))
     if not entries:
         sys.exit("Nothing was scored.")
     hint = clue.NOTES.get(options.backbone, "") if options.suite == "clue" else ""
@@ -302,4 +334,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

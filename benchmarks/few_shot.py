@@ -8,16 +8,17 @@ sentences with an entity of each type), as many other rows choose the best epoch
 """
 
 import argparse
+import hashlib
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 from few_rows import draw
 from runs import Entry, Runs, mean_and_spread
+from script import chosen, listed, numbers, run
 
 import sparse_ft.training
-from sparse_ft.manifest import read_config
+from sparse_ft.manifest import read_config, read_manifest
 from sparse_ft.tasks import load_task
 
 METHODS = {"alone": [], "by text": ["stage=joint"], "by token": ["stage=joint", "gate.type=token"]}
@@ -33,24 +34,24 @@ class Comparison:
 
     def __init__(self, base: Path, *, overrides: list[str]) -> None:
         self.base, self.overrides = base, overrides
-        self.config = read_config(base / "config.yaml")
+        self.manifest, self.config = read_manifest(base), read_config(base / "config.yaml")
+        self.sha256 = hashlib.sha256((base / "manifest.json").read_bytes()).hexdigest()
 
     def run(self, method: str, task: Path, *, seed: int, output: Path) -> dict[str, float]:
-        started = time.perf_counter()
         alone = method == "alone"
-        length = [f"data.max_length={self.config.data.max_length}"]  # what the experts of the base were trained with
+        as_base = [f"data.max_length={self.config.data.max_length}", f"experts.pooling={self.manifest.pooling}"]
         result = sparse_ft.training.train(
             [str(task)],
             backbone=self.config.backbone if alone else None,
             from_checkpoint=None if alone else self.base,
             output=output,
-            overrides=[*(length if alone else []), *self.overrides, *METHODS[method]],
+            overrides=[*(as_base if alone else []), *self.overrides, *METHODS[method]],
             seed=seed,
             device="cpu",
         )
         (name,) = result.tasks
         score = result.scores[name][result.tasks[name].metric]
-        return {"score": score, "seconds": time.perf_counter() - started}
+        return {"score": score}
 
 
 def table(entries: list[Entry]) -> str:
@@ -76,16 +77,17 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("few_shot.jsonl"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    methods = chosen(options.methods, METHODS, what="method")
     root, base = options.data_root.resolve(), options.base.resolve()
-    same = {"base": str(base), "data": str(root), "overrides": options.overrides, "threads": options.threads}
     comparison = Comparison(base, overrides=options.overrides)
+    same = {"base": f"{base} {comparison.sha256[:12]}", "data": str(root), "overrides": options.overrides, "threads": options.threads}
     runs, entries = Runs(options.results), []
-    for seed in [int(seed) for seed in options.seeds.split(",")]:
-        for task in options.tasks.split(","):
-            for rows in [int(rows) for rows in options.rows.split(",")]:
+    for seed in numbers(options.seeds):
+        for task in listed(options.tasks):
+            for rows in numbers(options.rows):
                 with tempfile.TemporaryDirectory() as folder:
                     path = draw(load_task(task), root / task, rows=rows, seed=seed, folder=Path(folder))
-                    for method in options.methods.split(","):
+                    for method in methods:
                         asked = {"task": task, "rows": rows, "method": method, "seed": seed, **same}
                         if not runs.find(asked):
                             output = Path(folder) / method.replace(" ", "-")
@@ -95,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from script import run as run_script
 from timing import Run, measure, ratio
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -117,4 +118,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

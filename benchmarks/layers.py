@@ -4,20 +4,21 @@
     python benchmarks/layers.py --bf16 --passes forward
 
 MiniLM with experts of rank 8 on all linears, weights random. ``text top-2`` routes each row to two experts that are
-given, ``text gate`` lets the default gate read the lower half of the blocks first, ``token`` weighs all experts anew
-for each token. Every figure is the median of rounds in which all variants take turns, divided by the bare backbone's in
-the same round; its backward pass goes down to the embeddings. PEFT: one LoRA of rank 8 on the
-same linears; mixed batches (``adapter_names``), which loop over the adapters of a batch and cannot train; Arrow, whose
-top 2 of each token are computed with all others; X-LoRA. A peer that fails is named with its error.
+given, ``text gate`` lets the default gate read the lower half of the blocks first, ``token gate`` weighs all experts
+for each token, with weights that are given, too: asking a gate in every block is not in it. Every figure is the median
+of rounds in which all variants take turns, divided by the bare backbone's in the same round; its backward pass goes
+down to the embeddings. PEFT: one LoRA of rank 8 on the same linears; mixed batches (``adapter_names``), which loop over
+the adapters of a batch and cannot train; Arrow, whose top 2 of each token are computed with all others; X-LoRA. A peer
+that fails is named with its error.
 """
 
 import argparse
 import statistics
-from collections.abc import Callable
 
 import peers
 import torch
-from timing import measure, ratio
+from script import chosen, listed, numbers, run
+from timing import Run, measure, ratio
 
 from sparse_ft.backbone import Backbone, load_backbone, set_training_attention
 from sparse_ft.choosing import Choice
@@ -29,8 +30,6 @@ from sparse_ft.gates import SequenceGate
 from sparse_ft.inference import text_routing
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.routing import Pass, Routing
-
-Run = Callable[[], torch.Tensor]
 
 
 def random_expert(model: SparseExpertModel, name: str, generator: torch.Generator) -> Expert:
@@ -138,16 +137,15 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="frozen weights in bf16, adapters in fp32, as in training")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    numbers = [int(number) for number in options.experts.split(",")]
-    peer_numbers = [int(number) for number in options.peers.split(",") if number]
-    for train in [name == "both" for name in options.passes.split(",")]:
-        for shape in options.shapes.split(","):
+    experts, adapters = numbers(options.experts), numbers(options.peers)
+    for train in [name == "both" for name in chosen(options.passes, ("forward", "both"), what="pass")]:
+        for shape in listed(options.shapes):
             rows, tokens = (int(part) for part in shape.split("x"))
             ids = torch.randint(1000, 20000, (rows, tokens), generator=torch.Generator().manual_seed(0))
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             dtype = torch.bfloat16 if options.bf16 else torch.float32
-            variants = theirs(peer_numbers, inputs, train=train, dtype=dtype)
-            variants |= ours(numbers, inputs, dense_limit=options.dense_limit, train=train, dtype=dtype)
+            variants = theirs(adapters, inputs, train=train, dtype=dtype)
+            variants |= ours(experts, inputs, dense_limit=options.dense_limit, train=train, dtype=dtype)
             if train:
                 variants = {
                     name: lambda run=run: run().float().square().mean().backward() for name, run in variants.items()
@@ -163,4 +161,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -17,6 +17,7 @@ from pathlib import Path
 import peers
 import psutil
 import torch
+from script import listed, run
 
 from sparse_ft.backbone import load_backbone
 from sparse_ft.checkpoint import load_expert
@@ -64,17 +65,17 @@ def main() -> None:
         paths = [Path(folder) / f"e{place}" / "e0" for place in range(int(number))]
         print({"ours": load_ours, "PEFT": load_peft}[who](paths))
         return
-    wanted = [("ours", number) for number in options.experts.split(",")]
-    wanted += [("PEFT", number) for number in options.peft.split(",") if number]
+    wanted = [("ours", number) for number in listed(options.experts)]
+    wanted += [("PEFT", number) for number in listed(options.peft)]
     print("| who | experts | CPU seconds | resident / own bytes |\n|---|---:|---:|---:|")
     with tempfile.TemporaryDirectory() as folder:
         peers.saved(Path(folder), max(int(number) for _, number in wanted))
         for number in range(options.rounds):
             for who, count in wanted:
                 command = [sys.executable, __file__, "--threads", str(options.threads), "--one", who, count, folder]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
                 print(f"| {who}, round {number + 1} | {count} | {done.stdout.strip()} |", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -12,6 +12,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from script import numbers, run
+
 from sparse_ft.checkpoint import Checkpoint, load_checkpoint
 from sparse_ft.editing import add_from
 from sparse_ft.encoding import Encoder
@@ -84,7 +86,7 @@ def variants(number: int, options: argparse.Namespace) -> list[tuple[str, MergeS
             continue
         extra = {"density": options.density} if "density" in row.heeds else {}
         extra |= {"rank": 8} if method == "svd" else {}
-        for seed in [int(seed) for seed in options.seeds.split(",")] if "generator" in row.heeds else [13]:
+        for seed in numbers(options.seeds) if "generator" in row.heeds else [13]:
             label = f"{method}, seed {seed}" if "generator" in row.heeds else method
             label += ", rank 8" if method == "svd" else ""
             found.append((label, merge_settings(method, num_experts=number, seed=seed, **extra)))
@@ -107,4 +109,4 @@ def show(label: str, rank: str, error: str, scores: list[float]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -21,11 +21,13 @@ from typing import Any
 import torch
 from parameters import trained_numbers
 from runs import Runs, mean_and_spread
+from script import chosen, listed, numbers, run
 from trainer_peers import run_trainer
 
 import sparse_ft.evaluation
 import sparse_ft.training
 from sparse_ft.config import load_config
+from sparse_ft.errors import ConfigError
 from sparse_ft.model import SparseExpertModel
 
 ROUTES = ("gate", "prototype", "arrow", "uniform", "random", "hash")
@@ -55,11 +57,20 @@ class Comparison:
         self.sources = {task: data_root / task for task in tasks} if data_root else None
 
     def full(self) -> dict[str, dict[str, Any]]:
-        epochs = load_config(overrides=self.overrides).train.epochs
+        settings = load_config(overrides=self.overrides)
         sources = self.sources or dict.fromkeys(self.tasks)
         batch = 32 // len(self.tasks)  # as many rows of a task in a step as in a batch of all
         found = [
-            run_trainer("full", task, sources[task], self.seed, self.overrides, epochs=epochs, batch_size=batch)
+            run_trainer(
+                "full",
+                task,
+                sources[task],
+                self.seed,
+                self.overrides,
+                epochs=settings.train.epochs,
+                backbone=settings.backbone,
+                batch_size=batch,
+            )
             for task in self.tasks
         ]
         scores = {task: entry["headline"] for task, entry in zip(self.tasks, found, strict=True)}
@@ -85,7 +96,6 @@ class Comparison:
             found[f"expert, route {route}"] = {
                 "scores": _headlines(checkpoint, result),
                 "trained": trained_numbers(_model(path), gate=route == "gate"),
-                "seconds": 0.0,
                 "right": result.routing.accuracy,
             }
         return found
@@ -114,9 +124,9 @@ class Comparison:
             device="cpu",
         )
         return {
+            "seconds": time.perf_counter() - started,
             "scores": _headlines(result.path, result.evaluation),
             "trained": trained_numbers(_model(result.path), gate=name != "expert"),
-            "seconds": time.perf_counter() - started,
         }
 
 
@@ -152,7 +162,8 @@ def _table(entries: list[dict[str, Any]], tasks: list[str]) -> str:
         right = [row["right"] for row in rows if "right" in row]
         cells.append(f"{statistics.mean(right):.3f}" if right else "")
         cells.append(f"{rows[0]['trained']:,}")
-        cells.append(f"{statistics.mean(row['seconds'] for row in rows):.0f}")
+        seconds = [row["seconds"] for row in rows if "seconds" in row]
+        cells.append(f"{statistics.mean(seconds):.0f}" if seconds else "")
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -168,22 +179,26 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("mixtures.jsonl"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    tasks = options.tasks.split(",")
+    tasks, methods = listed(options.tasks), chosen(options.methods, METHODS, what="method")
+    if len(tasks) < 2:
+        raise ConfigError(f"There is nothing to route with one task ({options.tasks}). Name two at least.")
+    if any(override.startswith("train.batch_size=") for override in options.overrides):
+        raise ConfigError("train.batch_size cannot be set: it is 32 rows by what a method trains at once.")
     root = None if options.data_root is None else options.data_root.resolve()
     overrides = [*EQUAL, *options.overrides]
     same = {"tasks": tasks, "data": str(root), "overrides": overrides, "threads": options.threads}
     runs, entries = Runs(options.results), []
-    for seed in [int(seed) for seed in options.seeds.split(",")]:
-        for run in options.methods.split(","):
-            asked = {"run": run, "seed": seed, **same}
+    for seed in numbers(options.seeds):
+        for method in methods:
+            asked = {"run": method, "seed": seed, **same}
             if not runs.find(asked):
                 with tempfile.TemporaryDirectory() as folder:
                     comparison = Comparison(tasks, data_root=root, seed=seed, overrides=overrides, folder=Path(folder))
-                    for method, found in METHODS[run](comparison).items():
-                        runs.add(asked, {"method": method, **found})
-            entries.extend(runs.find(asked))
+                    for row, found in METHODS[method](comparison).items():
+                        runs.add(asked, {"method": row, **found})
+            entries.extend({entry["method"]: entry for entry in runs.find(asked)}.values())
     print(_table(entries, tasks))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

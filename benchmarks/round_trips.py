@@ -22,8 +22,10 @@ from typing import Any
 import onnxruntime
 import torch
 from peft import AutoPeftModelForTokenClassification
+from script import run as run_script
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer, pipeline
 
+from sparse_ft.backbone import load_backbone
 from sparse_ft.exporters.int8 import INT8_GRAPH
 from sparse_ft.exporters.onnx_folder import GRAPH, TASKS, read_tasks, runner
 from sparse_ft.exporters.parts import sees_shapes
@@ -34,7 +36,6 @@ from sparse_ft.inference import row_logits
 from sparse_ft.kinds import find_kind
 from sparse_ft.prediction import LoadedModel, load
 from sparse_ft.readers import read
-from sparse_ft.resources import packaged_minilm_dir
 from sparse_ft.round_trip import foreign_logits
 from sparse_ft.training import train
 
@@ -113,7 +114,7 @@ def sides_of(model: LoadedModel, task: str, folder: Path) -> dict[str, tuple[Sid
     sides = {"checkpoint": (own_side(model, task), megabytes(model.checkpoint.path))}
     if not sees_shapes(model, task):
         path = export(model, format="peft", output=folder / "peft").path
-        base = packaged_minilm_dir()
+        base = load_backbone("minilm").folder
         config = path / "adapter_config.json"  # names the hub, which this machine may not reach
         config.write_text(config.read_text().replace("sentence-transformers/all-MiniLM-L6-v2", str(base)))
         wrapped = AutoPeftModelForTokenClassification.from_pretrained(path, num_labels=outputs).eval()
@@ -201,4 +202,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

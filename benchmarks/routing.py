@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from script import chosen, listed, numbers, run
 from torch import Tensor
 
 import sparse_ft
@@ -72,7 +73,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="13,14,15")
     parser.add_argument("--foreign", type=int, default=1000, help="foreign texts of each sort")
     options = parser.parse_args()
-    names = options.tasks.split(",")
+    names = listed(options.tasks)
     backbone = load_backbone("minilm")
     encoder = Encoder(backbone, max_length=256)
     model = SparseExpertModel(backbone).eval()
@@ -95,7 +96,7 @@ def main() -> None:
     }
     print(f"features in {time.perf_counter() - started:.0f} s", flush=True)
     for gate_type, rows, seed in itertools.product(
-        options.gates.split(","), map(int, options.rows.split(",")), map(int, options.seeds.split(","))
+        chosen(options.gates, ("sequence", "prototype"), what="gate"), numbers(options.rows), numbers(options.seeds)
     ):
         settings = GateConfig(type=gate_type, rows=rows)
         drawn = {name: drawn_rows(splits["train"][name], rows, f"{seed}/{name}") for name in names}
@@ -118,12 +119,12 @@ def main() -> None:
         every = sum(right[name] * len(splits["test"][name].tokens) for name in names)
         every /= sum(len(part.tokens) for part in splits["test"].values())
         print(f"{gate_type} {rows} rows seed {seed}, {seconds:.0f} s: right {show(right)}, of all rows {every:.4f}")
-        chosen = max(
+        lenient = max(
             share / 1000
             for share in range(101)
             if sum(kept(validation, share / 1000).values()) >= 0.98 * len(validation)
         )
-        for threshold in (THRESHOLD, chosen):
+        for threshold in (THRESHOLD, lenient):
             away = {sort: 1 - value for sort, value in kept(strange, threshold).items()}
             print(f"    at {threshold:.3f}: kept {show(kept(test, threshold))}; turned away {show(away)}", flush=True)
 
@@ -144,4 +145,4 @@ def show(values: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -28,16 +28,23 @@ class Runs:
 
     def find(self, asked: Mapping[str, Any]) -> list[Entry]:
         """Return what was found when the same was asked, the latest last."""
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        entries = (json.loads(line) for line in lines)
+        lines = self._text().splitlines(keepends=True)
+        entries = [json.loads(line) for line in lines if line.endswith("\n")]  # else a kill tore it
         return [entry for entry in entries if all(entry.get(key) == value for key, value in asked.items())]
 
     def add(self, asked: Mapping[str, Any], found: Mapping[str, Any]) -> Entry:
-        """Write one more."""
-        entry = {**asked, **found, "about": self.about}
+        """Write one more; ``found`` may say itself where it was found."""
+        entry = {"about": self.about, **asked, **found}
+        text = self._text()
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            self.path.write_text(whole, encoding="utf-8")
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(entry) + "\n")
         return entry
+
+    def _text(self) -> str:
+        return self.path.read_text(encoding="utf-8") if self.path.exists() else ""
 
 
 def about() -> str:

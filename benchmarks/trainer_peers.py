@@ -36,7 +36,6 @@ from sparse_ft.heads import pool
 from sparse_ft.kinds import find_kind
 from sparse_ft.kinds.classification import IGNORED
 from sparse_ft.readers import label_names, read
-from sparse_ft.resources import packaged_minilm_dir
 from sparse_ft.scores import Score
 from sparse_ft.tasks import TaskSpec, load_task
 
@@ -97,7 +96,7 @@ def run_trainer(
         for name in dict.fromkeys(("validation", split))
     }
     torch.manual_seed(seed)
-    classifier = _Classifier(spec, backbone, loaded=loaded, method=method)
+    classifier = Classifier(spec, loaded, method=method)
     rate, usual = RECIPES.get(spec.name, RECIPES["conll2003"])
     epochs = epochs or (PEFT_EPOCHS if method == "peft" else usual)
     settings: dict[str, Any] = {"num_train_epochs": epochs}
@@ -166,10 +165,10 @@ class _PooledClassifier(torch.nn.Module):
         return SequenceClassifierOutput(None if labels is None else cross_entropy(logits, labels), logits)
 
 
-class _Classifier:
+class Classifier:
     """A classifier of transformers, or ours above, on a backbone; the method says which weights are trained."""
 
-    def __init__(self, spec: TaskSpec, backbone: str, *, loaded: Backbone, method: str) -> None:
+    def __init__(self, spec: TaskSpec, loaded: Backbone, *, method: str) -> None:
         self.spec, self.pad_id, self.kind = spec, loaded.pad_id, find_kind(spec.kind)
         self.words = self.kind.level == "word"
         self.outputs = self.kind.outputs(spec.label_names or [])
@@ -177,8 +176,7 @@ class _Classifier:
             self.model = _PooledClassifier(loaded, len(self.outputs))
             return
         head = AutoModelForTokenClassification if self.words else AutoModelForSequenceClassification
-        folder = packaged_minilm_dir() if backbone == "minilm" else backbone
-        self.model = head.from_pretrained(folder, num_labels=len(self.outputs))
+        self.model = head.from_pretrained(loaded.folder, num_labels=len(self.outputs), dtype=torch.float32)
         self.model.config.pad_token_id = loaded.pad_id
         if method == "peft":
             kind = TaskType.TOKEN_CLS if self.words else TaskType.SEQ_CLS
@@ -188,13 +186,15 @@ class _Classifier:
                 on_top = not name.startswith(f"{self.model.base_model_prefix}.") or ".pooler." in name
                 parameter.requires_grad_(on_top or (method == "bitfit" and name.endswith(".bias")))
 
-    def features(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
+    def features(self, examples: Sequence[Example], *, answered: bool = True) -> list[dict[str, Any]]:
         rows = []
         for example in examples:
             row: dict[str, Any] = {"input_ids": example.input_ids, "length": len(example.input_ids)}
             if example.token_type_ids is not None:
                 row["token_type_ids"] = example.token_type_ids
-            if self.words:
+            if not answered:
+                pass
+            elif self.words:
                 row["labels"] = [IGNORED] * len(example.input_ids)
                 for position, target in zip(example.word_positions, example.targets, strict=True):
                     row["labels"][position] = target
@@ -212,10 +212,12 @@ class _Classifier:
         types = {}
         if any(row.get("token_type_ids") for row in rows):
             types["token_type_ids"] = torch.tensor([padded(list(row["token_type_ids"]), 0) for row in rows])
+        answers = [row["labels"] for row in rows if "labels" in row]
+        if answers:
+            types["labels"] = torch.tensor([padded(row, IGNORED) for row in answers] if self.words else answers)
         return types | {
             "input_ids": torch.tensor([padded(row["input_ids"], self.pad_id) for row in rows]),
             "attention_mask": torch.tensor([padded([1] * len(row["input_ids"]), 0) for row in rows]),
-            "labels": torch.tensor([padded(row["labels"], IGNORED) if self.words else row["labels"] for row in rows]),
         }
 
     @torch.no_grad()
@@ -226,8 +228,7 @@ class _Classifier:
         order = np.argsort([-len(example.input_ids) for example in data.examples], kind="stable")
         for start in range(0, len(order), 32):
             chosen = [data.examples[place] for place in order[start : start + 32]]
-            batch = self.collate(self.features(chosen))
-            batch.pop("labels")
+            batch = self.collate(self.features(chosen, answered=False))
             outputs = self.model(**{name: value.to(self.model.device) for name, value in batch.items()}).logits
             for example, row in zip(chosen, outputs.float().cpu(), strict=True):
                 if self.words:
@@ -281,7 +282,7 @@ class _BestEpoch(Trainer):
     def evaluate(self, *args, **kwargs):
         started = time.perf_counter()
         value = self.score()
-        if value > self.best:
+        if value >= self.best:  # of equals the one that has learnt longest, as ours
             self.best = value
             self.state_dict = {key: tensor.clone() for key, tensor in self.model.state_dict().items()}
         self.seconds += time.perf_counter() - started

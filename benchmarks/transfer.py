@@ -10,6 +10,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from script import chosen, numbers, run
+
 from sparse_ft.checkpoint import load_checkpoint
 from sparse_ft.encoding import Encoder
 from sparse_ft.evaluation import predict_rows, prepare, score_rows
@@ -27,10 +29,10 @@ def main() -> None:
     parser.add_argument("--seeds", default="13,14,15")
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     options = parser.parse_args()
-    for task in options.tasks.split(","):
+    for task in chosen(options.tasks, PAIRS, what="bundled task with public data"):
         public, split = PAIRS[task]
         rows = read(load_task(public), data=options.data_root / public, splits=[split])[split]
-        for seed in [int(seed) for seed in options.seeds.split(",")]:
+        for seed in numbers(options.seeds):
             with tempfile.TemporaryDirectory() as folder:
                 output = Path(folder) / "run"
                 result = train([task], output=output, seed=seed, overrides=options.overrides, device="cpu")
@@ -49,4 +51,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

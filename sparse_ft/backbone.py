@@ -65,6 +65,8 @@ class Backbone:
     name: str
     """As the user named it: ``minilm``, a hub id or a folder."""
     revision: str | None
+    folder: Path
+    """Where its files are on this machine."""
     weights_sha256: str
     model: nn.Module
     tokenizer: Any
@@ -192,6 +194,7 @@ def load_backbone(
     return Backbone(
         name=name if name == "minilm" or not _is_folder(name) else str(Path(name).expanduser().resolve()),
         revision=revision,
+        folder=folder,
         weights_sha256=sha256,
         model=model.eval().requires_grad_(False),
         tokenizer=tokenizer,

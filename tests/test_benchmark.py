@@ -27,10 +27,11 @@ def _scripts():
 
 def call(*arguments: str | Path) -> None:
     import benchmark
+    import script
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["benchmark.py", *map(str, arguments)])
-        benchmark.main()
+        script.run(benchmark.main)
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +101,10 @@ def test_what_is_there_is_not_run_again(options, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["intent", "--methods", "lora"], "unknown method 'lora'; there are expert, mixture, full"),
+        (["intent", "--methods", "ful"], "Unknown method 'ful'. Did you mean 'full'?"),
+        (["intent", "--seeds", "13,x"], "'13,x' should be whole numbers separated by commas"),
         (["intents"], "Did you mean 'intent'"),
+        (["clue"], "No task of CLUE has its data"),
         (["clue/cmrc2018", "--methods", "full"], "'full' is for classification and token_classification"),
     ],
 )
@@ -111,6 +114,48 @@ def test_mistakes_are_explained(arguments, said, tmp_path, capsys):
     assert stopped.value.code == 2
     assert said in " ".join(capsys.readouterr().err.split())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_kept_checkpoint_is_told_by_the_commit_that_trained_it(options, tmp_path, monkeypatch):
+    import benchmark
+
+    kept, found = ["--keep", tmp_path / "keep"], []
+    for name, commit in (("first", "commit one"), ("second", "commit two")):
+        monkeypatch.setattr(benchmark, "about", lambda commit=commit: commit)
+        call("intent", "--methods", "expert", *options, *kept, "--results", tmp_path / name)
+        monkeypatch.setattr(benchmark.sparse_ft.training, "train", None)  # the second only scores
+        found.append(json.loads((tmp_path / name).read_text()))
+    assert [entry["about"] for entry in found] == ["commit one", "commit one"]
+    assert found[0]["metrics"] == found[1]["metrics"]
+
+
+def test_a_line_that_a_kill_tore_is_no_result(tmp_path):
+    from runs import Runs
+
+    runs = Runs(tmp_path / "results.jsonl")
+    runs.add({"seed": 13}, {"score": 0.5})
+    whole = runs.path.read_text()
+    runs.path.write_text(whole + whole[: len(whole) // 2])
+    assert [entry["score"] for entry in runs.find({"seed": 13})] == [0.5]
+    runs.add({"seed": 14}, {"score": 0.25, "about": "elsewhere"})
+    assert runs.path.read_text().startswith(whole)
+    assert [(entry["score"], entry["about"]) for entry in runs.find({"seed": 14})] == [(0.25, "elsewhere")]
+
+
+def test_a_peer_scores_spans_of_characters(tiny_bert, tmp_path):
+    import trainer_peers
+
+    rows = [{"text": "Ada met Bob", "entities": [{"start": 0, "end": 3, "type": "PER"}]}] * 4
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {"format": "jsonl", **{split: f"{split}.jsonl" for split in ("train", "validation", "test")}}
+    columns = {"text": "text", "spans": "entities"}
+    content = {"name": "people", "kind": "token_classification", "language": "en", "files": files, "columns": columns}
+    task = tmp_path / "people.yaml"
+    task.write_text(json.dumps({**content, "metric": "f1"}))
+    found = trainer_peers.run_trainer("head", str(task), tmp_path, 13, [], epochs=1, backbone=str(tiny_bert))
+    assert found["scored_on"] == "test, 4 rows"
+    assert 0 <= found["headline"] <= found["metrics"]["token_accuracy"] <= 1
 
 
 def test_a_pooled_classifier_reads_no_padding_and_trains_all_weights(tiny_bert):
