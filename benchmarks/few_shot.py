@@ -80,7 +80,12 @@ def main() -> None:
     methods = chosen(options.methods, METHODS, what="method")
     root, base = options.data_root.resolve(), options.base.resolve()
     comparison = Comparison(base, overrides=options.overrides)
-    same = {"base": f"{base} {comparison.sha256[:12]}", "data": str(root), "overrides": options.overrides, "threads": options.threads}
+    same = {
+        "base": f"{base} {comparison.sha256[:12]}",
+        "data": str(root),
+        "overrides": options.overrides,
+        "threads": options.threads,
+    }
     runs, entries = Runs(options.results), []
     for seed in numbers(options.seeds):
         for task in listed(options.tasks):
