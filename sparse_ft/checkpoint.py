@@ -230,7 +230,7 @@ def load_bare(path: str | Path, *, backbone: str | None = None, dtype: torch.dty
 
     The arguments and errors are those of ``load_checkpoint``; the model is on the CPU.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     manifest = read_manifest(path)
     named = manifest["backbone"]
     loaded = load_backbone(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import datasets
 
 from sparse_ft.errors import ConfigError, DataError, unknown_name
-from sparse_ft.records import SENTENCE, Record, pick, plain_text, split_tokens
+from sparse_ft.records import SENTENCE, Record, label_text, pick, plain_text, split_tokens
 from sparse_ft.schemes import Span, first_invalid, split_tag, tags_from_spans, to_iob2
 from sparse_ft.tasks import Column, TaskSpec
 from sparse_ft.words import cut_words, split_words
@@ -159,15 +159,6 @@ def _source_label(record: Record, reading: Reading, column: str, *, empty: str |
             raise DataError(f"{record.place}: a row of train has no {column}. Label it or leave it out.")
         return None
     return value
-
-
-def label_text(value: Any) -> str:
-    """Write a source label as the text that a task file would give for it: ``true``, ``1``, ``news``."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value)
 
 
 def _name(value: Any, record: Record, reading: Reading) -> str:

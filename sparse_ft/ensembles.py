@@ -172,7 +172,7 @@ def find_ensembles(
     if combine not in get_args(Combine):
         raise ConfigError(unknown_name("way to combine", combine, get_args(Combine)))
     groups: dict[Any, list[Member]] = {}
-    for name in names:
+    for name in dict.fromkeys(names):
         spec, slot = specs[name], model.tasks[name]
         if slot.mixed or slot.shared is not None:
             raise ConfigError(

@@ -1,6 +1,7 @@
 """A scikit-learn classifier of texts: an expert and its head, trained by ``fit``."""
 
 import json
+import random
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,8 @@ class SparseFTClassifier(ClassifierMixin, BaseEstimator):
     """Classify texts with an expert on a frozen backbone.
 
     The fitted state is the files of a checkpoint, held in memory, so that pickle and joblib keep it whole; like any
-    checkpoint it does not contain the backbone. One tenth of the training rows is cut off to choose the best epoch.
+    checkpoint it does not contain the backbone. A tenth of the texts of each class, where it has ten, is held out to
+    choose the best epoch; without any such class all rows choose it.
 
     Args:
         backbone: As for ``sparse_ft.train``; None, here as below, takes the default of the run config.
@@ -42,6 +44,8 @@ class SparseFTClassifier(ClassifierMixin, BaseEstimator):
     Attributes:
         classes_: The labels, sorted, in the order of the columns of ``predict_proba``.
         checkpoint_: The files of the checkpoint, by path.
+        backbone_: The parameter ``backbone`` when it was fitted; where that has changed since, it says where the same
+            backbone is now.
     """
 
     def __init__(
@@ -95,9 +99,10 @@ class SparseFTClassifier(ClassifierMixin, BaseEstimator):
                 seed=seed,
                 device=self.device,
             )
-            model = load(output, device=self.device or "auto", backbone=self.backbone)
+            model = load(output, device=self.device or "auto")
             files = _checkpoint_files(model.checkpoint)
         self.classes_, self.checkpoint_, self._model = classes, files, model  # together: a failed fit changes nothing
+        self.backbone_ = self.backbone
         return self
 
     def predict(self, X: Sequence[str]) -> np.ndarray:
@@ -118,7 +123,8 @@ class SparseFTClassifier(ClassifierMixin, BaseEstimator):
         if "_model" not in self.__dict__:
             with tempfile.TemporaryDirectory() as folder:
                 _write_files(Path(folder), self.checkpoint_)
-                self._model = load(folder, device=self.device or "auto", backbone=self.backbone)
+                moved = None if self.backbone == self.backbone_ else self.backbone
+                self._model = load(folder, device=self.device or "auto", backbone=moved)
         return self._model
 
     def save(self, path: str | Path) -> Path:
@@ -185,13 +191,19 @@ def _label_names(classes: np.ndarray) -> list[str]:
 
 
 def _write_task(folder: Path, texts: Sequence[str], places: Sequence[int], *, names: Sequence[str]) -> Path:
-    """Write rows and their task file; the reader cuts off one tenth of the rows for validation."""
+    """Write rows and their task file."""
     rows = [json.dumps({"text": text, "label": names[place]}) for text, place in zip(texts, places, strict=True)]
-    write_bytes(folder / "data" / "train.jsonl", "".join(f"{row}\n" for row in rows).encode())
+    held = _held_out(texts, places)
+    splits = {
+        "train": [row for row, out in zip(rows, held, strict=True) if not out],
+        "validation": [row for row, out in zip(rows, held, strict=True) if out] or rows,
+    }
+    for split, chosen in splits.items():
+        write_bytes(folder / "data" / f"{split}.jsonl", "".join(f"{row}\n" for row in chosen).encode())
     task = {
         "name": TASK,
         "kind": "classification",
-        "files": {"format": "jsonl", "root": "data", "train": "train.jsonl"},
+        "files": {"format": "jsonl", "root": "data", **{split: f"{split}.jsonl" for split in splits}},
         "columns": {"text": "text", "label": "label"},
         "labels": list(names),
         "metric": "accuracy",
@@ -199,6 +211,24 @@ def _write_task(folder: Path, texts: Sequence[str], places: Sequence[int], *, na
     path = folder / "task.yaml"
     write_bytes(path, yaml.safe_dump(task, allow_unicode=True).encode())
     return path
+
+
+def _held_out(texts: Sequence[str], places: Sequence[int]) -> list[bool]:
+    """Choose a tenth of each class by chance, but always alike, and rows of one class with the same text together."""
+    groups: dict[int, dict[str, list[int]]] = {}
+    for row, (text, place) in enumerate(zip(texts, places, strict=True)):
+        groups.setdefault(place, {}).setdefault(text, []).append(row)
+    held = [False] * len(texts)
+    for place, alike in sorted(groups.items()):
+        order = list(alike.values())
+        random.Random(place).shuffle(order)
+        room = sum(map(len, order)) // 10
+        for rows in order:
+            if len(rows) <= room:
+                room -= len(rows)
+                for row in rows:
+                    held[row] = True
+    return held
 
 
 def _checkpoint_files(checkpoint: Checkpoint) -> dict[str, bytes]:

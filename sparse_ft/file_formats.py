@@ -51,7 +51,13 @@ def read_file(folder: Path, name: str, *, format: str, options: FileOptions) -> 
     file_name, _, key = name.partition("#")
     path = folder / file_name if format == "lines" else locate(folder, file_name)
     read = FORMATS[format]
-    records = [record._replace(row=row) for row, record in enumerate(read(path, options._replace(key=key or None)))]
+    records: list[Record] = []
+    try:
+        for row, record in enumerate(read(path, options._replace(key=key or None))):
+            records.append(record._replace(row=row))
+    except (TypeError, AttributeError, KeyError, ValueError) as error:
+        where = f"{records[-1].place}: what follows" if records else f"{str(path)!r}: its beginning"
+        raise DataError(f"{where} has not the shape of the format {format!r} ({error}). Correct the file.") from error
     if not records:
         raise DataError(f"Data file {str(path)!r} has no rows. Expected at least one; check that it is the right file.")
     return records

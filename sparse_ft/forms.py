@@ -80,7 +80,7 @@ def form_of(text: Text) -> str:
     Raises:
         DataError: If it is nothing of all these, or no Unicode.
     """
-    given = (text,) if isinstance(text, str) else text if isinstance(text, tuple) else ()
+    given: tuple[Any, ...] = (text,) if isinstance(text, str) else text if isinstance(text, tuple) else ()
     chosen = given[2] if len(given) == 3 and isinstance(given[2], Sequence) and not isinstance(given[2], str) else ()
     for part in (*given[:2], *chosen):
         if isinstance(part, str) and not part.isascii():
@@ -90,13 +90,13 @@ def form_of(text: Text) -> str:
                 raise DataError(f"The text {text!r} is no Unicode: {error}. Read it as UTF-8.") from error
     if isinstance(text, str):
         return "text"
-    if isinstance(text, tuple) and len(text) == 2:
+    if len(given) == 2 and all(isinstance(part, str) for part in given):
         return "pair"
-    if chosen:
+    if chosen and isinstance(given[0], str) and isinstance(given[1], str | None) and _strings(list(chosen)):
         return "choices"
     raise DataError(
         f"Expected a text or a pair of texts, got {type(text).__name__}: {text!r}. For multiple choice give "
-        "(text, question or None, [choice, …])."
+        "(text, question or None, [choice, …]), all of them strings."
     )
 
 

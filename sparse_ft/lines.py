@@ -41,14 +41,15 @@ def read_rows(lines: Iterable[str], *, form: Literal["text", "pair", "json"]) ->
     Args:
         lines: Without their ends.
         form: ``text``: a line is a text; ``pair``: it may hold two, with a tab between them; ``json``: it is an object
-            with ``text``, and as the task needs them ``text_pair`` and ``choices``.
+            with ``text``, and as the task needs them ``text_pair`` and ``choices``; blank lines are passed over.
 
     Raises:
         DataError: If a line is no such object.
     """
     for number, line in enumerate(lines, start=1):
         if form == "json":
-            yield _parsed(line, number)
+            if line.strip():
+                yield _parsed(line, number)
         else:
             yield tuple(line.split("\t", 1)) if form == "pair" and "\t" in line else line
 

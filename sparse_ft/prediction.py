@@ -139,7 +139,7 @@ class LoadedModel:
             ``words.split_words``; for multiple choice a list of (choices, 1).
         """
         (name,) = self._answering.task_names([task])
-        rows = self._answering.row_logits(name, [texts] if isinstance(texts, str) else texts)
+        rows = self._answering.row_logits(name, [texts] if isinstance(texts, str) else list(texts))
         kind = find_kind(self.tasks[name].kind)
         if kind.level == "word" or kind.by_row:
             return rows

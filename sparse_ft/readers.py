@@ -153,7 +153,7 @@ def _read_folder(
         if rows:
             records[split] = rows
     if named["validation"] is None:
-        _cut_validation(spec, records)
+        _cut_validation(spec, records, column=spec.columns.get("text", "text"))
     reading = Reading(spec, _record_columns(files.format, columns), _source_labels(spec), spec.label_scheme)
     return _datasets(records, reading, splits=splits, unlabelled=files.unlabelled)
 
@@ -182,11 +182,11 @@ def _needed(splits: Sequence[Split], *, has_validation: bool) -> list[Split]:
     ]
 
 
-def _cut_validation(spec: TaskSpec, records: dict[Split, list[Record]]) -> None:
-    """Move a fixed tenth of train to validation."""
+def _cut_validation(spec: TaskSpec, records: dict[Split, list[Record]], *, column: Column | None) -> None:
+    """Move a fixed tenth of train to validation; ``column`` is that of the text in the source."""
     if "train" not in records:
         return
-    parts = _divide(records["train"], tenths=(9, 1), column=spec.columns.get("text", "text"))
+    parts = _divide(records["train"], tenths=(9, 1), column=column)
     records["train"], records["validation"] = parts
     logger.info(
         "Task %s has no validation split: %d of the %d rows of train are held out for it (seed %d).",
@@ -200,7 +200,8 @@ def _cut_validation(spec: TaskSpec, records: dict[Split, list[Record]]) -> None:
 def _divide(records: Sequence[Record], *, tenths: Sequence[int], column: Column | None = None) -> list[list[Record]]:
     """Divide records by chance but always alike; every part keeps the order of the source.
 
-    Rows with the same text stay together, so that no part is asked what another was trained on.
+    Rows with the same text stay together, so that no part is asked what another was trained on, unless the rows of the
+    rarest text are a fifth of all: they may be a whole class.
 
     Args:
         records: At least as many as there are parts.
@@ -217,6 +218,14 @@ def _divide(records: Sequence[Record], *, tenths: Sequence[int], column: Column 
             f"Expected at least {len(tenths)}."
         )
     order = list(groups.values())
+    if len(min(order, key=len)) * 5 >= len(records) > len(groups):
+        logger.warning(
+            "%s has only %d different texts in %d rows, so rows with the same text stand in several of its parts.",
+            records[0].path,
+            len(groups),
+            len(records),
+        )
+        order = [[place] for place in range(len(records))]
     random.Random(SPLIT_SEED).shuffle(order)
     parts: list[list[Record]] = []
     for share in reversed(tenths[1:]):
@@ -348,7 +357,7 @@ def _read_hub(spec: TaskSpec, folder: str | None, splits: Sequence[Split]) -> di
             f"Data set {hub.path!r} has the splits {', '.join(loaded)}, not {', '.join(splits)}. Set `hub.splits`."
         )
     if not has_validation:
-        _cut_validation(spec, records)
+        _cut_validation(spec, records, column=columns.get("text"))
     labels = _source_labels(spec) if hub.labels is None else hub.labels
     reading = Reading(spec, columns, labels, hub.label_scheme or spec.label_scheme)
     return _datasets(records, reading, splits=splits)

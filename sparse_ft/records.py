@@ -125,6 +125,15 @@ def plain_text(value: Any) -> str:
     return " ".join(str(item) for item in value) if isinstance(value, list) else str(value)
 
 
+def label_text(value: Any) -> str:
+    """Write a single value as the text that a YAML file would give for it: ``true``, ``1``, ``news``."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
+
+
 def split_tokens(line: str, separator: str | None = None) -> list[str]:
     """Split at the separator, by default at runs of spaces and tabs; other Unicode white space may be a token."""
     return line.split(separator) if separator else re.split(r"[ \t]+", line.strip(" \t"))

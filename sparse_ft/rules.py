@@ -22,6 +22,7 @@ from pydantic_core import PydanticCustomError
 
 from sparse_ft.errors import ConfigError, unknown_name
 from sparse_ft.gates import GateInput
+from sparse_ft.records import label_text
 from sparse_ft.routing import Routing
 from sparse_ft.tasks import explain
 
@@ -104,7 +105,8 @@ class Rule(BaseModel):
             (self.shorter_than is None or len(text) < self.shorter_than)
             and (self.longer_than is None or len(text) > self.longer_than)
             and all(
-                key in metadata and str(metadata[key]) == str(value) for key, value in (self.metadata or {}).items()
+                key in metadata and label_text(metadata[key]) == label_text(value)
+                for key, value in (self.metadata or {}).items()
             )
             and (self.language is None or _in_language(self.language, text, metadata.get("language")))
             and (self.contains is None or self._pattern.search(text) is not None)
@@ -122,7 +124,7 @@ def load_rules(path: str | Path) -> list[Rule]:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"Rules file {str(path)!r} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # the latter of what is no UTF-8, and of days that are in no calendar
         raise ConfigError(f"Rules file {str(path)!r} is not readable YAML: {' '.join(str(error).split())}") from error
     return parse_rules(values, where=f"Rules file {str(path)!r}")
 
@@ -260,7 +262,7 @@ def _whole_word(word: str) -> str:
 
 def _in_language(language: str, text: str, stated: Any) -> bool:
     """Compare with what is stated; else Chinese is text with a third of Chinese characters and hardly any kana."""
-    wanted = language.lower()
+    wanted = language.lower().replace("_", "-")
     if stated is not None:
         given = str(stated).lower().replace("_", "-")
         return given == wanted or given.partition("-")[0] == wanted

@@ -8,6 +8,7 @@ installed sparse-ft by itself.
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ class SparseFTComponent:
     Args:
         name: In the spaCy pipeline.
         checkpoint: Folder that ``train`` wrote, or ``save``; kept as an absolute path when the pipeline is serialised.
+            One that does not exist is missed when the first doc comes: a pipeline that is read from disk may know
+            better.
         tasks: Names, or ``"all"``: all that read one text.
         device: ``auto``, ``cpu``, ``cuda`` …
         alignment: What happens to an entity that begins or ends inside a token of spaCy: ``expand`` takes the tokens
@@ -38,6 +41,9 @@ class SparseFTComponent:
     Raises:
         ConfigError: If a name is unknown.
         CheckpointError: If the folder is no complete checkpoint.
+
+    A setting that is changed where a pipeline is read again, ``spacy.load(path, config=…)``, stands; the others are
+    those that were written.
     """
 
     def __init__(
@@ -49,15 +55,16 @@ class SparseFTComponent:
             raise ConfigError(
                 'The component sparse_ft names no checkpoint. Add config={"checkpoint": FOLDER} to add_pipe.'
             )
-        self.name = name
-        self.settings: dict[str, Any] = {
-            "checkpoint": str(Path(checkpoint).expanduser().absolute()),
+        self.name, self.device = name, device
+        self.given: dict[str, Any] = {
+            "checkpoint": checkpoint,
             "tasks": tasks,
             "alignment": alignment,
             "backbone": backbone,
         }
-        self.device = device
-        self._read()
+        self.settings = {**self.given, "checkpoint": str(Path(checkpoint).expanduser().absolute())}
+        if Path(self.settings["checkpoint"]).exists():
+            self.names  # noqa: B018  # says at once what is wrong
 
     def __call__(self, doc: Doc) -> Doc:
         """Set the categories and entities of one doc."""
@@ -72,7 +79,7 @@ class SparseFTComponent:
 
     def to_disk(self, path: str | Path, *, exclude: Sequence[str] = ()) -> None:
         """Write which checkpoint and tasks these are; the checkpoint stays where it is."""
-        write_json(Path(path) / "sparse_ft.json", self.settings)
+        write_json(Path(path) / "sparse_ft.json", self._state())
 
     def from_disk(self, path: str | Path, *, exclude: Sequence[str] = ()) -> "SparseFTComponent":
         """Read what ``to_disk`` wrote, and the checkpoint if it is another one."""
@@ -81,40 +88,56 @@ class SparseFTComponent:
 
     def to_bytes(self, *, exclude: Sequence[str] = ()) -> bytes:
         """Return what ``to_disk`` writes."""
-        return json.dumps(self.settings).encode()
+        return json.dumps(self._state()).encode()
 
     def from_bytes(self, content: bytes, *, exclude: Sequence[str] = ()) -> "SparseFTComponent":
         """Read what ``to_bytes`` returned."""
         self._change(json.loads(content))
         return self
 
-    def _change(self, settings: dict[str, Any]) -> None:
-        before, self.settings = self.settings, settings
-        if before != settings:
-            self._read()
+    def _state(self) -> dict[str, Any]:
+        return {"settings": self.settings, "given": self.given}
 
-    def _read(self) -> None:
-        """Load the checkpoint and sort the tasks by what they set."""
-        wanted, where = self.settings["tasks"], self.settings.get("backbone") or None
-        self.model: LoadedModel = load(self.settings["checkpoint"], device=self.device, backbone=where)
+    def _change(self, state: dict[str, Any]) -> None:
+        """Take the settings that were written, but for those which the config that is read now gives otherwise."""
+        written = state.get("settings", state)  # at first there were only these
+        given = state.get("given", self.given)
+        before = self.settings
+        self.settings = {
+            key: value if self.given[key] == given.get(key) else before[key] for key, value in written.items()
+        }
+        if self.settings != before:
+            for name in ("model", "names"):
+                self.__dict__.pop(name, None)
+
+    @cached_property
+    def model(self) -> LoadedModel:
+        """What ``sparse_ft.load`` gives for the checkpoint."""
+        return load(self.settings["checkpoint"], device=self.device, backbone=self.settings.get("backbone") or None)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The tasks that are answered."""
+        wanted = self.settings["tasks"]
         single = [name for name, spec in self.model.tasks.items() if spec.reads == "text"]
         names = single if wanted == "all" else [wanted] if isinstance(wanted, str) else list(wanted)
         for name in names:
             if name not in single:
                 raise ConfigError(unknown_name("task on single texts", name, single))
-        tags_words = {name: self.model.tasks[name].kind == "token_classification" for name in names}
-        self.on_texts = [name for name in names if not tags_words[name]]
-        self.on_words = [name for name in names if tags_words[name]]
+        return names
 
     def _annotate(self, docs: Sequence[Doc]) -> None:
         texts = [doc.text for doc in docs]
-        for task in self.on_texts:
+        on_words = [name for name in self.names if self.model.tasks[name].kind == "token_classification"]
+        for task in self.names:
+            if task in on_words:
+                continue
             labels = self.model.tasks[task].label_names or []
             for doc, row in zip(docs, self.model.probabilities(texts, task).tolist(), strict=True):
                 doc.cats.update({f"{task}:{label}": score for label, score in zip(labels, row, strict=True)})
-        if not self.on_words:
+        if not on_words:
             return
-        for doc, found in zip(docs, self.model.predict(texts, self.on_words), strict=True):
+        for doc, found in zip(docs, self.model.predict(texts, on_words), strict=True):
             entities = [
                 entity for answer in found.tasks.values() if "entities" in answer for entity in answer["entities"]
             ]

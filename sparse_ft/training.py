@@ -102,7 +102,7 @@ def train(
     if run.experts.pool and run.stage == "experts":
         run = changed_config(run, {"stage": "joint"})
     if from_checkpoint is not None:
-        run = changed_config(run, {"start": str(Path(from_checkpoint).absolute())})
+        run = changed_config(run, {"start": str(Path(from_checkpoint).expanduser().absolute())})
     if run.start is not None and not resume:
         run = continued_config(run)
     unresumed = run

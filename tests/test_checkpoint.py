@@ -91,6 +91,11 @@ def test_saving_what_was_loaded_gives_the_same_bytes(toys, tmp_path):
     assert all_files(tmp_path / "out") == all_files(toys)
 
 
+def test_a_checkpoint_under_the_home_folder_is_found(toys, monkeypatch):
+    monkeypatch.setenv("HOME", str(toys.parent))
+    assert load_checkpoint(f"~/{toys.name}").path == toys
+
+
 def test_the_manifest_refers_to_the_backbone(toys, tiny_bert):
     manifest = read_manifest(toys)
     backbone = load_backbone(str(tiny_bert))

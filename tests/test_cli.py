@@ -393,6 +393,9 @@ def test_predict_rows_with_tasks_of_their_own_and_rules(cli, toys, tmp_path):
     assert [line.get("unknown", False) for line in found] == [False, False, False, True]
     shown = cli("predict", toys, "Ada met Mozart", "--route", "rules.yaml")[1]
     assert shown == "Ada met Mozart\n  unknown: no expert is for such a text\n"
+    with (tmp_path / "rows.jsonl").open("a") as stream:
+        stream.write("\n  \n")  # blank lines say nothing, and count
+    assert cli("predict", toys, "--file", "rows.jsonl", "--route", "rules.yaml", "--json")[1] == out
     write_rows(tmp_path / "rows.jsonl", [*rows, {"text": "loved", "task": "mood"}])
     code, _, err = cli("predict", toys, "--file", "rows.jsonl", "--task", "mood")
     assert code == 2

@@ -96,6 +96,8 @@ def test_hidden_answers_are_none_and_those_of_drcd_are_read(tmp_path):
         (squad(("谁？", ["Ada"])), r"question 1: answers must be \[\{\"text\", \"answer_start\"\}, …\]"),
         (squad(("谁？", [answer("Ada", 1)]), ("谁？", None)), "question 2: a row of train has no answers"),
         ("{", "broken JSON"),
+        ({"data": None}, "train.json': its beginning has not the shape of the format 'squad'"),
+        ({"data": [{"paragraphs": [{"context": "c", "qas": ["who"]}]}]}, "'str' object is not a mapping"),
     ],
 )
 def test_what_is_no_squad_is_named(tmp_path, content, message):

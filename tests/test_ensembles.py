@@ -263,6 +263,7 @@ def test_an_answer_does_not_depend_on_its_company(model, combine):
 @pytest.mark.parametrize(("tasks", "combine", "message"), [
     (["mood", "mood2"], "averag", r"Unknown way to combine 'averag'\. Did you mean 'average'\?"),
     (["mood"], "vote", "Nothing to combine: mood has one expert each and no"),
+    (["mood", "mood"], "vote", "Nothing to combine: mood"),
     (["mood", "names"], "mix", "Nothing to combine: mood, names have"),
     (["mood", "mod2"], "mix", r"Unknown task in this model 'mod2'\. Did you mean 'mood2'\?"),
 ])  # fmt: skip

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import shutil
 
 import joblib
 import numpy as np
@@ -19,6 +20,7 @@ from test_training import settings, toy_rows
 import sparse_ft
 from sparse_ft import SparseFTClassifier
 from sparse_ft.errors import BackboneError, ConfigError
+from sparse_ft.estimator import _held_out
 
 ROWS = toy_rows("mood", 160)
 TEXTS, MOODS = [row["text"] for row in ROWS], [row["label"] for row in ROWS]
@@ -92,7 +94,7 @@ def test_the_state_does_not_say_where_the_rows_were(fitted):
 
 def test_the_state_has_no_backbone_in_it(fitted, tiny_bert):
     backbone = (tiny_bert / "model.safetensors").stat().st_size
-    assert set(fitted.__getstate__()) == {*fitted.get_params(), "classes_", "checkpoint_"}
+    assert set(fitted.__getstate__()) == {*fitted.get_params(), "classes_", "checkpoint_", "backbone_"}
     assert not any(len(content) >= backbone for content in fitted.checkpoint_.values())
 
 
@@ -102,6 +104,39 @@ def test_what_was_fitted_can_be_saved_as_a_checkpoint(fitted, tmp_path):
     assert [answer.tasks["classifier"]["label"] for answer in answers] == list(fitted.predict(TEST_TEXTS))
     with pytest.raises(ConfigError, match="holds a checkpoint already"):
         fitted.save(path)
+
+
+def test_rows_are_held_out_from_every_class_and_none_is_held_out_whole():
+    texts = [*(f"a{place}" for place in range(40)), *["b"] * 12, *(f"c{place}" for place in range(9)), "d", "d"]
+    places = [0] * 40 + [1] * 12 + [2] * 9 + [3] * 2
+    held = _held_out(texts, places)
+    assert [sum(out for out, place in zip(held, places, strict=True) if place == one) for one in range(4)] == [
+        4,  # a tenth
+        0,  # all of one text
+        0,  # too few
+        0,
+    ]
+    assert held == _held_out(texts, places)
+
+
+@pytest.mark.parametrize(("texts", "labels"), [(["a", "b"], [0, 1]), (["yes", "no", "stop"] * 15, [0, 1, 2] * 15)])
+def test_few_rows_teach_every_class(make, texts, labels):
+    options = settings(train__epochs=30, train__batch_size=4, train__learning_rate=0.01)
+    fitted = make(overrides=options).fit(texts, labels)
+    assert list(fitted.predict(texts[:3])) == labels[:3]
+
+
+def test_the_backbone_may_move_after_the_fit(make, tmp_path, tiny_bert, monkeypatch):
+    shutil.copytree(tiny_bert, tmp_path / "here")
+    monkeypatch.chdir(tmp_path)
+    content = pickle.dumps(make(backbone="./here").fit(TEXTS[:40], MOODS[:40]))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert len(pickle.loads(content).predict(TEXTS[:2])) == 2  # the checkpoint knows the whole path
+    (tmp_path / "here").rename(tmp_path / "moved")
+    with pytest.raises(BackboneError, match="here' does not exist"):
+        pickle.loads(content).predict(TEXTS[:2])
+    assert len(pickle.loads(content).set_params(backbone="../moved").predict(TEXTS[:2])) == 2
 
 
 def test_the_same_random_state_gives_the_same_model(make):

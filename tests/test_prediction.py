@@ -352,7 +352,7 @@ def test_shapes_of_logits(model):
     assert [tuple(row.shape) for row in rows] == [(3, 5), (0, 5), (3, 5)]
     assert model.logits([], "mood").shape == (0, 2)
     assert model.logits([], "names") == []
-    probabilities = model.logits(["the table loved"], "mood")[0].softmax(-1)
+    probabilities = model.logits((text for text in ["the table loved"]), "mood")[0].softmax(-1)
     answer = model.predict(["the table loved"], "mood")[0].tasks["mood"]
     assert answer["score"] == pytest.approx(probabilities.max().item())
 
@@ -362,6 +362,10 @@ def test_shapes_of_logits(model):
     (["a"], ["mood", "x"], ConfigError, "Unknown task in this model 'x'"),
     (["a"], [], ConfigError, 'No task is given'),
     (["a"], "reply", DataError, r"Task 'reply' reads two texts a row, got one: 'a'"),
+    ([("a", None)], "reply", DataError, r"Expected a text or a pair of texts, got tuple: \('a', None\)"),
+    ([("a", "b"), (3, "b")], "reply", DataError, r"got tuple: \(3, 'b'\).* all of them strings"),
+    ([("a", None, [1, 2])], "reply", DataError, r"got tuple: \('a', None, \[1, 2\]\)"),
+    ([(None, None, ["b"])], "reply", DataError, "Expected a text or a pair of texts, got tuple"),
     ([("a", "b")], "mood", DataError, r"Task 'mood' reads one text a row, got two: \('a', 'b'\)"),
     ([None], "mood", DataError, "Expected a text or a pair of texts, got NoneType: None"),
     ([b"a"], "mood", DataError, "Expected a text or a pair of texts, got bytes"),

@@ -604,6 +604,16 @@ def test_one_file_is_divided_alike_every_time(tmp_path, caplog):
     assert one(classification(), tmp_path / "mine.csv").to_dict() == parts["test"]
 
 
+def test_few_texts_are_divided_by_rows_so_that_no_class_is_lost(tmp_path, caplog):
+    lines = [f"{text},{text}" for text in ("yes", "no", "stop")] * 20
+    write(tmp_path, mine__csv="text,label\n" + "\n".join(lines) + "\n")
+    with caplog.at_level(logging.WARNING, logger="sparse_ft"):
+        parts = single(classification(), tmp_path / "mine.csv")
+    assert "has only 3 different texts in 60 rows" in caplog.text
+    assert set(parts["train"]["label"]) == {"yes", "no", "stop"}
+    assert {split: len(part["row"]) for split, part in parts.items()} == {"train": 48, "validation": 6, "test": 6}
+
+
 def test_one_file_needs_three_rows(tmp_path):
     write(tmp_path, mine__csv="text,label\na,x\nb,y\n")
     assert "has 2 rows, too few" in message(classification(), tmp_path / "mine.csv")
@@ -703,8 +713,10 @@ def test_hub_classification(tmp_path, hub_cache):
         "columns": {"text": "sentence", "label": "y"},
         "labels": {"good": "positive", "bad": "negative"},
     }
-    spec = classification(hub=hub, labels=["negative", "positive"], columns={"text": 5})
+    columns = {"text": "y"}  # of the files; here another column bears that name, so it must not be looked at
+    spec = classification(hub=hub, labels=["negative", "positive"], columns=columns)
     parts = read(spec)
+    assert set(parts["train"]["label"]) == {"negative", "positive"}
     assert {split: len(part) for split, part in parts.items()} == {"train": 18, "validation": 2, "test": 1}
     assert parts["test"][0] == {"text": "t", "label": None, "row": 0}
     for row in parts["train"]:

@@ -124,21 +124,50 @@ def test_it_is_written_with_its_pipeline_and_read_again(tmp_path, nlp, toys):
     for text in TEXTS:
         assert places(again(text)) == places(nlp(text))
         assert again(text).cats == nlp(text).cats
-    other = pipeline_of(toys, tasks=["mood"])
-    other.from_bytes(nlp.to_bytes())
+    other = pipeline_of(toys).from_bytes(nlp.to_bytes())
     assert places(other(TEXTS[0])) == places(nlp(TEXTS[0]))
+    narrower = pipeline_of(toys, tasks=["mood"]).from_bytes(nlp.to_bytes())
+    assert set(narrower(TEXTS[0]).cats) == {"mood:bad", "mood:good"}  # what its own config says
 
 
 @pytest.mark.parametrize(("settings", "error", "message"), [
     ({"tasks": ["moood"]}, ConfigError, r"Unknown task on single texts 'moood'\. Did you mean 'mood'\?"),
     ({"tasks": ["reply"]}, ConfigError, "Unknown task on single texts 'reply'"),
     ({"alignment": "expnd"}, ConfigError, r"Unknown alignment 'expnd'\. Did you mean 'expand'\?"),
-    ({"checkpoint": "nowhere"}, CheckpointError, "nowhere' does not exist"),
     ({"checkpoint": ""}, ConfigError, "names no checkpoint"),
 ])  # fmt: skip
 def test_mistakes_are_explained(toys, settings, error, message):
     with pytest.raises(error, match=message):
         pipeline_of(**{"checkpoint": toys, **settings})
+
+
+def test_a_pipeline_is_read_from_another_folder_and_its_settings_may_be_changed(tmp_path, toys, monkeypatch):
+    shutil.copytree(toys, tmp_path / "first")
+    monkeypatch.chdir(tmp_path)
+    pipeline_of("first").to_disk(tmp_path / "saved")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    changed = {"tasks": ["mood"], "alignment": "strict"}
+    assert set(spacy.load("../saved", config={"components": {"sparse_ft": changed}})(TEXTS[0]).cats) == {
+        "mood:bad",
+        "mood:good",
+    }
+    assert len(spacy.load("../saved")(TEXTS[0]).cats) > 2
+    (tmp_path / "first").rename(tmp_path / "second")
+    moved = {"components": {"sparse_ft": {"checkpoint": str(tmp_path / "second")}}}
+    again = spacy.load("../saved", config=moved)
+    assert len(again(TEXTS[0]).cats) > 2
+    again.to_disk(tmp_path / "saved again")
+    assert len(spacy.load("../saved again")(TEXTS[0]).cats) > 2
+    gone = spacy.load("../saved")
+    with pytest.raises(CheckpointError, match="first' does not exist"):
+        gone(TEXTS[0])
+
+
+def test_a_checkpoint_that_is_not_there_is_missed_with_the_first_doc():
+    nlp = pipeline_of("nowhere")
+    with pytest.raises(CheckpointError, match="nowhere' does not exist"):
+        nlp(TEXTS[0])
 
 
 def test_spacy_finds_the_component_of_an_installed_package():
