@@ -46,6 +46,7 @@ def write_adapter(
         alpha_pattern=dict.fromkeys(smaller, expert.alpha),
         fan_in_fan_out=any(type(linear).__name__ == "Conv1D" for linear in changed),
         base_model_name_or_path=MINILM_ID if backbone.name == "minilm" else backbone.name,
+        revision=backbone.revision,
         inference_mode=True,
     )
     folder.mkdir(parents=True, exist_ok=True)

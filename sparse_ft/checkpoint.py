@@ -281,8 +281,10 @@ def load_expert(folder: Path, *, name: str) -> Expert:
     deltas = {}
     for key, lora_a in tensors.items():
         if key.endswith(".lora_A.weight"):
-            module = key.removeprefix(WRAPPER).removesuffix(".lora_A.weight")
-            deltas[module] = (lora_a, tensors[key.replace(".lora_A.", ".lora_B.")])
+            other = key.replace(".lora_A.", ".lora_B.")
+            if other not in tensors:
+                raise CheckpointError(f"{str(folder)!r} is damaged: it lacks {other}. Restore the folder from a copy.")
+            deltas[key.removeprefix(WRAPPER).removesuffix(".lora_A.weight")] = (lora_a, tensors[other])
     shapes = read_tensors(folder / _WORD_SHAPES) if (folder / _WORD_SHAPES).exists() else {}
     block = int(shapes["block"]) if "block" in shapes else None  # the first checkpoints do not say
     return Expert(name, alpha, deltas, shapes.get("weight"), block)

@@ -108,7 +108,9 @@ def merge(
             metavar="CHOICE", help="Of tasks with the same labels: average (default), the expert it is from, separate."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of what is dropped at random, and of the search.")] = 13,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Of what is dropped at random, and of the search; default 13.")
+    ] = None,
     evaluate: Annotated[bool, typer.Option("--evaluate", help="Score all tasks before and after.")] = False,
     split: Annotated[str | None, typer.Option(metavar="SPLIT", help="That --evaluate scores; default test.")] = None,
     search: Annotated[bool, typer.Option("--search", help="Find weights and density on validation rows.")] = False,

@@ -99,6 +99,7 @@ def to_dataset(records: Sequence[Record], reading: Reading) -> datasets.Dataset:
         DataError: If a record does not fit; with file and line.
     """
     make_row = _ROWS[reading.spec.kind]
+    reading = reading._replace(columns=with_question(reading.spec, reading.columns, records[0]))
     rows = []
     for record in records:
         try:
@@ -132,6 +133,13 @@ def to_dataset(records: Sequence[Record], reading: Reading) -> datasets.Dataset:
         logger.warning("%s: %d spans overlap longer or earlier ones and are left out.", records[0].path, dropped)
     features = datasets.Features({name: _FEATURES[name] for name in rows[0]})
     return datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
+
+
+def with_question(spec: TaskSpec, columns: dict[str, Column], record: Record) -> dict[str, Column]:
+    """Add the question of a multiple choice, which may be left out, where a record has it under our own name."""
+    there = isinstance(record.values, dict) and "text_pair" in record.values
+    wanted = spec.kind == "multiple_choice" and "text_pair" not in columns
+    return {**columns, "text_pair": "text_pair"} if there and wanted else columns
 
 
 def _texts(record: Record, reading: Reading) -> dict[str, Any]:
@@ -184,12 +192,15 @@ def _classification_row(record: Record, reading: Reading) -> dict[str, Any] | No
     return {**_texts(record, reading), "label": None if value is None else _name(value, record, reading)}
 
 
-def _multi_label_row(record: Record, reading: Reading) -> dict[str, Any]:
+def _multi_label_row(record: Record, reading: Reading) -> dict[str, Any] | None:
     """Divide a string at LABEL_SEPARATOR; an empty string or list means no label at all, null a hidden one."""
     value = _source_label(record, reading, "labels", empty="")
     if isinstance(value, str):
         value = [part.strip() for part in value.split(LABEL_SEPARATOR) if part.strip()]
-    names = None if value is None else [_name(item, record, reading) for item in _filled(value, "labels", record)]
+    items = None if value is None else _filled(value, "labels", record)
+    if items and not {label_text(item) for item in items}.isdisjoint(reading.spec.drop_labels):
+        return None
+    names = None if items is None else [_name(item, record, reading) for item in items]
     return {**_texts(record, reading), "labels": names}
 
 

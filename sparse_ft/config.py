@@ -49,7 +49,8 @@ class TrainConfig(_Section):
     """The training loop."""
 
     epochs: int = Field(default=5, ge=1)
-    """Passes over the rows of a task, or of the tasks that share experts: one is as long as all of them together."""
+    """Passes over the rows of a task, or of the tasks that share experts: one is as long as all of them together. Where
+    rows are so few that several passes lie between two evaluations, they are made up to whole ones."""
     min_steps: int = Field(default=240, ge=0)
     """Small data is repeated until there are this many optimizer steps, a tenth or more between evaluations."""
     batch_size: int = Field(default=32, ge=1)

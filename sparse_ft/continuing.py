@@ -7,6 +7,7 @@ from typing import Any
 from sparse_ft.config import RunConfig, changed_config
 from sparse_ft.errors import ConfigError
 from sparse_ft.manifest import read_config, read_manifest
+from sparse_ft.model import SparseExpertModel
 
 
 def continued_config(run: RunConfig) -> RunConfig:
@@ -45,6 +46,36 @@ def _gate(run: RunConfig, before: RunConfig) -> dict[str, Any]:
     if not suits or own.get("type", old.get("type", "sequence")) != old.get("type", "sequence"):
         return own
     return {**old, **own}
+
+
+def check_kept_experts(model: SparseExpertModel, tasks: Sequence[str], *, run: RunConfig) -> None:
+    """Refuse settings of experts that a run which only trains experts of its checkpoint further cannot heed.
+
+    Args:
+        model: As the checkpoint has it.
+        tasks: Of the run.
+        run: Its config, in which only what was asked for counts as set.
+
+    Raises:
+        ConfigError: If an expert is otherwise than asked.
+    """
+    if run.experts.pool or any(task not in model.tasks for task in tasks):
+        return  # they are for the new ones
+    for name in dict.fromkeys(name for task in tasks for name in model.tasks[task].used):
+        expert = model.experts.get(name)
+        blocks = [model.backbone.block_of(module) for module in expert.deltas]
+        has: dict[str, list[float]] = {
+            "rank": sorted(set(expert.ranks.values())),
+            "alpha": [expert.alpha],
+            "first_block": [min(blocks, default=0)],
+        }
+        for key, own in has.items():
+            asked = getattr(run.experts, key)
+            if key in run.experts.model_fields_set and own != [asked]:
+                raise ConfigError(
+                    f"experts.{key} is {asked}, but the expert {name!r} of {run.start!r}, which is trained further, "
+                    f"has {' and '.join(str(value) for value in own)}. Leave the setting out, or train a new expert."
+                )
 
 
 def moved_backbone(run: RunConfig) -> str | None:

@@ -4,7 +4,7 @@ import copy as copying
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sparse_ft.checkpoint import Checkpoint, load_checkpoint, load_expert, load_task_into, save_checkpoint
 from sparse_ft.errors import CheckpointError, ConfigError, unknown_name
@@ -167,10 +167,11 @@ def copy_expert(checkpoint: Checkpoint, old: str, new: str) -> list[str]:
     for task, copied in names.items():
         spec, head = checkpoint.tasks[task], model.head(task)
         checkpoint.tasks[copied] = spec.model_copy(update={"name": copied})
-        twin = model.add_task(copied, expert=new, level=model.tasks[task].level, num_outputs=head.linear.out_features)
+        slot, outputs = model.tasks[task], head.linear.out_features
+        twin = model.add_task(copied, expert=new, level=slot.level, num_outputs=outputs, shared=slot.shared)
         twin.load_state_dict(head.state_dict())
         if task in checkpoint.metrics:
-            checkpoint.metrics[copied] = copying.deepcopy(checkpoint.metrics[task])
+            checkpoint.metrics[copied] = _own_scores(checkpoint.metrics[task])
     _set_sources(checkpoint, {copied: checkpoint.config.sources.get(task) for task, copied in names.items()})
     with_tasks = f", which serves {_named(names.values())}" if names else "; it serves no task"
     return [f"Copied expert {old!r} to {new!r}{with_tasks}.", *_drop_gate(checkpoint)]
@@ -289,7 +290,7 @@ def _add_saved(checkpoint: Checkpoint, path: Path, names: Mapping[str, str]) -> 
         experts = [names[expert] for expert in slot_experts(manifest["tasks"][task])]
         checkpoint.tasks[new] = load_task_into(model, path, task, experts=experts, as_name=new)
         if same_length and task in metrics:
-            checkpoint.metrics[new] = metrics[task]
+            checkpoint.metrics[new] = _own_scores(metrics[task])
     _set_sources(checkpoint, {new: config.sources.get(task) for task, new in tasks.items()})
     serve = "serves" if len(names) == 1 else "serve"
     with_tasks = f", which {serve} {_named(tasks.values())}" if tasks else ""
@@ -342,6 +343,11 @@ def _prune_and_say(checkpoint: Checkpoint, name: str, rank: int) -> list[str]:
     if scored:
         changes.append(f"The scores of {_named(scored)} are dropped; `sparse-ft evaluate` measures them anew.")
     return changes
+
+
+def _own_scores(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy the scores of a task, but for that of a gate, which does not know the new expert."""
+    return {name: copying.deepcopy(value) for name, value in scores.items() if name != "routing_accuracy"}
 
 
 def _tasks_of(checkpoint: Checkpoint, expert: str) -> list[str]:

@@ -260,7 +260,7 @@ def evaluate_task(
         )  # fmt: skip
     seen = rows_seen_in_train(spec, split, data=source)
     fresh = [place for place, row in enumerate(data.columns["row"]) if row not in seen]
-    unseen = score_rows(spec, data, predictions, rows=fresh) if seen and len(fresh) < data.num_rows else None
+    unseen = score_rows(spec, data, predictions, rows=fresh) if 0 < len(fresh) < data.num_rows else None
     report = TaskReport(score=score, title=title, unseen_rows=unseen)
     return ScoredTask(report, routing, usage, blocks)
 

@@ -62,6 +62,10 @@ def export(
         DataError: If ``int8`` needs data that is not found.
     """
     exporter = find_exporter(format)
+    if data is not None and not int8 and format == "onnx":
+        raise ConfigError(
+            "--data is for --int8, which scores the graph of eight bits. Add --int8, or leave --data out."
+        )
     if (int8 or data is not None) and format != "onnx":
         raise ConfigError(f"--int8, and --data for it, are of the format onnx, not {format}. Leave them out.")
     folder = free_output(output)

@@ -220,8 +220,8 @@ class _Loop:
         for name, task in self.tasks.items():
             predictions = self._predicted(task)
             scores[name] = score_rows(task.spec, task.validation, predictions).metrics[task.spec.metric]
-        score = sum(scores.values()) / len(scores)
-        score = score if math.isfinite(score) else -math.inf  # a correlation with a constant is not a number
+        finite = [value if math.isfinite(value) else -1.0 for value in scores.values()]  # a correlation with a constant
+        score = sum(finite) / len(finite)
         best = progress.best.get(self.name, -math.inf)
         progress.stale[self.name] = 0 if score > best else progress.stale.get(self.name, 0) + 1
         if score >= best:  # of equals the one that has learnt longest: few validation rows tie early

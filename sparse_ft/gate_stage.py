@@ -157,6 +157,10 @@ def train_gate(
     """
     if run.start is None:
         raise ConfigError("--stage gate needs the checkpoint with the experts: add --from CHECKPOINT.")
+    sections = {"experts": run.experts, "train": run.train}
+    unheeded = [f"{name}.{key}" for name, section in sections.items() for key in sorted(section.model_fields_set)]
+    if unheeded:
+        _LOG.warning("Only the gate is fitted: %s say nothing here.", ", ".join(unheeded))
     before = load_checkpoint(run.start, device=find_device(run.device), backbone=moved_backbone(run))
     names = list(before.tasks)
     model = before.model

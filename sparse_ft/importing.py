@@ -71,7 +71,7 @@ def import_adapter(
         raise CheckpointError(f"{str(adapter)!r} holds no {ADAPTER_CONFIG}. {_where_adapters_are(folder)}")
     config, own = read_adapter_config(folder), _read_own(folder / RECORD)
     where, sha256 = backbone or _named_backbone(config, folder), own.weights_sha256 if own else None
-    loaded = load_backbone(where, expected_sha256=sha256)
+    loaded = load_backbone(where, revision=None if backbone else config.get("revision"), expected_sha256=sha256)
     model = SparseExpertModel(loaded, pooling=own.pooling if own else "auto")
     given = load_task(task) if task is not None and (_is_file(task) or task in list_tasks()) else task
     called = given.name if isinstance(given, TaskSpec) else given
@@ -85,7 +85,8 @@ def import_adapter(
         spec = own.spec.model_copy(update={"name": name})
         names = find_kind(spec.kind).outputs(spec.label_names or [])
     else:
-        names = list(labels) or _named_labels(folder)
+        own_names = find_kind(own.spec.kind).outputs(own.spec.label_names or []) if own else []
+        names = list(labels) or own_names or _named_labels(folder)
         spec = _spec(name, given, names, kind=kind)
     notes = found.remarks
     if spec is not None and head:
@@ -124,7 +125,9 @@ def _read_own(file: Path) -> _Own | None:
     try:
         (entry,) = record["tasks"].values()
         spec, sha256 = parse_task(entry["spec"], where=str(file)), record["backbone"]["weights_sha256"]
-        return _Own(entry["expert"], spec, record["pooling"], record["max_length"], sha256)
+        settings = {"data": {"max_length": record["max_length"]}, "experts": {"pooling": record["pooling"]}}
+        run = RunConfig.model_validate(settings)  # whose errors are ValueErrors
+        return _Own(check_name(entry["expert"]), spec, run.experts.pooling, run.data.max_length, sha256)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{str(file)!r} is damaged: {error!r}. Export the checkpoint again, or delete this file to import the "

@@ -69,9 +69,21 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{str(file)!r} is damaged: it lacks {', '.join(lacking)}. Restore the folder from a copy or train again."
         )
-    for name in (*manifest["experts"], *manifest["tasks"]):
+    try:
+        names, sizes = (*manifest["experts"], *manifest["tasks"]), dict(manifest["bytes"].items())
+        used = {expert for entry in manifest["tasks"].values() for expert in slot_experts(entry)}
+        lost = sorted(used - set(manifest["experts"]))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{str(file)!r} is damaged: {error!r}. Restore the folder from a copy or train again."
+        ) from error
+    if lost:
+        raise CheckpointError(
+            f"{str(file)!r} is damaged: it lacks the expert {lost[0]!r}. Restore the folder from a copy."
+        )
+    for name in names:
         check_name(name)
-    for name, size in manifest["bytes"].items():
+    for name, size in sizes.items():
         part = path / name
         found = part.stat().st_size if part.is_file() else None
         if found != size:

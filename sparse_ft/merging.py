@@ -86,7 +86,7 @@ def merge(
     energy: float | None = None,
     name: str | None = None,
     heads: str | None = None,
-    seed: int = 13,
+    seed: int | None = None,
     evaluate: bool = False,
     split: Split | None = None,
     search: bool = False,
@@ -116,7 +116,7 @@ def merge(
         name: Of the merged expert; None: ``merged``.
         heads: Of tasks with the same labels: ``average`` (as None), the name of the expert whose head is taken, or
             ``separate``, which keeps the tasks apart.
-        seed: Of what is dropped at random, and of the search.
+        seed: Of what is dropped at random, and of the search; None: 13.
         evaluate: Whether to score all tasks before and after; with ``stack`` the gate routes after, if there is one.
         split: That is scored; None: ``test``.
         search: Whether to find weights and density on validation rows; needs the extra ``search``.
@@ -133,7 +133,7 @@ def merge(
     """
     folder = free_output(output)
     given = {"weights": weights, "density": density, "rank": rank, "energy": energy, "name": name, "heads": heads}
-    _check({**given, "search": search or None}, method=method)
+    _check({**given, "search": search or None, "seed": seed}, method=method)
     _check_companions("search", search, {"budget": budget, "rows": rows})
     _check_companions("evaluate", evaluate, {"split": split})
     split = split or "test"
@@ -148,7 +148,13 @@ def merge(
         return _stack(parts, folder, split=split if evaluate else None)
     experts = [checkpoint.model.experts.get(expert) for expert in checkpoint.model.experts.names]
     settings = merge_settings(
-        method, num_experts=len(experts), weights=weights, density=density, rank=rank, energy=energy, seed=seed
+        method,
+        num_experts=len(experts),
+        weights=weights,
+        density=density,
+        rank=rank,
+        energy=energy,
+        seed=13 if seed is None else seed,
     )
     heads = heads or AVERAGE
     tasks = group_tasks(part_tasks(checkpoint, called=parts.called), heads=heads)
@@ -190,6 +196,8 @@ def _check(given: Mapping[str, Any], *, method: str) -> None:
     useless = [option for option, value in given.items() if value is not None]
     if method == STACK and useless:
         raise ConfigError(f"stack keeps all experts as they are and has no use for --{useless[0]}. Leave it out.")
+    if given["seed"] is not None and not given["search"] and "generator" not in MERGE_METHODS[method].heeds:
+        raise ConfigError(f"{method} leaves nothing to chance and has no use for --seed. Leave it out.")
     if given["name"] is not None:
         check_name(given["name"])
     if given["search"]:

@@ -155,11 +155,14 @@ class SparseExpertModel(nn.Module):
         return gate
 
     def placed(self, routing: Routing, *, names: Sequence[str] | None = None) -> Routing:
-        """Turn what a gate says of its experts, by default this model's, into a routing among those of the model."""
+        """Turn what a gate says of its experts, by default this model's, into a routing among those of the model.
+
+        A gate may know experts that were removed since, which it gives no weight.
+        """
         if names is None:
             assert self.gate is not None
             names = self.gate.names
-        places = [self.experts.index(name) for name in names]
+        places = [self.experts.index(name) if name in self.experts.names else 0 for name in names]
         return routing.placed(places, num_experts=len(self.experts.names))
 
     def train(self, mode: bool = True) -> "SparseExpertModel":

@@ -76,13 +76,14 @@ def data_sources(data: list[str] | None) -> str | dict[str, str] | None:
 
     if not data:
         return None
-    named = {}
+    named: dict[str, str] = {}
     for entry in data:
         task, equals, path = entry.partition("=")
-        if equals and task in list_tasks():  # also clue/tnews, whose task is named without the slash
-            named[load_task(task).name] = path
-        elif equals and "/" not in task:
-            named[task] = path
+        if equals and (task in list_tasks() or "/" not in task):
+            name = load_task(task).name if task in list_tasks() else task  # clue/tnews is named without the slash
+            if name in named:
+                raise ConfigError(f"--data names task {name!r} twice: {named[name]} and {path}. Leave one out.")
+            named[name] = path
         elif len(data) == 1:
             return entry
         else:

@@ -153,7 +153,7 @@ def _read_folder(
         if rows:
             records[split] = rows
     if named["validation"] is None:
-        _cut_validation(spec, records, column=spec.columns.get("text", "text"))
+        _cut_validation(spec, records, column=_read_of(columns))
     reading = Reading(spec, _record_columns(files.format, columns), _source_labels(spec), spec.label_scheme)
     return _datasets(records, reading, splits=splits, unlabelled=files.unlabelled)
 
@@ -195,6 +195,11 @@ def _cut_validation(spec: TaskSpec, records: dict[Split, list[Record]], *, colum
         len(parts[0]) + len(parts[1]),
         SPLIT_SEED,
     )
+
+
+def _read_of(columns: dict[str, Column]) -> Column | None:
+    """Return the column of the source that is read: the text, or the words."""
+    return columns.get("text", columns.get("tokens"))
 
 
 def _divide(records: Sequence[Record], *, tenths: Sequence[int], column: Column | None = None) -> list[list[Record]]:
@@ -277,7 +282,7 @@ def _read_single(spec: TaskSpec, path: Path, splits: Sequence[Split]) -> dict[Sp
         path.parent, path.name, format=format, options=FileOptions(columns, separator=separator, header=header)
     )
     fitting = _fitting_columns(_record_columns(format, columns), found[0])
-    divided = _divide(found, tenths=(8, 1, 1), column=fitting.get("text"))
+    divided = _divide(found, tenths=(8, 1, 1), column=_read_of(fitting))
     parts: dict[Split, list[Record]] = dict(zip(SPLITS, divided, strict=True))
     logger.info(
         "%s is one file: its %d rows are divided into %d for train, %d for validation and %d for test (seed %d).",
@@ -357,7 +362,7 @@ def _read_hub(spec: TaskSpec, folder: str | None, splits: Sequence[Split]) -> di
             f"Data set {hub.path!r} has the splits {', '.join(loaded)}, not {', '.join(splits)}. Set `hub.splits`."
         )
     if not has_validation:
-        _cut_validation(spec, records, column=columns.get("text"))
+        _cut_validation(spec, records, column=_read_of(columns))
     labels = _source_labels(spec) if hub.labels is None else hub.labels
     reading = Reading(spec, columns, labels, hub.label_scheme or spec.label_scheme)
     return _datasets(records, reading, splits=splits)

@@ -3,11 +3,13 @@
 from dataclasses import replace
 
 import numpy as np
+import torch
 from sklearn.cluster import KMeans
 
 from sparse_ft.checkpoint import Checkpoint
 from sparse_ft.encoding import Encoder, Example
 from sparse_ft.errors import ConfigError
+from sparse_ft.experts import Expert
 from sparse_ft.gate_stage import note_accuracy, rows_by_expert
 from sparse_ft.gate_training import fit_gate, gate_block
 from sparse_ft.inference import mean_states
@@ -41,6 +43,13 @@ def split_expert(checkpoint: Checkpoint, name: str, new: str) -> list[str]:
         problem = f"serves {len(served)} tasks" if len(served) != 1 else "is mixed with others by a gate"
         raise ConfigError(f"Expert {name!r} {problem}; one that serves a single task alone can be split.")
     (task,) = served
+    for other, slot in model.tasks.items():
+        first, *rest = (model.experts.get(used) for used in slot.experts)
+        if other != task and not all(_alike(first, one) for one in rest):
+            raise ConfigError(
+                f"Task {other!r} is split between {' and '.join(slot.experts)}, which differ by now, and the gate of a "
+                "new split would answer it otherwise. Split all tasks first, in one command, then train them."
+            )
     encoder = Encoder(model.backbone, max_length=config.data.max_length)
     ready = {
         other: prepare_task(spec, run=config, encoder=encoder, before=spec) for other, spec in checkpoint.tasks.items()
@@ -58,6 +67,17 @@ def split_expert(checkpoint: Checkpoint, name: str, new: str) -> list[str]:
         f"Split expert {name!r} of task {task!r} into {name!r} ({len(halves[0])} training rows) and {new!r} "
         f"({len(halves[1])}). They are still the same; `sparse-ft train --from … --task {task}` trains them apart."
     ]
+
+
+def _alike(one: Expert, other: Expert) -> bool:
+    """Whether two experts change a text alike, so that it does not matter which of them it goes to."""
+    if one.deltas.keys() != other.deltas.keys() or one.alpha != other.alpha:
+        return False
+    shapes = [torch.zeros(0) if expert.word_shapes is None else expert.word_shapes for expert in (one, other)]
+    pairs = [
+        (own, theirs) for key in one.deltas for own, theirs in zip(one.deltas[key], other.deltas[key], strict=True)
+    ]
+    return all(torch.equal(own, theirs) for own, theirs in [*pairs, tuple(shapes)])
 
 
 def _halves(

@@ -1,5 +1,6 @@
 """What a task is: data, labels and metric, declared in one YAML file. Knows nothing of tensors."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -142,6 +143,18 @@ class TaskSpec(_Section):
         return self.model_copy(update={"labels": labels})
 
 
+class _Loader(yaml.SafeLoader):
+    """Takes yes, no, on and off for words, as YAML 1.2 does: they are labels of many a task."""
+
+
+_BOOL = "tag:yaml.org,2002:bool"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile("true|True|TRUE|false|False|FALSE"), list("tTfF"))
+
+
 def _as_text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
@@ -183,7 +196,7 @@ def load_task(name_or_path: str | Path) -> TaskSpec:
     """
     path = task_path(name_or_path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, ValueError, OSError) as error:
         raise ConfigError(f"Task file {str(path)!r} is not readable YAML: {' '.join(str(error).split())}") from error
     return parse_task(values, where=str(path), root=path.parent)

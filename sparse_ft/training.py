@@ -11,7 +11,7 @@ import torch
 from sparse_ft.backbone import load_backbone, set_training_attention
 from sparse_ft.checkpoint import load_checkpoint, save_checkpoint
 from sparse_ft.config import RunConfig, changed_config, load_config
-from sparse_ft.continuing import continued_config, keep_length, moved_backbone
+from sparse_ft.continuing import check_kept_experts, continued_config, keep_length, moved_backbone
 from sparse_ft.devices import find_device, find_dtype, is_out_of_memory
 from sparse_ft.encoding import Encoder
 from sparse_ft.errors import ConfigError, SparseFTError
@@ -177,7 +177,7 @@ def _resumed_config(
     wanted = output or run.output
     if wanted is None:
         wanted = default_output([load_task(task).name for task in _find_tasks(run, run.start).tasks])
-    folder = Path(wanted)
+    folder = Path(wanted).expanduser()
     saved = find_resume(folder)
     run = _find_tasks(run, saved.start) if run.tasks else run
     written = {"output": str(folder.absolute())}
@@ -209,6 +209,8 @@ def _train(run: RunConfig, specs: Sequence[TaskSpec], *, resume: bool) -> TrainR
     # Test rows are read once before training, so that what is wrong with them does not show after it.
     splits = scored_splits({name: task.spec for name, task in ready.items()}, run.sources)
     new = [task for name, task in ready.items() if name not in model.tasks]
+    if run.start is not None and not resume:  # the config of a run that is resumed has every setting
+        check_kept_experts(model, list(ready), run=run)
     add_tasks(model, ready, run=run)
     num_experts = run.experts.pool or len(model.routed)
     check_gate(run, model, num_experts=num_experts)

@@ -52,12 +52,13 @@ def split_words(text: str, language: str = "en") -> list[Word]:
 
     Args:
         text: Any text, also empty.
-        language: ``zh`` makes every character that is not white space a word, as Chinese corpora do.
+        language: ``zh``, also ``zh-CN`` and the like, makes every character that is not white space a word, as Chinese
+            corpora do.
 
     Returns:
         Words in order; ``text[word.start:word.end] == word.text`` holds for each.
     """
-    if language == "zh":
+    if language.lower().partition("-")[0] == "zh":
         return [Word(character, place, place + 1) for place, character in enumerate(text) if not character.isspace()]
     words: list[Word] = []
     for chunk in _CHUNK.finditer(text):

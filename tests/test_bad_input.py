@@ -73,6 +73,7 @@ def as_tsv(content: str | bytes, **changes) -> None:
     ([*TRAIN, "--seed", "-1"], ["seed", "greater than or equal to 0 (got -1)"]),
     ([*TRAIN, "--data", "nothing"], ["nothing", "does not exist", "--data"]),
     ([*TRAIN, "--data", "names=mood"], ["Unknown task in --data 'names'", "Known: mood"]),
+    ([*TRAIN, "--data", "mood=mood", "--data", "mood=names"], ["--data names task 'mood' twice: mood and names"]),
     ([*TRAIN, "--data", "mood=mood", "--data", "names"], ["--data 'names' names no task", "TASK=PATH"]),
     ([*TRAIN, "--task", "names.yaml", "--data", "mood"], ["names no task, but there are 2: mood, names", "TASK=PATH"]),
     ([*TRAIN, "--task", "mood.yaml"], ["Two tasks have the same name: mood, mood", "its own name"]),

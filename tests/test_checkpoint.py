@@ -208,6 +208,14 @@ def test_a_broken_manifest_is_named(copied, content):
     assert "manifest.json' is damaged" in damaged(copied)
 
 
+@pytest.mark.parametrize("change", [
+    {"bytes": []}, {"bytes": 5}, {"tasks": []}, {"tasks": {"mood": {}}}, {"tasks": {"mood": {"expert": "nobody"}}},
+])  # fmt: skip
+def test_entries_of_a_manifest_that_are_no_such_are_named(copied, change):
+    change_manifest(copied, **change)
+    assert "manifest.json' is damaged" in damaged(copied)
+
+
 def test_a_newer_format_asks_for_an_update(copied):
     change_manifest(copied, format=FORMAT + 1, versions={"sparse_ft": "9.8.7"})
     text = damaged(copied)

@@ -221,6 +221,22 @@ def test_a_blank_without_an_answer_is_named(tmp_path):
         read(load_task("clue/chid"), data=tmp_path, splits=["train"])
 
 
+def test_a_question_under_our_own_name_is_read(tmp_path):
+    rows = [
+        {"text": f"story {place}", "text_pair": "Who ?", "choices": ["Ada", "Bob"], "answer": 0} for place in (1, 2)
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {"format": "jsonl", "train": "train.jsonl"}
+    content = {"name": "own", "kind": "multiple_choice", "metric": "accuracy", "files": files}
+    found = read(parse_task(content, where="own"), data=tmp_path, splits=["train"])["train"]
+    assert list(found["text_pair"]) == ["Who ?"]  # the other row is validation's
+    rows = [{name: value for name, value in row.items() if name != "text_pair"} for row in rows]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert (
+        "text_pair" not in read(parse_task(content, where="own"), data=tmp_path, splits=["train"])["train"].column_names
+    )
+
+
 def test_the_examples_of_the_task_files_are_rows(tmp_path):
     for name in ("c3", "chid"):
         row = json.loads(load_task(f"clue/{name}").example)

@@ -508,6 +508,19 @@ def test_an_expert_beside_the_mixed_ones_goes_and_the_gate_stays(mixed, tmp_path
     assert_bit_identical({name: before[name] for name in ("mood", "about")}, answers(tmp_path / "out"))
 
 
+def test_a_copy_of_a_task_with_a_shared_expert_answers_alike(tmp_path, make_model):
+    path = saved(tmp_path / "first", make_model, "bert", heads={"mood": HEADS["mood"], "about": HEADS["about"]})
+    loaded = load_checkpoint(path)
+    loaded.model.tasks["mood"] = replace(loaded.model.tasks["mood"], shared="about")
+    save_checkpoint(
+        tmp_path / "shared", model=loaded.model, tasks=loaded.tasks, config=loaded.config, metrics=loaded.metrics
+    )
+    copied = sparse_ft.load(edit(tmp_path / "shared", copy=[("mood", "twin")], output=tmp_path / "out").path)
+    texts = ["the table loved", "music"]
+    torch.testing.assert_close(copied.logits(texts, "twin"), copied.logits(texts, "mood"))
+    assert not torch.allclose(copied.logits(texts, "twin"), sparse_ft.load(path).logits(texts, "mood"), atol=1e-3)
+
+
 def test_copies_and_new_experts_change_no_mixed_answer(mixed, tmp_path, make_model):
     other, before = saved(tmp_path / "other", make_model, "bert", seed=2), answers(mixed)
     add = [("big", other / "experts/about")]

@@ -196,6 +196,13 @@ def test_rows_known_from_train_are_scored_apart(tmp_path, tiny_bert):
     assert sparse_ft.evaluate(path, split="validation", device="cpu").tasks["mood"].unseen_rows is None
 
 
+def test_a_split_known_from_train_altogether_is_scored_once(tmp_path, tiny_bert):
+    task = write_toy(tmp_path, "mood", sizes=(16, 4, 4), leaks={"test": [0, 1, 2, 3]})
+    path = run([task], tiny_bert, tmp_path / "out", train__epochs=1).path
+    report = sparse_ft.evaluate(path, device="cpu").tasks["mood"]
+    assert (report.score.n, report.unseen_rows) == (4, None)
+
+
 # Forms and choices
 
 

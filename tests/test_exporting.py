@@ -18,6 +18,7 @@ from sparse_ft.backbone import load_backbone
 from sparse_ft.checkpoint import load_checkpoint, save_checkpoint
 from sparse_ft.cli import app
 from sparse_ft.config import RunConfig
+from sparse_ft.editing import edit
 from sparse_ft.errors import ConfigError, ExportError
 from sparse_ft.experts import Expert
 from sparse_ft.exporters.int8 import int8_scores
@@ -468,6 +469,20 @@ def test_unknown_names_and_taken_folders_are_refused(tmp_path, make_model, refus
     assert "holds a checkpoint already. Choose another --output" in refused(path, output="first/checkpoint")
     assert "is not empty" in refused(path, output="first")
     assert "--int8, and --data for it, are of the format onnx, not peft" in refused(path, "--int8")
+    assert "--data is for --int8" in refused(path, "--data", "mood=here", format="onnx")
+
+
+@pytest.mark.parametrize("name", ["linear", "mean", "expert"])
+def test_a_task_may_be_called_as_a_value_of_the_graph_is(tmp_path, make_model, name):
+    path = saved(tmp_path / "first", make_model, "bert", heads=HEADS)
+    named = edit(path, copy=[("mood", name)], output=tmp_path / "named").path
+    if name == "expert":  # an input
+        with pytest.raises(ExportError, match="Task 'expert' is called as an input of the graph is"):
+            sparse_ft.export(named, format="onnx", output=tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        return
+    result = sparse_ft.export(named, format="onnx", output=tmp_path / "out")
+    assert set(result.differences) == {"mood", "names", name}
 
 
 def test_word_shapes_are_refused_where_there_is_no_place_for_them(tmp_path, make_model, refused):

@@ -191,6 +191,12 @@ def test_loading_gives_the_same_gate(gated, tmp_path):
         load_checkpoint(tmp_path / "copy")
 
 
+def test_stage_gate_says_which_settings_it_does_not_heed(gated, tmp_path, caplog):
+    overrides = ["gate.type=prototype", "train.epochs=99", "experts.rank=64"]
+    sparse_ft.train(from_checkpoint=gated, output=tmp_path / "out", overrides=overrides, stage="gate", device="cpu")
+    assert "Only the gate is fitted: experts.rank, train.epochs say nothing here." in caplog.text
+
+
 def test_stage_gate_changes_the_gate_only(gated, tmp_path):
     result = sparse_ft.train(
         from_checkpoint=gated, output=tmp_path / "out", overrides=["gate.type=prototype"], stage="gate", device="cpu"

@@ -10,6 +10,7 @@ from test_exporting import LABELS, TEXTS, without_shapes
 from test_foreign import wrap
 
 import sparse_ft
+from sparse_ft import importing
 from sparse_ft.checkpoint import load_checkpoint
 from sparse_ft.errors import BackboneError, CheckpointError, ConfigError
 from sparse_ft.importing import import_adapter
@@ -175,6 +176,36 @@ def test_names_of_labels_that_are_none_are_refused(tmp_path, tiny_folder, names)
         import_adapter(tmp_path / "theirs", output=tmp_path / "out")
 
 
+def test_an_export_keeps_its_labels_under_a_task_file_of_another_order(tmp_path, make_model):
+    path = without_shapes(tmp_path / "first", make_model, "bert")
+    sparse_ft.export(path, format="peft", task="mood", output=tmp_path / "out")
+    own = tmp_path / "own.yaml"
+    own.write_text("{name: own, kind: classification, labels: [good, bad], metric: accuracy}")
+    import_adapter(tmp_path / "out", task=str(own), output=tmp_path / "again")
+    ours, theirs = sparse_ft.load(path, device="cpu"), sparse_ft.load(tmp_path / "again", device="cpu")
+    assert torch.equal(theirs.logits(TEXTS, "own"), ours.logits(TEXTS, "mood").flip(-1))
+    assert theirs.tasks["own"].label_names == ours.tasks["mood"].label_names[::-1] == ["good", "bad"]
+
+
+def test_the_revision_of_a_backbone_travels_with_an_adapter(tmp_path, make_model, monkeypatch):
+    path = without_shapes(tmp_path / "first", make_model, "bert")
+    model = sparse_ft.load(path, device="cpu")
+    model.checkpoint.model.backbone.revision = "abc123"
+    sparse_ft.export(model, format="peft", task="mood", output=tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["revision"] == "abc123"
+    asked, load = [], importing.load_backbone
+
+    def watched(name, *, revision, expected_sha256):
+        asked.append(revision)
+        return load(name, revision=revision, expected_sha256=expected_sha256)
+
+    monkeypatch.setattr(importing, "load_backbone", watched)
+    import_adapter(tmp_path / "out", output=tmp_path / "again")
+    name = model.checkpoint.model.backbone.name
+    import_adapter(tmp_path / "out", backbone=name, output=tmp_path / "elsewhere")
+    assert asked == ["abc123", None]
+
+
 def test_a_damaged_record_is_refused(tmp_path, make_model):
     path = without_shapes(tmp_path / "first", make_model, "bert")
     sparse_ft.export(path, format="peft", task="mood", output=tmp_path / "out")
@@ -185,6 +216,10 @@ def test_a_damaged_record_is_refused(tmp_path, make_model):
         CheckpointError, match=r"export.json' is damaged: KeyError\('pooling'\)\. Export the checkpoint"
     ):
         import_adapter(tmp_path / "out", output=tmp_path / "again")
+    for damage in ({"max_length": "x"}, {"max_length": 4}, {"pooling": "max"}):
+        file.write_text(json.dumps({**record, **damage}))
+        with pytest.raises(CheckpointError, match=r"export.json' is damaged: "):
+            import_adapter(tmp_path / "out", output=tmp_path / "again")
     other = {**record["backbone"], "weights_sha256": "0" * 64}
     file.write_text(json.dumps({**record, "backbone": other}))
     with pytest.raises(BackboneError, match="is not that of the checkpoint's backbone"):

@@ -124,6 +124,13 @@ def test_merging_with_itself_answers_as_before_whatever_the_names(bert, tmp_path
     ]
 
 
+@pytest.mark.parametrize("method", ["stack", "linear"])
+def test_a_seed_is_refused_where_nothing_is_random(bert, tmp_path, method):
+    with pytest.raises(ConfigError, match="has no use for --seed"):
+        merge([bert], method=method, seed=99, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_random_method_is_determined_by_its_seed(bert, tmp_path):
     for folder, seed in (("one", 1), ("again", 1), ("two", 2)):
         merge([bert], method="dare", seed=seed, output=tmp_path / folder)

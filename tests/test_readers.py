@@ -14,7 +14,7 @@ from sparse_ft.file_formats import FORMATS
 from sparse_ft.kinds import find_kind
 from sparse_ft.readers import label_names, read, rows_seen_in_train
 from sparse_ft.schemes import Span, spans_from_tags
-from sparse_ft.tasks import TaskSpec
+from sparse_ft.tasks import TaskSpec, parse_task
 
 CSV = {"format": "csv", "train": "train.csv", "validation": "dev.csv", "test": "test.csv"}
 CONLL = {"format": "conll", "train": "train.txt", "validation": "dev.txt", "test": "test.txt"}
@@ -273,6 +273,30 @@ def test_empty_label(tmp_path):
     write(tmp_path, train__csv="text,label\na,x\nb,\n", test__csv="text,label\na,x\nb,\n")
     assert "line 3: a row of train has no label" in message(classification(), tmp_path, "train")
     assert one(classification(), tmp_path)["label"] == ["x", None]
+
+
+def test_sentences_of_the_same_words_stay_together(tmp_path):
+    sentences = [f"w{place % 10} O\nend O\n" for place in range(60)]
+    write(tmp_path, mine__conll="\n".join(sentences))
+    parts = single(tagging(), tmp_path / "mine.conll")
+    words = {split: {row[0] for row in part["tokens"]} for split, part in parts.items()}
+    assert not words["train"] & words["test"]
+    assert not words["train"] & words["validation"]
+
+
+def test_rows_of_several_labels_are_dropped_for_one(tmp_path):
+    write(tmp_path, test__csv="text,labels\na,x|unsure\nb,x|y\nc,\n")
+    spec = parse_task(
+        {
+            "name": "m",
+            "kind": "multi_label",
+            "metric": "micro_f1",
+            "files": {**CSV, "test": "test.csv"},
+            "drop_labels": ["unsure"],
+        },
+        where="m",
+    )
+    assert one(spec, tmp_path)["text"] == ["b", "c"]
 
 
 def test_dropped_labels_keep_the_row_numbers(tmp_path):

@@ -83,6 +83,34 @@ def test_what_cannot_be_split_is_refused(tmp_path, halved):
     assert not (tmp_path / "out").exists()
 
 
+def test_two_tasks_can_be_split_until_their_halves_differ(tmp_path, whole, halved):
+    both = edit(whole, split=[("mood", "mood-2"), ("about", "about-2")], output=tmp_path / "both")
+    torch.testing.assert_close(answers(both.path, "mood"), answers(whole, "mood"))
+    trained = sparse_ft.train(
+        ["mood"], from_checkpoint=halved.path, output=tmp_path / "out", overrides=settings(), device="cpu"
+    ).path
+    with pytest.raises(ConfigError, match=r"Task 'mood' is split between mood and mood-2, which differ by now"):
+        edit(trained, split=[("about", "about-2")], output=tmp_path / "again")
+    edit(trained, split=[("mood-2", "mood-3")], output=tmp_path / "thrice")
+
+
+def test_the_expert_of_another_task_goes_and_the_halves_answer_as_before(tmp_path, halved):
+    changed = edit(halved.path, remove=["about"], output=tmp_path / "out")
+    assert torch.equal(answers(changed.path, "mood"), answers(halved.path, "mood"))
+    model = sparse_ft.load(changed.path, device="cpu")
+    assert {name for answer in model.predict(TEXTS, ["mood"]) for name in answer.routing} <= {"mood", "mood-2"}
+    with pytest.raises(ConfigError, match="The gate chooses among mood, about, mood-2, the model has mood, mood-2"):
+        model.predict(TEXTS)
+
+
+def test_scores_of_a_gate_are_not_those_of_experts_that_it_does_not_know(tmp_path, halved):
+    copied = load_checkpoint(edit(halved.path, copy=[("about", "theme")], output=tmp_path / "out").path)
+    assert "routing_accuracy" in copied.metrics["about"]
+    assert copied.metrics["theme"] == {
+        name: value for name, value in copied.metrics["about"].items() if name != "routing_accuracy"
+    }
+
+
 def test_another_task_does_not_change_which_half_answers(tmp_path, halved, caplog):
     new = write_toy(tmp_path, "mood", as_name="feeling")
     trained = sparse_ft.train(

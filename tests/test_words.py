@@ -54,6 +54,11 @@ def test_every_chinese_character_is_a_word():
     assert [word.text for word in split_words("去 Rome玩", "zh")] == ["去", "R", "o", "m", "e", "玩"]
 
 
+@pytest.mark.parametrize("language", ["zh-CN", "zh-Hant-TW", "ZH"])
+def test_chinese_has_regions_and_scripts(language):
+    assert split_words("2024年IBM在上海", language) == split_words("2024年IBM在上海", "zh")
+
+
 def test_cut_words():
     words = [Word("Müller-Meier", 4, 16), Word(",", 16, 17)]
     assert cut_words(words, {0, 4, 10, 11, 17}) == [

@@ -154,12 +154,23 @@ def _trace(graph: Graph, file: Path) -> None:
     """Write a graph with any number of rows and tokens."""
     rows, tokens = torch.export.Dim("rows", min=1), torch.export.Dim("tokens", min=1)
     given = {name: value for name, value in graph.example().items() if value is not None}
+    taken = next((task for task in graph.outputs if task in given), None)
+    if taken is not None:
+        raise ExportError(
+            f"Task {taken!r} is called as an input of the graph is: {', '.join(given)}. Give the task another name "
+            "first: sparse-ft edit --copy EXPERT=NEW --remove EXPERT."
+        )
     shapes = {name: {0: rows, 1: tokens} if value.dim() == 2 else {0: rows} for name, value in given.items()}
     with _quiet():
         program = torch.onnx.export(
             graph.eval(), kwargs=given, dynamo=True, dynamic_shapes=shapes, output_names=graph.outputs, verbose=False
         )
     assert program is not None
+    outputs = {id(value) for value in program.model.graph.outputs}
+    for node in program.model.graph:
+        for value in node.outputs:
+            if value.name in graph.outputs and id(value) not in outputs:
+                value.name = f"{value.name}.inner"  # a dot is in no name of a task
     program.save(str(file))
 
 
