@@ -123,7 +123,8 @@ class SparseFTClassifier(ClassifierMixin, BaseEstimator):
         if "_model" not in self.__dict__:
             with tempfile.TemporaryDirectory() as folder:
                 _write_files(Path(folder), self.checkpoint_)
-                moved = None if self.backbone == self.backbone_ else self.backbone
+                fitted_with = getattr(self, "backbone_", None)  # which the first pickles do not have
+                moved = None if self.backbone == fitted_with else self.backbone
                 self._model = load(folder, device=self.device or "auto", backbone=moved)
         return self._model
 

@@ -152,9 +152,10 @@ def _read_folder(
             rows += [record._replace(row=record.row + len(rows)) for record in found]
         if rows:
             records[split] = rows
+    columns = _record_columns(files.format, columns)
     if named["validation"] is None:
         _cut_validation(spec, records, column=_read_of(columns))
-    reading = Reading(spec, _record_columns(files.format, columns), _source_labels(spec), spec.label_scheme)
+    reading = Reading(spec, columns, _source_labels(spec), spec.label_scheme)
     return _datasets(records, reading, splits=splits, unlabelled=files.unlabelled)
 
 

@@ -284,6 +284,16 @@ def test_sentences_of_the_same_words_stay_together(tmp_path):
     assert not words["train"] & words["validation"]
 
 
+def test_validation_cut_from_tagged_sentences_has_none_of_the_words_of_train(tmp_path):
+    sentences = [f"w{place % 10} O\nend O\n" for place in range(60)]
+    write(tmp_path, train__txt="\n".join(sentences))
+    files = {"format": "conll", "train": "train.txt"}
+    parts = read(tagging(files=files, columns={"tokens": 0, "tags": 1}), data=tmp_path, splits=["train", "validation"])
+    first, second = ({row[0] for row in parts[split]["tokens"]} for split in ("train", "validation"))
+    assert second
+    assert not first & second
+
+
 def test_rows_of_several_labels_are_dropped_for_one(tmp_path):
     write(tmp_path, test__csv="text,labels\na,x|unsure\nb,x|y\nc,\n")
     spec = parse_task(

@@ -92,13 +92,13 @@ def test_task_file_of_the_user(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(
         "name: mine\nkind: classification\nmetric: accuracy\nlabels: {0: no, true: yes}\n"
-        "drop_labels: [off, on, true]\n"
+        "drop_labels: [off, on, true, true news, falsehood]\n"
         "files: {format: csv, root: data}\n",
         encoding="utf-8",
     )
     spec = load_task(path)
     assert spec.labels == {"0": "no", "true": "yes"}
-    assert spec.drop_labels == ["off", "on", "true"]
+    assert spec.drop_labels == ["off", "on", "true", "true news", "falsehood"]
     assert spec.files.root == str((tmp_path / "data").resolve())
 
 

@@ -157,8 +157,8 @@ def _trace(graph: Graph, file: Path) -> None:
     taken = next((task for task in graph.outputs if task in given), None)
     if taken is not None:
         raise ExportError(
-            f"Task {taken!r} is called as an input of the graph is: {', '.join(given)}. Give the task another name "
-            "first: sparse-ft edit --copy EXPERT=NEW --remove EXPERT."
+            f"Task {taken!r} is called as an input of the graph is: {', '.join(given)}. Copy it under another name: "
+            "sparse-ft edit --copy EXPERT=NEW; and export that with --task NEW."
         )
     shapes = {name: {0: rows, 1: tokens} if value.dim() == 2 else {0: rows} for name, value in given.items()}
     with _quiet():
