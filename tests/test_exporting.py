@@ -472,7 +472,7 @@ def test_unknown_names_and_taken_folders_are_refused(tmp_path, make_model, refus
     assert "--data is for --int8" in refused(path, "--data", "mood=here", format="onnx")
 
 
-@pytest.mark.parametrize("name", ["linear", "mean", "expert"])
+@pytest.mark.parametrize("name", ["linear", "expert"])
 def test_a_task_may_be_called_as_a_value_of_the_graph_is(tmp_path, make_model, name):
     path = saved(tmp_path / "first", make_model, "bert", heads=HEADS)
     named = edit(path, copy=[("mood", name)], output=tmp_path / "named").path

@@ -351,16 +351,18 @@ def test_a_kept_task_is_trained_further_when_it_is_named(tmp_path, tiny_bert):
     assert changed == {"mood"}
 
 
-@pytest.mark.parametrize(("asked", "own"), [
-    ({"experts__rank": 32}, "8"), ({"experts__alpha": 3}, "16.0"), ({"experts__first_block": 1}, "0")
-])  # fmt: skip
-def test_a_kept_expert_is_not_stretched_to_other_settings(tmp_path, tiny_bert, asked, own):
+def test_a_kept_expert_is_not_stretched_to_other_settings(tmp_path, tiny_bert):
     tasks = [write_toy(tmp_path, name, sizes=(16, 8, 8)) for name in ("mood", "about")]
     old = run(tasks[:1], tiny_bert, tmp_path / "old", train__epochs=1).path
-    options = {"from_checkpoint": old, "overrides": settings(train__epochs=1, **asked), "device": "cpu"}
-    with pytest.raises(ConfigError, match=f"the expert 'mood' of .*, which is trained further, has {own}. Leave"):
-        sparse_ft.train(tasks[:1], output=tmp_path / "new", **options)
-    assert not (tmp_path / "new").exists()
+    for asked, own in (
+        ({"experts__rank": 32}, "8"),
+        ({"experts__alpha": 3}, "16.0"),
+        ({"experts__first_block": 1}, "0"),
+    ):
+        options = {"from_checkpoint": old, "overrides": settings(train__epochs=1, **asked), "device": "cpu"}
+        with pytest.raises(ConfigError, match=f"the expert 'mood' of .*, which is trained further, has {own}. Leave"):
+            sparse_ft.train(tasks[:1], output=tmp_path / "new", **options)
+        assert not (tmp_path / "new").exists()
     sparse_ft.train(tasks[1:], output=tmp_path / "other", **options)  # a new expert heeds them
 
 
