@@ -107,11 +107,11 @@ class SparseFTComponent:
             key: value if self.given[key] == given.get(key) else before[key] for key, value in written.items()
         }
         if self.settings != before:
-            for name in ("model", "names"):
+            for name in ("loaded", "names"):
                 self.__dict__.pop(name, None)
 
     @cached_property
-    def model(self) -> LoadedModel:
+    def loaded(self) -> LoadedModel:  # not called model: spaCy asks every component whether it has one of that name
         """What ``sparse_ft.load`` gives for the checkpoint."""
         return load(self.settings["checkpoint"], device=self.device, backbone=self.settings.get("backbone") or None)
 
@@ -119,7 +119,7 @@ class SparseFTComponent:
     def names(self) -> list[str]:
         """The tasks that are answered."""
         wanted = self.settings["tasks"]
-        single = [name for name, spec in self.model.tasks.items() if spec.reads == "text"]
+        single = [name for name, spec in self.loaded.tasks.items() if spec.reads == "text"]
         names = single if wanted == "all" else [wanted] if isinstance(wanted, str) else list(wanted)
         for name in names:
             if name not in single:
@@ -128,16 +128,16 @@ class SparseFTComponent:
 
     def _annotate(self, docs: Sequence[Doc]) -> None:
         texts = [doc.text for doc in docs]
-        on_words = [name for name in self.names if self.model.tasks[name].kind == "token_classification"]
+        on_words = [name for name in self.names if self.loaded.tasks[name].kind == "token_classification"]
         for task in self.names:
             if task in on_words:
                 continue
-            labels = self.model.tasks[task].label_names or []
-            for doc, row in zip(docs, self.model.probabilities(texts, task).tolist(), strict=True):
+            labels = self.loaded.tasks[task].label_names or []
+            for doc, row in zip(docs, self.loaded.probabilities(texts, task).tolist(), strict=True):
                 doc.cats.update({f"{task}:{label}": score for label, score in zip(labels, row, strict=True)})
         if not on_words:
             return
-        for doc, found in zip(docs, self.model.predict(texts, on_words), strict=True):
+        for doc, found in zip(docs, self.loaded.predict(texts, on_words), strict=True):
             entities = [
                 entity for answer in found.tasks.values() if "entities" in answer for entity in answer["entities"]
             ]

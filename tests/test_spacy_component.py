@@ -89,7 +89,7 @@ def test_all_tasks_are_those_on_one_text(toys, tmp_path):
 def test_the_backbone_may_have_moved(toys, tmp_path, tiny_bert, monkeypatch):
     shutil.copytree(tiny_bert, tmp_path / "moved")
     nlp = pipeline_of(toys, backbone=str(tmp_path / "moved"))
-    assert nlp.get_pipe("sparse_ft").model.checkpoint.model.backbone.name == str(tmp_path / "moved")
+    assert nlp.get_pipe("sparse_ft").loaded.checkpoint.model.backbone.name == str(tmp_path / "moved")
     monkeypatch.chdir(toys.parent)
     assert Path(pipeline_of(toys.name).get_pipe("sparse_ft").settings["checkpoint"]) == toys
 
@@ -112,7 +112,7 @@ def test_entities_inside_a_token_are_aligned(toys, monkeypatch, alignment, expec
     text = "then Ada-Lovelace in London"
     answer = {"entities": [{"type": "PER", "text": "Ada", "start": 5, "end": 8, "score": 1.0}]}
     monkeypatch.setattr(
-        component.model, "predict", lambda texts, tasks: [sparse_ft.Prediction(text, {"names": answer}, {})]
+        component.loaded, "predict", lambda texts, tasks: [sparse_ft.Prediction(text, {"names": answer}, {})]
     )
     assert [entity.text for entity in nlp(text).ents] == expected
 
