@@ -121,7 +121,7 @@ def test_rows_are_held_out_from_every_class_and_none_is_held_out_whole():
 
 @pytest.mark.parametrize(("texts", "labels"), [(["a", "b"], [0, 1]), (["yes", "no", "stop"] * 15, [0, 1, 2] * 15)])
 def test_few_rows_teach_every_class(make, texts, labels):
-    options = settings(train__epochs=30, train__batch_size=4, train__learning_rate=0.01)
+    options = settings(train__epochs=12, train__batch_size=4, train__learning_rate=0.01)
     fitted = make(overrides=options).fit(texts, labels)
     assert list(fitted.predict(texts[:3])) == labels[:3]
 
