@@ -99,7 +99,7 @@ def to_dataset(records: Sequence[Record], reading: Reading) -> datasets.Dataset:
         DataError: If a record does not fit; with file and line.
     """
     make_row = _ROWS[reading.spec.kind]
-    reading = reading._replace(columns=with_question(reading.spec, reading.columns, records[0]))
+    reading = reading._replace(columns=_with_question(reading.spec, reading.columns, records[0]))
     rows = []
     for record in records:
         try:
@@ -135,7 +135,7 @@ def to_dataset(records: Sequence[Record], reading: Reading) -> datasets.Dataset:
     return datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
 
 
-def with_question(spec: TaskSpec, columns: dict[str, Column], record: Record) -> dict[str, Column]:
+def _with_question(spec: TaskSpec, columns: dict[str, Column], record: Record) -> dict[str, Column]:
     """Add the question of a multiple choice, which may be left out, where a record has it under our own name."""
     there = isinstance(record.values, dict) and "text_pair" in record.values
     wanted = spec.kind == "multiple_choice" and "text_pair" not in columns

@@ -129,6 +129,21 @@ def test_a_kept_checkpoint_is_told_by_the_commit_that_trained_it(options, tmp_pa
     assert found[0]["metrics"] == found[1]["metrics"]
 
 
+def test_a_task_with_few_rows_is_learnt_alone_and_mixed(toys, tmp_path, monkeypatch, capsys):
+    import few_shot
+    import script
+
+    options = ["--base", toys, "--data-root", bundled_dir("tasks") / "data", "--tasks", "topic", "--rows", "2"]
+    options += ["--seeds", "13", "--threads", "1", "--results", tmp_path / "few.jsonl", "--methods", "alone,by token"]
+    options += [word for setting in FEW[1:3] for word in ("--set", setting)]
+    monkeypatch.setattr(sys, "argv", ["few_shot.py", *map(str, options)])
+    script.run(few_shot.main)
+    assert [line.split(" | ")[2] for line in capsys.readouterr().out.splitlines() if "topic" in line] == [
+        "alone",
+        "by token",
+    ]
+
+
 def test_a_line_that_a_kill_tore_is_no_result(tmp_path):
     from runs import Runs
 
