@@ -15,15 +15,7 @@ from sparse_ft.ensembles import Ensemble, ensemble_logits
 from sparse_ft.errors import ConfigError, DataError
 from sparse_ft.forms import FORMS, Row, Text, columns_of, form_of, parts_of
 from sparse_ft.gates import SequenceGate
-from sparse_ft.inference import (
-    TaskExamples,
-    entering,
-    leaving,
-    mixed_logits,
-    row_logits,
-    stacked_means,
-    text_routing,
-)
+from sparse_ft.inference import TaskExamples, entering, leaving, mixed_logits, row_logits, stacked_means, text_routing
 from sparse_ft.kinds import find_kind
 from sparse_ft.routing import Routing
 from sparse_ft.rules import RulesGate, joined

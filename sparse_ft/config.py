@@ -7,9 +7,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sparse_ft.errors import ConfigError, unknown_name
+from sparse_ft.errors import ConfigError, explain, unknown_name
 from sparse_ft.resources import bundled_dir, bundled_names
-from sparse_ft.tasks import explain
 
 
 class _Section(BaseModel):

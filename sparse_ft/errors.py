@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+from pydantic import BaseModel, ValidationError
+
 
 class SparseFTError(Exception):
     """Base of all errors that a user can mend; the command line prints them as one paragraph and exits with 2."""
@@ -45,3 +47,31 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
     hint = f" Did you mean {by_lower[close[0]]!r}?" if close else ""
     shown = ", ".join(names[:40]) + (f", … ({len(names)} in all)" if len(names) > 40 else "")
     return f"Unknown {what} {name!r}.{hint} Known: {shown or 'none'}."
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """Word all problems of a pydantic validation as ``field: message``, with a suggestion for unknown keys.
+
+    Args:
+        error: What pydantic raised.
+        model: The model that was validated, whose fields are the accepted keys.
+    """
+    problems = []
+    for problem in error.errors():
+        place = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            problems.append(unknown_name("key", place, _keys(model)))
+        else:
+            problems.append(f"{place}: {problem['msg']} (got {problem['input']!r}).")
+    return " ".join(problems)
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """List all accepted keys of a model, dotted, with those of its sections."""
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        for inner in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                keys.extend(_keys(inner, f"{prefix}{name}."))
+    return keys

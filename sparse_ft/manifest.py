@@ -11,9 +11,8 @@ from pydantic import ValidationError
 
 from sparse_ft import __version__
 from sparse_ft.config import RunConfig
-from sparse_ft.errors import CheckpointError
+from sparse_ft.errors import CheckpointError, explain
 from sparse_ft.folders import recover_folder
-from sparse_ft.tasks import explain
 
 FORMAT = 1
 """Of the folder; a reader refuses a higher one."""

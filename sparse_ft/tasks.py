@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from sparse_ft.errors import ConfigError, unknown_name
+from sparse_ft.errors import ConfigError, explain, unknown_name
 from sparse_ft.resources import bundled_dir, bundled_names
 
 Split = Literal["train", "validation", "test"]
@@ -223,31 +223,3 @@ def parse_task(values: Any, *, where: str, root: Path | None = None) -> TaskSpec
         absolute = str((root / spec.files.root).resolve())
         spec = spec.model_copy(update={"files": spec.files.model_copy(update={"root": absolute})})
     return spec
-
-
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """Word all problems of a pydantic validation as ``field: message``, with a suggestion for unknown keys.
-
-    Args:
-        error: What pydantic raised.
-        model: The model that was validated, whose fields are the accepted keys.
-    """
-    problems = []
-    for problem in error.errors():
-        place = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            problems.append(unknown_name("key", place, _keys(model)))
-        else:
-            problems.append(f"{place}: {problem['msg']} (got {problem['input']!r}).")
-    return " ".join(problems)
-
-
-def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """List all accepted keys of a model, dotted, with those of its sections."""
-    keys = []
-    for name, field in model.model_fields.items():
-        keys.append(prefix + name)
-        for inner in (field.annotation, *getattr(field.annotation, "__args__", ())):
-            if isinstance(inner, type) and issubclass(inner, BaseModel):
-                keys.extend(_keys(inner, f"{prefix}{name}."))
-    return keys

@@ -15,14 +15,7 @@ from test_training import write_toy
 import sparse_ft
 from sparse_ft.checkpoint import load_checkpoint, save_checkpoint
 from sparse_ft.config import RunConfig
-from sparse_ft.editing import (
-    add_from,
-    copy_expert,
-    edit,
-    prune_expert,
-    remove_expert,
-    rename_expert,
-)
+from sparse_ft.editing import add_from, copy_expert, edit, prune_expert, remove_expert, rename_expert
 from sparse_ft.errors import CheckpointError, ConfigError
 from sparse_ft.experts import Expert
 from sparse_ft.gates import Choice, SequenceGate, TokenGate
