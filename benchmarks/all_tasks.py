@@ -15,9 +15,9 @@ from layers import random_expert
 from script import run
 from timing import measure, ratio
 
-from sparse_ft.backbone import load_backbone
-from sparse_ft.batching import collate
-from sparse_ft.encoding import Example
+from sparse_ft.backbone.backbone import load_backbone
+from sparse_ft.backbone.batching import collate
+from sparse_ft.backbone.encoding import Example
 from sparse_ft.inference import entering
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.routing import Pass, Routing

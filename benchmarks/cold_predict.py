@@ -14,7 +14,7 @@ import time
 
 from script import run
 
-from sparse_ft.backbone import load_backbone
+from sparse_ft.backbone.backbone import load_backbone
 
 TEXT = "Marta Lindqvist joined Volvo in Gothenburg last spring."
 BARE = """

@@ -28,8 +28,8 @@ from transformers import (
     pipeline,
 )
 
-from sparse_ft.backbone import load_backbone
-from sparse_ft.batching import length_batches, token_limit
+from sparse_ft.backbone.backbone import load_backbone
+from sparse_ft.backbone.batching import length_batches, token_limit
 from sparse_ft.exporting import export
 from sparse_ft.gates import SequenceGate
 from sparse_ft.kinds import find_kind

@@ -20,10 +20,10 @@ import torch
 from script import chosen, listed, numbers, run
 from timing import Run, measure, ratio
 
-from sparse_ft.backbone import Backbone, load_backbone, set_training_attention
+from sparse_ft.backbone.backbone import Backbone, load_backbone, set_training_attention
+from sparse_ft.backbone.encoding import Example
 from sparse_ft.choosing import Choice
 from sparse_ft.config import GateConfig
-from sparse_ft.encoding import Example
 from sparse_ft.experts import Expert
 from sparse_ft.gate_training import gate_block
 from sparse_ft.gates import SequenceGate

@@ -19,7 +19,7 @@ import psutil
 import torch
 from script import listed, run
 
-from sparse_ft.backbone import load_backbone
+from sparse_ft.backbone.backbone import load_backbone
 from sparse_ft.checkpoint import load_expert
 from sparse_ft.model import SparseExpertModel
 

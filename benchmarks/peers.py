@@ -10,7 +10,7 @@ from pathlib import Path
 from peft import ArrowConfig, LoraConfig, PeftModel, XLoraConfig, create_arrow_model, get_peft_model
 from transformers import PreTrainedModel
 
-from sparse_ft.backbone import load_backbone
+from sparse_ft.backbone.backbone import load_backbone
 
 RANK = 8
 _TARGETS = r".*encoder\.layer\..*\.(query|key|value|dense)"

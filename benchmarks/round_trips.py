@@ -25,7 +25,7 @@ from peft import AutoPeftModelForTokenClassification
 from script import run as run_script
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer, pipeline
 
-from sparse_ft.backbone import load_backbone
+from sparse_ft.backbone.backbone import load_backbone
 from sparse_ft.exporters.int8 import INT8_GRAPH
 from sparse_ft.exporters.onnx_folder import GRAPH, TASKS, read_tasks, runner
 from sparse_ft.exporters.parts import sees_shapes

@@ -22,9 +22,9 @@ from script import chosen, listed, numbers, run
 from torch import Tensor
 
 import sparse_ft
-from sparse_ft.backbone import load_backbone
+from sparse_ft.backbone.backbone import load_backbone
+from sparse_ft.backbone.encoding import Encoder, Example
 from sparse_ft.config import GateConfig
-from sparse_ft.encoding import Encoder, Example
 from sparse_ft.gate_training import fit_on_means
 from sparse_ft.inference import mean_states
 from sparse_ft.kinds import find_kind

@@ -23,10 +23,10 @@ import transformers
 from script import run
 from trainer_peers import Classifier
 
-from sparse_ft.backbone import load_backbone, set_training_attention
+from sparse_ft.backbone.backbone import load_backbone, set_training_attention
+from sparse_ft.backbone.devices import find_device, find_dtype
+from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.config import load_config
-from sparse_ft.devices import find_device, find_dtype
-from sparse_ft.encoding import Encoder
 from sparse_ft.evaluation import prepare
 from sparse_ft.fitting import fit
 from sparse_ft.kinds import find_kind

@@ -27,12 +27,12 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from sparse_ft.backbone import Backbone, load_backbone
+from sparse_ft.backbone.backbone import Backbone, load_backbone
+from sparse_ft.backbone.devices import find_device, find_dtype
+from sparse_ft.backbone.encoding import Encoder, Example
+from sparse_ft.backbone.pooling import pool
 from sparse_ft.config import load_config
-from sparse_ft.devices import find_device, find_dtype
-from sparse_ft.encoding import Encoder, Example
 from sparse_ft.evaluation import EvalData, prepare, score_rows, scored_split
-from sparse_ft.heads import pool
 from sparse_ft.kinds import find_kind
 from sparse_ft.kinds.classification import IGNORED
 from sparse_ft.readers import label_names, read

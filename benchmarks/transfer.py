@@ -12,8 +12,8 @@ from pathlib import Path
 
 from script import chosen, numbers, run
 
+from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.checkpoint import load_checkpoint
-from sparse_ft.encoding import Encoder
 from sparse_ft.evaluation import predict_rows, prepare, score_rows
 from sparse_ft.readers import read
 from sparse_ft.tasks import load_task

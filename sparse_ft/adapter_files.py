@@ -6,7 +6,7 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor
 
-from sparse_ft.backbone import MINILM_ID, Backbone
+from sparse_ft.backbone.backbone import MINILM_ID, Backbone
 from sparse_ft.experts import Expert
 from sparse_ft.folders import write_bytes
 

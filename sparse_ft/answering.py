@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sparse_ft.answers import Answer, Prediction
+from sparse_ft.backbone.encoding import Encoder, Example
 from sparse_ft.checkpoint import Checkpoint
-from sparse_ft.encoding import Encoder, Example
 from sparse_ft.ensembles import Ensemble, ensemble_logits
 from sparse_ft.errors import ConfigError, DataError
 from sparse_ft.forms import FORMS, Row, Text, columns_of, form_of, parts_of

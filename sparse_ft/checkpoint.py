@@ -14,7 +14,7 @@ from torch import Tensor
 
 import sparse_ft
 from sparse_ft.adapter_files import WRAPPER, write_adapter
-from sparse_ft.backbone import fresh_tokenizer, load_backbone
+from sparse_ft.backbone.backbone import fresh_tokenizer, load_backbone
 from sparse_ft.choosing import Choice
 from sparse_ft.config import RunConfig
 from sparse_ft.errors import CheckpointError

@@ -76,7 +76,7 @@ def main() -> None:
 def _lacks_memory(error: Exception) -> bool:
     if "torch" not in sys.modules:
         return isinstance(error, MemoryError)
-    from sparse_ft.devices import is_out_of_memory
+    from sparse_ft.backbone.devices import is_out_of_memory
 
     return is_out_of_memory(error)
 

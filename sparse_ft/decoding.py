@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sparse_ft.backbone.encoding import NEVER
 from sparse_ft.schemes import split_tag
-
-NEVER = -1e4
-"""Logit of every output but the first for a word that no token stands for: it is O with certainty, and ends no span."""
 
 MAX_WORDS = 100
 """Longest answer; in Chinese a word is a character. The longest of CMRC 2018's development set has 88."""

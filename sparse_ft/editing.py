@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sparse_ft.backbone.encoding import ODD_TEXTS
 from sparse_ft.checkpoint import Checkpoint, load_checkpoint, load_expert, load_task_into, save_checkpoint
 from sparse_ft.errors import CheckpointError, ConfigError, unknown_name
 from sparse_ft.folders import recover_folder
@@ -14,7 +15,6 @@ from sparse_ft.kinds import find_kind
 from sparse_ft.low_rank import Pruned, prune
 from sparse_ft.manifest import MANIFEST, check_name, read_config, read_manifest, read_metrics, slot_experts
 from sparse_ft.outputs import free_output
-from sparse_ft.round_trip import ODD_TEXTS
 from sparse_ft.splitting import split_expert
 
 

@@ -12,8 +12,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from sparse_ft.backbone.encoding import Example
 from sparse_ft.decoding import best_legal_tags
-from sparse_ft.encoding import Example
 from sparse_ft.errors import ConfigError, unknown_name
 from sparse_ft.inference import leaving, row_logits
 from sparse_ft.kinds import find_kind

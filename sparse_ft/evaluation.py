@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparse_ft.backbone.devices import find_device
+from sparse_ft.backbone.encoding import Encoder, Example
+from sparse_ft.backbone.words import join_words
 from sparse_ft.checkpoint import Checkpoint, load_checkpoint
-from sparse_ft.devices import find_device
-from sparse_ft.encoding import Encoder, Example
 from sparse_ft.ensembles import Ensemble, ensemble_logits, equal_routing, find_ensembles
 from sparse_ft.errors import ConfigError, DataError, unknown_name
 from sparse_ft.gates import Gate
@@ -28,7 +29,6 @@ from sparse_ft.routing_report import RoutingReport, report_routing
 from sparse_ft.rules import joined
 from sparse_ft.scores import Score
 from sparse_ft.tasks import SPLITS, Split, TaskSpec
-from sparse_ft.words import join_words
 
 _LOG = logging.getLogger("sparse_ft")
 

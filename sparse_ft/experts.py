@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from sparse_ft.backbone.words import SHAPES
 from sparse_ft.errors import CheckpointError, ConfigError, unknown_name
 from sparse_ft.expert_layer import ExpertLayer, linear_shape
 from sparse_ft.routing import RoutingSlot
 from sparse_ft.word_shapes import WordShapes
-from sparse_ft.words import SHAPES
 
 
 def named_generator(seed: int, name: str) -> torch.Generator:

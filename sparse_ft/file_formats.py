@@ -16,10 +16,10 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
+from sparse_ft.backbone.words import BLANK
 from sparse_ft.errors import DataError
 from sparse_ft.records import QUESTION, SENTENCE, Record, locate, pick, read_text, split_tokens, text_lines
 from sparse_ft.tasks import Column
-from sparse_ft.words import BLANK
 
 
 class FileOptions(NamedTuple):

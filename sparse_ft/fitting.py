@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sparse_ft.auxiliary import alarms
-from sparse_ft.batching import epoch_batches
+from sparse_ft.backbone.batching import epoch_batches
+from sparse_ft.backbone.encoding import Example
+from sparse_ft.backbone.trunk import keep_trunk, trunk_bytes
 from sparse_ft.config import RunConfig
-from sparse_ft.encoding import Example
 from sparse_ft.errors import SparseFTError
 from sparse_ft.evaluation import predict_rows, score_rows
 from sparse_ft.gradients import Gradients
@@ -28,7 +29,6 @@ from sparse_ft.parameter_groups import Group, build_optimizer, find_groups
 from sparse_ft.processes import place, shared_out
 from sparse_ft.resume import Progress, fingerprint, load_resume, read_progress, save_resume
 from sparse_ft.training_data import TrainingTask
-from sparse_ft.trunk import keep_trunk, trunk_bytes
 
 _LOG = logging.getLogger("sparse_ft")
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from sparse_ft.backbone import Backbone, load_backbone
+from sparse_ft.backbone.backbone import Backbone, load_backbone
 from sparse_ft.experts import Expert
 
 

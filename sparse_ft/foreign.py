@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from sparse_ft.adapter_files import WRAPPER
-from sparse_ft.backbone import MINILM_ID, Backbone
+from sparse_ft.backbone.backbone import MINILM_ID, Backbone
 from sparse_ft.checkpoint import read_tensors
 from sparse_ft.errors import CheckpointError
 from sparse_ft.experts import Expert

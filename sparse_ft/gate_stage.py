@@ -5,11 +5,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from sparse_ft.backbone.devices import find_device
+from sparse_ft.backbone.encoding import Encoder, Example
 from sparse_ft.checkpoint import load_checkpoint, save_checkpoint
 from sparse_ft.config import RunConfig, changed_config
 from sparse_ft.continuing import keep_length, moved_backbone
-from sparse_ft.devices import find_device
-from sparse_ft.encoding import Encoder, Example
 from sparse_ft.errors import ConfigError, SparseFTError
 from sparse_ft.evaluation import Evaluation, evaluate, name_sources, scored_splits
 from sparse_ft.gate_training import fit_gate, routing_accuracy

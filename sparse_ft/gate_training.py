@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sparse_ft.backbone.encoding import Example
 from sparse_ft.choosing import Choice
 from sparse_ft.config import GateConfig
-from sparse_ft.encoding import Example
 from sparse_ft.errors import ConfigError
 from sparse_ft.experts import named_generator
 from sparse_ft.gates import TEXT_GATES, PrototypeGate, SequenceGate

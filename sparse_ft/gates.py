@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from sparse_ft.backbone.pooling import pool
 from sparse_ft.choosing import Choice
 from sparse_ft.familiarity import Familiarity
-from sparse_ft.heads import pool
 from sparse_ft.routing import Routing
 
 _UNITS = 128

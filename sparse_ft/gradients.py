@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from sparse_ft.batching import collate
+from sparse_ft.backbone.batching import collate
 from sparse_ft.config import RunConfig
 from sparse_ft.experts import named_generator
 from sparse_ft.kinds import find_kind

@@ -5,9 +5,9 @@ import re
 import torch
 from torch.nn import functional
 
-from sparse_ft.batching import collate, length_batches, token_limit
-from sparse_ft.encoding import Encoder
-from sparse_ft.heads import pool
+from sparse_ft.backbone.batching import collate, length_batches, token_limit
+from sparse_ft.backbone.encoding import Encoder
+from sparse_ft.backbone.pooling import pool
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.tasks import TaskSpec
 from sparse_ft.training_data import TrainingTask

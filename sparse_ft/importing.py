@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_ft.backbone import MINILM_ID, Backbone, load_backbone
+from sparse_ft.backbone.backbone import MINILM_ID, Backbone, load_backbone
 from sparse_ft.checkpoint import save_checkpoint
 from sparse_ft.config import RunConfig
 from sparse_ft.errors import CheckpointError, ConfigError

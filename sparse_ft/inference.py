@@ -7,14 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_ft.batching import collate, length_batches, token_limit
-from sparse_ft.decoding import NEVER
-from sparse_ft.encoding import Example
+from sparse_ft.backbone.batching import collate, length_batches, token_limit
+from sparse_ft.backbone.encoding import NEVER, Example
+from sparse_ft.backbone.trunk import keep_trunk
 from sparse_ft.errors import ConfigError
 from sparse_ft.gates import Gate, SequenceGate, TokenGate
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.routing import Pass, Routing
-from sparse_ft.trunk import keep_trunk
 
 
 class TaskExamples(NamedTuple):

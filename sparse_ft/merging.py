@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sparse_ft.backbone.devices import find_device
+from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.checkpoint import Checkpoint, load_bare, save_checkpoint
 from sparse_ft.config import changed_config
-from sparse_ft.devices import find_device
 from sparse_ft.editing import add_from, find_experts, new_task_names
-from sparse_ft.encoding import Encoder
 from sparse_ft.errors import CheckpointError, ConfigError, unknown_name
 from sparse_ft.evaluation import evaluate_task, name_sources
 from sparse_ft.gate_stage import add_gate, kept_rows

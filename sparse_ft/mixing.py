@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from sparse_ft.auxiliary import Auxiliary, auxiliary
-from sparse_ft.batching import Batch
+from sparse_ft.backbone.batching import Batch
+from sparse_ft.backbone.encoding import Example
 from sparse_ft.config import RunConfig
-from sparse_ft.encoding import Example
 from sparse_ft.gates import SequenceGate, TokenGate
 from sparse_ft.inference import mean_states, text_routing
 from sparse_ft.model import SparseExpertModel

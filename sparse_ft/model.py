@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_ft.backbone import Backbone
-from sparse_ft.batching import Batch, TaskRows
+from sparse_ft.backbone.backbone import Backbone
+from sparse_ft.backbone.batching import Batch, TaskRows
+from sparse_ft.backbone.pooling import pool
 from sparse_ft.errors import ConfigError, unknown_name
 from sparse_ft.experts import Experts
 from sparse_ft.gates import Gate, GateInput, SequenceGate, TokenGate
-from sparse_ft.heads import Head, pool
+from sparse_ft.heads import Head
 from sparse_ft.routing import Pass, Routing, RoutingSlot
 
 

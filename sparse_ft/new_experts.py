@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import torch
 
+from sparse_ft.backbone.encoding import Example
 from sparse_ft.config import GateConfig, RunConfig
-from sparse_ft.encoding import Example
 from sparse_ft.errors import ConfigError, unknown_name
 from sparse_ft.experts import named_generator
 from sparse_ft.gate_training import fit_gate, gate_block

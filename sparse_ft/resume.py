@@ -12,9 +12,9 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from sparse_ft.backbone.encoding import Example
 from sparse_ft.checkpoint import read_tensors
 from sparse_ft.config import RunConfig
-from sparse_ft.encoding import Example
 from sparse_ft.errors import CheckpointError, ConfigError
 from sparse_ft.folders import recover_folder, replace_folder, write_bytes, write_json
 from sparse_ft.manifest import read_config

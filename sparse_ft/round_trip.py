@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_ft.encoding import Encoder
+from sparse_ft.backbone.encoding import ODD_TEXTS, Encoder
+from sparse_ft.backbone.words import SHAPES, split_words, word_shape
 from sparse_ft.errors import ExportError, SparseFTError
 from sparse_ft.forms import Text
 from sparse_ft.kinds import find_kind
 from sparse_ft.prediction import LoadedModel
 from sparse_ft.readers import read
 from sparse_ft.tasks import TaskSpec, load_task
-from sparse_ft.words import SHAPES, split_words, word_shape
 
 TOLERANCE = 1e-4
 """Largest difference of a logit, as a share of the largest logit or of 1; float32 in another order gives 1e-6."""
@@ -22,11 +22,6 @@ ROWS = 32
 """Rows of the task's data that are tried, beside the odd texts."""
 _BATCH = 16
 
-ODD_TEXTS = (
-    "", " ", "!", "a", "🙂", "Great 👍🏽 – déjà vu?! 😀😀", "I love it\tbut\nnot twice.", "上海的天气很好。",
-    "NATO and the U.S. met in Geneva on 1996-08-22 at 7.30 p.m.", "word " * 40,
-    "https://example.org/?q=1&r=2 @you #tag",
-)  # fmt: skip
 _BUNDLED = ("sentiment", "topic", "intent", "ner")
 
 Run = Callable[[dict[str, Tensor]], Tensor]

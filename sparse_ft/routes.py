@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sparse_ft.backbone.encoding import Example
 from sparse_ft.baseline_gates import BernoulliGate, HashGate, LoadAwareGate, RandomGate, RoundRobinGate, UniformGate
 from sparse_ft.choosing import Choice
-from sparse_ft.encoding import Example
 from sparse_ft.errors import ConfigError, unknown_name
 from sparse_ft.gates import ArrowGate, Gate, GateInput, TokenGate
 from sparse_ft.inference import text_routing

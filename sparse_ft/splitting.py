@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from sklearn.cluster import KMeans
 
+from sparse_ft.backbone.encoding import Encoder, Example
 from sparse_ft.checkpoint import Checkpoint
-from sparse_ft.encoding import Encoder, Example
 from sparse_ft.errors import ConfigError
 from sparse_ft.experts import Expert
 from sparse_ft.gate_stage import note_accuracy, rows_by_expert

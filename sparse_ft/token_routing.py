@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_ft.batching import collate
+from sparse_ft.backbone.batching import collate
+from sparse_ft.backbone.devices import find_device
+from sparse_ft.backbone.encoding import Encoder, Example
 from sparse_ft.checkpoint import Checkpoint, load_checkpoint
-from sparse_ft.devices import find_device
-from sparse_ft.encoding import Encoder, Example
 from sparse_ft.errors import ConfigError
 from sparse_ft.forms import form_of
 from sparse_ft.gates import Gate

@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 import torch
 
-from sparse_ft.backbone import load_backbone, set_training_attention
+from sparse_ft.backbone.backbone import load_backbone, set_training_attention
+from sparse_ft.backbone.devices import find_device, find_dtype, is_out_of_memory
+from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.checkpoint import load_checkpoint, save_checkpoint
 from sparse_ft.config import RunConfig, changed_config, load_config
 from sparse_ft.continuing import check_kept_experts, continued_config, keep_length, moved_backbone
-from sparse_ft.devices import find_device, find_dtype, is_out_of_memory
-from sparse_ft.encoding import Encoder
 from sparse_ft.errors import ConfigError, SparseFTError
 from sparse_ft.evaluation import Evaluation, evaluate, name_sources, scored_splits
 from sparse_ft.fitting import fit

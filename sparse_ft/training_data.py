@@ -4,8 +4,8 @@ import logging
 from dataclasses import dataclass
 from functools import cached_property
 
+from sparse_ft.backbone.encoding import Encoder, Example
 from sparse_ft.config import RunConfig
-from sparse_ft.encoding import Encoder, Example
 from sparse_ft.errors import DataError, unknown_name
 from sparse_ft.evaluation import EvalData, prepare, score_rows, whole_rows
 from sparse_ft.kinds import find_kind

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparse_ft.backbone import load_backbone
+from sparse_ft.backbone.backbone import load_backbone
 from sparse_ft.resources import bundled_dir
 from sparse_ft.tasks import load_task
 

@@ -16,7 +16,7 @@ from test_training import KINDS, run, settings, trained_minilm, write_toy
 import sparse_ft
 from sparse_ft import checkpoint as checkpoint_module
 from sparse_ft import folders
-from sparse_ft.backbone import load_backbone, set_attention
+from sparse_ft.backbone.backbone import load_backbone, set_attention
 from sparse_ft.checkpoint import load_checkpoint, save_checkpoint
 from sparse_ft.errors import BackboneError, CheckpointError, ConfigError
 from sparse_ft.listing import describe_checkpoint

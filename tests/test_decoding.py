@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from sparse_ft.decoding import MAX_WORDS, NEVER, best_legal_tags, best_span
+from sparse_ft.backbone.encoding import NEVER
+from sparse_ft.decoding import MAX_WORDS, best_legal_tags, best_span
 
 TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 

@@ -16,10 +16,10 @@ from seqeval.metrics import recall_score as entity_recall
 from test_training import KINDS, run, toy_rows, write_rows, write_toy
 
 import sparse_ft
-from sparse_ft.backbone import load_backbone
+from sparse_ft.backbone.backbone import load_backbone
+from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.checkpoint import load_checkpoint
 from sparse_ft.decoding import best_legal_tags
-from sparse_ft.encoding import Encoder
 from sparse_ft.errors import ConfigError, DataError
 from sparse_ft.evaluation import whole_rows
 from sparse_ft.kinds import find_kind

@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import add_random_expert, trainable_of
 
-from sparse_ft.batching import collate
-from sparse_ft.encoding import Encoder
+from sparse_ft.backbone.batching import collate
+from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.errors import CheckpointError, ConfigError
 from sparse_ft.experts import Expert, named_generator
 

@@ -14,7 +14,9 @@ from test_training import write_rows, write_toy
 from typer.testing import CliRunner
 
 import sparse_ft
-from sparse_ft.backbone import load_backbone
+from sparse_ft.backbone.backbone import load_backbone
+from sparse_ft.backbone.pooling import pool
+from sparse_ft.backbone.words import split_words, word_shape
 from sparse_ft.checkpoint import load_checkpoint, save_checkpoint
 from sparse_ft.cli import app
 from sparse_ft.config import RunConfig
@@ -23,13 +25,11 @@ from sparse_ft.errors import ConfigError, ExportError
 from sparse_ft.experts import Expert
 from sparse_ft.exporters.int8 import int8_scores
 from sparse_ft.folding import fold, fresh_copy
-from sparse_ft.heads import pool
 from sparse_ft.kinds import find_kind
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.round_trip import Difference
 from sparse_ft.routing import Pass, Routing
 from sparse_ft.tasks import load_task, parse_task
-from sparse_ft.words import split_words, word_shape
 
 HEADS = {"mood": ("text", 2), "names": ("word", 5)}
 TEXTS = ["The quick brown fox.", "x", "Ada Lovelace met Mozart in London, 1996-08-22 🙂", "no no no no no no no no"]

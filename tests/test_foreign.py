@@ -9,7 +9,7 @@ from conftest import BLOCKS
 from test_editing import saved
 from test_experts import all_logits, assert_bit_identical
 
-from sparse_ft.backbone import load_backbone, set_attention
+from sparse_ft.backbone.backbone import load_backbone, set_attention
 from sparse_ft.checkpoint import load_checkpoint
 from sparse_ft.editing import add_from, edit
 from sparse_ft.errors import CheckpointError, ConfigError

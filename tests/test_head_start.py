@@ -8,12 +8,12 @@ from conftest import CAUSAL, FAMILIES
 from test_training import run, settings, toy_rows, write_rows, write_toy
 
 import sparse_ft
-from sparse_ft.backbone import load_backbone
-from sparse_ft.batching import collate
+from sparse_ft.backbone.backbone import load_backbone
+from sparse_ft.backbone.batching import collate
+from sparse_ft.backbone.encoding import Encoder
+from sparse_ft.backbone.pooling import pool
 from sparse_ft.config import RunConfig
-from sparse_ft.encoding import Encoder
 from sparse_ft.head_start import has_start, start_head
-from sparse_ft.heads import pool
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.new_experts import add_tasks
 from sparse_ft.tasks import load_task

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from sparse_ft.heads import Head, pool
+from sparse_ft.backbone.pooling import pool
+from sparse_ft.heads import Head
 from sparse_ft.routing import RoutingSlot
 
 

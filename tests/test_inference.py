@@ -4,8 +4,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparse_ft.batching import collate
-from sparse_ft.encoding import Encoder
+from sparse_ft.backbone.batching import collate
+from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.inference import entering, mean_states, row_logits
 from sparse_ft.routes import arrow_gate
 from sparse_ft.routing import Routing
@@ -44,7 +44,7 @@ def test_texts_answer_the_same_in_any_order_and_any_batch(model, monkeypatch, ma
     texts = [" ".join(words) for words in random_rows(20, longest=15)] + ["", "Ada"]
     expected = [classify(model, [text])[0] for text in texts]
     assert len({tuple(row.tolist()) for row in expected}) > 15
-    monkeypatch.setattr("sparse_ft.batching.MAX_TOKENS", max_tokens)
+    monkeypatch.setattr("sparse_ft.backbone.batching.MAX_TOKENS", max_tokens)
     order = random.Random(1).sample(range(len(texts)), k=len(texts))
     got = classify(model, [texts[place] for place in order])
     assert_same(got, [expected[place] for place in order])
@@ -55,7 +55,7 @@ def test_texts_answer_the_same_in_any_order_and_any_batch(model, monkeypatch, ma
 def test_words_answer_the_same_in_any_order_and_any_batch(model, monkeypatch, max_tokens):
     rows = [*random_rows(12, longest=40), [], ["Ada"]]
     expected = [tag(model, [row])[0] for row in rows]
-    monkeypatch.setattr("sparse_ft.batching.MAX_TOKENS", max_tokens)
+    monkeypatch.setattr("sparse_ft.backbone.batching.MAX_TOKENS", max_tokens)
     order = random.Random(1).sample(range(len(rows)), k=len(rows))
     got = tag(model, [rows[place] for place in order])
     assert_same(got, [expected[place] for place in order])
@@ -142,7 +142,7 @@ def test_usage_is_the_mean_over_the_tokens_of_each_text_in_each_block(model, wra
     gate, texts = wrap(arrow_gate(model)), [" ".join(words) for words in random_rows(5, longest=12)]
     examples = Encoder(model.backbone, max_length=64).texts(texts)
     usage = torch.zeros(len(texts), model.backbone.num_blocks, 2)
-    monkeypatch.setattr("sparse_ft.batching.MAX_TOKENS", 40)
+    monkeypatch.setattr("sparse_ft.backbone.batching.MAX_TOKENS", 40)
     row_logits(model, "mood", examples, num_rows=len(texts), gate=gate, usage=usage)
     for example, mean in zip(examples, usage, strict=True):
         seen = {}

@@ -2,11 +2,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from sparse_ft.backbone import load_backbone
-from sparse_ft.encoding import Encoder
+from sparse_ft.backbone.backbone import load_backbone
+from sparse_ft.backbone.encoding import Encoder
+from sparse_ft.backbone.words import split_words
 from sparse_ft.errors import ConfigError
 from sparse_ft.kinds import KINDS, find_kind
-from sparse_ft.words import split_words
 
 CLASSES, TAGS = KINDS["classification"], KINDS["token_classification"]
 MANY = KINDS["multi_label"]

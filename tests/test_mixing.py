@@ -15,11 +15,11 @@ from test_training import equal, run, settings, tensors, toy_rows, write_toy
 
 import sparse_ft
 from sparse_ft import mixing
-from sparse_ft.batching import collate
+from sparse_ft.backbone.batching import collate
+from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.checkpoint import load_checkpoint
 from sparse_ft.choosing import Choice
 from sparse_ft.config import GateConfig, load_config
-from sparse_ft.encoding import Encoder
 from sparse_ft.errors import ConfigError
 from sparse_ft.gates import SequenceGate, TokenGate
 from sparse_ft.gradients import Gradients
@@ -396,7 +396,7 @@ def test_a_text_gets_the_same_answer_in_any_batch_order_and_number_of_threads(mi
     expected = [stacked(model, task, [text]) for text in texts]
     order = random.Random(3).sample(range(len(texts)), len(texts))
     for max_tokens, threads in ((60, 1), (4096, 1), (4096, 3)):
-        monkeypatch.setattr("sparse_ft.batching.MAX_TOKENS", max_tokens)
+        monkeypatch.setattr("sparse_ft.backbone.batching.MAX_TOKENS", max_tokens)
         torch.set_num_threads(threads)
         try:
             found = model.logits([texts[place] for place in order], task)

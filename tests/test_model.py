@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import CAUSAL, FAMILIES, add_random_expert, trainable_of
 
-from sparse_ft.backbone import load_backbone
-from sparse_ft.batching import collate
+from sparse_ft.backbone.backbone import load_backbone
+from sparse_ft.backbone.batching import collate
+from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.choosing import Choice
-from sparse_ft.encoding import Encoder
 from sparse_ft.errors import ConfigError
 from sparse_ft.gates import TokenGate
 from sparse_ft.model import SparseExpertModel
@@ -280,7 +280,7 @@ def test_a_failed_forward_pass_does_not_lock_the_model(make_model):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_whose_trunk_is_kept_answer_and_learn_as_without(make_model, family):
-    from sparse_ft.trunk import keep_trunk
+    from sparse_ft.backbone.trunk import keep_trunk
 
     model = make_model(family, {"names": ("word", 5), "mood": ("text", 3)}, first_block=2)
     if not model.backbone.family.keeps_trunk:

@@ -14,10 +14,10 @@ from test_mixing import MIXTURES, mix, trained_mixture
 from test_training import FILLERS, logits_of, run, toy_rows, trained_minilm, write_toy
 
 import sparse_ft
+from sparse_ft.backbone.words import split_words
 from sparse_ft.errors import ConfigError, DataError
 from sparse_ft.gates import TokenGate
 from sparse_ft.prediction import CHUNK, Prediction
-from sparse_ft.words import split_words
 
 SINGLE = ["mood", "about", "names"]
 """The toy tasks that read one text."""

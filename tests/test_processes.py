@@ -14,8 +14,8 @@ from test_training import run, settings, write_toy
 
 import sparse_ft
 from sparse_ft import processes
-from sparse_ft.devices import find_device
-from sparse_ft.encoding import Encoder
+from sparse_ft.backbone.devices import find_device
+from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.errors import ConfigError
 from sparse_ft.evaluation import prepare
 from sparse_ft.tasks import load_task

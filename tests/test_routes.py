@@ -10,10 +10,10 @@ from test_mixing import trained_mixture
 from test_training import run, write_toy
 
 import sparse_ft
+from sparse_ft.backbone.words import join_words
 from sparse_ft.checkpoint import load_checkpoint
 from sparse_ft.errors import ConfigError
 from sparse_ft.routes import BASELINES, ROUTES, Route, arrow_gate
-from sparse_ft.words import join_words
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,11 @@ import random
 import pytest
 import torch
 
-from sparse_ft.backbone import load_backbone
-from sparse_ft.encoding import Encoder
+from sparse_ft.backbone.backbone import load_backbone
+from sparse_ft.backbone.encoding import Encoder
+from sparse_ft.backbone.words import split_words
 from sparse_ft.inference import row_logits
 from sparse_ft.kinds import KINDS
-from sparse_ft.words import split_words
 
 SPANS = KINDS["span_extraction"]
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from test_training import KINDS, trained_toys
 
-from sparse_ft.batching import collate
+from sparse_ft.backbone.batching import collate
+from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.checkpoint import load_checkpoint
 from sparse_ft.choosing import Choice
-from sparse_ft.encoding import Encoder
 from sparse_ft.errors import ConfigError, DataError
 from sparse_ft.gates import TokenGate
 from sparse_ft.inference import text_routing

@@ -14,10 +14,10 @@ from conftest import trainable_of
 
 import sparse_ft
 from sparse_ft import fitting, training
-from sparse_ft.backbone import load_backbone, set_attention
+from sparse_ft.backbone.backbone import load_backbone, set_attention
+from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.checkpoint import load_checkpoint
 from sparse_ft.config import RunConfig, load_config
-from sparse_ft.encoding import Encoder
 from sparse_ft.errors import BackboneError, ConfigError, DataError, SparseFTError
 from sparse_ft.evaluation import predict_rows, prepare
 from sparse_ft.inference import row_logits

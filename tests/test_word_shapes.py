@@ -8,16 +8,16 @@ from conftest import HIDDEN
 from test_training import run, write_toy
 
 import sparse_ft
-from sparse_ft.backbone import load_backbone
-from sparse_ft.batching import collate
+from sparse_ft.backbone.backbone import load_backbone
+from sparse_ft.backbone.batching import collate
+from sparse_ft.backbone.encoding import Encoder
+from sparse_ft.backbone.words import SHAPES, word_shape
 from sparse_ft.checkpoint import load_checkpoint
-from sparse_ft.encoding import Encoder
 from sparse_ft.errors import CheckpointError
 from sparse_ft.experts import Expert
 from sparse_ft.folders import write_json
 from sparse_ft.manifest import MANIFEST, read_manifest
 from sparse_ft.routing import Routing
-from sparse_ft.words import SHAPES, word_shape
 
 
 @pytest.mark.parametrize(("word", "shape"), [

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_ft.backbone import Backbone
+from sparse_ft.backbone.backbone import Backbone
+from sparse_ft.backbone.pooling import pool
 from sparse_ft.experts import Expert
 from sparse_ft.exporters.parts import any_shapes, shape_table
 from sparse_ft.folding import fold, fresh_copy
-from sparse_ft.heads import pool
 from sparse_ft.kinds import find_kind
 from sparse_ft.prediction import LoadedModel
 

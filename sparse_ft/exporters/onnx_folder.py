@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_ft.backbone.words import SHAPES
 from sparse_ft.errors import ConfigError, ExportError
 from sparse_ft.exporters.graph import Graph
 from sparse_ft.exporters.modelling import write_words
@@ -25,7 +26,6 @@ from sparse_ft.folders import write_json
 from sparse_ft.kinds import find_kind
 from sparse_ft.prediction import LoadedModel
 from sparse_ft.round_trip import Difference, Run, compare, sample_texts
-from sparse_ft.words import SHAPES
 
 GRAPH = "model.onnx"
 TASKS = "tasks.json"

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparse_ft.backbone import Backbone, fresh_tokenizer
+from sparse_ft.backbone.backbone import Backbone, fresh_tokenizer
+from sparse_ft.backbone.words import SHAPES
 from sparse_ft.errors import ExportError
 from sparse_ft.experts import Expert
 from sparse_ft.kinds import find_kind
 from sparse_ft.prediction import LoadedModel
 from sparse_ft.tasks import TaskSpec
-from sparse_ft.words import SHAPES
 
 _HEADS = ("classifier", "score")
 """How transformers' token classifiers name their head."""

@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from sparse_ft.adapter_files import write_adapter
+from sparse_ft.backbone.pooling import pool
 from sparse_ft.errors import ExportError
 from sparse_ft.experts import Expert
 from sparse_ft.exporters.parts import load_tokenizer, save_tokenizer, sees_shapes, sole_expert, token_classifier
 from sparse_ft.folding import fresh_copy
-from sparse_ft.heads import pool
 from sparse_ft.kinds import find_kind
 from sparse_ft.prediction import LoadedModel
 from sparse_ft.round_trip import Difference, compare, sample_texts

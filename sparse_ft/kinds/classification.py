@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparse_ft.answers import LabelAnswer
-from sparse_ft.encoding import Encoder, Example
+from sparse_ft.backbone.encoding import Encoder, Example
 from sparse_ft.kinds.kind import Columns
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from torch import Tensor
 
 from sparse_ft.answers import Answer
-from sparse_ft.encoding import Encoder, Example
+from sparse_ft.backbone.encoding import Encoder, Example
 
 if TYPE_CHECKING:
     from sparse_ft.scores import Score

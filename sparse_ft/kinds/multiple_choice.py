@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparse_ft.answers import ChoiceAnswer
-from sparse_ft.encoding import Encoder, Example
+from sparse_ft.backbone.encoding import Encoder, Example
+from sparse_ft.backbone.words import BLANK
 from sparse_ft.kinds.classification import IGNORED
 from sparse_ft.kinds.kind import Columns
-from sparse_ft.words import BLANK
 
 if TYPE_CHECKING:
     from sparse_ft.scores import Score

@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparse_ft.answers import EntitiesAnswer, Entity
+from sparse_ft.backbone.encoding import Encoder, Example
+from sparse_ft.backbone.words import split_words
 from sparse_ft.decoding import best_legal_tags
-from sparse_ft.encoding import Encoder, Example
 from sparse_ft.kinds.classification import IGNORED
 from sparse_ft.kinds.kind import Columns
 from sparse_ft.schemes import spans_from_tags
-from sparse_ft.words import split_words
 
 if TYPE_CHECKING:
     from sparse_ft.scores import Score

@@ -1,6 +1,6 @@
 import pytest
 
-from sparse_ft.words import Word, cut_words, split_words
+from sparse_ft.backbone.words import Word, cut_words, split_words
 
 TEXTS = [
     "",

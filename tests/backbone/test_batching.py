@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from sparse_ft.batching import MIXTURES, collate, draw_rows, epoch_batches, length_batches
-from sparse_ft.encoding import Example
+from sparse_ft.backbone.batching import MIXTURES, collate, draw_rows, epoch_batches, length_batches
+from sparse_ft.backbone.encoding import Example
 
 SIZES = {"small": 7, "middle": 100, "large": 1000}
 

@@ -4,7 +4,7 @@ import pathlib
 import pytest
 import torch
 
-from sparse_ft.devices import find_device, find_dtype, is_out_of_memory
+from sparse_ft.backbone.devices import find_device, find_dtype, is_out_of_memory
 from sparse_ft.errors import ConfigError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

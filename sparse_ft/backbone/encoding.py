@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sparse_ft.backbone import Backbone
-from sparse_ft.words import SHAPES, word_shape
+from sparse_ft.backbone.backbone import Backbone
+from sparse_ft.backbone.words import SHAPES, word_shape
 
 _NO_WORD = SHAPES.index("none")
 
@@ -175,3 +175,14 @@ def _window_starts(length: int, capacity: int) -> list[int]:
     stride = max(1, capacity - capacity // 4)
     starts = list(range(0, length - capacity, stride))
     return [*starts, length - capacity]
+
+
+NEVER = -1e4
+"""Logit of every output but the first for a word that no token stands for: it is O with certainty, and ends no span."""
+
+
+ODD_TEXTS = (
+    "", " ", "!", "a", "🙂", "Great 👍🏽 – déjà vu?! 😀😀", "I love it\tbut\nnot twice.", "上海的天气很好。",
+    "NATO and the U.S. met in Geneva on 1996-08-22 at 7.30 p.m.", "word " * 40,
+    "https://example.org/?q=1&r=2 @you #tag",
+)  # fmt: skip

@@ -8,8 +8,8 @@ import torch
 from conftest import BLOCKS, CAUSAL, FAMILIES, HIDDEN, POSITIONS
 from torch import nn
 
-from sparse_ft.backbone import MINILM_SHA256, load_backbone, set_attention
-from sparse_ft.encoding import Encoder
+from sparse_ft.backbone.backbone import MINILM_SHA256, load_backbone, set_attention
+from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.errors import BackboneError
 from sparse_ft.resources import packaged_minilm_dir
 
@@ -353,7 +353,7 @@ def test_other_weights_than_those_of_the_checkpoint_are_refused(tiny_bert):
 
 
 def test_a_packaged_minilm_with_other_weights_is_refused(tiny_bert, monkeypatch):
-    monkeypatch.setattr("sparse_ft.backbone.packaged_minilm_dir", lambda: tiny_bert)
+    monkeypatch.setattr("sparse_ft.backbone.backbone.packaged_minilm_dir", lambda: tiny_bert)
     with pytest.raises(
         BackboneError, match=rf"weights of backbone 'minilm' .* which is not the published one: {MINILM_SHA256}"
     ):
@@ -361,7 +361,7 @@ def test_a_packaged_minilm_with_other_weights_is_refused(tiny_bert, monkeypatch)
 
 
 def test_minilm_without_its_package_and_without_a_network_tells_what_to_install(monkeypatch):
-    monkeypatch.setattr("sparse_ft.backbone.packaged_minilm_dir", lambda: None)
+    monkeypatch.setattr("sparse_ft.backbone.backbone.packaged_minilm_dir", lambda: None)
     monkeypatch.setenv("HF_HOME", "/nothing/here")
     with pytest.raises(
         BackboneError, match=r"could not be fetched from the hub .*pip install \"sparse-ft\[offline\]\""

@@ -4,8 +4,8 @@ from itertools import pairwise
 import pytest
 from conftest import CAUSAL, FAMILIES, POSITIONS
 
-from sparse_ft.backbone import load_backbone
-from sparse_ft.encoding import Encoder
+from sparse_ft.backbone.backbone import load_backbone
+from sparse_ft.backbone.encoding import Encoder
 
 TEXT = "Ada Lovelace met Charles Babbage in London , did n't she ? Lisbon 1996-08-22"
 WORDS = TEXT.split()

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_ft.batching import collate, length_batches, token_limit
-from sparse_ft.encoding import Example
-from sparse_ft.heads import pool
+from sparse_ft.backbone.batching import collate, length_batches, token_limit
+from sparse_ft.backbone.encoding import Example
+from sparse_ft.backbone.pooling import pool
 
 
 class _Reached(Exception):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_ft.encoding import Example
+from sparse_ft.backbone.encoding import Example
 
 # Exponent on the number of rows of a task; a task's share of an epoch is its power over the sum of powers.
 MIXTURES: dict[str, float] = {"proportional": 1.0, "smoothed": 0.5, "uniform": 0.0}
