@@ -11,12 +11,13 @@ from typing import Any
 import torch
 import yaml
 
-from sparse_ft.evaluation import predict_rows, prepare
+from sparse_ft.evaluation import predict_rows
 from sparse_ft.prediction import LoadedModel
-from sparse_ft.readers import read
-from sparse_ft.schemes import spans_from_tags
-from sparse_ft.scores import Score
-from sparse_ft.tasks import load_task, task_path
+from sparse_ft.tasks.encoded_rows import prepare
+from sparse_ft.tasks.kinds.scores import Score
+from sparse_ft.tasks.reading import read
+from sparse_ft.tasks.schemes import spans_from_tags
+from sparse_ft.tasks.spec import load_task, task_path
 
 TASKS = ["afqmc", "tnews", "iflytek", "ocnli", "cluewsc", "csl", "cmrc2018", "chid", "c3", "cmnli", "drcd", "cluener"]
 COUNTED = TASKS[:9]

@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from sparse_ft.kinds import find_kind
-from sparse_ft.readers import label_names, read
-from sparse_ft.tasks import TaskSpec
+from sparse_ft.tasks.kinds import find_kind
+from sparse_ft.tasks.reading import label_names, read
+from sparse_ft.tasks.spec import TaskSpec
 
 
 def draw(spec: TaskSpec, source: Path, *, rows: int, seed: int, folder: Path, in_scope: bool = False) -> Path:

@@ -19,7 +19,7 @@ from script import chosen, listed, numbers, run
 
 import sparse_ft.training
 from sparse_ft.manifest import read_config, read_manifest
-from sparse_ft.tasks import load_task
+from sparse_ft.tasks.spec import load_task
 
 METHODS = {"alone": [], "by text": ["stage=joint"], "by token": ["stage=joint", "gate.type=token"]}
 

@@ -33,10 +33,10 @@ from sparse_ft.exporters.peft_folder import peft_logits
 from sparse_ft.exporting import export
 from sparse_ft.importing import import_adapter
 from sparse_ft.inference import row_logits
-from sparse_ft.kinds import find_kind
 from sparse_ft.prediction import LoadedModel, load
-from sparse_ft.readers import read
 from sparse_ft.round_trip import foreign_logits
+from sparse_ft.tasks.kinds import find_kind
+from sparse_ft.tasks.reading import read
 from sparse_ft.training import train
 
 RUNS = (("conll2003", False), ("conll2003", True), ("clinc150", False))

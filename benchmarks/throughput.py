@@ -27,13 +27,13 @@ from sparse_ft.backbone.backbone import load_backbone, set_training_attention
 from sparse_ft.backbone.devices import find_device, find_dtype
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.config import load_config
-from sparse_ft.evaluation import prepare
 from sparse_ft.fitting import fit
-from sparse_ft.kinds import find_kind
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.new_experts import add_tasks
-from sparse_ft.readers import label_names, read
-from sparse_ft.tasks import load_task
+from sparse_ft.tasks.encoded_rows import prepare
+from sparse_ft.tasks.kinds import find_kind
+from sparse_ft.tasks.reading import label_names, read
+from sparse_ft.tasks.spec import load_task
 from sparse_ft.training_data import TrainingTask
 
 

@@ -32,12 +32,13 @@ from sparse_ft.backbone.devices import find_device, find_dtype
 from sparse_ft.backbone.encoding import Encoder, Example
 from sparse_ft.backbone.pooling import pool
 from sparse_ft.config import load_config
-from sparse_ft.evaluation import EvalData, prepare, score_rows, scored_split
-from sparse_ft.kinds import find_kind
-from sparse_ft.kinds.classification import IGNORED
-from sparse_ft.readers import label_names, read
-from sparse_ft.scores import Score
-from sparse_ft.tasks import TaskSpec, load_task
+from sparse_ft.evaluation import score_rows
+from sparse_ft.tasks.encoded_rows import EvalData, prepare, scored_split
+from sparse_ft.tasks.kinds import find_kind
+from sparse_ft.tasks.kinds.kind import IGNORED
+from sparse_ft.tasks.kinds.scores import Score
+from sparse_ft.tasks.reading import label_names, read
+from sparse_ft.tasks.spec import TaskSpec, load_task
 
 RECIPES = {
     "conll2003": (1e-4, 4),

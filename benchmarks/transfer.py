@@ -14,9 +14,10 @@ from script import chosen, numbers, run
 
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.checkpoint import load_checkpoint
-from sparse_ft.evaluation import predict_rows, prepare, score_rows
-from sparse_ft.readers import read
-from sparse_ft.tasks import load_task
+from sparse_ft.evaluation import predict_rows, score_rows
+from sparse_ft.tasks.encoded_rows import prepare
+from sparse_ft.tasks.reading import read
+from sparse_ft.tasks.spec import load_task
 from sparse_ft.training import train
 
 PAIRS = {"sentiment": ("sst2", "test"), "topic": ("ag_news", "test"), "ner": ("conll2003", "test")}

@@ -4,7 +4,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sparse_ft.answers import Prediction
     from sparse_ft.editing import Edit, edit
     from sparse_ft.errors import SparseFTError
     from sparse_ft.estimator import SparseFTClassifier
@@ -13,6 +12,7 @@ if TYPE_CHECKING:
     from sparse_ft.importing import Import, import_adapter
     from sparse_ft.merging import Merge, merge
     from sparse_ft.prediction import LoadedModel, load, predict
+    from sparse_ft.tasks.kinds.answers import Prediction
     from sparse_ft.training import TrainResult, train
 
 __version__ = "0.1.0"
@@ -25,7 +25,7 @@ _HOMES = {
     "Import": "sparse_ft.importing",
     "LoadedModel": "sparse_ft.prediction",
     "Merge": "sparse_ft.merging",
-    "Prediction": "sparse_ft.answers",
+    "Prediction": "sparse_ft.tasks.kinds.answers",
     "SparseFTClassifier": "sparse_ft.estimator",
     "SparseFTError": "sparse_ft.errors",
     "TrainResult": "sparse_ft.training",

@@ -21,7 +21,6 @@ from sparse_ft.errors import CheckpointError
 from sparse_ft.experts import Expert
 from sparse_ft.folders import replace_folder, write_bytes, write_json
 from sparse_ft.gates import GATES, SequenceGate, TokenGate
-from sparse_ft.kinds import find_kind
 from sparse_ft.manifest import (
     FORMAT,
     MANIFEST,
@@ -33,7 +32,8 @@ from sparse_ft.manifest import (
     slot_experts,
 )
 from sparse_ft.model import SparseExpertModel, TaskSlot
-from sparse_ft.tasks import TaskSpec, parse_task
+from sparse_ft.tasks.kinds import find_kind
+from sparse_ft.tasks.spec import TaskSpec, parse_task
 
 _WORD_SHAPES = "word_shapes.safetensors"
 MODEL_TYPE = "sparse-ft"

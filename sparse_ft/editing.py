@@ -11,11 +11,11 @@ from sparse_ft.checkpoint import Checkpoint, load_checkpoint, load_expert, load_
 from sparse_ft.errors import CheckpointError, ConfigError, unknown_name
 from sparse_ft.folders import recover_folder
 from sparse_ft.foreign import ADAPTER_CONFIG, read_adapter
-from sparse_ft.kinds import find_kind
 from sparse_ft.low_rank import Pruned, prune
 from sparse_ft.manifest import MANIFEST, check_name, read_config, read_manifest, read_metrics, slot_experts
 from sparse_ft.outputs import free_output
 from sparse_ft.splitting import split_expert
+from sparse_ft.tasks.kinds import find_kind
 
 
 @dataclass(frozen=True)

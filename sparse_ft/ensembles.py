@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from sparse_ft.backbone.encoding import Example
-from sparse_ft.decoding import best_legal_tags
 from sparse_ft.errors import ConfigError, unknown_name
 from sparse_ft.inference import leaving, row_logits
-from sparse_ft.kinds import find_kind
-from sparse_ft.kinds.multi_label import THRESHOLD
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.routing import Routing
-from sparse_ft.schemes import Span, spans_from_tags
-from sparse_ft.tasks import TaskSpec
+from sparse_ft.tasks.kinds import find_kind
+from sparse_ft.tasks.kinds.decoding import best_legal_tags
+from sparse_ft.tasks.kinds.multi_label import THRESHOLD
+from sparse_ft.tasks.schemes import Span, spans_from_tags
+from sparse_ft.tasks.spec import TaskSpec
 
 Combine = Literal["mix", "average", "vote"]
 """mix: all experts in one pass, their deltas and heads weighted equally; average: one pass each, the mean of their

@@ -7,7 +7,6 @@ from typing import Any
 
 from sparse_ft.checkpoint import describe_origin
 from sparse_ft.errors import ConfigError
-from sparse_ft.evaluation import name_sources
 from sparse_ft.exporters import find_exporter
 from sparse_ft.exporters.int8 import int8_scores, quantise
 from sparse_ft.folders import replace_folder, write_bytes, write_json
@@ -15,6 +14,7 @@ from sparse_ft.model_card import model_card
 from sparse_ft.outputs import free_output
 from sparse_ft.prediction import LoadedModel, load
 from sparse_ft.round_trip import TOLERANCE, Difference
+from sparse_ft.tasks.encoded_rows import name_sources
 
 RECORD = "export.json"
 """What an export says of itself; also what ``import`` reads."""

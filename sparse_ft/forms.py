@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sparse_ft.errors import DataError
-from sparse_ft.tasks import TaskSpec
+from sparse_ft.tasks.spec import TaskSpec
 
 Text = str | tuple[str, str] | tuple[str, str | None, Sequence[str]]
 """A text; a pair of texts for tasks on pairs, or a text and a question about it; or a text, a question or None, and

@@ -10,7 +10,7 @@ from sparse_ft.errors import DataError
 from sparse_ft.forms import EXPECTED, row_of
 
 if TYPE_CHECKING:
-    from sparse_ft.answers import Answer, Prediction
+    from sparse_ft.tasks.kinds.answers import Answer, Prediction
 
 
 def read_texts(source: str) -> Iterator[str]:

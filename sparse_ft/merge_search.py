@@ -10,13 +10,14 @@ from tqdm.auto import tqdm
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.checkpoint import Checkpoint
 from sparse_ft.errors import ConfigError, DataError
-from sparse_ft.evaluation import EvalData, predict_rows, prepare, score_rows
+from sparse_ft.evaluation import predict_rows, score_rows
 from sparse_ft.experts import Expert
 from sparse_ft.merge_methods import MERGE_METHODS
 from sparse_ft.merged_expert import MergeSettings, merge_experts
 from sparse_ft.merged_tasks import MergedTask, install
-from sparse_ft.readers import read
-from sparse_ft.tasks import TaskSpec
+from sparse_ft.tasks.encoded_rows import EvalData, prepare
+from sparse_ft.tasks.reading import read
+from sparse_ft.tasks.spec import TaskSpec
 
 BUDGET = 20
 """Trials, unless told otherwise."""

@@ -11,7 +11,7 @@ from sparse_ft.checkpoint import Checkpoint, load_bare, save_checkpoint
 from sparse_ft.config import changed_config
 from sparse_ft.editing import add_from, find_experts, new_task_names
 from sparse_ft.errors import CheckpointError, ConfigError, unknown_name
-from sparse_ft.evaluation import evaluate_task, name_sources
+from sparse_ft.evaluation import evaluate_task
 from sparse_ft.gate_stage import add_gate, kept_rows
 from sparse_ft.manifest import check_name, read_manifest, slot_experts
 from sparse_ft.merge_methods import MERGE_METHODS
@@ -22,7 +22,8 @@ from sparse_ft.outputs import free_output
 from sparse_ft.reports import TaskReport, report_json
 from sparse_ft.routes import Route
 from sparse_ft.tables import align
-from sparse_ft.tasks import SPLITS, Split, TaskSpec
+from sparse_ft.tasks.encoded_rows import name_sources
+from sparse_ft.tasks.spec import SPLITS, Split, TaskSpec
 
 STACK = "stack"
 

@@ -10,7 +10,7 @@ from datasets import Features, Value
 from datasets import Sequence as ListOf
 
 from sparse_ft.errors import ConfigError, unknown_name
-from sparse_ft.scores import Score, score_answers, score_classification, score_multi_label, score_tagging
+from sparse_ft.tasks.kinds.scores import Score, score_answers, score_classification, score_multi_label, score_tagging
 
 _LABELS = [Features({"predictions": Value(kind), "references": Value(kind)}) for kind in ("string", "int64")]
 _LABEL_LISTS = [

@@ -13,9 +13,9 @@ from sparse_ft.gate_training import fit_gate, gate_block
 from sparse_ft.gates import SequenceGate, TokenGate
 from sparse_ft.inference import mean_states
 from sparse_ft.joint import SHARED, has_gate, joint_choice, pool_names
-from sparse_ft.kinds import find_kind
 from sparse_ft.model import SparseExpertModel
-from sparse_ft.tasks import TaskSpec
+from sparse_ft.tasks.kinds import find_kind
+from sparse_ft.tasks.spec import TaskSpec
 from sparse_ft.training_data import TrainingTask
 
 _MANY = 16

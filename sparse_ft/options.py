@@ -72,7 +72,7 @@ def names(option: str, entry: str) -> list[str]:
 
 def data_sources(data: list[str] | None) -> str | dict[str, str] | None:
     """Read ``--data PATH`` and ``--data TASK=PATH``."""
-    from sparse_ft.tasks import list_tasks, load_task
+    from sparse_ft.tasks.spec import list_tasks, load_task
 
     if not data:
         return None

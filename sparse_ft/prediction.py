@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from sparse_ft.answering import Answering
-from sparse_ft.answers import Prediction
 from sparse_ft.backbone.devices import find_device
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.checkpoint import Checkpoint, load_checkpoint
@@ -16,9 +15,10 @@ from sparse_ft.ensembles import Ensemble, find_ensembles
 from sparse_ft.errors import ConfigError
 from sparse_ft.forms import Asked, Row, Text, row_of
 from sparse_ft.gates import SequenceGate
-from sparse_ft.kinds import find_kind
 from sparse_ft.rules import RulesGate, load_rules
-from sparse_ft.tasks import TaskSpec
+from sparse_ft.tasks.kinds import find_kind
+from sparse_ft.tasks.kinds.answers import Prediction
+from sparse_ft.tasks.spec import TaskSpec
 
 CHUNK = 256
 """Texts that are in memory at once when a stream is read; sorted by length among themselves."""

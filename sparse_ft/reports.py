@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from sparse_ft.errors import SparseFTError
 from sparse_ft.folders import write_bytes
-from sparse_ft.scores import Confusion, Report, Score
 from sparse_ft.tables import align, printable, terminal_width
+from sparse_ft.tasks.kinds.scores import Confusion, Report, Score
 
 MAX_CONFUSED_PAIRS = 10
 MAX_TEXT_MATRIX = 12

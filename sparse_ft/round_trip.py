@@ -11,10 +11,10 @@ from sparse_ft.backbone.encoding import ODD_TEXTS, Encoder
 from sparse_ft.backbone.words import SHAPES, split_words, word_shape
 from sparse_ft.errors import ExportError, SparseFTError
 from sparse_ft.forms import Text
-from sparse_ft.kinds import find_kind
 from sparse_ft.prediction import LoadedModel
-from sparse_ft.readers import read
-from sparse_ft.tasks import TaskSpec, load_task
+from sparse_ft.tasks.kinds import find_kind
+from sparse_ft.tasks.reading import read
+from sparse_ft.tasks.spec import TaskSpec, load_task
 
 TOLERANCE = 1e-4
 """Largest difference of a logit, as a share of the largest logit or of 1; float32 in another order gives 1e-6."""

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparse_ft.errors import ConfigError, DataError, unknown_name
-from sparse_ft.file_formats import FileOptions, read_file
 from sparse_ft.folders import explain_os_errors, write_bytes
 from sparse_ft.prediction import LoadedModel
-from sparse_ft.readers import read
-from sparse_ft.tasks import TaskSpec
+from sparse_ft.tasks.formats import FileOptions
+from sparse_ft.tasks.reading import read, read_file
+from sparse_ft.tasks.spec import TaskSpec
 
 
 class Submission(NamedTuple):

@@ -15,7 +15,7 @@ from sparse_ft.checkpoint import load_checkpoint, save_checkpoint
 from sparse_ft.config import RunConfig, changed_config, load_config
 from sparse_ft.continuing import check_kept_experts, continued_config, keep_length, moved_backbone
 from sparse_ft.errors import ConfigError, SparseFTError
-from sparse_ft.evaluation import Evaluation, evaluate, name_sources, scored_splits
+from sparse_ft.evaluation import Evaluation, evaluate
 from sparse_ft.fitting import fit
 from sparse_ft.folders import explain_os_errors, write_json
 from sparse_ft.gate_stage import add_gate, check_gate, kept_rows, note_accuracy, rows_by_expert, train_gate
@@ -28,7 +28,8 @@ from sparse_ft.outputs import default_output, free_output, give_back, next_outpu
 from sparse_ft.processes import from_first, own_device, place, same_in_all
 from sparse_ft.reports import report_json
 from sparse_ft.resume import Progress, find_resume
-from sparse_ft.tasks import Split, TaskSpec, load_task
+from sparse_ft.tasks.encoded_rows import name_sources, scored_splits
+from sparse_ft.tasks.spec import Split, TaskSpec, load_task
 from sparse_ft.training_data import TrainingTask, prepare_task
 
 _LOG = logging.getLogger("sparse_ft")

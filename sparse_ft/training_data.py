@@ -7,11 +7,12 @@ from functools import cached_property
 from sparse_ft.backbone.encoding import Encoder, Example
 from sparse_ft.config import RunConfig
 from sparse_ft.errors import DataError, unknown_name
-from sparse_ft.evaluation import EvalData, prepare, score_rows, whole_rows
-from sparse_ft.kinds import find_kind
-from sparse_ft.kinds.classification import IGNORED
-from sparse_ft.readers import label_names, read
-from sparse_ft.tasks import TaskSpec
+from sparse_ft.evaluation import score_rows
+from sparse_ft.tasks.encoded_rows import EvalData, prepare, whole_rows
+from sparse_ft.tasks.kinds import find_kind
+from sparse_ft.tasks.kinds.kind import IGNORED
+from sparse_ft.tasks.reading import label_names, read
+from sparse_ft.tasks.spec import TaskSpec
 
 _LOG = logging.getLogger("sparse_ft")
 

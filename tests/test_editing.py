@@ -22,7 +22,7 @@ from sparse_ft.gates import Choice, SequenceGate, TokenGate
 from sparse_ft.listing import describe_checkpoint
 from sparse_ft.low_rank import prune, truncate
 from sparse_ft.manifest import read_manifest, read_metrics
-from sparse_ft.tasks import load_task
+from sparse_ft.tasks.spec import load_task
 
 LABELS = {"mood": ["bad", "good"], "about": ["football", "music"], "names": ["PER", "LOC"]}
 HEADS = {"mood": ("text", 2), "about": ("text", 2), "names": ("word", 5)}

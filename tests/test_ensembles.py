@@ -13,8 +13,8 @@ import sparse_ft
 from sparse_ft.editing import edit
 from sparse_ft.ensembles import average, find_ensembles, vote
 from sparse_ft.errors import ConfigError
-from sparse_ft.kinds import find_kind
-from sparse_ft.schemes import spans_from_tags
+from sparse_ft.tasks.kinds import find_kind
+from sparse_ft.tasks.schemes import spans_from_tags
 
 TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 TEXTS = ["the table loved", "half boring of", "loved boring", "", "company weather and then at six"]

@@ -19,11 +19,11 @@ import sparse_ft
 from sparse_ft.backbone.backbone import load_backbone
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.checkpoint import load_checkpoint
-from sparse_ft.decoding import best_legal_tags
 from sparse_ft.errors import ConfigError, DataError
-from sparse_ft.evaluation import whole_rows
-from sparse_ft.kinds import find_kind
-from sparse_ft.tasks import TaskSpec
+from sparse_ft.tasks.encoded_rows import whole_rows
+from sparse_ft.tasks.kinds import find_kind
+from sparse_ft.tasks.kinds.decoding import best_legal_tags
+from sparse_ft.tasks.spec import TaskSpec
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 from test_training import settings
 
 import sparse_ft
-from sparse_ft.tasks import load_task
+from sparse_ft.tasks.spec import load_task
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*/*.py"))

@@ -25,11 +25,11 @@ from sparse_ft.errors import ConfigError, ExportError
 from sparse_ft.experts import Expert
 from sparse_ft.exporters.int8 import int8_scores
 from sparse_ft.folding import fold, fresh_copy
-from sparse_ft.kinds import find_kind
 from sparse_ft.model import SparseExpertModel
 from sparse_ft.round_trip import Difference
 from sparse_ft.routing import Pass, Routing
-from sparse_ft.tasks import load_task, parse_task
+from sparse_ft.tasks.kinds import find_kind
+from sparse_ft.tasks.spec import load_task, parse_task
 
 HEADS = {"mood": ("text", 2), "names": ("word", 5)}
 TEXTS = ["The quick brown fox.", "x", "Ada Lovelace met Mozart in London, 1996-08-22 🙂", "no no no no no no no no"]

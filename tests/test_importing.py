@@ -14,7 +14,7 @@ from sparse_ft import importing
 from sparse_ft.checkpoint import load_checkpoint
 from sparse_ft.errors import BackboneError, CheckpointError, ConfigError
 from sparse_ft.importing import import_adapter
-from sparse_ft.tasks import parse_task
+from sparse_ft.tasks.spec import parse_task
 
 TAGS = ["B-LOC", "O", "I-PER", "B-PER", "I-LOC"]
 

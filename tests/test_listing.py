@@ -10,7 +10,7 @@ from test_training import KINDS, write_toy
 from sparse_ft.errors import CheckpointError, ConfigError
 from sparse_ft.listing import describe_checkpoint, describe_task, describe_tasks
 from sparse_ft.manifest import read_metrics
-from sparse_ft.tasks import list_tasks, load_task
+from sparse_ft.tasks.spec import list_tasks, load_task
 
 
 def cells(line: str) -> list[str]:

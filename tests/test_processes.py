@@ -17,8 +17,8 @@ from sparse_ft import processes
 from sparse_ft.backbone.devices import find_device
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.errors import ConfigError
-from sparse_ft.evaluation import prepare
-from sparse_ft.tasks import load_task
+from sparse_ft.tasks.encoded_rows import prepare
+from sparse_ft.tasks.spec import load_task
 
 
 def in_processes(number, work, *arguments, exitcode=0):

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from sparse_ft.file_formats import FileOptions, read_file
-from sparse_ft.readers import label_names, read, rows_seen_in_train
-from sparse_ft.schemes import spans_from_tags
-from sparse_ft.tasks import load_task
+from sparse_ft.tasks.formats import FileOptions
+from sparse_ft.tasks.reading import label_names, read, read_file, rows_seen_in_train
+from sparse_ft.tasks.schemes import spans_from_tags
+from sparse_ft.tasks.spec import load_task
 
 ROOT = os.environ.get("SPARSE_FT_DATA_ROOT")
 pytestmark = pytest.mark.skipif(ROOT is None, reason="SPARSE_FT_DATA_ROOT does not name a folder of public data sets")

@@ -9,7 +9,7 @@ import pytest
 import sparse_ft
 from sparse_ft.checkpoint import load_checkpoint, save_checkpoint
 from sparse_ft.errors import CheckpointError, ConfigError
-from sparse_ft.tasks import parse_task
+from sparse_ft.tasks.spec import parse_task
 
 spacy = pytest.importorskip("spacy", reason="the extra `spacy` is not installed")
 

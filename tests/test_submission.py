@@ -9,7 +9,7 @@ import pytest
 
 from sparse_ft.errors import ConfigError, DataError
 from sparse_ft.submission import SUBMISSIONS, write_submission
-from sparse_ft.tasks import load_task
+from sparse_ft.tasks.spec import load_task
 
 ROOT = os.environ.get("SPARSE_FT_DATA_ROOT")
 real = pytest.mark.skipif(ROOT is None, reason="SPARSE_FT_DATA_ROOT does not name a folder of public data sets")

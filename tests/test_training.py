@@ -19,11 +19,12 @@ from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.checkpoint import load_checkpoint
 from sparse_ft.config import RunConfig, load_config
 from sparse_ft.errors import BackboneError, ConfigError, DataError, SparseFTError
-from sparse_ft.evaluation import predict_rows, prepare
+from sparse_ft.evaluation import predict_rows
 from sparse_ft.inference import row_logits
-from sparse_ft.kinds.classification import Classification
 from sparse_ft.manifest import read_config, read_manifest
-from sparse_ft.readers import read
+from sparse_ft.tasks.encoded_rows import prepare
+from sparse_ft.tasks.kinds.classification import Classification
+from sparse_ft.tasks.reading import read
 
 # Words of the corpus that conftest's tokenizers are built on: fillers, then one group an answer.
 FILLERS = [

@@ -14,7 +14,7 @@ from sparse_ft.backbone.backbone import load_backbone
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.config import load_config
 from sparse_ft.listing import describe_checkpoint
-from sparse_ft.tasks import load_task
+from sparse_ft.tasks.spec import load_task
 from sparse_ft.training_data import prepare_task
 
 ANSWERS = ["Mozart", "Ada Lovelace"]

@@ -11,8 +11,8 @@ from sparse_ft.backbone.pooling import pool
 from sparse_ft.experts import Expert
 from sparse_ft.exporters.parts import any_shapes, shape_table
 from sparse_ft.folding import fold, fresh_copy
-from sparse_ft.kinds import find_kind
 from sparse_ft.prediction import LoadedModel
+from sparse_ft.tasks.kinds import find_kind
 
 
 class _Pass:

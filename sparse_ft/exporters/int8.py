@@ -7,14 +7,15 @@ from typing import Any
 from torch import Tensor
 
 from sparse_ft.errors import DataError
-from sparse_ft.evaluation import prepare, score_rows, scored_split
+from sparse_ft.evaluation import score_rows
 from sparse_ft.exporters.onnx_folder import GRAPH, load_session, read_tasks, runner
 from sparse_ft.exporters.parts import load_tokenizer
-from sparse_ft.kinds import find_kind
 from sparse_ft.prediction import LoadedModel
-from sparse_ft.readers import read
 from sparse_ft.round_trip import foreign_logits, given_rows, rows_of
-from sparse_ft.tasks import TaskSpec
+from sparse_ft.tasks.encoded_rows import prepare, scored_split
+from sparse_ft.tasks.kinds import find_kind
+from sparse_ft.tasks.reading import read
+from sparse_ft.tasks.spec import TaskSpec
 
 INT8_GRAPH = "model.int8.onnx"
 

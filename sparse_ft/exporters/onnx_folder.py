@@ -23,9 +23,9 @@ from sparse_ft.exporters.graph import Graph
 from sparse_ft.exporters.modelling import write_words
 from sparse_ft.exporters.parts import load_tokenizer, save_tokenizer, sole_expert
 from sparse_ft.folders import write_json
-from sparse_ft.kinds import find_kind
 from sparse_ft.prediction import LoadedModel
 from sparse_ft.round_trip import Difference, Run, compare, sample_texts
+from sparse_ft.tasks.kinds import find_kind
 
 GRAPH = "model.onnx"
 TASKS = "tasks.json"

@@ -12,9 +12,9 @@ from sparse_ft.backbone.backbone import Backbone, fresh_tokenizer
 from sparse_ft.backbone.words import SHAPES
 from sparse_ft.errors import ExportError
 from sparse_ft.experts import Expert
-from sparse_ft.kinds import find_kind
 from sparse_ft.prediction import LoadedModel
-from sparse_ft.tasks import TaskSpec
+from sparse_ft.tasks.kinds import find_kind
+from sparse_ft.tasks.spec import TaskSpec
 
 _HEADS = ("classifier", "score")
 """How transformers' token classifiers name their head."""

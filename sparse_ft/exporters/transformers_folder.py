@@ -21,9 +21,9 @@ from sparse_ft.exporters.parts import (
     token_classifier,
 )
 from sparse_ft.folding import fold, fresh_copy
-from sparse_ft.kinds import find_kind
 from sparse_ft.prediction import LoadedModel
 from sparse_ft.round_trip import Difference, compare, sample_texts
+from sparse_ft.tasks.kinds import find_kind
 
 _PROBLEMS = {"classification": "single_label_classification", "multi_label": "multi_label_classification"}
 

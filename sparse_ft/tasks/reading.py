@@ -9,25 +9,40 @@ are names; labels and answers are None where the publisher hides them. ``row`` i
 order and before any row is left out; where a split is several files, the count runs on from one to the next.
 """
 
-import itertools
 import logging
-import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import datasets
 
-from sparse_ft.columns import Reading, to_dataset, wanted_columns
 from sparse_ft.errors import DataError
-from sparse_ft.file_formats import FileOptions, mark_pronoun, named_records, read_file
-from sparse_ft.records import Record, locate, pick, plain_text, read_text
-from sparse_ft.schemes import split_tag
-from sparse_ft.tasks import SPLITS, Column, FileSource, HubSource, Split, TaskSpec
+from sparse_ft.tasks.clue_formats import (
+    _read_c3,
+    _read_chid,
+    _read_cluener,
+    _read_cluewsc,
+    mark_pronoun,
+)
+from sparse_ft.tasks.columns import Reading, to_dataset, wanted_columns
+from sparse_ft.tasks.dividing import SPLIT_SEED, _cut_validation, _divide, _read_of
+from sparse_ft.tasks.formats import (
+    FileOptions,
+    _read_conll,
+    _read_csv,
+    _read_json,
+    _read_jsonl,
+    _read_lines,
+    _read_parquet,
+    _read_squad,
+    _read_tsv,
+    named_records,
+)
+from sparse_ft.tasks.records import Record, locate, read_text
+from sparse_ft.tasks.schemes import split_tag
+from sparse_ft.tasks.spec import SPLITS, Column, FileSource, HubSource, Split, TaskSpec
 
 logger = logging.getLogger("sparse_ft")
 
-SPLIT_SEED = 13
-"""Fixed, so that every run holds out the same rows."""
 
 # What a file of this suffix may hold. The task's own format is taken if it is there, else the first that fits its kind.
 SUFFIXES: dict[str, tuple[str, ...]] = {
@@ -183,79 +198,6 @@ def _needed(splits: Sequence[Split], *, has_validation: bool) -> list[Split]:
     ]
 
 
-def _cut_validation(spec: TaskSpec, records: dict[Split, list[Record]], *, column: Column | None) -> None:
-    """Move a fixed tenth of train to validation; ``column`` is that of the text in the source."""
-    if "train" not in records:
-        return
-    parts = _divide(records["train"], tenths=(9, 1), column=column)
-    records["train"], records["validation"] = parts
-    logger.info(
-        "Task %s has no validation split: %d of the %d rows of train are held out for it (seed %d).",
-        spec.name,
-        len(parts[1]),
-        len(parts[0]) + len(parts[1]),
-        SPLIT_SEED,
-    )
-
-
-def _read_of(columns: dict[str, Column]) -> Column | None:
-    """Return the column of the source that is read: the text, or the words."""
-    return columns.get("text", columns.get("tokens"))
-
-
-def _divide(records: Sequence[Record], *, tenths: Sequence[int], column: Column | None = None) -> list[list[Record]]:
-    """Divide records by chance but always alike; every part keeps the order of the source.
-
-    Rows with the same text stay together, so that no part is asked what another was trained on, unless the rows of the
-    rarest text are a fifth of all: they may be a whole class.
-
-    Args:
-        records: At least as many as there are parts.
-        tenths: Share of each part; the first takes the remainder, the others about theirs, one row at least.
-        column: Of the text in the source; where it is not found, every row is on its own.
-    """
-    groups: dict[str, list[int]] = {}
-    for place, record in enumerate(records):
-        groups.setdefault(_text_of(record, column) or f"row {place}", []).append(place)
-    if len(groups) < len(tenths):
-        what = "rows" if len(groups) == len(records) else "rows with different texts"
-        raise DataError(
-            f"{records[0].path!r} has {len(groups)} {what}, too few to hold some out for validation and test. "
-            f"Expected at least {len(tenths)}."
-        )
-    order = list(groups.values())
-    if len(min(order, key=len)) * 5 >= len(records) > len(groups):
-        logger.warning(
-            "%s has only %d different texts in %d rows, so rows with the same text stand in several of its parts.",
-            records[0].path,
-            len(groups),
-            len(records),
-        )
-        order = [[place] for place in range(len(records))]
-    random.Random(SPLIT_SEED).shuffle(order)
-    parts: list[list[Record]] = []
-    for share in reversed(tenths[1:]):
-        room = max(1, len(records) * share // 10)
-        taken: list[list[int]] = []
-        for group in order:
-            if len(group) <= room:
-                taken.append(group)
-                room -= len(group)
-        chosen = {place for group in taken or [min(order, key=len)] for place in group}
-        order = [group for group in order if group[0] not in chosen]
-        parts.append([records[place] for place in sorted(chosen)])
-    return [[records[place] for place in sorted(itertools.chain(*order))], *reversed(parts)]
-
-
-def _text_of(record: Record, column: Column | None) -> str | None:
-    """Return the text of a record, lower-cased and without white space; None if it has none."""
-    try:
-        value = None if column is None else pick(record, column)
-    except DataError:
-        return None
-    return "".join(plain_text(value).lower().split()) if value is not None else None
-
-
 def _datasets(
     records: dict[Split, list[Record]], reading: Reading, *, splits: Sequence[Split], unlabelled: Sequence[Split] = ()
 ) -> dict[Split, datasets.Dataset]:
@@ -380,3 +322,49 @@ def _load_hub(hub: HubSource) -> datasets.DatasetDict:
             "or download the files and name their folder with --data FOLDER."
         ) from error
     return loaded
+
+
+def read_file(folder: Path, name: str, *, format: str, options: FileOptions) -> list[Record]:
+    """Read all records of one file, or of one folder of line-parallel files.
+
+    Args:
+        folder: Where the file lies.
+        name: Its name, with or without ``.gz``; ``file.json#key`` takes one key of a JSON object.
+        format: A key of FORMATS.
+        options: Its layout.
+
+    Returns:
+        At least one record; ``row`` counts from 0.
+
+    Raises:
+        DataError: If the file is missing, empty or malformed; with file and line.
+    """
+    file_name, _, key = name.partition("#")
+    path = folder / file_name if format == "lines" else locate(folder, file_name)
+    read = FORMATS[format]
+    records: list[Record] = []
+    try:
+        for row, record in enumerate(read(path, options._replace(key=key or None))):
+            records.append(record._replace(row=row))
+    except (TypeError, AttributeError, KeyError, ValueError) as error:
+        where = f"{records[-1].place}: what follows" if records else f"{str(path)!r}: its beginning"
+        raise DataError(f"{where} has not the shape of the format {format!r} ({error}). Correct the file.") from error
+    if not records:
+        raise DataError(f"Data file {str(path)!r} has no rows. Expected at least one; check that it is the right file.")
+    return records
+
+
+FORMATS: dict[str, Callable[[Path, FileOptions], Iterator[Record]]] = {
+    "conll": _read_conll,
+    "csv": _read_csv,
+    "tsv": _read_tsv,
+    "jsonl": _read_jsonl,
+    "json": _read_json,
+    "cluener": _read_cluener,
+    "cluewsc": _read_cluewsc,
+    "squad": _read_squad,
+    "c3": _read_c3,
+    "chid": _read_chid,
+    "parquet": _read_parquet,
+    "lines": _read_lines,
+}

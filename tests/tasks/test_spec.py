@@ -4,8 +4,8 @@ import pytest
 
 from sparse_ft.errors import ConfigError
 from sparse_ft.resources import bundled_dir
-from sparse_ft.schemes import SCHEMES
-from sparse_ft.tasks import list_tasks, load_task, parse_task
+from sparse_ft.tasks.schemes import SCHEMES
+from sparse_ft.tasks.spec import list_tasks, load_task, parse_task
 
 PUBLIC = [
     *("ag_news", "atis", "atis_slots", "banking77", "clinc150", "conll2003", "sst2"),

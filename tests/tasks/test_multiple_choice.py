@@ -7,8 +7,8 @@ from sparse_ft.backbone.backbone import load_backbone
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.backbone.words import BLANK
 from sparse_ft.inference import row_logits
-from sparse_ft.kinds import KINDS
-from sparse_ft.kinds.multiple_choice import around_blank
+from sparse_ft.tasks.kinds import KINDS
+from sparse_ft.tasks.kinds.multiple_choice import around_blank
 
 CHOICES = KINDS["multiple_choice"]
 COLUMNS = {

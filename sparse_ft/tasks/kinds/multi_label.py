@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparse_ft.answers import LabelsAnswer
 from sparse_ft.backbone.encoding import Encoder, Example
-from sparse_ft.kinds.kind import Columns
+from sparse_ft.tasks.kinds.answers import LabelsAnswer
+from sparse_ft.tasks.kinds.kind import Columns
 
 if TYPE_CHECKING:
-    from sparse_ft.scores import Score
+    from sparse_ft.tasks.kinds.scores import Score
 
 THRESHOLD = 0.5
 
@@ -58,7 +58,7 @@ class MultiLabel:
         self, references: Sequence[Any], predictions: Sequence[Any], *, labels: Sequence[str], out_of_scope: str | None
     ) -> "Score":
         """F1 averages over labels and over rows, and the share of rows that are right altogether."""
-        from sparse_ft.scores import score_multi_label  # seconds to import, and prediction does not need it
+        from sparse_ft.tasks.kinds.scores import score_multi_label  # seconds to import, and prediction does not need it
 
         return score_multi_label(references, predictions, labels=labels)
 

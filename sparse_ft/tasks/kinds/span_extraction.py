@@ -8,16 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparse_ft.answers import SpanAnswer
 from sparse_ft.backbone.encoding import Encoder, Example
 from sparse_ft.backbone.words import split_words
-from sparse_ft.decoding import best_span
-from sparse_ft.kinds.classification import IGNORED
-from sparse_ft.kinds.kind import Columns
-from sparse_ft.kinds.token_classification import words_of
+from sparse_ft.tasks.kinds.answers import SpanAnswer
+from sparse_ft.tasks.kinds.decoding import best_span
+from sparse_ft.tasks.kinds.kind import IGNORED, Columns
+from sparse_ft.tasks.kinds.token_classification import words_of
 
 if TYPE_CHECKING:
-    from sparse_ft.scores import Score
+    from sparse_ft.tasks.kinds.scores import Score
 
 _START, _END = 1, 2
 """Bits of the target of a word."""
@@ -99,7 +98,7 @@ class SpanExtraction:
         self, references: Sequence[Any], predictions: Sequence[Any], *, labels: Sequence[str], out_of_scope: str | None
     ) -> "Score":
         """Exact match and F1 as CMRC 2018 counts them."""
-        from sparse_ft.scores import score_answers  # seconds to import, and prediction does not need it
+        from sparse_ft.tasks.kinds.scores import score_answers  # seconds to import, and prediction does not need it
 
         return score_answers(references, predictions)
 

@@ -8,16 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparse_ft.answers import EntitiesAnswer, Entity
 from sparse_ft.backbone.encoding import Encoder, Example
 from sparse_ft.backbone.words import split_words
-from sparse_ft.decoding import best_legal_tags
-from sparse_ft.kinds.classification import IGNORED
-from sparse_ft.kinds.kind import Columns
-from sparse_ft.schemes import spans_from_tags
+from sparse_ft.tasks.kinds.answers import EntitiesAnswer, Entity
+from sparse_ft.tasks.kinds.decoding import best_legal_tags
+from sparse_ft.tasks.kinds.kind import IGNORED, Columns
+from sparse_ft.tasks.schemes import spans_from_tags
 
 if TYPE_CHECKING:
-    from sparse_ft.scores import Score
+    from sparse_ft.tasks.kinds.scores import Score
 
 
 class TokenClassification:
@@ -71,7 +70,7 @@ class TokenClassification:
         self, references: Sequence[Any], predictions: Sequence[Any], *, labels: Sequence[str], out_of_scope: str | None
     ) -> "Score":
         """Entity scores as conlleval counts them, and token scores with ``O``."""
-        from sparse_ft.scores import score_tagging  # seconds to import, and prediction does not need it
+        from sparse_ft.tasks.kinds.scores import score_tagging  # seconds to import, and prediction does not need it
 
         return score_tagging(references, predictions, labels=self.outputs(labels))
 

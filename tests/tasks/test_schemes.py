@@ -3,7 +3,7 @@ import itertools
 import pytest
 
 from sparse_ft.errors import DataError
-from sparse_ft.schemes import SCHEMES, Span, first_invalid, spans_from_tags, split_tag, tags_from_spans, to_iob2
+from sparse_ft.tasks.schemes import SCHEMES, Span, first_invalid, spans_from_tags, split_tag, tags_from_spans, to_iob2
 
 
 def test_split_tag_keeps_dashes_of_the_type():

@@ -10,11 +10,10 @@ import pytest
 import torch
 
 from sparse_ft.errors import ConfigError, DataError
-from sparse_ft.file_formats import FORMATS
-from sparse_ft.kinds import find_kind
-from sparse_ft.readers import label_names, read, rows_seen_in_train
-from sparse_ft.schemes import Span, spans_from_tags
-from sparse_ft.tasks import TaskSpec, parse_task
+from sparse_ft.tasks.kinds import find_kind
+from sparse_ft.tasks.reading import FORMATS, label_names, read, rows_seen_in_train
+from sparse_ft.tasks.schemes import Span, spans_from_tags
+from sparse_ft.tasks.spec import TaskSpec, parse_task
 
 CSV = {"format": "csv", "train": "train.csv", "validation": "dev.csv", "test": "test.csv"}
 CONLL = {"format": "conll", "train": "train.txt", "validation": "dev.txt", "test": "test.txt"}

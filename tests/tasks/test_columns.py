@@ -9,8 +9,8 @@ import yaml
 
 from sparse_ft.backbone.words import BLANK
 from sparse_ft.errors import DataError
-from sparse_ft.readers import label_names, read
-from sparse_ft.tasks import load_task, parse_task
+from sparse_ft.tasks.reading import label_names, read
+from sparse_ft.tasks.spec import load_task, parse_task
 
 CONTEXT = "图书馆（ＬＩＢ）建于1932年，藏书😀三十万册。1932年，馆长是Ada。"
 

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparse_ft.answers import ChoiceAnswer
 from sparse_ft.backbone.encoding import Encoder, Example
 from sparse_ft.backbone.words import BLANK
-from sparse_ft.kinds.classification import IGNORED
-from sparse_ft.kinds.kind import Columns
+from sparse_ft.tasks.kinds.answers import ChoiceAnswer
+from sparse_ft.tasks.kinds.kind import IGNORED, Columns
 
 if TYPE_CHECKING:
-    from sparse_ft.scores import Score
+    from sparse_ft.tasks.kinds.scores import Score
 
 
 class MultipleChoice:
@@ -78,7 +77,7 @@ class MultipleChoice:
         self, references: Sequence[Any], predictions: Sequence[Any], *, labels: Sequence[str], out_of_scope: str | None
     ) -> "Score":
         """Share of rows with the right choice."""
-        from sparse_ft.scores import score_choices  # seconds to import, and prediction does not need it
+        from sparse_ft.tasks.kinds.scores import score_choices  # seconds to import, and prediction does not need it
 
         return score_choices(references, predictions)
 

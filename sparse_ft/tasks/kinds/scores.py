@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from sklearn.metrics import classification_report
 
-from sparse_ft.answer_scores import answer_f1, exact_match
-from sparse_ft.schemes import Span, spans_from_tags
+from sparse_ft.tasks.kinds.answer_scores import answer_f1, exact_match
+from sparse_ft.tasks.schemes import Span, spans_from_tags
 
 Report = dict[str, Any]
 """One ``{"precision", "recall", "f1-score", "support"}`` a label and average; ``accuracy`` is a plain number."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparse_ft.errors import DataError
-from sparse_ft.tasks import Column
+from sparse_ft.tasks.spec import Column
 
 _BOM = b"\xef\xbb\xbf"
 _REST = re.compile(r"(\d+)\.\.")

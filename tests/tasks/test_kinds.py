@@ -6,7 +6,7 @@ from sparse_ft.backbone.backbone import load_backbone
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.backbone.words import split_words
 from sparse_ft.errors import ConfigError
-from sparse_ft.kinds import KINDS, find_kind
+from sparse_ft.tasks.kinds import KINDS, find_kind
 
 CLASSES, TAGS = KINDS["classification"], KINDS["token_classification"]
 MANY = KINDS["multi_label"]
@@ -161,7 +161,7 @@ def test_references_are_the_columns_of_the_answers():
 
 
 def test_a_perfect_prediction_scores_one_for_every_kind():
-    from sparse_ft.scores import Score
+    from sparse_ft.tasks.kinds.scores import Score
 
     for kind, truth, labels in (
         (CLASSES, ["x", "y", "x"], ["x", "y"]),

@@ -11,9 +11,9 @@ import datasets
 
 from sparse_ft.backbone.words import cut_words, split_words
 from sparse_ft.errors import ConfigError, DataError, unknown_name
-from sparse_ft.records import SENTENCE, Record, label_text, pick, plain_text, split_tokens
-from sparse_ft.schemes import Span, first_invalid, split_tag, tags_from_spans, to_iob2
-from sparse_ft.tasks import Column, TaskSpec
+from sparse_ft.tasks.records import SENTENCE, Record, label_text, pick, plain_text, split_tokens
+from sparse_ft.tasks.schemes import Span, first_invalid, split_tag, tags_from_spans, to_iob2
+from sparse_ft.tasks.spec import Column, TaskSpec
 
 logger = logging.getLogger("sparse_ft")
 

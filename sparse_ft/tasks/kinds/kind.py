@@ -5,11 +5,15 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import Tensor
 
-from sparse_ft.answers import Answer
 from sparse_ft.backbone.encoding import Encoder, Example
+from sparse_ft.tasks.kinds.answers import Answer
 
 if TYPE_CHECKING:
-    from sparse_ft.scores import Score
+    from sparse_ft.tasks.kinds.scores import Score
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sparse_ft.tasks.kinds.scores import Score
 
 Columns = Mapping[str, Sequence[Any]]
 
@@ -70,3 +74,6 @@ class TaskKind(Protocol):
     def answer(self, logits: Tensor, *, text: str, labels: Sequence[str], language: str) -> Answer:
         """Turn the logits of one text into its entry in ``predict --json``."""
         ...
+
+
+IGNORED = -100

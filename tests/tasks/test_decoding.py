@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparse_ft.backbone.encoding import NEVER
-from sparse_ft.decoding import MAX_WORDS, best_legal_tags, best_span
+from sparse_ft.tasks.kinds.decoding import MAX_WORDS, best_legal_tags, best_span
 
 TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 

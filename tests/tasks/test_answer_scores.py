@@ -2,8 +2,8 @@ import random
 
 import pytest
 
-from sparse_ft.answer_scores import answer_f1, exact_match, segments
-from sparse_ft.scores import score_answers
+from sparse_ft.tasks.kinds.answer_scores import answer_f1, exact_match, segments
+from sparse_ft.tasks.kinds.scores import score_answers
 
 # An own implementation of CMRC 2018's figures, from their description: Chinese characters count one by one, other text
 # by words, the signs below not at all; F1 is over the longest run that both have in common.

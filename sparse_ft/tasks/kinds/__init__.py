@@ -1,12 +1,12 @@
 """The task kinds, by the name that task files use."""
 
 from sparse_ft.errors import ConfigError, unknown_name
-from sparse_ft.kinds.classification import Classification
-from sparse_ft.kinds.kind import TaskKind
-from sparse_ft.kinds.multi_label import MultiLabel
-from sparse_ft.kinds.multiple_choice import MultipleChoice
-from sparse_ft.kinds.span_extraction import SpanExtraction
-from sparse_ft.kinds.token_classification import TokenClassification
+from sparse_ft.tasks.kinds.classification import Classification
+from sparse_ft.tasks.kinds.kind import TaskKind
+from sparse_ft.tasks.kinds.multi_label import MultiLabel
+from sparse_ft.tasks.kinds.multiple_choice import MultipleChoice
+from sparse_ft.tasks.kinds.span_extraction import SpanExtraction
+from sparse_ft.tasks.kinds.token_classification import TokenClassification
 
 KINDS: dict[str, TaskKind] = {
     "classification": Classification(),

@@ -4,9 +4,9 @@ import unicodedata
 
 import pytest
 
-from sparse_ft.readers import label_names, read
-from sparse_ft.schemes import first_invalid, spans_from_tags
-from sparse_ft.tasks import SPLITS, load_task
+from sparse_ft.tasks.reading import label_names, read
+from sparse_ft.tasks.schemes import first_invalid, spans_from_tags
+from sparse_ft.tasks.spec import SPLITS, load_task
 
 SAMPLES = ["sentiment", "topic", "intent", "ner"]
 LEAST = {"train": 400, "validation": 100, "test": 100}

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparse_ft.answers import LabelAnswer
 from sparse_ft.backbone.encoding import Encoder, Example
-from sparse_ft.kinds.kind import Columns
+from sparse_ft.tasks.kinds.answers import LabelAnswer
+from sparse_ft.tasks.kinds.kind import Columns
 
 if TYPE_CHECKING:
-    from sparse_ft.scores import Score
-
-IGNORED = -100
+    from sparse_ft.tasks.kinds.scores import Score
+from sparse_ft.tasks.kinds.kind import IGNORED
 
 
 class Classification:
@@ -56,7 +55,9 @@ class Classification:
         self, references: Sequence[Any], predictions: Sequence[Any], *, labels: Sequence[str], out_of_scope: str | None
     ) -> "Score":
         """Accuracy, F1 averages, report and confusion matrix."""
-        from sparse_ft.scores import score_classification  # seconds to import, and prediction does not need it
+        from sparse_ft.tasks.kinds.scores import (
+            score_classification,  # seconds to import, and prediction does not need it
+        )
 
         return score_classification(references, predictions, labels=labels, out_of_scope=out_of_scope)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparse_ft.backbone.encoding import NEVER
-from sparse_ft.schemes import split_tag
+from sparse_ft.tasks.schemes import split_tag
 
 MAX_WORDS = 100
 """Longest answer; in Chinese a word is a character. The longest of CMRC 2018's development set has 88."""

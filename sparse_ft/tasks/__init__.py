@@ -1,0 +1,1 @@
+"""What a task is, how its files are read and divided, and its kinds."""
