@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sparse_ft.tasks.kinds.answers import Prediction
     from sparse_ft.training import TrainResult, train
 
-__version__ = "0.1.0"
+from sparse_ft.version import __version__
 
 # Imported when first used: torch and transformers take seconds, `sparse-ft --help` must not wait for them.
 _HOMES = {

@@ -12,7 +12,6 @@ import torch
 import yaml
 from torch import Tensor
 
-import sparse_ft
 from sparse_ft.adapter_files import WRAPPER, write_adapter
 from sparse_ft.backbone.backbone import fresh_tokenizer, load_backbone
 from sparse_ft.choosing import Choice
@@ -34,6 +33,7 @@ from sparse_ft.manifest import (
 from sparse_ft.model import SparseExpertModel, TaskSlot
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.spec import TaskSpec, parse_task
+from sparse_ft.version import __version__
 
 _WORD_SHAPES = "word_shapes.safetensors"
 MODEL_TYPE = "sparse-ft"
@@ -123,7 +123,7 @@ def describe_origin(model: SparseExpertModel) -> dict[str, Any]:
 
     return {
         "versions": {
-            "sparse_ft": sparse_ft.__version__,
+            "sparse_ft": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from sparse_ft import __version__
 from sparse_ft.checkpoint_commands import edit, export, import_, merge
 from sparse_ft.errors import ConfigError, SparseFTError
 from sparse_ft.options import (
@@ -25,6 +24,7 @@ from sparse_ft.options import (
     data_sources,
     shown_path,
 )
+from sparse_ft.version import __version__
 
 if TYPE_CHECKING:
     from sparse_ft.evaluation import Evaluation

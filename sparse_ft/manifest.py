@@ -9,10 +9,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from sparse_ft import __version__
 from sparse_ft.config import RunConfig
 from sparse_ft.errors import CheckpointError, explain
 from sparse_ft.folders import recover_folder
+from sparse_ft.version import __version__
 
 FORMAT = 1
 """Of the folder; a reader refuses a higher one."""
