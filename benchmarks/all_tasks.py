@@ -18,9 +18,9 @@ from timing import measure, ratio
 from sparse_ft.backbone.backbone import load_backbone
 from sparse_ft.backbone.batching import collate
 from sparse_ft.backbone.encoding import Example
-from sparse_ft.inference import entering
-from sparse_ft.model import SparseExpertModel
-from sparse_ft.routing import Pass, Routing
+from sparse_ft.experts.inference import entering
+from sparse_ft.experts.model import SparseExpertModel
+from sparse_ft.experts.routing import Pass, Routing
 
 TASKS = ["mood", "subject", "wish", "names"]
 

@@ -22,14 +22,14 @@ from timing import Run, measure, ratio
 
 from sparse_ft.backbone.backbone import Backbone, load_backbone, set_training_attention
 from sparse_ft.backbone.encoding import Example
-from sparse_ft.choosing import Choice
 from sparse_ft.config import GateConfig
-from sparse_ft.experts import Expert
+from sparse_ft.experts.choosing import Choice
+from sparse_ft.experts.gates import SequenceGate
+from sparse_ft.experts.inference import text_routing
+from sparse_ft.experts.model import SparseExpertModel
+from sparse_ft.experts.named_experts import Expert
+from sparse_ft.experts.routing import Pass, Routing
 from sparse_ft.gate_training import gate_block
-from sparse_ft.gates import SequenceGate
-from sparse_ft.inference import text_routing
-from sparse_ft.model import SparseExpertModel
-from sparse_ft.routing import Pass, Routing
 
 
 def random_expert(model: SparseExpertModel, name: str, generator: torch.Generator) -> Expert:

@@ -21,7 +21,7 @@ from script import listed, run
 
 from sparse_ft.backbone.backbone import load_backbone
 from sparse_ft.checkpoint import load_expert
-from sparse_ft.model import SparseExpertModel
+from sparse_ft.experts.model import SparseExpertModel
 
 
 def load_ours(paths: list[Path]) -> str:

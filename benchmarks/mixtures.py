@@ -28,7 +28,7 @@ import sparse_ft.evaluation
 import sparse_ft.training
 from sparse_ft.config import load_config
 from sparse_ft.errors import ConfigError
-from sparse_ft.model import SparseExpertModel
+from sparse_ft.experts.model import SparseExpertModel
 
 ROUTES = ("gate", "prototype", "arrow", "uniform", "random", "hash")
 """Of the experts that were trained alone."""

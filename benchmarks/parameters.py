@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from sparse_ft.model import SparseExpertModel
+from sparse_ft.experts.model import SparseExpertModel
 
 
 def trained_numbers(model: SparseExpertModel, tasks: Sequence[str] | None = None, *, gate: bool = False) -> int:

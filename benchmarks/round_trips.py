@@ -26,13 +26,13 @@ from script import run as run_script
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer, pipeline
 
 from sparse_ft.backbone.backbone import load_backbone
+from sparse_ft.experts.inference import row_logits
 from sparse_ft.exporters.int8 import INT8_GRAPH
 from sparse_ft.exporters.onnx_folder import GRAPH, TASKS, read_tasks, runner
 from sparse_ft.exporters.parts import sees_shapes
 from sparse_ft.exporters.peft_folder import peft_logits
 from sparse_ft.exporting import export
 from sparse_ft.importing import import_adapter
-from sparse_ft.inference import row_logits
 from sparse_ft.prediction import LoadedModel, load
 from sparse_ft.round_trip import foreign_logits
 from sparse_ft.tasks.kinds import find_kind

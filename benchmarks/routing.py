@@ -25,10 +25,10 @@ import sparse_ft
 from sparse_ft.backbone.backbone import load_backbone
 from sparse_ft.backbone.encoding import Encoder, Example
 from sparse_ft.config import GateConfig
+from sparse_ft.experts.inference import mean_states
+from sparse_ft.experts.model import SparseExpertModel
+from sparse_ft.experts.routing import Routing
 from sparse_ft.gate_training import fit_on_means
-from sparse_ft.inference import mean_states
-from sparse_ft.model import SparseExpertModel
-from sparse_ft.routing import Routing
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.reading import label_names, read
 from sparse_ft.tasks.spec import load_task

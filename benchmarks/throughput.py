@@ -27,8 +27,8 @@ from sparse_ft.backbone.backbone import load_backbone, set_training_attention
 from sparse_ft.backbone.devices import find_device, find_dtype
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.config import load_config
+from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.fitting import fit
-from sparse_ft.model import SparseExpertModel
 from sparse_ft.new_experts import add_tasks
 from sparse_ft.tasks.encoded_rows import prepare
 from sparse_ft.tasks.kinds import find_kind

@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from sparse_ft.version import __version__
+
 if TYPE_CHECKING:
     from sparse_ft.editing import Edit, edit
     from sparse_ft.errors import SparseFTError
@@ -14,8 +16,6 @@ if TYPE_CHECKING:
     from sparse_ft.prediction import LoadedModel, load, predict
     from sparse_ft.tasks.kinds.answers import Prediction
     from sparse_ft.training import TrainResult, train
-
-from sparse_ft.version import __version__
 
 # Imported when first used: torch and transformers take seconds, `sparse-ft --help` must not wait for them.
 _HOMES = {

@@ -7,7 +7,7 @@ import safetensors.torch
 from torch import Tensor
 
 from sparse_ft.backbone.backbone import MINILM_ID, Backbone
-from sparse_ft.experts import Expert
+from sparse_ft.experts.named_experts import Expert
 from sparse_ft.folders import write_bytes
 
 WRAPPER = "base_model.model."

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sparse_ft.config import GateConfig
+from sparse_ft.experts.routing import Routing
 from sparse_ft.losses import load_balancing_loss, routing_cross_entropy, z_loss
-from sparse_ft.routing import Routing
 
 _IDLE = 0.1
 """An expert with less than this part of an even share is not used."""

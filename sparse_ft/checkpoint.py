@@ -14,12 +14,13 @@ from torch import Tensor
 
 from sparse_ft.adapter_files import WRAPPER, write_adapter
 from sparse_ft.backbone.backbone import fresh_tokenizer, load_backbone
-from sparse_ft.choosing import Choice
 from sparse_ft.config import RunConfig
 from sparse_ft.errors import CheckpointError
-from sparse_ft.experts import Expert
+from sparse_ft.experts.choosing import Choice
+from sparse_ft.experts.gates import GATES, SequenceGate, TokenGate
+from sparse_ft.experts.model import SparseExpertModel, TaskSlot
+from sparse_ft.experts.named_experts import Expert
 from sparse_ft.folders import replace_folder, write_bytes, write_json
-from sparse_ft.gates import GATES, SequenceGate, TokenGate
 from sparse_ft.manifest import (
     FORMAT,
     MANIFEST,
@@ -30,7 +31,6 @@ from sparse_ft.manifest import (
     read_yaml,
     slot_experts,
 )
-from sparse_ft.model import SparseExpertModel, TaskSlot
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.spec import TaskSpec, parse_task
 from sparse_ft.version import __version__

@@ -6,8 +6,8 @@ from typing import Any
 
 from sparse_ft.config import RunConfig, changed_config
 from sparse_ft.errors import ConfigError
+from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.manifest import read_config, read_manifest
-from sparse_ft.model import SparseExpertModel
 
 
 def continued_config(run: RunConfig) -> RunConfig:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from sparse_ft.backbone.encoding import Example
 from sparse_ft.errors import ConfigError, unknown_name
-from sparse_ft.inference import leaving, row_logits
-from sparse_ft.model import SparseExpertModel
-from sparse_ft.routing import Routing
+from sparse_ft.experts.inference import leaving, row_logits
+from sparse_ft.experts.model import SparseExpertModel
+from sparse_ft.experts.routing import Routing
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.kinds.decoding import best_legal_tags
 from sparse_ft.tasks.kinds.multi_label import THRESHOLD

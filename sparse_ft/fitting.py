@@ -21,10 +21,10 @@ from sparse_ft.backbone.trunk import keep_trunk, trunk_bytes
 from sparse_ft.config import RunConfig
 from sparse_ft.errors import SparseFTError
 from sparse_ft.evaluation import predict_rows, score_rows
+from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.gradients import Gradients
 from sparse_ft.joint import has_gate
 from sparse_ft.mixing import Domains, Mixing, Pairs
-from sparse_ft.model import SparseExpertModel
 from sparse_ft.parameter_groups import Group, build_optimizer, find_groups
 from sparse_ft.processes import place, shared_out
 from sparse_ft.resume import Progress, fingerprint, load_resume, read_progress, save_resume

@@ -3,7 +3,7 @@
 import torch
 
 from sparse_ft.backbone.backbone import Backbone, load_backbone
-from sparse_ft.experts import Expert
+from sparse_ft.experts.named_experts import Expert
 
 
 def fresh_copy(backbone: Backbone) -> Backbone:

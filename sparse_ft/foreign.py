@@ -19,7 +19,7 @@ from sparse_ft.adapter_files import WRAPPER
 from sparse_ft.backbone.backbone import MINILM_ID, Backbone
 from sparse_ft.checkpoint import read_tensors
 from sparse_ft.errors import CheckpointError
-from sparse_ft.experts import Expert
+from sparse_ft.experts.named_experts import Expert
 
 ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sparse_ft.backbone.encoding import Example
-from sparse_ft.choosing import Choice
 from sparse_ft.config import GateConfig
 from sparse_ft.errors import ConfigError
-from sparse_ft.experts import named_generator
-from sparse_ft.gates import TEXT_GATES, PrototypeGate, SequenceGate
-from sparse_ft.inference import mean_states, text_routing
-from sparse_ft.model import SparseExpertModel
+from sparse_ft.experts.choosing import Choice
+from sparse_ft.experts.gates import TEXT_GATES, PrototypeGate, SequenceGate
+from sparse_ft.experts.inference import mean_states, text_routing
+from sparse_ft.experts.model import SparseExpertModel
+from sparse_ft.experts.named_experts import named_generator
 
 _EPOCHS, _MIN_STEPS, _BATCH_SIZE, _LEARNING_RATE = 10, 300, 128, 1e-3
 _LABEL_SMOOTHING = 0.1

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from sparse_ft.backbone.batching import collate
 from sparse_ft.config import RunConfig
-from sparse_ft.experts import named_generator
+from sparse_ft.experts.model import SparseExpertModel
+from sparse_ft.experts.named_experts import named_generator
 from sparse_ft.mixing import Domains, Mixing, Pairs
-from sparse_ft.model import SparseExpertModel
 from sparse_ft.processes import from_each, launched, number, place, sum_gradients
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.kinds.kind import IGNORED

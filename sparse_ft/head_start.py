@@ -8,7 +8,7 @@ from torch.nn import functional
 from sparse_ft.backbone.batching import collate, length_batches, token_limit
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.backbone.pooling import pool
-from sparse_ft.model import SparseExpertModel
+from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.tasks.spec import TaskSpec
 from sparse_ft.training_data import TrainingTask
 

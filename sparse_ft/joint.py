@@ -5,9 +5,9 @@ run mixes two experts or more, or takes the probability of the one as its weight
 https://arxiv.org/abs/2101.03961).
 """
 
-from sparse_ft.choosing import Choice
 from sparse_ft.config import GateConfig, RunConfig
 from sparse_ft.errors import ConfigError
+from sparse_ft.experts.choosing import Choice
 
 SHARED = "shared"
 """Name of the expert that every row of a joint run uses, if it has one."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_ft.errors import ConfigError
-from sparse_ft.experts import Expert
+from sparse_ft.experts.named_experts import Expert
 
 _NOTHING = 1e-12
 """Times the largest singular value: what is smaller is rounding."""

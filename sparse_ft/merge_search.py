@@ -11,7 +11,7 @@ from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.checkpoint import Checkpoint
 from sparse_ft.errors import ConfigError, DataError
 from sparse_ft.evaluation import predict_rows, score_rows
-from sparse_ft.experts import Expert
+from sparse_ft.experts.named_experts import Expert
 from sparse_ft.merge_methods import MERGE_METHODS
 from sparse_ft.merged_expert import MergeSettings, merge_experts
 from sparse_ft.merged_tasks import MergedTask, install

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_ft.errors import ConfigError, unknown_name
-from sparse_ft.experts import Expert, named_generator
+from sparse_ft.experts.named_experts import Expert, named_generator
 from sparse_ft.low_rank import Truncation, factor, factor_product
 from sparse_ft.merge_methods import MERGE_METHODS
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from sparse_ft.checkpoint import Checkpoint
 from sparse_ft.errors import ConfigError, unknown_name
-from sparse_ft.experts import Expert
-from sparse_ft.model import SparseExpertModel
+from sparse_ft.experts.model import SparseExpertModel
+from sparse_ft.experts.named_experts import Expert
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.spec import TaskSpec
 

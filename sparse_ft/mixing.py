@@ -9,10 +9,10 @@ from sparse_ft.auxiliary import Auxiliary, auxiliary
 from sparse_ft.backbone.batching import Batch
 from sparse_ft.backbone.encoding import Example
 from sparse_ft.config import RunConfig
-from sparse_ft.gates import SequenceGate, TokenGate
-from sparse_ft.inference import mean_states, text_routing
-from sparse_ft.model import SparseExpertModel
-from sparse_ft.routing import Routing
+from sparse_ft.experts.gates import SequenceGate, TokenGate
+from sparse_ft.experts.inference import mean_states, text_routing
+from sparse_ft.experts.model import SparseExpertModel
+from sparse_ft.experts.routing import Routing
 
 Pairs = Sequence[tuple[str, int]]
 """Task and place of each row of a batch, the rows of a task adjacent: a unit of ``TrainingTask.units`` until it is

@@ -8,12 +8,12 @@ import torch
 from sparse_ft.backbone.encoding import Example
 from sparse_ft.config import GateConfig, RunConfig
 from sparse_ft.errors import ConfigError, unknown_name
-from sparse_ft.experts import named_generator
+from sparse_ft.experts.gates import SequenceGate, TokenGate
+from sparse_ft.experts.inference import mean_states
+from sparse_ft.experts.model import SparseExpertModel
+from sparse_ft.experts.named_experts import named_generator
 from sparse_ft.gate_training import fit_gate, gate_block
-from sparse_ft.gates import SequenceGate, TokenGate
-from sparse_ft.inference import mean_states
 from sparse_ft.joint import SHARED, has_gate, joint_choice, pool_names
-from sparse_ft.model import SparseExpertModel
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.spec import TaskSpec
 from sparse_ft.training_data import TrainingTask

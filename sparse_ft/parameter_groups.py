@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from sparse_ft.config import RunConfig
-from sparse_ft.gates import TokenGate
+from sparse_ft.experts.gates import TokenGate
+from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.joint import has_gate
-from sparse_ft.model import SparseExpertModel
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.checkpoint import Checkpoint, load_checkpoint
 from sparse_ft.ensembles import Ensemble, find_ensembles
 from sparse_ft.errors import ConfigError
+from sparse_ft.experts.gates import SequenceGate
 from sparse_ft.forms import Asked, Row, Text, row_of
-from sparse_ft.gates import SequenceGate
 from sparse_ft.rules import RulesGate, load_rules
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.kinds.answers import Prediction

@@ -7,13 +7,21 @@ import torch
 from torch import Tensor
 
 from sparse_ft.backbone.encoding import Example
-from sparse_ft.baseline_gates import BernoulliGate, HashGate, LoadAwareGate, RandomGate, RoundRobinGate, UniformGate
-from sparse_ft.choosing import Choice
+from sparse_ft.baseline_gates import (
+    ArrowGate,
+    BernoulliGate,
+    HashGate,
+    LoadAwareGate,
+    RandomGate,
+    RoundRobinGate,
+    UniformGate,
+)
 from sparse_ft.errors import ConfigError, unknown_name
-from sparse_ft.gates import ArrowGate, Gate, GateInput, TokenGate
-from sparse_ft.inference import text_routing
-from sparse_ft.model import SparseExpertModel
-from sparse_ft.routing import Routing
+from sparse_ft.experts.choosing import Choice
+from sparse_ft.experts.gates import Gate, GateInput, TokenGate
+from sparse_ft.experts.inference import text_routing
+from sparse_ft.experts.model import SparseExpertModel, check_token_routing
+from sparse_ft.experts.routing import Routing
 from sparse_ft.rules import RulesGate, load_rules
 
 # Built with the experts' names and a seed.
@@ -126,19 +134,6 @@ def arrow_gate(model: SparseExpertModel, *, top_k: int = 2) -> ArrowGate:
     }
     moved = {block: value.to(model.device) for block, value in vectors.items()}
     return ArrowGate(names, moved, choice=Choice(top_k=min(top_k, len(names))))
-
-
-def check_token_routing(model: SparseExpertModel) -> None:
-    """Refuse an architecture that cannot route tokens.
-
-    Raises:
-        ConfigError: If it cannot.
-    """
-    if not model.backbone.family.routes_rows:
-        raise ConfigError(
-            f"The tokens of backbone {model.backbone.name!r} cannot be routed one by one: its attention shares layers "
-            "between rows. Route whole texts."
-        )
 
 
 def _first_singular_vector(model: SparseExpertModel, index: int, block: int, hidden: int) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_ft.routing import Routing
+from sparse_ft.experts.routing import Routing
 
 UNKNOWN = "unknown"
 """Stands for the expert of a row that the gate turned away."""

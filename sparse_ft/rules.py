@@ -21,8 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import PydanticCustomError
 
 from sparse_ft.errors import ConfigError, explain, unknown_name
-from sparse_ft.gates import GateInput
-from sparse_ft.routing import Routing
+from sparse_ft.experts.gates import GateInput
+from sparse_ft.experts.routing import Routing
 from sparse_ft.tasks.records import label_text
 
 _HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"

@@ -9,11 +9,11 @@ from sklearn.cluster import KMeans
 from sparse_ft.backbone.encoding import Encoder, Example
 from sparse_ft.checkpoint import Checkpoint
 from sparse_ft.errors import ConfigError
-from sparse_ft.experts import Expert
+from sparse_ft.experts.inference import mean_states
+from sparse_ft.experts.model import SparseExpertModel
+from sparse_ft.experts.named_experts import Expert
 from sparse_ft.gate_stage import note_accuracy, rows_by_expert
 from sparse_ft.gate_training import fit_gate, gate_block
-from sparse_ft.inference import mean_states
-from sparse_ft.model import SparseExpertModel
 from sparse_ft.training_data import prepare_task
 
 

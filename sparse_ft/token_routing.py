@@ -16,11 +16,11 @@ from sparse_ft.backbone.devices import find_device
 from sparse_ft.backbone.encoding import Encoder, Example
 from sparse_ft.checkpoint import Checkpoint, load_checkpoint
 from sparse_ft.errors import ConfigError
+from sparse_ft.experts.gates import Gate
+from sparse_ft.experts.model import SparseExpertModel
+from sparse_ft.experts.routing import Routing
 from sparse_ft.forms import form_of
-from sparse_ft.gates import Gate
-from sparse_ft.model import SparseExpertModel
 from sparse_ft.routes import ROUTES, Route
-from sparse_ft.routing import Routing
 
 
 class Token(NamedTuple):

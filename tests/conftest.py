@@ -101,7 +101,7 @@ def make_model(tiny_folder):
 
     def make(family, heads, *, first_block=0, targets=None, rank=4, alpha=8.0, pooling="auto", dtype=torch.float32):
         from sparse_ft.backbone.backbone import load_backbone
-        from sparse_ft.model import SparseExpertModel
+        from sparse_ft.experts.model import SparseExpertModel
 
         folder = family if isinstance(family, Path) else tiny_folder(family)
         model = SparseExpertModel(load_backbone(str(folder), dtype=dtype), pooling=pooling)

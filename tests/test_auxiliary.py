@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from sparse_ft.auxiliary import alarms, auxiliary
-from sparse_ft.choosing import Choice
 from sparse_ft.config import GateConfig
+from sparse_ft.experts.choosing import Choice
+from sparse_ft.experts.routing import Routing
 from sparse_ft.losses import load_balancing_loss, routing_cross_entropy, z_loss
-from sparse_ft.routing import Routing
 
 GATED, EXPERTS = 3, 5
 PLACES = [0, 2, 3]

@@ -17,8 +17,8 @@ from sparse_ft.checkpoint import load_checkpoint, save_checkpoint
 from sparse_ft.config import RunConfig
 from sparse_ft.editing import add_from, copy_expert, edit, prune_expert, remove_expert, rename_expert
 from sparse_ft.errors import CheckpointError, ConfigError
-from sparse_ft.experts import Expert
-from sparse_ft.gates import Choice, SequenceGate, TokenGate
+from sparse_ft.experts.gates import Choice, SequenceGate, TokenGate
+from sparse_ft.experts.named_experts import Expert
 from sparse_ft.listing import describe_checkpoint
 from sparse_ft.low_rank import prune, truncate
 from sparse_ft.manifest import read_manifest, read_metrics

@@ -13,10 +13,10 @@ from sparse_ft.backbone.backbone import load_backbone, set_attention
 from sparse_ft.checkpoint import load_checkpoint
 from sparse_ft.editing import add_from, edit
 from sparse_ft.errors import CheckpointError, ConfigError
+from sparse_ft.experts.model import SparseExpertModel
+from sparse_ft.experts.routing import Routing
 from sparse_ft.foreign import read_adapter
 from sparse_ft.listing import describe_checkpoint
-from sparse_ft.model import SparseExpertModel
-from sparse_ft.routing import Routing
 
 TARGETS = {"bert": ["query", "value"], "gpt2": ["c_attn", "c_proj"], "llama": ["q_proj", "down_proj"]}
 INPUTS = {"input_ids": torch.tensor([[2, 11, 12, 13, 14, 3], [2, 20, 21, 22, 23, 3]])}

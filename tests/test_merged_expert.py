@@ -8,7 +8,7 @@ from test_editing import saved
 
 from sparse_ft.checkpoint import load_checkpoint
 from sparse_ft.errors import ConfigError
-from sparse_ft.experts import Expert
+from sparse_ft.experts.named_experts import Expert
 from sparse_ft.low_rank import factor, factor_product
 from sparse_ft.merge_methods import MERGE_METHODS
 from sparse_ft.merged_expert import merge_experts, merge_settings

@@ -18,10 +18,10 @@ from sparse_ft import mixing
 from sparse_ft.backbone.batching import collate
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.checkpoint import load_checkpoint
-from sparse_ft.choosing import Choice
 from sparse_ft.config import GateConfig, load_config
 from sparse_ft.errors import ConfigError
-from sparse_ft.gates import SequenceGate, TokenGate
+from sparse_ft.experts.choosing import Choice
+from sparse_ft.experts.gates import SequenceGate, TokenGate
 from sparse_ft.gradients import Gradients
 from sparse_ft.joint import joint_choice
 from sparse_ft.manifest import read_manifest

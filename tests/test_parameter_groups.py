@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparse_ft.choosing import Choice
 from sparse_ft.config import load_config
-from sparse_ft.gates import SequenceGate, TokenGate
+from sparse_ft.experts.choosing import Choice
+from sparse_ft.experts.gates import SequenceGate, TokenGate
 from sparse_ft.parameter_groups import build_optimizer, find_groups
 
 HEADS = {"mood": ("text", 2), "names": ("word", 5), "kept": ("text", 3)}

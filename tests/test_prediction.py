@@ -16,7 +16,7 @@ from test_training import FILLERS, logits_of, run, toy_rows, trained_minilm, wri
 import sparse_ft
 from sparse_ft.backbone.words import split_words
 from sparse_ft.errors import ConfigError, DataError
-from sparse_ft.gates import TokenGate
+from sparse_ft.experts.gates import TokenGate
 from sparse_ft.prediction import CHUNK, Prediction
 
 SINGLE = ["mood", "about", "names"]

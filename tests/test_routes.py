@@ -129,7 +129,7 @@ def test_rules_see_the_same_in_evaluate_as_in_predict(tmp_path, tiny_bert):
 
 
 def test_arrow_in_a_batch_equals_arrow_alone(pair):
-    from sparse_ft.inference import row_logits
+    from sparse_ft.experts.inference import row_logits
 
     model = load_checkpoint(pair).model
     texts = ["Book for two tomorrow please loved", "boring", "the table of the weather loved half of it"]

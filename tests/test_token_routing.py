@@ -10,10 +10,10 @@ from test_training import KINDS, trained_toys
 from sparse_ft.backbone.batching import collate
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.checkpoint import load_checkpoint
-from sparse_ft.choosing import Choice
 from sparse_ft.errors import ConfigError, DataError
-from sparse_ft.gates import TokenGate
-from sparse_ft.inference import text_routing
+from sparse_ft.experts.choosing import Choice
+from sparse_ft.experts.gates import TokenGate
+from sparse_ft.experts.inference import text_routing
 from sparse_ft.routes import BASELINES, arrow_gate
 from sparse_ft.token_routing import route_tokens
 

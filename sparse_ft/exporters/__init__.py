@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sparse_ft.errors import ConfigError, unknown_name
-from sparse_ft.experts import Expert
+from sparse_ft.experts.named_experts import Expert
 from sparse_ft.exporters.onnx_folder import write_onnx
 from sparse_ft.exporters.parts import sole_expert
 from sparse_ft.exporters.peft_folder import plain_expert, write_peft

@@ -13,7 +13,7 @@ from torch import Tensor
 from sparse_ft.adapter_files import write_adapter
 from sparse_ft.backbone.pooling import pool
 from sparse_ft.errors import ExportError
-from sparse_ft.experts import Expert
+from sparse_ft.experts.named_experts import Expert
 from sparse_ft.exporters.parts import load_tokenizer, save_tokenizer, sees_shapes, sole_expert, token_classifier
 from sparse_ft.folding import fresh_copy
 from sparse_ft.prediction import LoadedModel

@@ -16,13 +16,7 @@ from pathlib import Path
 import datasets
 
 from sparse_ft.errors import DataError
-from sparse_ft.tasks.clue_formats import (
-    _read_c3,
-    _read_chid,
-    _read_cluener,
-    _read_cluewsc,
-    mark_pronoun,
-)
+from sparse_ft.tasks.clue_formats import _read_c3, _read_chid, _read_cluener, _read_cluewsc, mark_pronoun
 from sparse_ft.tasks.columns import Reading, to_dataset, wanted_columns
 from sparse_ft.tasks.dividing import SPLIT_SEED, _cut_validation, _divide, _read_of
 from sparse_ft.tasks.formats import (

@@ -6,7 +6,7 @@ import torch
 from sparse_ft.backbone.backbone import load_backbone
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.backbone.words import BLANK
-from sparse_ft.inference import row_logits
+from sparse_ft.experts.inference import row_logits
 from sparse_ft.tasks.kinds import KINDS
 from sparse_ft.tasks.kinds.multiple_choice import around_blank
 

@@ -55,9 +55,7 @@ class Classification:
         self, references: Sequence[Any], predictions: Sequence[Any], *, labels: Sequence[str], out_of_scope: str | None
     ) -> "Score":
         """Accuracy, F1 averages, report and confusion matrix."""
-        from sparse_ft.tasks.kinds.scores import (
-            score_classification,  # seconds to import, and prediction does not need it
-        )
+        from sparse_ft.tasks.kinds.scores import score_classification
 
         return score_classification(references, predictions, labels=labels, out_of_scope=out_of_scope)
 

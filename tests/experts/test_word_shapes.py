@@ -14,10 +14,10 @@ from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.backbone.words import SHAPES, word_shape
 from sparse_ft.checkpoint import load_checkpoint
 from sparse_ft.errors import CheckpointError
-from sparse_ft.experts import Expert
+from sparse_ft.experts.named_experts import Expert
+from sparse_ft.experts.routing import Routing
 from sparse_ft.folders import write_json
 from sparse_ft.manifest import MANIFEST, read_manifest
-from sparse_ft.routing import Routing
 
 
 @pytest.mark.parametrize(("word", "shape"), [

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparse_ft.errors import ConfigError
-from sparse_ft.routing import Routing
+from sparse_ft.experts.routing import Routing
 
 
 @dataclass(frozen=True)

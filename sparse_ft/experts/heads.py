@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from sparse_ft.experts import named_generator
-from sparse_ft.routing import RoutingSlot
+from sparse_ft.experts.named_experts import named_generator
+from sparse_ft.experts.routing import RoutingSlot
 
 
 class Head(nn.Module):

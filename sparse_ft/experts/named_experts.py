@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from sparse_ft.backbone.words import SHAPES
 from sparse_ft.errors import CheckpointError, ConfigError, unknown_name
-from sparse_ft.expert_layer import ExpertLayer, linear_shape
-from sparse_ft.routing import RoutingSlot
-from sparse_ft.word_shapes import WordShapes
+from sparse_ft.experts.layer import ExpertLayer, linear_shape
+from sparse_ft.experts.routing import RoutingSlot
+from sparse_ft.experts.word_shapes import WordShapes
 
 
 def named_generator(seed: int, name: str) -> torch.Generator:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_ft.expert_layer import ExpertLayer
-from sparse_ft.routing import Routing, RoutingSlot
+from sparse_ft.experts.layer import ExpertLayer
+from sparse_ft.experts.routing import Routing, RoutingSlot
 
 
 def test_an_expert_layer_outside_a_forward_pass_says_so():

@@ -9,10 +9,10 @@ from conftest import CAUSAL, FAMILIES, add_random_expert, trainable_of
 from sparse_ft.backbone.backbone import load_backbone
 from sparse_ft.backbone.batching import collate
 from sparse_ft.backbone.encoding import Encoder
-from sparse_ft.choosing import Choice
 from sparse_ft.errors import ConfigError
-from sparse_ft.gates import TokenGate
-from sparse_ft.model import SparseExpertModel
+from sparse_ft.experts.choosing import Choice
+from sparse_ft.experts.gates import TokenGate
+from sparse_ft.experts.model import SparseExpertModel
 
 # Heads of different size and level, experts of different rank and depth.
 HEADS = {"mood": ("text", 3), "names": ("word", 7), "topic": ("text", 12)}

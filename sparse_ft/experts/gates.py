@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ft.backbone.pooling import pool
-from sparse_ft.choosing import Choice
-from sparse_ft.familiarity import Familiarity
-from sparse_ft.routing import Routing
+from sparse_ft.experts.choosing import Choice
+from sparse_ft.experts.familiarity import Familiarity
+from sparse_ft.experts.routing import Routing
 
 _UNITS = 128
 """Of the perceptron's hidden layer."""
@@ -229,36 +229,6 @@ class TokenGate(nn.Module):
 
 GATES: dict[str, type[SequenceGate] | type[TokenGate]] = {**TEXT_GATES, "token": TokenGate}
 """The gates that are kept in checkpoints, by the name that configs use."""
-
-
-class ArrowGate(nn.Module):
-    """Routes each token by the experts' weights: the larger their first right singular vector responds, the better.
-
-    Ostapenko et al. 2024, "Towards modular LLMs by building and reusing a library of LoRAs",
-    https://arxiv.org/abs/2405.11157, section 3.2. One vector a block and expert, of all its deltas that read what
-    enters the block, stacked.
-
-    Args:
-        names: Experts to choose among.
-        vectors: Block to [E, H], each row of length 1, or 0 for an expert without deltas there.
-        choice: How the logits become a routing.
-    """
-
-    every_block = True
-
-    def __init__(self, names: Sequence[str], vectors: Mapping[int, Tensor], *, choice: Choice) -> None:
-        super().__init__()
-        self.names = list(names)
-        self.choice = choice
-        self.blocks = list(vectors)
-        self.vectors = nn.ParameterList(nn.Parameter(value, requires_grad=False) for value in vectors.values())
-
-    def route(self, inputs: GateInput) -> Routing:
-        """Choose experts for each token of one block."""
-        vectors = self.vectors[self.blocks.index(inputs.block)]
-        with _float32(inputs.hidden):
-            logits = (inputs.hidden.float() @ vectors.t()).abs()
-        return self.choice(logits, mask=inputs.attention_mask)
 
 
 def _float32(tensor: Tensor) -> torch.autocast:

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from sparse_ft.backbone.pooling import pool
-from sparse_ft.heads import Head
-from sparse_ft.routing import RoutingSlot
+from sparse_ft.experts.heads import Head
+from sparse_ft.experts.routing import RoutingSlot
 
 
 def ragged(dtype=torch.float32):

@@ -12,10 +12,10 @@ from sparse_ft.backbone.backbone import Backbone
 from sparse_ft.backbone.batching import Batch, TaskRows
 from sparse_ft.backbone.pooling import pool
 from sparse_ft.errors import ConfigError, unknown_name
-from sparse_ft.experts import Experts
-from sparse_ft.gates import Gate, GateInput, SequenceGate, TokenGate
-from sparse_ft.heads import Head
-from sparse_ft.routing import Pass, Routing, RoutingSlot
+from sparse_ft.experts.gates import Gate, GateInput, SequenceGate, TokenGate
+from sparse_ft.experts.heads import Head
+from sparse_ft.experts.named_experts import Experts
+from sparse_ft.experts.routing import Pass, Routing, RoutingSlot
 
 
 @dataclass(frozen=True)
@@ -331,3 +331,16 @@ class SparseExpertModel(nn.Module):
 def _head_key(task: str) -> str:
     """Name a head's module so that no task name meets an attribute of ``nn.ModuleDict``."""
     return f"task_{task}"
+
+
+def check_token_routing(model: SparseExpertModel) -> None:
+    """Refuse an architecture that cannot route tokens.
+
+    Raises:
+        ConfigError: If it cannot.
+    """
+    if not model.backbone.family.routes_rows:
+        raise ConfigError(
+            f"The tokens of backbone {model.backbone.name!r} cannot be routed one by one: its attention shares layers "
+            "between rows. Route whole texts."
+        )

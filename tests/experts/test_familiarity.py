@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.stats import multivariate_normal
 
-from sparse_ft.familiarity import Familiarity
+from sparse_ft.experts.familiarity import Familiarity
 
 FEATURES = 12
 ROWS, HELD_OUT, FRESH = 400, 300, 1000

@@ -7,7 +7,7 @@ from conftest import add_random_expert, trainable_of
 from sparse_ft.backbone.batching import collate
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.errors import CheckpointError, ConfigError
-from sparse_ft.experts import Expert, named_generator
+from sparse_ft.experts.named_experts import Expert, named_generator
 
 HEADS = {"mood": ("text", 3), "names": ("word", 5)}
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_ft.expert_layer import ExpertLayer, linear_shape
-from sparse_ft.routing import Routing, RoutingSlot
+from sparse_ft.experts.layer import ExpertLayer, linear_shape
+from sparse_ft.experts.routing import Routing, RoutingSlot
 
 INPUTS, OUTPUTS = 12, 20
 

@@ -11,9 +11,9 @@ from sparse_ft.backbone.batching import collate, length_batches, token_limit
 from sparse_ft.backbone.encoding import NEVER, Example
 from sparse_ft.backbone.trunk import keep_trunk
 from sparse_ft.errors import ConfigError
-from sparse_ft.gates import Gate, SequenceGate, TokenGate
-from sparse_ft.model import SparseExpertModel
-from sparse_ft.routing import Pass, Routing
+from sparse_ft.experts.gates import Gate, SequenceGate, TokenGate
+from sparse_ft.experts.model import SparseExpertModel
+from sparse_ft.experts.routing import Pass, Routing
 
 
 class TaskExamples(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sparse_ft.routing import Routing
+from sparse_ft.experts.routing import Routing
 
 
 class WordShapes(nn.Module):

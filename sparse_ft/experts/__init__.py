@@ -1,0 +1,1 @@
+"""The expert layer, named experts, heads, gates, and the model that runs a batch through them."""
