@@ -18,7 +18,7 @@ from runs import Entry, Runs, mean_and_spread
 from script import chosen, listed, numbers, run
 
 import sparse_ft.training
-from sparse_ft.manifest import read_config, read_manifest
+from sparse_ft.checkpoint.manifest import read_config, read_manifest
 from sparse_ft.tasks.spec import load_task
 
 METHODS = {"alone": [], "by text": ["stage=joint"], "by token": ["stage=joint", "gate.type=token"]}

@@ -20,7 +20,7 @@ import torch
 from script import listed, run
 
 from sparse_ft.backbone.backbone import load_backbone
-from sparse_ft.checkpoint import load_expert
+from sparse_ft.checkpoint.expert_files import load_expert
 from sparse_ft.experts.model import SparseExpertModel
 
 

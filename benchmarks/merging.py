@@ -15,7 +15,7 @@ from pathlib import Path
 from script import numbers, run
 
 from sparse_ft.backbone.encoding import Encoder
-from sparse_ft.checkpoint import Checkpoint, load_checkpoint
+from sparse_ft.checkpoint.checkpoint import Checkpoint, load_checkpoint
 from sparse_ft.editing import add_from
 from sparse_ft.evaluation import evaluate_task
 from sparse_ft.merge_methods import MERGE_METHODS

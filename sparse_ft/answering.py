@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_ft.backbone.encoding import Encoder, Example
-from sparse_ft.checkpoint import Checkpoint
+from sparse_ft.checkpoint.checkpoint import Checkpoint
 from sparse_ft.ensembles import Ensemble, ensemble_logits
 from sparse_ft.errors import ConfigError, DataError
 from sparse_ft.experts.gates import SequenceGate

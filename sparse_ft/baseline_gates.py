@@ -12,10 +12,7 @@ from torch import Tensor, nn
 
 from sparse_ft.errors import ConfigError
 from sparse_ft.experts.choosing import Choice
-from sparse_ft.experts.gates import (
-    GateInput,
-    _float32,
-)
+from sparse_ft.experts.gates import GateInput, _float32
 from sparse_ft.experts.routing import Routing
 
 

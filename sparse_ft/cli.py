@@ -190,8 +190,8 @@ def evaluate(
     backbone: BackboneOption = None,
 ) -> None:
     """Score a checkpoint and print the classification report of each task."""
+    from sparse_ft.checkpoint.folders import explain_os_errors, write_json
     from sparse_ft.evaluation import evaluate as evaluate_checkpoint
-    from sparse_ft.folders import explain_os_errors, write_json
     from sparse_ft.reports import write_report
 
     result = evaluate_checkpoint(
@@ -321,7 +321,7 @@ def _inspect_text(
     """Show how one text is routed; nothing is printed if the picture cannot be written."""
     if picture is not None and picture.suffix.lower() != ".png":
         raise ConfigError(f"--picture {str(picture)!r} is no PNG. Give a file name that ends in .png.")
-    from sparse_ft.folders import explain_os_errors, write_bytes
+    from sparse_ft.checkpoint.folders import explain_os_errors, write_bytes
     from sparse_ft.pictures import require_matplotlib, token_picture
     from sparse_ft.token_routing import route_tokens
     from sparse_ft.token_table import token_table

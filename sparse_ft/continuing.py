@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sparse_ft.checkpoint.manifest import read_config, read_manifest
 from sparse_ft.config import RunConfig, changed_config
 from sparse_ft.errors import ConfigError
 from sparse_ft.experts.model import SparseExpertModel
-from sparse_ft.manifest import read_config, read_manifest
 
 
 def continued_config(run: RunConfig) -> RunConfig:

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparse_ft.backbone.encoding import ODD_TEXTS
-from sparse_ft.checkpoint import Checkpoint, load_checkpoint, load_expert, load_task_into, save_checkpoint
+from sparse_ft.checkpoint.checkpoint import Checkpoint, load_checkpoint, load_task_into, save_checkpoint
+from sparse_ft.checkpoint.expert_files import ADAPTER_CONFIG, load_expert, read_adapter
+from sparse_ft.checkpoint.folders import recover_folder
+from sparse_ft.checkpoint.manifest import MANIFEST, check_name, read_config, read_manifest, read_metrics, slot_experts
+from sparse_ft.checkpoint.outputs import free_output
 from sparse_ft.errors import CheckpointError, ConfigError, unknown_name
-from sparse_ft.folders import recover_folder
-from sparse_ft.foreign import ADAPTER_CONFIG, read_adapter
 from sparse_ft.low_rank import Pruned, prune
-from sparse_ft.manifest import MANIFEST, check_name, read_config, read_manifest, read_metrics, slot_experts
-from sparse_ft.outputs import free_output
 from sparse_ft.splitting import split_expert
 from sparse_ft.tasks.kinds import find_kind
 

@@ -14,10 +14,10 @@ from sklearn.utils import Tags, check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d
 
-from sparse_ft.checkpoint import Checkpoint, save_checkpoint
+from sparse_ft.checkpoint.checkpoint import Checkpoint, save_checkpoint
+from sparse_ft.checkpoint.folders import replace_folder, write_bytes
+from sparse_ft.checkpoint.outputs import free_output
 from sparse_ft.config import changed_config
-from sparse_ft.folders import replace_folder, write_bytes
-from sparse_ft.outputs import free_output
 from sparse_ft.prediction import LoadedModel, load
 from sparse_ft.training import train
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from sparse_ft.backbone.devices import find_device
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.backbone.words import join_words
-from sparse_ft.checkpoint import Checkpoint, load_checkpoint
+from sparse_ft.checkpoint.checkpoint import Checkpoint, load_checkpoint
 from sparse_ft.ensembles import Ensemble, ensemble_logits, equal_routing, find_ensembles
 from sparse_ft.errors import ConfigError, DataError, unknown_name
 from sparse_ft.experts.gates import Gate

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparse_ft.checkpoint import describe_origin
+from sparse_ft.checkpoint.checkpoint import describe_origin
+from sparse_ft.checkpoint.folders import replace_folder, write_bytes, write_json
+from sparse_ft.checkpoint.outputs import free_output
 from sparse_ft.errors import ConfigError
 from sparse_ft.exporters import find_exporter
 from sparse_ft.exporters.int8 import int8_scores, quantise
-from sparse_ft.folders import replace_folder, write_bytes, write_json
 from sparse_ft.model_card import model_card
-from sparse_ft.outputs import free_output
 from sparse_ft.prediction import LoadedModel, load
 from sparse_ft.round_trip import TOLERANCE, Difference
 from sparse_ft.tasks.encoded_rows import name_sources

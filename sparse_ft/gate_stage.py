@@ -7,7 +7,8 @@ from typing import Any
 
 from sparse_ft.backbone.devices import find_device
 from sparse_ft.backbone.encoding import Encoder, Example
-from sparse_ft.checkpoint import load_checkpoint, save_checkpoint
+from sparse_ft.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+from sparse_ft.checkpoint.outputs import free_output, next_output
 from sparse_ft.config import RunConfig, changed_config
 from sparse_ft.continuing import keep_length, moved_backbone
 from sparse_ft.errors import ConfigError, SparseFTError
@@ -16,7 +17,6 @@ from sparse_ft.experts.gates import SequenceGate
 from sparse_ft.experts.inference import text_routing
 from sparse_ft.experts.model import SparseExpertModel, check_token_routing
 from sparse_ft.gate_training import fit_gate, routing_accuracy
-from sparse_ft.outputs import free_output, next_output
 from sparse_ft.tasks.encoded_rows import name_sources, scored_splits
 from sparse_ft.tasks.spec import TaskSpec
 from sparse_ft.training_data import TrainingTask, prepare_task

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from sparse_ft.backbone.backbone import MINILM_ID, Backbone, load_backbone
-from sparse_ft.checkpoint import save_checkpoint
+from sparse_ft.checkpoint.checkpoint import save_checkpoint
+from sparse_ft.checkpoint.expert_files import ADAPTER_CONFIG, read_adapter, read_adapter_config, read_head
+from sparse_ft.checkpoint.manifest import MANIFEST, check_name
+from sparse_ft.checkpoint.outputs import free_output
 from sparse_ft.config import RunConfig
 from sparse_ft.errors import CheckpointError, ConfigError
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.exporting import RECORD
-from sparse_ft.foreign import ADAPTER_CONFIG, read_adapter, read_adapter_config, read_head
-from sparse_ft.manifest import MANIFEST, check_name
-from sparse_ft.outputs import free_output
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.spec import TaskSpec, list_tasks, load_task, parse_task
 

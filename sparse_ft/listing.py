@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from sparse_ft.manifest import read_manifest, read_metrics, read_yaml, slot_experts
+from sparse_ft.checkpoint.manifest import read_manifest, read_metrics, read_yaml, slot_experts
 from sparse_ft.tasks.spec import FileSource, HubSource, TaskSpec, list_tasks, load_task, parse_task
 
 

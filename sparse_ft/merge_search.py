@@ -8,7 +8,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from sparse_ft.backbone.encoding import Encoder
-from sparse_ft.checkpoint import Checkpoint
+from sparse_ft.checkpoint.checkpoint import Checkpoint
 from sparse_ft.errors import ConfigError, DataError
 from sparse_ft.evaluation import predict_rows, score_rows
 from sparse_ft.experts.named_experts import Expert

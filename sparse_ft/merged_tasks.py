@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_ft.checkpoint import Checkpoint
+from sparse_ft.checkpoint.checkpoint import Checkpoint
 from sparse_ft.errors import ConfigError, unknown_name
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.named_experts import Expert

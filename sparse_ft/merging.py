@@ -7,18 +7,18 @@ from typing import Any, NamedTuple
 
 from sparse_ft.backbone.devices import find_device
 from sparse_ft.backbone.encoding import Encoder
-from sparse_ft.checkpoint import Checkpoint, load_bare, save_checkpoint
+from sparse_ft.checkpoint.checkpoint import Checkpoint, load_bare, save_checkpoint
+from sparse_ft.checkpoint.manifest import check_name, read_manifest, slot_experts
+from sparse_ft.checkpoint.outputs import free_output
 from sparse_ft.config import changed_config
 from sparse_ft.editing import add_from, find_experts, new_task_names
 from sparse_ft.errors import CheckpointError, ConfigError, unknown_name
 from sparse_ft.evaluation import evaluate_task
 from sparse_ft.gate_stage import add_gate, kept_rows
-from sparse_ft.manifest import check_name, read_manifest, slot_experts
 from sparse_ft.merge_methods import MERGE_METHODS
 from sparse_ft.merge_search import BUDGET, ROWS, Search, require_optuna, search_settings
 from sparse_ft.merged_expert import MergedExpert, MergeSettings, merge_experts, merge_settings
 from sparse_ft.merged_tasks import AVERAGE, MergedTask, group_tasks, install, part_tasks
-from sparse_ft.outputs import free_output
 from sparse_ft.reports import TaskReport, report_json
 from sparse_ft.routes import Route
 from sparse_ft.tables import align

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from sparse_ft.checkpoint import MODEL_TYPE
+from sparse_ft.checkpoint.checkpoint import MODEL_TYPE
 from sparse_ft.forms import Asked
 from sparse_ft.prediction import CHUNK, LoadedModel, load
 

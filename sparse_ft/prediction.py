@@ -10,7 +10,7 @@ from torch import Tensor
 from sparse_ft.answering import Answering
 from sparse_ft.backbone.devices import find_device
 from sparse_ft.backbone.encoding import Encoder
-from sparse_ft.checkpoint import Checkpoint, load_checkpoint
+from sparse_ft.checkpoint.checkpoint import Checkpoint, load_checkpoint
 from sparse_ft.ensembles import Ensemble, find_ensembles
 from sparse_ft.errors import ConfigError
 from sparse_ft.experts.gates import SequenceGate

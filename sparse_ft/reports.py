@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sparse_ft.checkpoint.folders import write_bytes
 from sparse_ft.errors import SparseFTError
-from sparse_ft.folders import write_bytes
 from sparse_ft.tables import align, printable, terminal_width
 from sparse_ft.tasks.kinds.scores import Confusion, Report, Score
 

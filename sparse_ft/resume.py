@@ -13,11 +13,11 @@ import yaml
 from torch import Tensor, nn
 
 from sparse_ft.backbone.encoding import Example
-from sparse_ft.checkpoint import read_tensors
+from sparse_ft.checkpoint.expert_files import read_tensors
+from sparse_ft.checkpoint.folders import recover_folder, replace_folder, write_bytes, write_json
+from sparse_ft.checkpoint.manifest import read_config
 from sparse_ft.config import RunConfig
 from sparse_ft.errors import CheckpointError, ConfigError
-from sparse_ft.folders import recover_folder, replace_folder, write_bytes, write_json
-from sparse_ft.manifest import read_config
 
 
 @dataclass

@@ -16,8 +16,8 @@ from spacy.language import Language
 from spacy.tokens import Doc, Span
 from spacy.util import filter_spans
 
+from sparse_ft.checkpoint.folders import write_json
 from sparse_ft.errors import ConfigError, unknown_name
-from sparse_ft.folders import write_json
 from sparse_ft.prediction import LoadedModel, load
 from sparse_ft.tasks.kinds.answers import Entity
 

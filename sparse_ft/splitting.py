@@ -7,7 +7,7 @@ import torch
 from sklearn.cluster import KMeans
 
 from sparse_ft.backbone.encoding import Encoder, Example
-from sparse_ft.checkpoint import Checkpoint
+from sparse_ft.checkpoint.checkpoint import Checkpoint
 from sparse_ft.errors import ConfigError
 from sparse_ft.experts.inference import mean_states
 from sparse_ft.experts.model import SparseExpertModel

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sparse_ft.checkpoint.folders import explain_os_errors, write_bytes
 from sparse_ft.errors import ConfigError, DataError, unknown_name
-from sparse_ft.folders import explain_os_errors, write_bytes
 from sparse_ft.prediction import LoadedModel
 from sparse_ft.tasks.formats import FileOptions
 from sparse_ft.tasks.reading import read, read_file

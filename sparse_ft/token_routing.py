@@ -14,7 +14,7 @@ from torch import Tensor
 from sparse_ft.backbone.batching import collate
 from sparse_ft.backbone.devices import find_device
 from sparse_ft.backbone.encoding import Encoder, Example
-from sparse_ft.checkpoint import Checkpoint, load_checkpoint
+from sparse_ft.checkpoint.checkpoint import Checkpoint, load_checkpoint
 from sparse_ft.errors import ConfigError
 from sparse_ft.experts.gates import Gate
 from sparse_ft.experts.model import SparseExpertModel

@@ -11,20 +11,20 @@ import torch
 from sparse_ft.backbone.backbone import load_backbone, set_training_attention
 from sparse_ft.backbone.devices import find_device, find_dtype, is_out_of_memory
 from sparse_ft.backbone.encoding import Encoder
-from sparse_ft.checkpoint import load_checkpoint, save_checkpoint
+from sparse_ft.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+from sparse_ft.checkpoint.folders import explain_os_errors, write_json
+from sparse_ft.checkpoint.manifest import check_name, read_config, read_manifest
+from sparse_ft.checkpoint.outputs import default_output, free_output, give_back, next_output
 from sparse_ft.config import RunConfig, changed_config, load_config
 from sparse_ft.continuing import check_kept_experts, continued_config, keep_length, moved_backbone
 from sparse_ft.errors import ConfigError, SparseFTError
 from sparse_ft.evaluation import Evaluation, evaluate
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.fitting import fit
-from sparse_ft.folders import explain_os_errors, write_json
 from sparse_ft.gate_stage import add_gate, check_gate, kept_rows, note_accuracy, rows_by_expert, train_gate
 from sparse_ft.head_start import has_start, start_head
 from sparse_ft.joint import check_joint, has_gate
-from sparse_ft.manifest import check_name, read_config, read_manifest
 from sparse_ft.new_experts import add_tasks, start_gate
-from sparse_ft.outputs import default_output, free_output, give_back, next_output
 from sparse_ft.processes import from_first, own_device, place, same_in_all
 from sparse_ft.reports import report_json
 from sparse_ft.resume import Progress, find_resume

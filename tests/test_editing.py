@@ -13,7 +13,8 @@ from test_experts import all_logits, assert_bit_identical
 from test_training import write_toy
 
 import sparse_ft
-from sparse_ft.checkpoint import load_checkpoint, save_checkpoint
+from sparse_ft.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+from sparse_ft.checkpoint.manifest import read_manifest, read_metrics
 from sparse_ft.config import RunConfig
 from sparse_ft.editing import add_from, copy_expert, edit, prune_expert, remove_expert, rename_expert
 from sparse_ft.errors import CheckpointError, ConfigError
@@ -21,7 +22,6 @@ from sparse_ft.experts.gates import Choice, SequenceGate, TokenGate
 from sparse_ft.experts.named_experts import Expert
 from sparse_ft.listing import describe_checkpoint
 from sparse_ft.low_rank import prune, truncate
-from sparse_ft.manifest import read_manifest, read_metrics
 from sparse_ft.tasks.spec import load_task
 
 LABELS = {"mood": ["bad", "good"], "about": ["football", "music"], "names": ["PER", "LOC"]}
@@ -337,7 +337,7 @@ def test_a_folder_that_holds_something_is_never_written(bert, tmp_path, monkeypa
 
 
 def test_a_save_that_fails_leaves_nothing(bert, tmp_path, monkeypatch):
-    from sparse_ft import checkpoint as checkpoint_module
+    from sparse_ft.checkpoint import checkpoint as checkpoint_module
 
     def full(path, content):
         raise OSError(28, "No space left on device")

@@ -18,7 +18,7 @@ from test_training import KINDS, run, toy_rows, write_rows, write_toy
 import sparse_ft
 from sparse_ft.backbone.backbone import load_backbone
 from sparse_ft.backbone.encoding import Encoder
-from sparse_ft.checkpoint import load_checkpoint
+from sparse_ft.checkpoint.checkpoint import load_checkpoint
 from sparse_ft.errors import ConfigError, DataError
 from sparse_ft.tasks.encoded_rows import whole_rows
 from sparse_ft.tasks.kinds import find_kind

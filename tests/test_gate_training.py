@@ -9,13 +9,13 @@ from sklearn.linear_model import LogisticRegression
 from test_training import run, settings, toy_rows, write_rows, write_toy
 
 import sparse_ft
-from sparse_ft.checkpoint import load_checkpoint
+from sparse_ft.checkpoint.checkpoint import load_checkpoint
+from sparse_ft.checkpoint.manifest import MANIFEST, read_config, read_manifest
 from sparse_ft.config import GateConfig
 from sparse_ft.errors import CheckpointError, ConfigError, DataError
 from sparse_ft.experts.gates import PrototypeGate, SequenceGate
 from sparse_ft.experts.inference import text_routing
 from sparse_ft.gate_training import fit_on_means
-from sparse_ft.manifest import MANIFEST, read_config, read_manifest
 
 # Words that tell the tasks apart, so that a gate has something to learn.
 MARKS = {

@@ -11,7 +11,7 @@ from test_foreign import wrap
 
 import sparse_ft
 from sparse_ft import importing
-from sparse_ft.checkpoint import load_checkpoint
+from sparse_ft.checkpoint.checkpoint import load_checkpoint
 from sparse_ft.errors import BackboneError, CheckpointError, ConfigError
 from sparse_ft.importing import import_adapter
 from sparse_ft.tasks.spec import parse_task

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_editing import saved
 
-from sparse_ft.checkpoint import load_checkpoint
+from sparse_ft.checkpoint.checkpoint import load_checkpoint
 from sparse_ft.errors import ConfigError
 from sparse_ft.experts.named_experts import Expert
 from sparse_ft.low_rank import factor, factor_product

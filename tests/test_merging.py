@@ -17,10 +17,10 @@ from test_experts import assert_bit_identical
 from test_training import write_toy
 
 import sparse_ft
-from sparse_ft.checkpoint import load_checkpoint, save_checkpoint
+from sparse_ft.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+from sparse_ft.checkpoint.manifest import read_manifest, read_metrics
 from sparse_ft.errors import CheckpointError, ConfigError, DataError
 from sparse_ft.experts.gates import PrototypeGate
-from sparse_ft.manifest import read_manifest, read_metrics
 from sparse_ft.merged_expert import merge_experts, merge_settings
 from sparse_ft.merging import merge
 

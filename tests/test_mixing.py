@@ -17,14 +17,14 @@ import sparse_ft
 from sparse_ft import mixing
 from sparse_ft.backbone.batching import collate
 from sparse_ft.backbone.encoding import Encoder
-from sparse_ft.checkpoint import load_checkpoint
+from sparse_ft.checkpoint.checkpoint import load_checkpoint
+from sparse_ft.checkpoint.manifest import read_manifest
 from sparse_ft.config import GateConfig, load_config
 from sparse_ft.errors import ConfigError
 from sparse_ft.experts.choosing import Choice
 from sparse_ft.experts.gates import SequenceGate, TokenGate
 from sparse_ft.gradients import Gradients
 from sparse_ft.joint import joint_choice
-from sparse_ft.manifest import read_manifest
 from sparse_ft.mixing import Mixing
 from sparse_ft.new_experts import token_gate
 

@@ -13,9 +13,9 @@ from test_mixing import POOL, mix
 from test_training import run, settings, tensors, write_rows, write_toy
 
 import sparse_ft
-from sparse_ft import folders
+from sparse_ft.checkpoint import folders
+from sparse_ft.checkpoint.folders import recover_folder, replace_folder
 from sparse_ft.errors import CheckpointError, ConfigError
-from sparse_ft.folders import recover_folder, replace_folder
 from sparse_ft.resume import find_resume
 
 # Three epochs of 5 steps, then three of 3 for the second task, and a save every second step; dropout makes every step
@@ -57,7 +57,8 @@ def die() -> None:
 
 def train_and_die(tasks: list[str], backbone: str, output: Path, moment: str, number: int, joint: dict) -> None:
     """Train in this process, and kill it when the moment has come."""
-    from sparse_ft import checkpoint, fitting, resume, training
+    from sparse_ft import fitting, resume, training
+    from sparse_ft.checkpoint import checkpoint
 
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)

@@ -90,9 +90,11 @@ def test_only_the_backbone_reaches_into_transformers_and_only_resources_knows_wh
     # pipeline.py registers with transformers' own pipelines, which is all that it is for; the exports build classifiers
     # of transformers and load what they wrote, as its users would.
     border = {"sparse_ft.pipeline", "sparse_ft.exporters.parts"}
-    assert importers("transformers") == {"sparse_ft.backbone.backbone", "sparse_ft.checkpoint", *border}
+    assert importers("transformers") == {"sparse_ft.backbone.backbone", "sparse_ft.checkpoint.checkpoint", *border}
     assert importers("spacy") == {"sparse_ft.spacy_component"}
-    assert FILES["sparse_ft.checkpoint"].read_text("utf-8").count("transformers.") == 1  # its version, to write it down
+    assert (
+        FILES["sparse_ft.checkpoint.checkpoint"].read_text("utf-8").count("transformers.") == 1
+    )  # its version, to write it down
     users = {
         module
         for module, path in FILES.items()

@@ -11,7 +11,7 @@ from test_training import run, write_toy
 
 import sparse_ft
 from sparse_ft.backbone.words import join_words
-from sparse_ft.checkpoint import load_checkpoint
+from sparse_ft.checkpoint.checkpoint import load_checkpoint
 from sparse_ft.errors import ConfigError
 from sparse_ft.routes import BASELINES, ROUTES, Route, arrow_gate
 

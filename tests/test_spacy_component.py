@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import sparse_ft
-from sparse_ft.checkpoint import load_checkpoint, save_checkpoint
+from sparse_ft.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from sparse_ft.errors import CheckpointError, ConfigError
 from sparse_ft.tasks.spec import parse_task
 

@@ -5,7 +5,7 @@ import torch
 from test_training import run, settings, tensors, write_toy
 
 import sparse_ft
-from sparse_ft.checkpoint import load_checkpoint
+from sparse_ft.checkpoint.checkpoint import load_checkpoint
 from sparse_ft.editing import edit
 from sparse_ft.errors import ConfigError
 

@@ -9,7 +9,7 @@ from test_training import KINDS, trained_toys
 
 from sparse_ft.backbone.batching import collate
 from sparse_ft.backbone.encoding import Encoder
-from sparse_ft.checkpoint import load_checkpoint
+from sparse_ft.checkpoint.checkpoint import load_checkpoint
 from sparse_ft.errors import ConfigError, DataError
 from sparse_ft.experts.choosing import Choice
 from sparse_ft.experts.gates import TokenGate

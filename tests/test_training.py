@@ -16,12 +16,12 @@ import sparse_ft
 from sparse_ft import fitting, training
 from sparse_ft.backbone.backbone import load_backbone, set_attention
 from sparse_ft.backbone.encoding import Encoder
-from sparse_ft.checkpoint import load_checkpoint
+from sparse_ft.checkpoint.checkpoint import load_checkpoint
+from sparse_ft.checkpoint.manifest import read_config, read_manifest
 from sparse_ft.config import RunConfig, load_config
 from sparse_ft.errors import BackboneError, ConfigError, DataError, SparseFTError
 from sparse_ft.evaluation import predict_rows
 from sparse_ft.experts.inference import row_logits
-from sparse_ft.manifest import read_config, read_manifest
 from sparse_ft.tasks.encoded_rows import prepare
 from sparse_ft.tasks.kinds.classification import Classification
 from sparse_ft.tasks.reading import read

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from sparse_ft.backbone.words import SHAPES
+from sparse_ft.checkpoint.folders import write_json
 from sparse_ft.errors import ConfigError, ExportError
 from sparse_ft.exporters.graph import Graph
 from sparse_ft.exporters.modelling import write_words
 from sparse_ft.exporters.parts import load_tokenizer, save_tokenizer, sole_expert
-from sparse_ft.folders import write_json
 from sparse_ft.prediction import LoadedModel
 from sparse_ft.round_trip import Difference, Run, compare, sample_texts
 from sparse_ft.tasks.kinds import find_kind

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sparse_ft.adapter_files import write_adapter
 from sparse_ft.backbone.pooling import pool
+from sparse_ft.checkpoint.expert_files import write_adapter
 from sparse_ft.errors import ExportError
 from sparse_ft.experts.named_experts import Expert
 from sparse_ft.exporters.parts import load_tokenizer, save_tokenizer, sees_shapes, sole_expert, token_classifier

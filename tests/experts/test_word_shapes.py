@@ -12,12 +12,12 @@ from sparse_ft.backbone.backbone import load_backbone
 from sparse_ft.backbone.batching import collate
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.backbone.words import SHAPES, word_shape
-from sparse_ft.checkpoint import load_checkpoint
+from sparse_ft.checkpoint.checkpoint import load_checkpoint
+from sparse_ft.checkpoint.folders import write_json
+from sparse_ft.checkpoint.manifest import MANIFEST, read_manifest
 from sparse_ft.errors import CheckpointError
 from sparse_ft.experts.named_experts import Expert
 from sparse_ft.experts.routing import Routing
-from sparse_ft.folders import write_json
-from sparse_ft.manifest import MANIFEST, read_manifest
 
 
 @pytest.mark.parametrize(("word", "shape"), [

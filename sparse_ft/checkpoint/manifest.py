@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from sparse_ft.checkpoint.folders import recover_folder
 from sparse_ft.config import RunConfig
 from sparse_ft.errors import CheckpointError, explain
-from sparse_ft.folders import recover_folder
 from sparse_ft.version import __version__
 
 FORMAT = 1

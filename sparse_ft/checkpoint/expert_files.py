@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
+import torch
 from torch import Tensor
 
-from sparse_ft.adapter_files import WRAPPER
 from sparse_ft.backbone.backbone import MINILM_ID, Backbone
-from sparse_ft.checkpoint import read_tensors
+from sparse_ft.checkpoint.folders import write_bytes
 from sparse_ft.errors import CheckpointError
+from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.named_experts import Expert
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -254,3 +256,103 @@ def _remarks(config: Mapping[str, Any], *, backbone: Backbone) -> list[str]:
                 f"It names the backbone {base!r}, this one is {backbone.name!r}; only the shapes could be compared."
             ]
     return []
+
+
+_WORD_SHAPES = "word_shapes.safetensors"
+
+
+def _save_expert(folder: Path, expert: Expert, *, model: SparseExpertModel) -> None:
+    """Write an expert as a PEFT adapter, which ``PeftModel.from_pretrained`` reads."""
+    write_adapter(folder, expert, backbone=model.backbone)
+    if expert.word_shapes is not None:  # a file of its own: PEFT has no place for it
+        shapes = {"weight": expert.word_shapes, "block": torch.tensor(expert.shapes_block)}
+        write_bytes(folder / _WORD_SHAPES, safetensors.torch.save(shapes))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        CheckpointError: If it is missing, damaged or holds numbers that are not finite.
+    """
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except Exception as error:  # safetensors has one exception of its own and lets others through
+        raise CheckpointError(f"{str(path)!r} cannot be read: {error}. Copy the file again, or train again.") from error
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or math.isfinite(tensor.sum()):  # what has a finite sum is finite itself
+            continue
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{str(path)!r} holds NaN or infinite numbers in {name!r}. Train this expert again.")
+    return tensors
+
+
+def load_expert(folder: Path, *, name: str) -> Expert:
+    """Read an expert from a PEFT adapter folder.
+
+    Args:
+        folder: With adapter_config.json and adapter_model.safetensors.
+        name: The expert's name in this model.
+    """
+    file = folder / "adapter_config.json"
+    try:
+        alpha = float(json.loads(file.read_text(encoding="utf-8"))["lora_alpha"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{str(file)!r} is damaged: {error!r}. Restore the folder from a copy or train again."
+        ) from error
+    tensors = read_tensors(folder / "adapter_model.safetensors")
+    deltas = {}
+    for key, lora_a in tensors.items():
+        if key.endswith(".lora_A.weight"):
+            other = key.replace(".lora_A.", ".lora_B.")
+            if other not in tensors:
+                raise CheckpointError(f"{str(folder)!r} is damaged: it lacks {other}. Restore the folder from a copy.")
+            deltas[key.removeprefix(WRAPPER).removesuffix(".lora_A.weight")] = (lora_a, tensors[other])
+    shapes = read_tensors(folder / _WORD_SHAPES) if (folder / _WORD_SHAPES).exists() else {}
+    block = int(shapes["block"]) if "block" in shapes else None  # the first checkpoints do not say
+    return Expert(name, alpha, deltas, shapes.get("weight"), block)
+
+
+WRAPPER = "base_model.model."
+"""What PEFT puts before the name of every tensor."""
+
+
+def write_adapter(
+    folder: Path, expert: Expert, *, backbone: Backbone, prefix: str = "", head: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write adapter_config.json and adapter_model.safetensors into a new folder.
+
+    Args:
+        folder: To create.
+        expert: What it says about word shapes is left out: PEFT has no place for it.
+        backbone: That the adapter names and whose linears it changes.
+        prefix: Of the backbone inside the model that PEFT will wrap, e.g. ``bert.``; empty for the backbone itself.
+        head: Weights of a token classifier that stands beside the backbone there, e.g. ``classifier.weight``.
+    """
+    from peft import LoraConfig
+
+    tensors: dict[str, Tensor] = {}
+    for module, (lora_a, lora_b) in expert.deltas.items():
+        tensors[f"{WRAPPER}{prefix}{module}.lora_A.weight"] = lora_a.contiguous()
+        tensors[f"{WRAPPER}{prefix}{module}.lora_B.weight"] = lora_b.contiguous()
+    tensors |= {f"{WRAPPER}{name}": tensor.contiguous() for name, tensor in (head or {}).items()}
+    rank = max(expert.ranks.values(), default=1)
+    smaller = {f"{prefix}{module}": size for module, size in expert.ranks.items() if size != rank}
+    changed = [backbone.linears[module] for module in expert.deltas]
+    config = LoraConfig(
+        task_type="TOKEN_CLS" if head else None,
+        r=rank,
+        lora_alpha=expert.alpha,  # type: ignore[arg-type]  # PEFT computes alpha / r; a float is as good
+        target_modules=sorted(f"{prefix}{module}" for module in expert.deltas),
+        modules_to_save=sorted({name.rpartition(".")[0] for name in head}) if head else None,
+        rank_pattern=smaller,
+        alpha_pattern=dict.fromkeys(smaller, expert.alpha),
+        fan_in_fan_out=any(type(linear).__name__ == "Conv1D" for linear in changed),
+        base_model_name_or_path=MINILM_ID if backbone.name == "minilm" else backbone.name,
+        revision=backbone.revision,
+        inference_mode=True,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    write_bytes(folder / "adapter_model.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"}))

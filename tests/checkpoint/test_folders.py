@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from sparse_ft.checkpoint.folders import explain_os_errors, recover_folder, replace_folder, write_bytes, write_json
 from sparse_ft.errors import CheckpointError
-from sparse_ft.folders import explain_os_errors, recover_folder, replace_folder, write_bytes, write_json
 
 
 def fill_with(**files):

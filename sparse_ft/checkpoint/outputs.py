@@ -4,9 +4,9 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from sparse_ft.checkpoint.folders import explain_os_errors, recover_folder
+from sparse_ft.checkpoint.manifest import MANIFEST
 from sparse_ft.errors import ConfigError
-from sparse_ft.folders import explain_os_errors, recover_folder
-from sparse_ft.manifest import MANIFEST
 
 
 def default_output(names: Sequence[str]) -> Path:

@@ -1,7 +1,5 @@
 """The checkpoint: a folder with experts, heads and tasks that names its backbone but does not contain it."""
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,18 +8,11 @@ from typing import Any
 import safetensors.torch
 import torch
 import yaml
-from torch import Tensor
 
-from sparse_ft.adapter_files import WRAPPER, write_adapter
 from sparse_ft.backbone.backbone import fresh_tokenizer, load_backbone
-from sparse_ft.config import RunConfig
-from sparse_ft.errors import CheckpointError
-from sparse_ft.experts.choosing import Choice
-from sparse_ft.experts.gates import GATES, SequenceGate, TokenGate
-from sparse_ft.experts.model import SparseExpertModel, TaskSlot
-from sparse_ft.experts.named_experts import Expert
-from sparse_ft.folders import replace_folder, write_bytes, write_json
-from sparse_ft.manifest import (
+from sparse_ft.checkpoint.expert_files import _save_expert, load_expert, read_tensors
+from sparse_ft.checkpoint.folders import replace_folder, write_bytes, write_json
+from sparse_ft.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
     check_name,
@@ -31,11 +22,15 @@ from sparse_ft.manifest import (
     read_yaml,
     slot_experts,
 )
+from sparse_ft.config import RunConfig
+from sparse_ft.errors import CheckpointError
+from sparse_ft.experts.choosing import Choice
+from sparse_ft.experts.gates import GATES, SequenceGate, TokenGate
+from sparse_ft.experts.model import SparseExpertModel, TaskSlot
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.spec import TaskSpec, parse_task
 from sparse_ft.version import __version__
 
-_WORD_SHAPES = "word_shapes.safetensors"
 MODEL_TYPE = "sparse-ft"
 """What config.json calls a checkpoint, so that transformers' pipelines find our module."""
 
@@ -179,14 +174,6 @@ def _load_gate(path: Path, manifest: Mapping[str, Any], hidden_size: int) -> Seq
     return gate
 
 
-def _save_expert(folder: Path, expert: Expert, *, model: SparseExpertModel) -> None:
-    """Write an expert as a PEFT adapter, which ``PeftModel.from_pretrained`` reads."""
-    write_adapter(folder, expert, backbone=model.backbone)
-    if expert.word_shapes is not None:  # a file of its own: PEFT has no place for it
-        shapes = {"weight": expert.word_shapes, "block": torch.tensor(expert.shapes_block)}
-        write_bytes(folder / _WORD_SHAPES, safetensors.torch.save(shapes))
-
-
 def load_checkpoint(
     path: str | Path,
     *,
@@ -243,51 +230,6 @@ def load_bare(path: str | Path, *, backbone: str | None = None, dtype: torch.dty
     model = SparseExpertModel(loaded, pooling=manifest["pooling"]).eval().requires_grad_(False)
     config = read_config(path / "config.yaml")
     return Checkpoint(path, model, {}, config, {}, manifest)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file.
-
-    Raises:
-        CheckpointError: If it is missing, damaged or holds numbers that are not finite.
-    """
-    try:
-        tensors = safetensors.torch.load_file(path)
-    except Exception as error:  # safetensors has one exception of its own and lets others through
-        raise CheckpointError(f"{str(path)!r} cannot be read: {error}. Copy the file again, or train again.") from error
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or math.isfinite(tensor.sum()):  # what has a finite sum is finite itself
-            continue
-        if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{str(path)!r} holds NaN or infinite numbers in {name!r}. Train this expert again.")
-    return tensors
-
-
-def load_expert(folder: Path, *, name: str) -> Expert:
-    """Read an expert from a PEFT adapter folder.
-
-    Args:
-        folder: With adapter_config.json and adapter_model.safetensors.
-        name: The expert's name in this model.
-    """
-    file = folder / "adapter_config.json"
-    try:
-        alpha = float(json.loads(file.read_text(encoding="utf-8"))["lora_alpha"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{str(file)!r} is damaged: {error!r}. Restore the folder from a copy or train again."
-        ) from error
-    tensors = read_tensors(folder / "adapter_model.safetensors")
-    deltas = {}
-    for key, lora_a in tensors.items():
-        if key.endswith(".lora_A.weight"):
-            other = key.replace(".lora_A.", ".lora_B.")
-            if other not in tensors:
-                raise CheckpointError(f"{str(folder)!r} is damaged: it lacks {other}. Restore the folder from a copy.")
-            deltas[key.removeprefix(WRAPPER).removesuffix(".lora_A.weight")] = (lora_a, tensors[other])
-    shapes = read_tensors(folder / _WORD_SHAPES) if (folder / _WORD_SHAPES).exists() else {}
-    block = int(shapes["block"]) if "block" in shapes else None  # the first checkpoints do not say
-    return Expert(name, alpha, deltas, shapes.get("weight"), block)
 
 
 def load_task_into(

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from sparse_ft.checkpoint.outputs import default_output, free_output, give_back, next_output
 from sparse_ft.errors import ConfigError
-from sparse_ft.outputs import default_output, free_output, give_back, next_output
 
 
 def test_a_run_is_named_after_its_tasks_unless_they_are_many():
