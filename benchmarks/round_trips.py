@@ -33,7 +33,7 @@ from sparse_ft.exporters.parts import sees_shapes
 from sparse_ft.exporters.peft_folder import peft_logits
 from sparse_ft.exporting import export
 from sparse_ft.importing import import_adapter
-from sparse_ft.prediction import LoadedModel, load
+from sparse_ft.prediction.loaded_model import LoadedModel, load
 from sparse_ft.round_trip import foreign_logits
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.reading import read

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from sparse_ft.exporting import Export, export
     from sparse_ft.importing import Import, import_adapter
     from sparse_ft.merging import Merge, merge
-    from sparse_ft.prediction import LoadedModel, load, predict
+    from sparse_ft.prediction.loaded_model import LoadedModel, load, predict
     from sparse_ft.tasks.kinds.answers import Prediction
     from sparse_ft.training import TrainResult, train
 
@@ -23,7 +23,7 @@ _HOMES = {
     "Evaluation": "sparse_ft.evaluation",
     "Export": "sparse_ft.exporting",
     "Import": "sparse_ft.importing",
-    "LoadedModel": "sparse_ft.prediction",
+    "LoadedModel": "sparse_ft.prediction.loaded_model",
     "Merge": "sparse_ft.merging",
     "Prediction": "sparse_ft.tasks.kinds.answers",
     "SparseFTClassifier": "sparse_ft.estimator",
@@ -33,9 +33,9 @@ _HOMES = {
     "evaluate": "sparse_ft.evaluation",
     "export": "sparse_ft.exporting",
     "import_adapter": "sparse_ft.importing",
-    "load": "sparse_ft.prediction",
+    "load": "sparse_ft.prediction.loaded_model",
     "merge": "sparse_ft.merging",
-    "predict": "sparse_ft.prediction",
+    "predict": "sparse_ft.prediction.loaded_model",
     "train": "sparse_ft.training",
 }
 

@@ -253,7 +253,7 @@ def predict(
             "compare the other routes."
         )
     texts = iter(text) if text else read_texts(file or "-")
-    from sparse_ft.prediction import load
+    from sparse_ft.prediction.loaded_model import load
 
     rules = None if route == "gate" else route
     model = load(checkpoint, device=device or "auto", backbone=backbone, rules=rules)

@@ -18,7 +18,7 @@ from sparse_ft.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from sparse_ft.checkpoint.folders import replace_folder, write_bytes
 from sparse_ft.checkpoint.outputs import free_output
 from sparse_ft.config import changed_config
-from sparse_ft.prediction import LoadedModel, load
+from sparse_ft.prediction.loaded_model import LoadedModel, load
 from sparse_ft.training import train
 
 TASK = "classifier"

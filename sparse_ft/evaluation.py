@@ -13,18 +13,18 @@ from sparse_ft.backbone.devices import find_device
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.backbone.words import join_words
 from sparse_ft.checkpoint.checkpoint import Checkpoint, load_checkpoint
-from sparse_ft.ensembles import Ensemble, ensemble_logits, equal_routing, find_ensembles
 from sparse_ft.errors import ConfigError, DataError, unknown_name
 from sparse_ft.experts.gates import Gate
 from sparse_ft.experts.inference import row_logits
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.routing import Routing
 from sparse_ft.metrics import headline
-from sparse_ft.prediction import LoadedModel
+from sparse_ft.prediction.ensembles import Ensemble, ensemble_logits, equal_routing, find_ensembles
+from sparse_ft.prediction.loaded_model import LoadedModel
+from sparse_ft.prediction.routes import Route
+from sparse_ft.prediction.rules import joined
 from sparse_ft.reports import TaskReport, report_json, report_text
-from sparse_ft.routes import Route
 from sparse_ft.routing_report import RoutingReport, report_routing
-from sparse_ft.rules import joined
 from sparse_ft.tasks.encoded_rows import EvalData, name_sources, prepare
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.kinds.scores import Score

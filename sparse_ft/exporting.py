@@ -12,7 +12,7 @@ from sparse_ft.errors import ConfigError
 from sparse_ft.exporters import find_exporter
 from sparse_ft.exporters.int8 import int8_scores, quantise
 from sparse_ft.model_card import model_card
-from sparse_ft.prediction import LoadedModel, load
+from sparse_ft.prediction.loaded_model import LoadedModel, load
 from sparse_ft.round_trip import TOLERANCE, Difference
 from sparse_ft.tasks.encoded_rows import name_sources
 

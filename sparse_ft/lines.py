@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sparse_ft.errors import DataError
-from sparse_ft.forms import EXPECTED, row_of
+from sparse_ft.prediction.requests import EXPECTED, row_of
 
 if TYPE_CHECKING:
     from sparse_ft.tasks.kinds.answers import Answer, Prediction

@@ -19,8 +19,8 @@ from sparse_ft.merge_methods import MERGE_METHODS
 from sparse_ft.merge_search import BUDGET, ROWS, Search, require_optuna, search_settings
 from sparse_ft.merged_expert import MergedExpert, MergeSettings, merge_experts, merge_settings
 from sparse_ft.merged_tasks import AVERAGE, MergedTask, group_tasks, install, part_tasks
+from sparse_ft.prediction.routes import Route
 from sparse_ft.reports import TaskReport, report_json
-from sparse_ft.routes import Route
 from sparse_ft.tables import align
 from sparse_ft.tasks.encoded_rows import name_sources
 from sparse_ft.tasks.spec import SPLITS, Split, TaskSpec

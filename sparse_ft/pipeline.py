@@ -13,8 +13,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from sparse_ft.checkpoint.checkpoint import MODEL_TYPE
-from sparse_ft.forms import Asked
-from sparse_ft.prediction import CHUNK, LoadedModel, load
+from sparse_ft.prediction.loaded_model import CHUNK, LoadedModel, load
+from sparse_ft.prediction.requests import Asked
 
 TASK = "sparse-ft"
 

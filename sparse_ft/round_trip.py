@@ -10,8 +10,8 @@ from torch import Tensor
 from sparse_ft.backbone.encoding import ODD_TEXTS, Encoder
 from sparse_ft.backbone.words import SHAPES, split_words, word_shape
 from sparse_ft.errors import ExportError, SparseFTError
-from sparse_ft.forms import Text
-from sparse_ft.prediction import LoadedModel
+from sparse_ft.prediction.loaded_model import LoadedModel
+from sparse_ft.prediction.requests import Text
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.reading import read
 from sparse_ft.tasks.spec import TaskSpec, load_task

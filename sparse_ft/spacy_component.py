@@ -18,7 +18,7 @@ from spacy.util import filter_spans
 
 from sparse_ft.checkpoint.folders import write_json
 from sparse_ft.errors import ConfigError, unknown_name
-from sparse_ft.prediction import LoadedModel, load
+from sparse_ft.prediction.loaded_model import LoadedModel, load
 from sparse_ft.tasks.kinds.answers import Entity
 
 ALIGNMENTS = ("strict", "contract", "expand")

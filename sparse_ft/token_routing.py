@@ -19,8 +19,8 @@ from sparse_ft.errors import ConfigError
 from sparse_ft.experts.gates import Gate
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.routing import Routing
-from sparse_ft.forms import form_of
-from sparse_ft.routes import ROUTES, Route
+from sparse_ft.prediction.requests import form_of
+from sparse_ft.prediction.routes import ROUTES, Route
 
 
 class Token(NamedTuple):

@@ -430,7 +430,7 @@ def test_memory_that_runs_out_is_a_mistake_with_advice(cli, monkeypatch, toys, e
     def full(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("sparse_ft.prediction.load_checkpoint", full)
+    monkeypatch.setattr("sparse_ft.prediction.loaded_model.load_checkpoint", full)
     code, out, err = cli("predict", toys, "text")
     assert (code, out) == (2, "")
     assert err.startswith("Error: Out of memory (no room). ")

@@ -14,7 +14,7 @@ from sparse_ft.errors import ConfigError, DataError
 from sparse_ft.experts.choosing import Choice
 from sparse_ft.experts.gates import TokenGate
 from sparse_ft.experts.inference import text_routing
-from sparse_ft.routes import BASELINES, arrow_gate
+from sparse_ft.prediction.routes import BASELINES, arrow_gate
 from sparse_ft.token_routing import route_tokens
 
 TEXT = "Ada Lovelace loved the table in London"

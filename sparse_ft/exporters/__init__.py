@@ -10,7 +10,7 @@ from sparse_ft.exporters.onnx_folder import write_onnx
 from sparse_ft.exporters.parts import sole_expert
 from sparse_ft.exporters.peft_folder import plain_expert, write_peft
 from sparse_ft.exporters.transformers_folder import write_transformers
-from sparse_ft.prediction import LoadedModel
+from sparse_ft.prediction.loaded_model import LoadedModel
 from sparse_ft.round_trip import Difference
 
 

@@ -11,7 +11,7 @@ from sparse_ft.backbone.pooling import pool
 from sparse_ft.experts.named_experts import Expert
 from sparse_ft.exporters.parts import any_shapes, shape_table
 from sparse_ft.folding import fold, fresh_copy
-from sparse_ft.prediction import LoadedModel
+from sparse_ft.prediction.loaded_model import LoadedModel
 from sparse_ft.tasks.kinds import find_kind
 
 

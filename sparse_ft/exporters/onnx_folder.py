@@ -23,7 +23,7 @@ from sparse_ft.errors import ConfigError, ExportError
 from sparse_ft.exporters.graph import Graph
 from sparse_ft.exporters.modelling import write_words
 from sparse_ft.exporters.parts import load_tokenizer, save_tokenizer, sole_expert
-from sparse_ft.prediction import LoadedModel
+from sparse_ft.prediction.loaded_model import LoadedModel
 from sparse_ft.round_trip import Difference, Run, compare, sample_texts
 from sparse_ft.tasks.kinds import find_kind
 

@@ -12,7 +12,7 @@ from sparse_ft.backbone.backbone import Backbone, fresh_tokenizer
 from sparse_ft.backbone.words import SHAPES
 from sparse_ft.errors import ExportError
 from sparse_ft.experts.named_experts import Expert
-from sparse_ft.prediction import LoadedModel
+from sparse_ft.prediction.loaded_model import LoadedModel
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.spec import TaskSpec
 

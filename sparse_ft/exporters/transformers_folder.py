@@ -21,7 +21,7 @@ from sparse_ft.exporters.parts import (
     token_classifier,
 )
 from sparse_ft.folding import fold, fresh_copy
-from sparse_ft.prediction import LoadedModel
+from sparse_ft.prediction.loaded_model import LoadedModel
 from sparse_ft.round_trip import Difference, compare, sample_texts
 from sparse_ft.tasks.kinds import find_kind
 

@@ -11,9 +11,9 @@ import torch
 from sklearn.covariance import ledoit_wolf_shrinkage, shrunk_covariance
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from sparse_ft.baseline_gates import ArrowGate
 from sparse_ft.experts.choosing import Choice, within_capacity
 from sparse_ft.experts.gates import GateInput, PrototypeGate, SequenceGate, TokenGate
+from sparse_ft.prediction.baselines import ArrowGate
 
 EXPERTS, HIDDEN = 6, 8
 SHAPES = pytest.mark.parametrize("shape", [(5, EXPERTS), (3, 4, EXPERTS)], ids=["row", "token"])

@@ -17,7 +17,7 @@ import sparse_ft
 from sparse_ft.backbone.words import split_words
 from sparse_ft.errors import ConfigError, DataError
 from sparse_ft.experts.gates import TokenGate
-from sparse_ft.prediction import CHUNK, Prediction
+from sparse_ft.prediction.loaded_model import CHUNK, Prediction
 
 SINGLE = ["mood", "about", "names"]
 """The toy tasks that read one text."""

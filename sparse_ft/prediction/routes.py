@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from sparse_ft.backbone.encoding import Example
-from sparse_ft.baseline_gates import (
+from sparse_ft.errors import ConfigError, unknown_name
+from sparse_ft.experts.choosing import Choice
+from sparse_ft.experts.gates import Gate, GateInput, TokenGate
+from sparse_ft.experts.inference import text_routing
+from sparse_ft.experts.model import SparseExpertModel, check_token_routing
+from sparse_ft.experts.routing import Routing
+from sparse_ft.prediction.baselines import (
     ArrowGate,
     BernoulliGate,
     HashGate,
@@ -16,13 +22,7 @@ from sparse_ft.baseline_gates import (
     RoundRobinGate,
     UniformGate,
 )
-from sparse_ft.errors import ConfigError, unknown_name
-from sparse_ft.experts.choosing import Choice
-from sparse_ft.experts.gates import Gate, GateInput, TokenGate
-from sparse_ft.experts.inference import text_routing
-from sparse_ft.experts.model import SparseExpertModel, check_token_routing
-from sparse_ft.experts.routing import Routing
-from sparse_ft.rules import RulesGate, load_rules
+from sparse_ft.prediction.rules import RulesGate, load_rules
 
 # Built with the experts' names and a seed.
 BASELINES: dict[str, Callable[[Sequence[str], int], Gate]] = {

@@ -7,9 +7,16 @@ from collections import Counter
 import pytest
 import torch
 
-from sparse_ft.baseline_gates import BernoulliGate, HashGate, LoadAwareGate, RandomGate, RoundRobinGate, UniformGate
 from sparse_ft.errors import ConfigError
 from sparse_ft.experts.gates import GateInput
+from sparse_ft.prediction.baselines import (
+    BernoulliGate,
+    HashGate,
+    LoadAwareGate,
+    RandomGate,
+    RoundRobinGate,
+    UniformGate,
+)
 
 NAMES = ["sentiment", "topic", "intent"]
 TEXTS = [f"text number {index} 你好" for index in range(600)]

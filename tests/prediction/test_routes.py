@@ -13,7 +13,7 @@ import sparse_ft
 from sparse_ft.backbone.words import join_words
 from sparse_ft.checkpoint.checkpoint import load_checkpoint
 from sparse_ft.errors import ConfigError
-from sparse_ft.routes import BASELINES, ROUTES, Route, arrow_gate
+from sparse_ft.prediction.routes import BASELINES, ROUTES, Route, arrow_gate
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from sparse_ft.backbone.encoding import Encoder, Example
 from sparse_ft.checkpoint.checkpoint import Checkpoint
-from sparse_ft.ensembles import Ensemble, ensemble_logits
 from sparse_ft.errors import ConfigError, DataError
 from sparse_ft.experts.gates import SequenceGate
 from sparse_ft.experts.inference import (
@@ -23,8 +22,9 @@ from sparse_ft.experts.inference import (
     text_routing,
 )
 from sparse_ft.experts.routing import Routing
-from sparse_ft.forms import FORMS, Row, Text, columns_of, form_of, parts_of
-from sparse_ft.rules import RulesGate, joined
+from sparse_ft.prediction.ensembles import Ensemble, ensemble_logits
+from sparse_ft.prediction.requests import FORMS, Row, Text, columns_of, form_of, parts_of
+from sparse_ft.prediction.rules import RulesGate, joined
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.kinds.answers import Answer, Prediction
 

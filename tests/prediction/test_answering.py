@@ -9,7 +9,7 @@ from test_prediction import SINGLE, assert_same, mixed_texts, passes
 
 import sparse_ft
 from sparse_ft.errors import ConfigError, DataError
-from sparse_ft.prediction import CHUNK
+from sparse_ft.prediction.loaded_model import CHUNK
 
 RULES = """\
 - {metadata: {channel: mail}, expert: about}

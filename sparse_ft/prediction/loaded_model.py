@@ -7,15 +7,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparse_ft.answering import Answering
 from sparse_ft.backbone.devices import find_device
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.checkpoint.checkpoint import Checkpoint, load_checkpoint
-from sparse_ft.ensembles import Ensemble, find_ensembles
 from sparse_ft.errors import ConfigError
 from sparse_ft.experts.gates import SequenceGate
-from sparse_ft.forms import Asked, Row, Text, row_of
-from sparse_ft.rules import RulesGate, load_rules
+from sparse_ft.prediction.answering import Answering
+from sparse_ft.prediction.ensembles import Ensemble, find_ensembles
+from sparse_ft.prediction.requests import Asked, Row, Text, row_of
+from sparse_ft.prediction.rules import RulesGate, load_rules
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.kinds.answers import Prediction
 from sparse_ft.tasks.spec import TaskSpec

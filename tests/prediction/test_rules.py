@@ -5,7 +5,7 @@ import torch
 
 from sparse_ft.errors import ConfigError
 from sparse_ft.experts.gates import GateInput
-from sparse_ft.rules import Rule, RulesGate, load_rules, parse_rules
+from sparse_ft.prediction.rules import Rule, RulesGate, load_rules, parse_rules
 
 NAMES = ["general", "billing", "chinese", "code"]
 

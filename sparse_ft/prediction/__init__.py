@@ -1,0 +1,1 @@
+"""Requests, the ways of answering them, and the loaded model."""
