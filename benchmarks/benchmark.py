@@ -44,7 +44,7 @@ from trainer_peers import PEER_KINDS, RATES, run_trainer
 
 import sparse_ft.training
 from sparse_ft.errors import DataError, SparseFTError
-from sparse_ft.evaluation import evaluate
+from sparse_ft.evaluation.evaluate import evaluate
 from sparse_ft.prediction.loaded_model import LoadedModel, load
 from sparse_ft.submission import SUBMISSIONS, write_submission
 from sparse_ft.tasks.encoded_rows import scored_splits

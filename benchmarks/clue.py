@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import yaml
 
-from sparse_ft.evaluation import predict_rows
+from sparse_ft.evaluation.scoring import predict_rows
 from sparse_ft.prediction.loaded_model import LoadedModel
 from sparse_ft.tasks.encoded_rows import prepare
 from sparse_ft.tasks.kinds.scores import Score

@@ -24,7 +24,7 @@ from runs import Runs, mean_and_spread
 from script import chosen, listed, numbers, run
 from trainer_peers import run_trainer
 
-import sparse_ft.evaluation
+import sparse_ft.evaluation.evaluate
 import sparse_ft.training
 from sparse_ft.config import load_config
 from sparse_ft.errors import ConfigError

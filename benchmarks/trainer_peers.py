@@ -32,7 +32,7 @@ from sparse_ft.backbone.devices import find_device, find_dtype
 from sparse_ft.backbone.encoding import Encoder, Example
 from sparse_ft.backbone.pooling import pool
 from sparse_ft.config import load_config
-from sparse_ft.evaluation import score_rows
+from sparse_ft.evaluation.scoring import score_rows
 from sparse_ft.tasks.encoded_rows import EvalData, prepare, scored_split
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.kinds.kind import IGNORED

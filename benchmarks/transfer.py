@@ -14,7 +14,7 @@ from script import chosen, numbers, run
 
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.checkpoint.checkpoint import load_checkpoint
-from sparse_ft.evaluation import predict_rows, score_rows
+from sparse_ft.evaluation.scoring import predict_rows, score_rows
 from sparse_ft.tasks.encoded_rows import prepare
 from sparse_ft.tasks.reading import read
 from sparse_ft.tasks.spec import load_task

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from sparse_ft.editing import Edit, edit
     from sparse_ft.errors import SparseFTError
     from sparse_ft.estimator import SparseFTClassifier
-    from sparse_ft.evaluation import Evaluation, evaluate
+    from sparse_ft.evaluation.evaluate import Evaluation, evaluate
     from sparse_ft.exporting import Export, export
     from sparse_ft.importing import Import, import_adapter
     from sparse_ft.merging import Merge, merge
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Imported when first used: torch and transformers take seconds, `sparse-ft --help` must not wait for them.
 _HOMES = {
     "Edit": "sparse_ft.editing",
-    "Evaluation": "sparse_ft.evaluation",
+    "Evaluation": "sparse_ft.evaluation.evaluate",
     "Export": "sparse_ft.exporting",
     "Import": "sparse_ft.importing",
     "LoadedModel": "sparse_ft.prediction.loaded_model",
@@ -30,7 +30,7 @@ _HOMES = {
     "SparseFTError": "sparse_ft.errors",
     "TrainResult": "sparse_ft.training",
     "edit": "sparse_ft.editing",
-    "evaluate": "sparse_ft.evaluation",
+    "evaluate": "sparse_ft.evaluation.evaluate",
     "export": "sparse_ft.exporting",
     "import_adapter": "sparse_ft.importing",
     "load": "sparse_ft.prediction.loaded_model",

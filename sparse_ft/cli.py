@@ -27,7 +27,7 @@ from sparse_ft.options import (
 from sparse_ft.version import __version__
 
 if TYPE_CHECKING:
-    from sparse_ft.evaluation import Evaluation
+    from sparse_ft.evaluation.evaluate import Evaluation
 
 app = typer.Typer(
     name="sparse-ft",
@@ -191,8 +191,8 @@ def evaluate(
 ) -> None:
     """Score a checkpoint and print the classification report of each task."""
     from sparse_ft.checkpoint.folders import explain_os_errors, write_json
-    from sparse_ft.evaluation import evaluate as evaluate_checkpoint
-    from sparse_ft.reports import write_report
+    from sparse_ft.evaluation.evaluate import evaluate as evaluate_checkpoint
+    from sparse_ft.evaluation.reports import write_report
 
     result = evaluate_checkpoint(
         checkpoint,
@@ -322,9 +322,9 @@ def _inspect_text(
     if picture is not None and picture.suffix.lower() != ".png":
         raise ConfigError(f"--picture {str(picture)!r} is no PNG. Give a file name that ends in .png.")
     from sparse_ft.checkpoint.folders import explain_os_errors, write_bytes
-    from sparse_ft.pictures import require_matplotlib, token_picture
-    from sparse_ft.token_routing import route_tokens
-    from sparse_ft.token_table import token_table
+    from sparse_ft.evaluation.pictures import require_matplotlib, token_picture
+    from sparse_ft.evaluation.token_routing import route_tokens
+    from sparse_ft.evaluation.token_table import token_table
 
     if picture is not None:
         require_matplotlib()
@@ -346,7 +346,7 @@ for command in (edit, merge, export, import_):
 
 def _report_pictures(result: "Evaluation") -> dict[str, bytes]:
     """Draw the pictures of a report; without matplotlib there are none, and the rest of the report is as good."""
-    from sparse_ft.pictures import report_pictures, require_matplotlib
+    from sparse_ft.evaluation.pictures import report_pictures, require_matplotlib
 
     try:
         require_matplotlib()

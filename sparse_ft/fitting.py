@@ -20,7 +20,7 @@ from sparse_ft.backbone.encoding import Example
 from sparse_ft.backbone.trunk import keep_trunk, trunk_bytes
 from sparse_ft.config import RunConfig
 from sparse_ft.errors import SparseFTError
-from sparse_ft.evaluation import predict_rows, score_rows
+from sparse_ft.evaluation.scoring import predict_rows, score_rows
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.gradients import Gradients
 from sparse_ft.joint import has_gate

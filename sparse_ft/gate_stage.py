@@ -12,7 +12,7 @@ from sparse_ft.checkpoint.outputs import free_output, next_output
 from sparse_ft.config import RunConfig, changed_config
 from sparse_ft.continuing import keep_length, moved_backbone
 from sparse_ft.errors import ConfigError, SparseFTError
-from sparse_ft.evaluation import Evaluation, evaluate
+from sparse_ft.evaluation.evaluate import Evaluation, evaluate
 from sparse_ft.experts.gates import SequenceGate
 from sparse_ft.experts.inference import text_routing
 from sparse_ft.experts.model import SparseExpertModel, check_token_routing

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.checkpoint.checkpoint import Checkpoint
 from sparse_ft.errors import ConfigError, DataError
-from sparse_ft.evaluation import predict_rows, score_rows
+from sparse_ft.evaluation.scoring import predict_rows, score_rows
 from sparse_ft.experts.named_experts import Expert
 from sparse_ft.merge_methods import MERGE_METHODS
 from sparse_ft.merged_expert import MergeSettings, merge_experts

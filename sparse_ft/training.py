@@ -18,7 +18,8 @@ from sparse_ft.checkpoint.outputs import default_output, free_output, give_back,
 from sparse_ft.config import RunConfig, changed_config, load_config
 from sparse_ft.continuing import check_kept_experts, continued_config, keep_length, moved_backbone
 from sparse_ft.errors import ConfigError, SparseFTError
-from sparse_ft.evaluation import Evaluation, evaluate
+from sparse_ft.evaluation.evaluate import Evaluation, evaluate
+from sparse_ft.evaluation.reports import report_json
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.fitting import fit
 from sparse_ft.gate_stage import add_gate, check_gate, kept_rows, note_accuracy, rows_by_expert, train_gate
@@ -26,7 +27,6 @@ from sparse_ft.head_start import has_start, start_head
 from sparse_ft.joint import check_joint, has_gate
 from sparse_ft.new_experts import add_tasks, start_gate
 from sparse_ft.processes import from_first, own_device, place, same_in_all
-from sparse_ft.reports import report_json
 from sparse_ft.resume import Progress, find_resume
 from sparse_ft.tasks.encoded_rows import name_sources, scored_splits
 from sparse_ft.tasks.spec import Split, TaskSpec, load_task

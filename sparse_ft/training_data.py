@@ -7,7 +7,7 @@ from functools import cached_property
 from sparse_ft.backbone.encoding import Encoder, Example
 from sparse_ft.config import RunConfig
 from sparse_ft.errors import DataError, unknown_name
-from sparse_ft.evaluation import score_rows
+from sparse_ft.evaluation.scoring import score_rows
 from sparse_ft.tasks.encoded_rows import EvalData, prepare, whole_rows
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.kinds.kind import IGNORED

@@ -16,8 +16,8 @@ from test_training import settings, toy_rows, write_rows, write_toy
 
 import sparse_ft
 from sparse_ft import cli as cli_module
+from sparse_ft.evaluation.token_routing import route_tokens
 from sparse_ft.resources import bundled_names
-from sparse_ft.token_routing import route_tokens
 
 COMMANDS = ("tasks", "train", "evaluate", "predict", "inspect", "edit", "merge", "export", "import")
 

@@ -20,7 +20,7 @@ from sparse_ft.checkpoint.checkpoint import load_checkpoint
 from sparse_ft.checkpoint.manifest import read_config, read_manifest
 from sparse_ft.config import RunConfig, load_config
 from sparse_ft.errors import BackboneError, ConfigError, DataError, SparseFTError
-from sparse_ft.evaluation import predict_rows
+from sparse_ft.evaluation.scoring import predict_rows
 from sparse_ft.experts.inference import row_logits
 from sparse_ft.tasks.encoded_rows import prepare
 from sparse_ft.tasks.kinds.classification import Classification

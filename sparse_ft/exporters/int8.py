@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from sparse_ft.errors import DataError
-from sparse_ft.evaluation import score_rows
+from sparse_ft.evaluation.scoring import score_rows
 from sparse_ft.exporters.onnx_folder import GRAPH, load_session, read_tasks, runner
 from sparse_ft.exporters.parts import load_tokenizer
 from sparse_ft.prediction.loaded_model import LoadedModel

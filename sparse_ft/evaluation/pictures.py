@@ -13,11 +13,11 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from sparse_ft.errors import ConfigError
-from sparse_ft.reports import TaskReport
-from sparse_ft.routing_report import UNKNOWN, RoutingReport
+from sparse_ft.evaluation.reports import TaskReport
+from sparse_ft.evaluation.routing_report import UNKNOWN, RoutingReport
+from sparse_ft.evaluation.token_routing import TokenRouting
+from sparse_ft.evaluation.token_table import shortened, span
 from sparse_ft.tasks.kinds.scores import Confusion
-from sparse_ft.token_routing import TokenRouting
-from sparse_ft.token_table import shortened, span
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

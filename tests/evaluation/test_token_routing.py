@@ -11,11 +11,11 @@ from sparse_ft.backbone.batching import collate
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.checkpoint.checkpoint import load_checkpoint
 from sparse_ft.errors import ConfigError, DataError
+from sparse_ft.evaluation.token_routing import route_tokens
 from sparse_ft.experts.choosing import Choice
 from sparse_ft.experts.gates import TokenGate
 from sparse_ft.experts.inference import text_routing
 from sparse_ft.prediction.routes import BASELINES, arrow_gate
-from sparse_ft.token_routing import route_tokens
 
 TEXT = "Ada Lovelace loved the table in London"
 NAMES = list(KINDS)

@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 
-from sparse_ft.tables import terminal_width
-from sparse_ft.token_routing import Token, TokenRouting
-from sparse_ft.token_table import token_table
+from sparse_ft.evaluation.tables import terminal_width
+from sparse_ft.evaluation.token_routing import Token, TokenRouting
+from sparse_ft.evaluation.token_table import token_table
 
 
 def routed(num_experts, num_blocks=3, *, texts=("[CLS]", "Ada", "上海", "[SEP]"), by_token=True, top_k=2, seed=0):

@@ -14,9 +14,9 @@ import seqeval.metrics
 from sklearn import metrics as sklearn_metrics
 from sklearn.preprocessing import MultiLabelBinarizer
 
-import sparse_ft.metrics
+import sparse_ft.evaluation.metrics
 from sparse_ft.errors import ConfigError
-from sparse_ft.metrics import (
+from sparse_ft.evaluation.metrics import (
     METRICS,
     Accuracy,
     MacroF1,

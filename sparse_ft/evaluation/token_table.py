@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from sparse_ft.tables import align, printable, terminal_width
-from sparse_ft.token_routing import TokenRouting
+from sparse_ft.evaluation.tables import align, printable, terminal_width
+from sparse_ft.evaluation.token_routing import TokenRouting
 
 MAX_IN_CELL = 3
 """Experts that a cell names; how many more there are follows."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sparse_ft.tables import align, printable, terminal_width
+from sparse_ft.evaluation.tables import align, printable, terminal_width
 
 
 @pytest.mark.parametrize(

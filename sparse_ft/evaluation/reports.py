@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from sparse_ft.checkpoint.folders import write_bytes
 from sparse_ft.errors import SparseFTError
-from sparse_ft.tables import align, printable, terminal_width
+from sparse_ft.evaluation.tables import align, printable, terminal_width
 from sparse_ft.tasks.kinds.scores import Confusion, Report, Score
 
 MAX_CONFUSED_PAIRS = 10

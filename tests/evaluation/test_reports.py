@@ -4,8 +4,8 @@ import unicodedata
 import pytest
 
 from sparse_ft.errors import SparseFTError
-from sparse_ft.metrics import score_classification, score_multi_label, score_tagging
-from sparse_ft.reports import TaskReport, report_json, report_markdown, report_text, write_report
+from sparse_ft.evaluation.metrics import score_classification, score_multi_label, score_tagging
+from sparse_ft.evaluation.reports import TaskReport, report_json, report_markdown, report_text, write_report
 
 
 def columns(line):

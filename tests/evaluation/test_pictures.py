@@ -9,12 +9,12 @@ import pytest
 import torch
 from test_token_table import routed
 
-from sparse_ft import pictures
 from sparse_ft.errors import ConfigError
-from sparse_ft.metrics import score_classification
-from sparse_ft.pictures import report_pictures, require_matplotlib, token_picture
-from sparse_ft.reports import TaskReport
-from sparse_ft.routing_report import RoutingReport
+from sparse_ft.evaluation import pictures
+from sparse_ft.evaluation.metrics import score_classification
+from sparse_ft.evaluation.pictures import report_pictures, require_matplotlib, token_picture
+from sparse_ft.evaluation.reports import TaskReport
+from sparse_ft.evaluation.routing_report import RoutingReport
 
 image = pytest.importorskip("matplotlib.image")
 
