@@ -42,7 +42,7 @@ from runs import Entry, Runs, about
 from script import chosen, listed, numbers, run
 from trainer_peers import PEER_KINDS, RATES, run_trainer
 
-import sparse_ft.training
+import sparse_ft.training.train
 from sparse_ft.errors import DataError, SparseFTError
 from sparse_ft.evaluation.evaluate import evaluate
 from sparse_ft.prediction.loaded_model import LoadedModel, load

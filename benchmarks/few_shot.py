@@ -17,7 +17,7 @@ from few_rows import draw
 from runs import Entry, Runs, mean_and_spread
 from script import chosen, listed, numbers, run
 
-import sparse_ft.training
+import sparse_ft.training.train
 from sparse_ft.checkpoint.manifest import read_config, read_manifest
 from sparse_ft.tasks.spec import load_task
 

@@ -29,7 +29,7 @@ from sparse_ft.experts.inference import text_routing
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.named_experts import Expert
 from sparse_ft.experts.routing import Pass, Routing
-from sparse_ft.gate_training import gate_block
+from sparse_ft.training.fit_gate import gate_block
 
 
 def random_expert(model: SparseExpertModel, name: str, generator: torch.Generator) -> Expert:

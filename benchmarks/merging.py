@@ -23,7 +23,7 @@ from sparse_ft.merged_expert import MergeSettings, merge_experts, merge_settings
 from sparse_ft.merged_tasks import group_tasks, install, part_tasks
 from sparse_ft.prediction.routes import Route
 from sparse_ft.tasks.spec import TaskSpec, load_task
-from sparse_ft.training import train
+from sparse_ft.training.train import train
 
 TASKS = ["sentiment", "topic", "intent", "ner"]
 

@@ -25,7 +25,7 @@ from script import chosen, listed, numbers, run
 from trainer_peers import run_trainer
 
 import sparse_ft.evaluation.evaluate
-import sparse_ft.training
+import sparse_ft.training.train
 from sparse_ft.config import load_config
 from sparse_ft.errors import ConfigError
 from sparse_ft.experts.model import SparseExpertModel

@@ -37,7 +37,7 @@ from sparse_ft.prediction.loaded_model import LoadedModel, load
 from sparse_ft.round_trip import foreign_logits
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.reading import read
-from sparse_ft.training import train
+from sparse_ft.training.train import train
 
 RUNS = (("conll2003", False), ("conll2003", True), ("clinc150", False))
 Side = Callable[[list[Any]], list[torch.Tensor]]

@@ -28,10 +28,10 @@ from sparse_ft.config import GateConfig
 from sparse_ft.experts.inference import mean_states
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.routing import Routing
-from sparse_ft.gate_training import fit_on_means
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.reading import label_names, read
 from sparse_ft.tasks.spec import load_task
+from sparse_ft.training.fit_gate import fit_on_means
 
 THRESHOLD = 0.02
 

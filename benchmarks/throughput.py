@@ -28,13 +28,13 @@ from sparse_ft.backbone.devices import find_device, find_dtype
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.config import load_config
 from sparse_ft.experts.model import SparseExpertModel
-from sparse_ft.fitting import fit
-from sparse_ft.new_experts import add_tasks
 from sparse_ft.tasks.encoded_rows import prepare
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.reading import label_names, read
 from sparse_ft.tasks.spec import load_task
-from sparse_ft.training_data import TrainingTask
+from sparse_ft.training.loop import fit
+from sparse_ft.training.new_experts import add_tasks
+from sparse_ft.training.training_task import TrainingTask
 
 
 def time_peft(spec, examples, validation, *, epochs, seed, device):

@@ -18,7 +18,7 @@ from sparse_ft.evaluation.scoring import predict_rows, score_rows
 from sparse_ft.tasks.encoded_rows import prepare
 from sparse_ft.tasks.reading import read
 from sparse_ft.tasks.spec import load_task
-from sparse_ft.training import train
+from sparse_ft.training.train import train
 
 PAIRS = {"sentiment": ("sst2", "test"), "topic": ("ag_news", "test"), "ner": ("conll2003", "test")}
 

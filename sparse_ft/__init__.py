@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sparse_ft.merging import Merge, merge
     from sparse_ft.prediction.loaded_model import LoadedModel, load, predict
     from sparse_ft.tasks.kinds.answers import Prediction
-    from sparse_ft.training import TrainResult, train
+    from sparse_ft.training.train import TrainResult, train
 
 # Imported when first used: torch and transformers take seconds, `sparse-ft --help` must not wait for them.
 _HOMES = {
@@ -28,7 +28,7 @@ _HOMES = {
     "Prediction": "sparse_ft.tasks.kinds.answers",
     "SparseFTClassifier": "sparse_ft.estimator",
     "SparseFTError": "sparse_ft.errors",
-    "TrainResult": "sparse_ft.training",
+    "TrainResult": "sparse_ft.training.train",
     "edit": "sparse_ft.editing",
     "evaluate": "sparse_ft.evaluation.evaluate",
     "export": "sparse_ft.exporting",
@@ -36,7 +36,7 @@ _HOMES = {
     "load": "sparse_ft.prediction.loaded_model",
     "merge": "sparse_ft.merging",
     "predict": "sparse_ft.prediction.loaded_model",
-    "train": "sparse_ft.training",
+    "train": "sparse_ft.training.train",
 }
 
 __all__ = [

@@ -129,8 +129,8 @@ def train(
     device: DeviceOption = None,
 ) -> None:
     """Train one expert per task on a frozen backbone, and print the classification report."""
-    from sparse_ft.processes import place
-    from sparse_ft.training import train as train_experts
+    from sparse_ft.training.processes import place
+    from sparse_ft.training.train import train as train_experts
 
     try:
         result = train_experts(

@@ -19,7 +19,7 @@ from sparse_ft.checkpoint.folders import replace_folder, write_bytes
 from sparse_ft.checkpoint.outputs import free_output
 from sparse_ft.config import changed_config
 from sparse_ft.prediction.loaded_model import LoadedModel, load
-from sparse_ft.training import train
+from sparse_ft.training.train import train
 
 TASK = "classifier"
 """Name of the one task, and of its expert."""

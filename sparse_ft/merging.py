@@ -16,7 +16,6 @@ from sparse_ft.errors import CheckpointError, ConfigError, unknown_name
 from sparse_ft.evaluation.evaluate import evaluate_task
 from sparse_ft.evaluation.reports import TaskReport, report_json
 from sparse_ft.evaluation.tables import align
-from sparse_ft.gate_stage import add_gate, kept_rows
 from sparse_ft.merge_methods import MERGE_METHODS
 from sparse_ft.merge_search import BUDGET, ROWS, Search, require_optuna, search_settings
 from sparse_ft.merged_expert import MergedExpert, MergeSettings, merge_experts, merge_settings
@@ -24,6 +23,7 @@ from sparse_ft.merged_tasks import AVERAGE, MergedTask, group_tasks, install, pa
 from sparse_ft.prediction.routes import Route
 from sparse_ft.tasks.encoded_rows import name_sources
 from sparse_ft.tasks.spec import SPLITS, Split, TaskSpec
+from sparse_ft.training.gate_stage import add_gate, kept_rows
 
 STACK = "stack"
 

@@ -12,9 +12,9 @@ from sparse_ft.errors import ConfigError
 from sparse_ft.experts.inference import mean_states
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.named_experts import Expert
-from sparse_ft.gate_stage import note_accuracy, rows_by_expert
-from sparse_ft.gate_training import fit_gate, gate_block
-from sparse_ft.training_data import prepare_task
+from sparse_ft.training.fit_gate import fit_gate, gate_block
+from sparse_ft.training.gate_stage import note_accuracy, rows_by_expert
+from sparse_ft.training.training_task import prepare_task
 
 
 def split_expert(checkpoint: Checkpoint, name: str, new: str) -> list[str]:

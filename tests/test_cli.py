@@ -216,7 +216,7 @@ def stopping(save):
 
 
 def test_resume(cli, tmp_path, tiny_bert, monkeypatch):
-    from sparse_ft import fitting
+    from sparse_ft.training import loop as fitting
 
     task = write_toy(tmp_path, "mood", sizes=(8, 4, 4))
     with monkeypatch.context() as patch:
@@ -233,7 +233,7 @@ def test_resume(cli, tmp_path, tiny_bert, monkeypatch):
 
 def test_paths_of_a_config_hold_in_every_folder(cli, tmp_path, tiny_bert, monkeypatch):
     """Also those of the interrupted run, and of the checkpoint that evaluate reads its data by."""
-    from sparse_ft import fitting
+    from sparse_ft.training import loop as fitting
 
     files = {"format": "jsonl", **{split: f"{split}.jsonl" for split in ("train", "validation", "test")}}
     write_toy(tmp_path, "mood", sizes=(8, 4, 4), files=files)

@@ -8,7 +8,7 @@ import torch
 from sparse_ft.config import load_config
 from sparse_ft.experts.choosing import Choice
 from sparse_ft.experts.gates import SequenceGate, TokenGate
-from sparse_ft.parameter_groups import build_optimizer, find_groups
+from sparse_ft.training.parameters import build_optimizer, find_groups
 
 HEADS = {"mood": ("text", 2), "names": ("word", 5), "kept": ("text", 3)}
 TRAINED = ["mood", "names"]

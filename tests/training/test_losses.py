@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sparse_ft.losses import load_balancing_loss, routing_cross_entropy, z_loss
+from sparse_ft.training.gate_losses import load_balancing_loss, routing_cross_entropy, z_loss
 
 EXPERTS = 5
 SHAPES = pytest.mark.parametrize("shape", [(7, EXPERTS), (3, 6, EXPERTS)], ids=["row", "token"])

@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sparse_ft.auxiliary import alarms
 from sparse_ft.backbone.batching import epoch_batches
 from sparse_ft.backbone.encoding import Example
 from sparse_ft.backbone.trunk import keep_trunk, trunk_bytes
@@ -22,13 +21,13 @@ from sparse_ft.config import RunConfig
 from sparse_ft.errors import SparseFTError
 from sparse_ft.evaluation.scoring import predict_rows, score_rows
 from sparse_ft.experts.model import SparseExpertModel
-from sparse_ft.gradients import Gradients
-from sparse_ft.joint import has_gate
-from sparse_ft.mixing import Domains, Mixing, Pairs
-from sparse_ft.parameter_groups import Group, build_optimizer, find_groups
-from sparse_ft.processes import place, shared_out
-from sparse_ft.resume import Progress, fingerprint, load_resume, read_progress, save_resume
-from sparse_ft.training_data import TrainingTask
+from sparse_ft.training.gate_losses import alarms
+from sparse_ft.training.gradients import Gradients
+from sparse_ft.training.joint import Domains, Mixing, Pairs, has_gate
+from sparse_ft.training.parameters import Group, build_optimizer, find_groups
+from sparse_ft.training.processes import place, shared_out
+from sparse_ft.training.resume import Progress, fingerprint, load_resume, read_progress, save_resume
+from sparse_ft.training.training_task import TrainingTask
 
 _LOG = logging.getLogger("sparse_ft")
 

@@ -5,14 +5,15 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sparse_ft.auxiliary import Auxiliary, auxiliary
 from sparse_ft.backbone.batching import Batch
 from sparse_ft.backbone.encoding import Example
-from sparse_ft.config import RunConfig
+from sparse_ft.config import GateConfig, RunConfig
+from sparse_ft.experts.choosing import Choice
 from sparse_ft.experts.gates import SequenceGate, TokenGate
 from sparse_ft.experts.inference import mean_states, text_routing
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.routing import Routing
+from sparse_ft.training.gate_losses import Auxiliary, auxiliary
 
 Pairs = Sequence[tuple[str, int]]
 """Task and place of each row of a batch, the rows of a task adjacent: a unit of ``TrainingTask.units`` until it is
@@ -107,3 +108,31 @@ class Domains:
         chosen = weights.topk(int((weights > 0).sum(-1).max()), dim=-1)
         routing = Routing(chosen.indices, chosen.values)
         return model(batch, routing=routing, generator=generator), None
+
+
+SHARED = "shared"
+"""Name of the expert that every row of a joint run uses, if it has one."""
+
+
+def pool_names(number: int) -> list[str]:
+    """Name the experts of a pool."""
+    return [f"pool-{place}" for place in range(number)]
+
+
+def joint_choice(settings: GateConfig) -> Choice:
+    """Return how the gate of a joint run chooses: two experts by default, and Switch's weights for one."""
+    top_k = settings.top_k or 2
+    return Choice(
+        top_k=top_k,
+        top_p=settings.top_p,
+        temperature=settings.temperature,
+        normalise=top_k > 1,
+        min_confidence=settings.min_confidence,
+        jitter=settings.jitter,
+        capacity=settings.capacity,
+    )
+
+
+def has_gate(run: RunConfig) -> bool:
+    """Whether a run trains a gate with its experts; a pool of one is an expert that all tasks share."""
+    return run.stage == "joint" and run.experts.pool != 1

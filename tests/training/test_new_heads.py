@@ -14,10 +14,10 @@ from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.backbone.pooling import pool
 from sparse_ft.config import RunConfig
 from sparse_ft.experts.model import SparseExpertModel
-from sparse_ft.head_start import has_start, start_head
-from sparse_ft.new_experts import add_tasks
 from sparse_ft.tasks.spec import load_task
-from sparse_ft.training_data import prepare_task
+from sparse_ft.training.new_experts import add_tasks
+from sparse_ft.training.new_heads import has_start, start_head
+from sparse_ft.training.training_task import prepare_task
 
 
 def started(folder, backbone):

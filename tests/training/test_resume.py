@@ -16,7 +16,7 @@ import sparse_ft
 from sparse_ft.checkpoint import folders
 from sparse_ft.checkpoint.folders import recover_folder, replace_folder
 from sparse_ft.errors import CheckpointError, ConfigError
-from sparse_ft.resume import find_resume
+from sparse_ft.training.resume import find_resume
 
 # Three epochs of 5 steps, then three of 3 for the second task, and a save every second step; dropout makes every step
 # depend on the random state.
@@ -57,8 +57,10 @@ def die() -> None:
 
 def train_and_die(tasks: list[str], backbone: str, output: Path, moment: str, number: int, joint: dict) -> None:
     """Train in this process, and kill it when the moment has come."""
-    from sparse_ft import fitting, resume, training
     from sparse_ft.checkpoint import checkpoint
+    from sparse_ft.training import loop as fitting
+    from sparse_ft.training import resume
+    from sparse_ft.training import train as training
 
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
@@ -98,7 +100,7 @@ def killed_run(
 ) -> None:
     """Run ``train_and_die`` in a new process; a server forks it, so that it need not import everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sparse_ft.training", "sklearn.metrics", "peft", "transformers.models.bert"])
+    context.set_forkserver_preload(["sparse_ft.training.train", "sklearn.metrics", "peft", "transformers.models.bert"])
     process = context.Process(target=train_and_die, args=(tasks, str(backbone), output, moment, number, joint or {}))
     process.start()
     process.join(timeout=300)
@@ -172,7 +174,7 @@ class Interrupted(BaseException):
 
 def interrupt(monkeypatch, *, after: int, start) -> None:
     """Stop a run of this process after some steps."""
-    from sparse_ft import fitting
+    from sparse_ft.training import loop as fitting
 
     step, count = fitting._Loop.step, 0
 

@@ -10,48 +10,19 @@ from sparse_ft.backbone.encoding import Encoder, Example
 from sparse_ft.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from sparse_ft.checkpoint.outputs import free_output, next_output
 from sparse_ft.config import RunConfig, changed_config
-from sparse_ft.continuing import keep_length, moved_backbone
 from sparse_ft.errors import ConfigError, SparseFTError
 from sparse_ft.evaluation.evaluate import Evaluation, evaluate
 from sparse_ft.experts.gates import SequenceGate
 from sparse_ft.experts.inference import text_routing
-from sparse_ft.experts.model import SparseExpertModel, check_token_routing
-from sparse_ft.gate_training import fit_gate, routing_accuracy
+from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.tasks.encoded_rows import name_sources, scored_splits
 from sparse_ft.tasks.spec import TaskSpec
-from sparse_ft.training_data import TrainingTask, prepare_task
+from sparse_ft.training.checks import check_gate
+from sparse_ft.training.fit_gate import fit_gate, routing_accuracy
+from sparse_ft.training.settings import keep_length, moved_backbone
+from sparse_ft.training.training_task import TrainingTask, prepare_task
 
 _LOG = logging.getLogger("sparse_ft")
-
-
-def check_gate(run: RunConfig, model: SparseExpertModel, *, num_experts: int) -> None:
-    """Refuse before training what would fail after it.
-
-    Args:
-        run: The run's config.
-        model: With its backbone.
-        num_experts: That the gate will choose among.
-
-    Raises:
-        ConfigError: With the setting to change.
-    """
-    settings = run.gate
-    if settings.block is not None and settings.block >= model.backbone.num_blocks:
-        last = model.backbone.num_blocks - 1
-        raise ConfigError(f"gate.block is {settings.block}, but the blocks are 0 to {last}. Choose one of them.")
-    if settings.top_k is not None and settings.top_k > num_experts:
-        raise ConfigError(f"gate.top_k is {settings.top_k}, but there are {num_experts} experts. Lower it.")
-    if settings.type == "token" and run.stage != "joint":
-        raise ConfigError("gate.type is token, which is trained together with the experts: use --stage joint.")
-    if settings.type == "token":
-        check_token_routing(model)
-    elif settings.shortlist is not None:
-        raise ConfigError(f"gate.shortlist is for tokens, but gate.type is {settings.type}. Leave it out.")
-    if settings.type == "token" and settings.min_confidence:
-        raise ConfigError("gate.min_confidence turns away whole texts, but gate.type is token. Leave it out.")
-    if run.stage != "joint" and (run.experts.shared or run.experts.shared_a):
-        setting = "shared" if run.experts.shared else "shared_a"
-        raise ConfigError(f"experts.{setting} is for experts that are trained jointly. Add --stage joint.")
 
 
 def kept_rows(

@@ -10,7 +10,7 @@ from torch import nn
 from sparse_ft.config import RunConfig
 from sparse_ft.experts.gates import TokenGate
 from sparse_ft.experts.model import SparseExpertModel
-from sparse_ft.joint import has_gate
+from sparse_ft.training.joint import has_gate
 
 
 @dataclass(frozen=True)

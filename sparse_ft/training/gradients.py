@@ -13,11 +13,11 @@ from sparse_ft.backbone.batching import collate
 from sparse_ft.config import RunConfig
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.named_experts import named_generator
-from sparse_ft.mixing import Domains, Mixing, Pairs
-from sparse_ft.processes import from_each, launched, number, place, sum_gradients
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.kinds.kind import IGNORED
-from sparse_ft.training_data import TrainingTask
+from sparse_ft.training.joint import Domains, Mixing, Pairs
+from sparse_ft.training.processes import from_each, launched, number, place, sum_gradients
+from sparse_ft.training.training_task import TrainingTask
 
 _ROWS = 8
 """Least rows of a part in a joint run, if the experts are few."""

@@ -12,11 +12,11 @@ from sparse_ft.experts.gates import SequenceGate, TokenGate
 from sparse_ft.experts.inference import mean_states
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.named_experts import named_generator
-from sparse_ft.gate_training import fit_gate, gate_block
-from sparse_ft.joint import SHARED, has_gate, joint_choice, pool_names
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.spec import TaskSpec
-from sparse_ft.training_data import TrainingTask
+from sparse_ft.training.fit_gate import fit_gate, gate_block
+from sparse_ft.training.joint import SHARED, has_gate, joint_choice, pool_names
+from sparse_ft.training.training_task import TrainingTask
 
 _MANY = 16
 """Above so many experts, tokens choose from a shortlist by default, of …"""

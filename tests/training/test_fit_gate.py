@@ -15,7 +15,7 @@ from sparse_ft.config import GateConfig
 from sparse_ft.errors import CheckpointError, ConfigError, DataError
 from sparse_ft.experts.gates import PrototypeGate, SequenceGate
 from sparse_ft.experts.inference import text_routing
-from sparse_ft.gate_training import fit_on_means
+from sparse_ft.training.fit_gate import fit_on_means
 
 # Words that tell the tasks apart, so that a gate has something to learn.
 MARKS = {

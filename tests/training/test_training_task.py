@@ -15,7 +15,7 @@ from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.config import load_config
 from sparse_ft.listing import describe_checkpoint
 from sparse_ft.tasks.spec import load_task
-from sparse_ft.training_data import prepare_task
+from sparse_ft.training.training_task import prepare_task
 
 ANSWERS = ["Mozart", "Ada Lovelace"]
 
@@ -197,7 +197,7 @@ def test_questions_that_are_not_such_are_refused(reader, monkeypatch, capsys, li
 
 
 def test_a_run_of_reading_tasks_is_resumed(tmp_path, tiny_bert, monkeypatch):
-    from sparse_ft import fitting
+    from sparse_ft.training import loop as fitting
 
     tasks = write_reading(tmp_path, number=12)
     short = {**OPTIONS, "train__epochs": 2, "train__batch_size": 8}

@@ -13,12 +13,12 @@ from test_resume import OPTIONS, assert_same_end
 from test_training import run, settings, write_toy
 
 import sparse_ft
-from sparse_ft import processes
 from sparse_ft.backbone.devices import find_device
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.errors import ConfigError
 from sparse_ft.tasks.encoded_rows import prepare
 from sparse_ft.tasks.spec import load_task
+from sparse_ft.training import processes
 
 
 def in_processes(number, work, *arguments, exitcode=0):
@@ -27,7 +27,7 @@ def in_processes(number, work, *arguments, exitcode=0):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sparse_ft.training", "sklearn.metrics", "peft", "transformers.models.bert"])
+    context.set_forkserver_preload(["sparse_ft.training.train", "sklearn.metrics", "peft", "transformers.models.bert"])
     started = [
         context.Process(target=as_launched, args=(place, number, port, work, arguments)) for place in range(number)
     ]
@@ -54,7 +54,7 @@ def as_launched(place, number, port, work, arguments):
 
 
 def train(tasks, backbone, output, overrides, die_at):
-    from sparse_ft import fitting
+    from sparse_ft.training import loop as fitting
 
     if die_at:
         step = fitting._Loop.step

@@ -5,11 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparse_ft.auxiliary import alarms, auxiliary
 from sparse_ft.config import GateConfig
 from sparse_ft.experts.choosing import Choice
 from sparse_ft.experts.routing import Routing
-from sparse_ft.losses import load_balancing_loss, routing_cross_entropy, z_loss
+from sparse_ft.training.gate_losses import alarms, auxiliary, load_balancing_loss, routing_cross_entropy, z_loss
 
 GATED, EXPERTS = 3, 5
 PLACES = [0, 2, 3]

@@ -14,7 +14,6 @@ from test_gate_training import marked
 from test_training import equal, run, settings, tensors, toy_rows, write_toy
 
 import sparse_ft
-from sparse_ft import mixing
 from sparse_ft.backbone.batching import collate
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.checkpoint.checkpoint import load_checkpoint
@@ -23,10 +22,10 @@ from sparse_ft.config import GateConfig, load_config
 from sparse_ft.errors import ConfigError
 from sparse_ft.experts.choosing import Choice
 from sparse_ft.experts.gates import SequenceGate, TokenGate
-from sparse_ft.gradients import Gradients
-from sparse_ft.joint import joint_choice
-from sparse_ft.mixing import Mixing
-from sparse_ft.new_experts import token_gate
+from sparse_ft.training import joint as mixing
+from sparse_ft.training.gradients import Gradients
+from sparse_ft.training.joint import Mixing, joint_choice
+from sparse_ft.training.new_experts import token_gate
 
 POOL = {"experts__pool": 4, "experts__shared": True, "experts__shared_a": True}
 MIXTURES = {"token": {"gate__type": "token", **POOL}, "sequence": {}}
@@ -126,7 +125,7 @@ def test_parts_of_a_joint_batch_have_rows_enough_to_balance(tmp_path, tiny_bert,
 
 
 def test_one_mean_score_decides_which_state_of_all_is_best(tmp_path, tiny_bert, monkeypatch):
-    from sparse_ft import fitting
+    from sparse_ft.training import loop as fitting
 
     scores = {"mood": [0.1, 0.5, 0.9], "about": [0.2, 0.9, 0.3]}  # on average the second epoch
     left, states = {name: iter(values) for name, values in scores.items()}, []
@@ -360,7 +359,7 @@ def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path, tiny_bert, caught, ga
 @pytest.fixture
 def caught(monkeypatch):
     """The models as they are when checkpoints are written."""
-    from sparse_ft import training
+    from sparse_ft.training import train as training
 
     models, save = [], training.save_checkpoint
 

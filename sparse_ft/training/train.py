@@ -13,24 +13,33 @@ from sparse_ft.backbone.devices import find_device, find_dtype, is_out_of_memory
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from sparse_ft.checkpoint.folders import explain_os_errors, write_json
-from sparse_ft.checkpoint.manifest import check_name, read_config, read_manifest
-from sparse_ft.checkpoint.outputs import default_output, free_output, give_back, next_output
+from sparse_ft.checkpoint.manifest import check_name
+from sparse_ft.checkpoint.outputs import free_output, give_back, next_output
 from sparse_ft.config import RunConfig, changed_config, load_config
-from sparse_ft.continuing import check_kept_experts, continued_config, keep_length, moved_backbone
 from sparse_ft.errors import ConfigError, SparseFTError
 from sparse_ft.evaluation.evaluate import Evaluation, evaluate
 from sparse_ft.evaluation.reports import report_json
 from sparse_ft.experts.model import SparseExpertModel
-from sparse_ft.fitting import fit
-from sparse_ft.gate_stage import add_gate, check_gate, kept_rows, note_accuracy, rows_by_expert, train_gate
-from sparse_ft.head_start import has_start, start_head
-from sparse_ft.joint import check_joint, has_gate
-from sparse_ft.new_experts import add_tasks, start_gate
-from sparse_ft.processes import from_first, own_device, place, same_in_all
-from sparse_ft.resume import Progress, find_resume
 from sparse_ft.tasks.encoded_rows import name_sources, scored_splits
 from sparse_ft.tasks.spec import Split, TaskSpec, load_task
-from sparse_ft.training_data import TrainingTask, prepare_task
+from sparse_ft.training.checks import check_gate, check_joint, check_kept_experts
+from sparse_ft.training.gate_stage import add_gate, kept_rows, note_accuracy, rows_by_expert, train_gate
+from sparse_ft.training.joint import has_gate
+from sparse_ft.training.loop import fit
+from sparse_ft.training.new_experts import add_tasks, start_gate
+from sparse_ft.training.new_heads import has_start, start_head
+from sparse_ft.training.processes import from_first, own_device, place, same_in_all
+from sparse_ft.training.resume import Progress
+from sparse_ft.training.settings import (
+    _find_tasks,
+    _from_here,
+    _resumed_config,
+    _sources_of,
+    continued_config,
+    keep_length,
+    moved_backbone,
+)
+from sparse_ft.training.training_task import TrainingTask, prepare_task
 
 _LOG = logging.getLogger("sparse_ft")
 
@@ -133,72 +142,6 @@ def train(
     finally:
         if claimed and place() == 0:
             give_back(Path(run.output or ""))
-
-
-def _find_tasks(run: RunConfig, start: str | None) -> RunConfig:
-    """Take the files of a checkpoint for the tasks that it has; a joint run without tasks is one of all of them."""
-    if start is None:
-        return run
-    names = read_manifest(Path(start))["tasks"]
-    known = {name: str(Path(start) / "tasks" / f"{name}.yaml") for name in names}
-    asked = run.tasks or (list(known) if run.stage == "joint" else [])
-    return changed_config(run, {"tasks": [known.get(task, task) for task in asked]}) if asked else run
-
-
-def _sources_of(checkpoint: str | None) -> dict[str, str]:
-    """Return where a checkpoint's tasks had their data from."""
-    if checkpoint is None:
-        return {}
-    read_manifest(Path(checkpoint))
-    return read_config(Path(checkpoint) / "config.yaml").sources
-
-
-def _from_here(run: RunConfig) -> RunConfig:
-    """Make the paths in a config absolute, so that a run can be resumed, and its checkpoint used, from elsewhere."""
-    paths = {
-        "tasks": [_task_reference(task) for task in run.tasks],
-        "sources": {task: str(Path(source).expanduser().absolute()) for task, source in run.sources.items()},
-        "start": None if run.start is None else str(Path(run.start).expanduser().absolute()),
-        "backbone": run.backbone,
-    }
-    if run.backbone != "minilm" and Path(run.backbone).expanduser().is_dir():
-        paths["backbone"] = str(Path(run.backbone).expanduser().resolve())
-    return changed_config(run, {key: value for key, value in paths.items() if key in run.model_fields_set})
-
-
-def _task_reference(task: str) -> str:
-    """Make the path of a task file absolute, so that a run can be resumed from another folder."""
-    return str(Path(task).absolute()) if Path(task).suffix in {".yaml", ".yml"} else str(task)
-
-
-def _resumed_config(
-    run: RunConfig, output: str | Path | None, *, data: str | Path | Mapping[str, str] | None
-) -> RunConfig:
-    """Take over the config of the interrupted run; refuse options that say otherwise."""
-    wanted = output or run.output
-    if wanted is None:
-        wanted = default_output([load_task(task).name for task in _find_tasks(run, run.start).tasks])
-    folder = Path(wanted).expanduser()
-    saved = find_resume(folder)
-    run = _find_tasks(run, saved.start) if run.tasks else run
-    written = {"output": str(folder.absolute())}
-    names = [load_task(task).name for task in saved.tasks]
-    asked = changed_config(run, {"sources": {**run.sources, **name_sources(data, names)}, **written})
-    kept = dict(_flat(changed_config(saved, written).model_dump()))
-    different = [key for key, value in _flat(asked.model_dump(exclude_unset=True)) if kept.get(key) != value]
-    if different:
-        raise ConfigError(
-            f"The interrupted run in {str(folder)!r} has other settings: {', '.join(different)}. --resume continues it "
-            "unchanged; leave these options out, or start anew in another --output."
-        )
-    return changed_config(saved, written)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    pairs: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        pairs.extend(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)])
-    return pairs
 
 
 def _train(run: RunConfig, specs: Sequence[TaskSpec], *, resume: bool) -> TrainResult:

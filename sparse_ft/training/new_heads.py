@@ -10,7 +10,7 @@ from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.backbone.pooling import pool
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.tasks.spec import TaskSpec
-from sparse_ft.training_data import TrainingTask
+from sparse_ft.training.training_task import TrainingTask
 
 _ROWS = 50
 """Of each class; more say little more about a mean."""

@@ -13,7 +13,6 @@ import yaml
 from conftest import trainable_of
 
 import sparse_ft
-from sparse_ft import fitting, training
 from sparse_ft.backbone.backbone import load_backbone, set_attention
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.checkpoint.checkpoint import load_checkpoint
@@ -25,6 +24,8 @@ from sparse_ft.experts.inference import row_logits
 from sparse_ft.tasks.encoded_rows import prepare
 from sparse_ft.tasks.kinds.classification import Classification
 from sparse_ft.tasks.reading import read
+from sparse_ft.training import loop as fitting
+from sparse_ft.training import train as training
 
 # Words of the corpus that conftest's tokenizers are built on: fillers, then one group an answer.
 FILLERS = [
@@ -185,7 +186,7 @@ def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool
 @pytest.fixture
 def caught_model(monkeypatch):
     """The model as it is when the checkpoint is written."""
-    from sparse_ft import training
+    from sparse_ft.training import train as training
 
     caught, save = [], training.save_checkpoint
 
@@ -393,7 +394,7 @@ def test_a_kept_head_keeps_the_order_of_its_labels(tmp_path, tiny_bert):
 def test_test_rows_that_cannot_be_read_show_before_training(tmp_path, tiny_bert, monkeypatch):
     task = write_toy(tmp_path, "mood", sizes=(16, 8, 8))
     (tmp_path / "mood" / "test.jsonl").write_text('{"text": null, "label": "bad"}\n')
-    monkeypatch.setattr("sparse_ft.training.fit", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setattr("sparse_ft.training.train.fit", lambda *_, **__: pytest.fail("trained"))
     with pytest.raises(DataError, match=r"test\.jsonl', line 1: text is null"):
         run([task], tiny_bert, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -564,7 +565,7 @@ def test_training_stops_when_no_task_gets_better(tmp_path, tiny_bert):
 
 
 def test_each_task_has_its_own_patience(tmp_path, tiny_bert, monkeypatch):
-    from sparse_ft import fitting
+    from sparse_ft.training import loop as fitting
 
     scores = {"mood": iter([0.9, 0.1, 0.1, 0.1, 0.1, 0.1]), "about": iter([0.1, 0.2, 0.3, 0.2, 0.2, 0.2])}
     score_rows = fitting.score_rows
@@ -584,7 +585,7 @@ def test_each_task_has_its_own_patience(tmp_path, tiny_bert, monkeypatch):
 
 
 def test_each_task_keeps_its_best_state(tmp_path, tiny_bert, monkeypatch):
-    from sparse_ft import fitting
+    from sparse_ft.training import loop as fitting
 
     scores = {"mood": [0.1, 0.9, 0.5], "about": [0.7, 0.2, 0.7]}
     states, predict = {"mood": [], "about": []}, fitting.predict_rows
