@@ -16,11 +16,11 @@ from script import numbers, run
 
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.checkpoint.checkpoint import Checkpoint, load_checkpoint
-from sparse_ft.editing import add_from
 from sparse_ft.evaluation.evaluate import evaluate_task
-from sparse_ft.merge_methods import MERGE_METHODS
-from sparse_ft.merged_expert import MergeSettings, merge_experts, merge_settings
-from sparse_ft.merged_tasks import group_tasks, install, part_tasks
+from sparse_ft.merging.edit import add_from
+from sparse_ft.merging.merged_expert import MergeSettings, merge_experts, merge_settings
+from sparse_ft.merging.merged_tasks import group_tasks, install, part_tasks
+from sparse_ft.merging.methods import MERGE_METHODS
 from sparse_ft.prediction.routes import Route
 from sparse_ft.tasks.spec import TaskSpec, load_task
 from sparse_ft.training.train import train

@@ -6,35 +6,35 @@ from typing import TYPE_CHECKING, Any
 from sparse_ft.version import __version__
 
 if TYPE_CHECKING:
-    from sparse_ft.editing import Edit, edit
     from sparse_ft.errors import SparseFTError
     from sparse_ft.estimator import SparseFTClassifier
     from sparse_ft.evaluation.evaluate import Evaluation, evaluate
     from sparse_ft.exporting import Export, export
     from sparse_ft.importing import Import, import_adapter
-    from sparse_ft.merging import Merge, merge
+    from sparse_ft.merging.edit import Edit, edit
+    from sparse_ft.merging.merge import Merge, merge
     from sparse_ft.prediction.loaded_model import LoadedModel, load, predict
     from sparse_ft.tasks.kinds.answers import Prediction
     from sparse_ft.training.train import TrainResult, train
 
 # Imported when first used: torch and transformers take seconds, `sparse-ft --help` must not wait for them.
 _HOMES = {
-    "Edit": "sparse_ft.editing",
+    "Edit": "sparse_ft.merging.edit",
     "Evaluation": "sparse_ft.evaluation.evaluate",
     "Export": "sparse_ft.exporting",
     "Import": "sparse_ft.importing",
     "LoadedModel": "sparse_ft.prediction.loaded_model",
-    "Merge": "sparse_ft.merging",
+    "Merge": "sparse_ft.merging.merge",
     "Prediction": "sparse_ft.tasks.kinds.answers",
     "SparseFTClassifier": "sparse_ft.estimator",
     "SparseFTError": "sparse_ft.errors",
     "TrainResult": "sparse_ft.training.train",
-    "edit": "sparse_ft.editing",
+    "edit": "sparse_ft.merging.edit",
     "evaluate": "sparse_ft.evaluation.evaluate",
     "export": "sparse_ft.exporting",
     "import_adapter": "sparse_ft.importing",
     "load": "sparse_ft.prediction.loaded_model",
-    "merge": "sparse_ft.merging",
+    "merge": "sparse_ft.merging.merge",
     "predict": "sparse_ft.prediction.loaded_model",
     "train": "sparse_ft.training.train",
 }

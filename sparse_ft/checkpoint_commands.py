@@ -53,7 +53,7 @@ def edit(
     backbone: BackboneOption = None,
 ) -> None:
     """Remove, rename, copy, add, prune and split experts, in this order, and write a new checkpoint."""
-    from sparse_ft.editing import edit as edit_checkpoint
+    from sparse_ft.merging.edit import edit as edit_checkpoint
 
     result = edit_checkpoint(
         checkpoint,
@@ -123,7 +123,7 @@ def merge(
     backbone: BackboneOption = None,
 ) -> None:
     """Merge the experts of checkpoints: side by side, or into one."""
-    from sparse_ft.merging import merge as merge_checkpoints
+    from sparse_ft.merging.merge import merge as merge_checkpoints
 
     result = merge_checkpoints(
         [named_path(entry) for entry in checkpoints],

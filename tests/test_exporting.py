@@ -20,13 +20,13 @@ from sparse_ft.backbone.words import split_words, word_shape
 from sparse_ft.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from sparse_ft.cli import app
 from sparse_ft.config import RunConfig
-from sparse_ft.editing import edit
 from sparse_ft.errors import ConfigError, ExportError
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.named_experts import Expert
 from sparse_ft.experts.routing import Pass, Routing
 from sparse_ft.exporters.int8 import int8_scores
 from sparse_ft.folding import fold, fresh_copy
+from sparse_ft.merging.edit import edit
 from sparse_ft.round_trip import Difference
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.spec import load_task, parse_task

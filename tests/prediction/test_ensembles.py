@@ -10,8 +10,8 @@ from test_prediction import assert_same
 from test_training import run, toy_rows, write_toy
 
 import sparse_ft
-from sparse_ft.editing import edit
 from sparse_ft.errors import ConfigError
+from sparse_ft.merging.edit import edit
 from sparse_ft.prediction.ensembles import average, find_ensembles, vote
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.schemes import spans_from_tags

@@ -13,8 +13,8 @@ from sparse_ft.checkpoint.folders import recover_folder
 from sparse_ft.checkpoint.manifest import MANIFEST, check_name, read_config, read_manifest, read_metrics, slot_experts
 from sparse_ft.checkpoint.outputs import free_output
 from sparse_ft.errors import CheckpointError, ConfigError, unknown_name
-from sparse_ft.low_rank import Pruned, prune
-from sparse_ft.splitting import split_expert
+from sparse_ft.merging.low_rank import Pruned, prune
+from sparse_ft.merging.split import split_expert
 from sparse_ft.tasks.kinds import find_kind
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from sparse_ft.errors import ConfigError, unknown_name
 from sparse_ft.experts.named_experts import Expert, named_generator
-from sparse_ft.low_rank import Truncation, factor, factor_product
-from sparse_ft.merge_methods import MERGE_METHODS
+from sparse_ft.merging.low_rank import Truncation, factor, factor_product
+from sparse_ft.merging.methods import MERGE_METHODS
 
 DENSITY = 0.5
 """Where none is given."""

@@ -6,8 +6,8 @@ from test_training import run, settings, tensors, write_toy
 
 import sparse_ft
 from sparse_ft.checkpoint.checkpoint import load_checkpoint
-from sparse_ft.editing import edit
 from sparse_ft.errors import ConfigError
+from sparse_ft.merging.edit import edit
 
 TEXTS = ["the table loved", "a weather boring", "music at six", "the film and then football"]
 

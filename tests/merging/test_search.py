@@ -6,7 +6,7 @@ import pytest
 
 import sparse_ft
 from sparse_ft.errors import ConfigError, DataError
-from sparse_ft.merging import merge
+from sparse_ft.merging.merge import merge
 
 pytest.importorskip("optuna")
 
@@ -50,7 +50,7 @@ def test_a_seed_gives_the_same_again(parts, tmp_path):
 
 
 def test_no_split_but_validation_is_read(parts, tmp_path, monkeypatch):
-    import sparse_ft.merge_search as module
+    import sparse_ft.merging.search as module
 
     seen, read = [], module.read
 
@@ -85,7 +85,7 @@ def test_without_optuna_the_message_names_the_command(parts, tmp_path, monkeypat
 
 
 def test_without_validation_rows_it_is_refused(parts, tmp_path, monkeypatch):
-    import sparse_ft.merge_search as module
+    import sparse_ft.merging.search as module
 
     monkeypatch.setattr(module, "read", lambda spec, *, data, splits: {})
     with pytest.raises(DataError, match="Task 'mood' has no validation rows with answers, which --search needs"):

@@ -9,9 +9,9 @@ from test_editing import saved
 from sparse_ft.checkpoint.checkpoint import load_checkpoint
 from sparse_ft.errors import ConfigError
 from sparse_ft.experts.named_experts import Expert
-from sparse_ft.low_rank import factor, factor_product
-from sparse_ft.merge_methods import MERGE_METHODS
-from sparse_ft.merged_expert import merge_experts, merge_settings
+from sparse_ft.merging.low_rank import factor, factor_product
+from sparse_ft.merging.merged_expert import merge_experts, merge_settings
+from sparse_ft.merging.methods import MERGE_METHODS
 
 LAYERS = {"both": (24, 30), "first": (16, 12), "second": (12, 16)}
 

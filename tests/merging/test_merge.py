@@ -21,8 +21,8 @@ from sparse_ft.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from sparse_ft.checkpoint.manifest import read_manifest, read_metrics
 from sparse_ft.errors import CheckpointError, ConfigError, DataError
 from sparse_ft.experts.gates import PrototypeGate
-from sparse_ft.merged_expert import merge_experts, merge_settings
-from sparse_ft.merging import merge
+from sparse_ft.merging.merge import merge
+from sparse_ft.merging.merged_expert import merge_experts, merge_settings
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from sparse_ft.checkpoint.checkpoint import Checkpoint
 from sparse_ft.errors import ConfigError, DataError
 from sparse_ft.evaluation.scoring import predict_rows, score_rows
 from sparse_ft.experts.named_experts import Expert
-from sparse_ft.merge_methods import MERGE_METHODS
-from sparse_ft.merged_expert import MergeSettings, merge_experts
-from sparse_ft.merged_tasks import MergedTask, install
+from sparse_ft.merging.merged_expert import MergeSettings, merge_experts
+from sparse_ft.merging.merged_tasks import MergedTask, install
+from sparse_ft.merging.methods import MERGE_METHODS
 from sparse_ft.tasks.encoded_rows import EvalData, prepare
 from sparse_ft.tasks.reading import read
 from sparse_ft.tasks.spec import TaskSpec

@@ -11,15 +11,15 @@ from sparse_ft.checkpoint.checkpoint import Checkpoint, load_bare, save_checkpoi
 from sparse_ft.checkpoint.manifest import check_name, read_manifest, slot_experts
 from sparse_ft.checkpoint.outputs import free_output
 from sparse_ft.config import changed_config
-from sparse_ft.editing import add_from, find_experts, new_task_names
 from sparse_ft.errors import CheckpointError, ConfigError, unknown_name
 from sparse_ft.evaluation.evaluate import evaluate_task
 from sparse_ft.evaluation.reports import TaskReport, report_json
 from sparse_ft.evaluation.tables import align
-from sparse_ft.merge_methods import MERGE_METHODS
-from sparse_ft.merge_search import BUDGET, ROWS, Search, require_optuna, search_settings
-from sparse_ft.merged_expert import MergedExpert, MergeSettings, merge_experts, merge_settings
-from sparse_ft.merged_tasks import AVERAGE, MergedTask, group_tasks, install, part_tasks
+from sparse_ft.merging.edit import add_from, find_experts, new_task_names
+from sparse_ft.merging.merged_expert import MergedExpert, MergeSettings, merge_experts, merge_settings
+from sparse_ft.merging.merged_tasks import AVERAGE, MergedTask, group_tasks, install, part_tasks
+from sparse_ft.merging.methods import MERGE_METHODS
+from sparse_ft.merging.search import BUDGET, ROWS, Search, require_optuna, search_settings
 from sparse_ft.prediction.routes import Route
 from sparse_ft.tasks.encoded_rows import name_sources
 from sparse_ft.tasks.spec import SPLITS, Split, TaskSpec

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_ft.merge_methods import MERGE_METHODS
+from sparse_ft.merging.methods import MERGE_METHODS
 
 SHAPE = (6, 10)
 WEIGHTS = [0.5, 0.3, 0.2]

@@ -1,0 +1,1 @@
+"""New checkpoints of old ones: edit, split, prune and merge."""
