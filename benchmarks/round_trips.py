@@ -27,14 +27,14 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 
 from sparse_ft.backbone.backbone import load_backbone
 from sparse_ft.experts.inference import row_logits
-from sparse_ft.exporters.int8 import INT8_GRAPH
-from sparse_ft.exporters.onnx_folder import GRAPH, TASKS, read_tasks, runner
-from sparse_ft.exporters.parts import sees_shapes
-from sparse_ft.exporters.peft_folder import peft_logits
-from sparse_ft.exporting import export
-from sparse_ft.importing import import_adapter
+from sparse_ft.integrations.export import export
+from sparse_ft.integrations.exporters.int8 import INT8_GRAPH
+from sparse_ft.integrations.exporters.onnx_folder import GRAPH, TASKS, read_tasks, runner
+from sparse_ft.integrations.exporters.parts import sees_shapes
+from sparse_ft.integrations.exporters.peft_folder import peft_logits
+from sparse_ft.integrations.import_peft import import_adapter
+from sparse_ft.integrations.round_trip import foreign_logits
 from sparse_ft.prediction.loaded_model import LoadedModel, load
-from sparse_ft.round_trip import foreign_logits
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.reading import read
 from sparse_ft.training.train import train

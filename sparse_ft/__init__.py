@@ -7,10 +7,10 @@ from sparse_ft.version import __version__
 
 if TYPE_CHECKING:
     from sparse_ft.errors import SparseFTError
-    from sparse_ft.estimator import SparseFTClassifier
     from sparse_ft.evaluation.evaluate import Evaluation, evaluate
-    from sparse_ft.exporting import Export, export
-    from sparse_ft.importing import Import, import_adapter
+    from sparse_ft.integrations.export import Export, export
+    from sparse_ft.integrations.import_peft import Import, import_adapter
+    from sparse_ft.integrations.sklearn_estimator import SparseFTClassifier
     from sparse_ft.merging.edit import Edit, edit
     from sparse_ft.merging.merge import Merge, merge
     from sparse_ft.prediction.loaded_model import LoadedModel, load, predict
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 _HOMES = {
     "Edit": "sparse_ft.merging.edit",
     "Evaluation": "sparse_ft.evaluation.evaluate",
-    "Export": "sparse_ft.exporting",
-    "Import": "sparse_ft.importing",
+    "Export": "sparse_ft.integrations.export",
+    "Import": "sparse_ft.integrations.import_peft",
     "LoadedModel": "sparse_ft.prediction.loaded_model",
     "Merge": "sparse_ft.merging.merge",
     "Prediction": "sparse_ft.tasks.kinds.answers",
-    "SparseFTClassifier": "sparse_ft.estimator",
+    "SparseFTClassifier": "sparse_ft.integrations.sklearn_estimator",
     "SparseFTError": "sparse_ft.errors",
     "TrainResult": "sparse_ft.training.train",
     "edit": "sparse_ft.merging.edit",
     "evaluate": "sparse_ft.evaluation.evaluate",
-    "export": "sparse_ft.exporting",
-    "import_adapter": "sparse_ft.importing",
+    "export": "sparse_ft.integrations.export",
+    "import_adapter": "sparse_ft.integrations.import_peft",
     "load": "sparse_ft.prediction.loaded_model",
     "merge": "sparse_ft.merging.merge",
     "predict": "sparse_ft.prediction.loaded_model",

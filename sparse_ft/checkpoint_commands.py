@@ -162,7 +162,7 @@ def export(
     backbone: BackboneOption = None,
 ) -> None:
     """Write tasks for PEFT, transformers or onnxruntime, run what was written, and say how far its answers are."""
-    from sparse_ft.exporting import export as export_checkpoint
+    from sparse_ft.integrations.export import export as export_checkpoint
 
     result = export_checkpoint(
         checkpoint, format=format_, output=output, task=task, int8=int8, data=data_sources(data), backbone=backbone
@@ -195,7 +195,7 @@ def import_(
     ] = None,
 ) -> None:
     """Make a checkpoint of a LoRA that PEFT saved, with its head where it can be understood."""
-    from sparse_ft.importing import import_adapter
+    from sparse_ft.integrations.import_peft import import_adapter
 
     result = import_adapter(
         adapter, output=output, task=task, labels=names("--labels", labels) if labels else [], backbone=backbone

@@ -89,9 +89,9 @@ def test_only_the_backbone_reaches_into_transformers_and_only_resources_knows_wh
 
     # pipeline.py registers with transformers' own pipelines, which is all that it is for; the exports build classifiers
     # of transformers and load what they wrote, as its users would.
-    border = {"sparse_ft.pipeline", "sparse_ft.exporters.parts"}
+    border = {"sparse_ft.integrations.transformers_pipeline", "sparse_ft.integrations.exporters.parts"}
     assert importers("transformers") == {"sparse_ft.backbone.backbone", "sparse_ft.checkpoint.checkpoint", *border}
-    assert importers("spacy") == {"sparse_ft.spacy_component"}
+    assert importers("spacy") == {"sparse_ft.integrations.spacy_component"}
     assert (
         FILES["sparse_ft.checkpoint.checkpoint"].read_text("utf-8").count("transformers.") == 1
     )  # its version, to write it down
@@ -115,7 +115,11 @@ def test_importing_in_a_fresh_process_loads_nothing_heavy(module):
 
 def test_nobody_imports_what_fits_us_into_other_libraries():
     """Their modules load whole libraries; whoever needs one imports it."""
-    adapters = {"sparse_ft.pipeline", "sparse_ft.estimator", "sparse_ft.spacy_component"}
+    adapters = {
+        "sparse_ft.integrations.transformers_pipeline",
+        "sparse_ft.integrations.sklearn_estimator",
+        "sparse_ft.integrations.spacy_component",
+    }
     assert not [module for module in FILES if imports_of(module) & adapters]
 
 

@@ -17,7 +17,7 @@ from sparse_ft.checkpoint.outputs import free_output
 from sparse_ft.config import RunConfig
 from sparse_ft.errors import CheckpointError, ConfigError
 from sparse_ft.experts.model import SparseExpertModel
-from sparse_ft.exporting import RECORD
+from sparse_ft.integrations.export import RECORD
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.spec import TaskSpec, list_tasks, load_task, parse_task
 

@@ -10,10 +10,10 @@ from test_exporting import LABELS, TEXTS, without_shapes
 from test_foreign import wrap
 
 import sparse_ft
-from sparse_ft import importing
 from sparse_ft.checkpoint.checkpoint import load_checkpoint
 from sparse_ft.errors import BackboneError, CheckpointError, ConfigError
-from sparse_ft.importing import import_adapter
+from sparse_ft.integrations import import_peft as importing
+from sparse_ft.integrations.import_peft import import_adapter
 from sparse_ft.tasks.spec import parse_task
 
 TAGS = ["B-LOC", "O", "I-PER", "B-PER", "I-LOC"]

@@ -13,7 +13,7 @@ from sparse_ft.tasks.spec import parse_task
 
 spacy = pytest.importorskip("spacy", reason="the extra `spacy` is not installed")
 
-from sparse_ft import spacy_component  # noqa: E402  # needs spaCy
+from sparse_ft.integrations import spacy_component  # noqa: E402  # needs spaCy
 
 TEXTS = [
     "Ada met Mozart in Lisbon",

@@ -9,11 +9,11 @@ from sparse_ft.checkpoint.checkpoint import describe_origin
 from sparse_ft.checkpoint.folders import replace_folder, write_bytes, write_json
 from sparse_ft.checkpoint.outputs import free_output
 from sparse_ft.errors import ConfigError
-from sparse_ft.exporters import find_exporter
-from sparse_ft.exporters.int8 import int8_scores, quantise
-from sparse_ft.model_card import model_card
+from sparse_ft.integrations.exporters import find_exporter
+from sparse_ft.integrations.exporters.int8 import int8_scores, quantise
+from sparse_ft.integrations.model_card import model_card
+from sparse_ft.integrations.round_trip import TOLERANCE, Difference
 from sparse_ft.prediction.loaded_model import LoadedModel, load
-from sparse_ft.round_trip import TOLERANCE, Difference
 from sparse_ft.tasks.encoded_rows import name_sources
 
 RECORD = "export.json"

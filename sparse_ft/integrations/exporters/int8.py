@@ -8,10 +8,10 @@ from torch import Tensor
 
 from sparse_ft.errors import DataError
 from sparse_ft.evaluation.scoring import score_rows
-from sparse_ft.exporters.onnx_folder import GRAPH, load_session, read_tasks, runner
-from sparse_ft.exporters.parts import load_tokenizer
+from sparse_ft.integrations.exporters.onnx_folder import GRAPH, load_session, read_tasks, runner
+from sparse_ft.integrations.exporters.parts import load_tokenizer
+from sparse_ft.integrations.round_trip import foreign_logits, given_rows, rows_of
 from sparse_ft.prediction.loaded_model import LoadedModel
-from sparse_ft.round_trip import foreign_logits, given_rows, rows_of
 from sparse_ft.tasks.encoded_rows import prepare, scored_split
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.reading import read

@@ -10,7 +10,7 @@ from test_training import settings, toy_rows, trained_toys
 from transformers import pipeline
 
 import sparse_ft
-import sparse_ft.pipeline
+import sparse_ft.integrations.transformers_pipeline
 
 TEXTS = ["the table loved", "half boring of", "", "Ada Lovelace in London, then Mozart", "company 😀 weather at six"]
 
@@ -25,7 +25,7 @@ def answers_of(lines, task):
 
 def in_spacy(checkpoint, task):
     spacy = pytest.importorskip("spacy", reason="the extra `spacy` is not installed")
-    import sparse_ft.spacy_component  # noqa: F401  # registers it where the package is not installed
+    import sparse_ft.integrations.spacy_component  # noqa: F401  # registers it where the package is not installed
 
     nlp = spacy.blank("en")
     nlp.add_pipe("sparse_ft", config={"checkpoint": str(checkpoint), "device": "cpu", "tasks": [task]})

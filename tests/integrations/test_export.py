@@ -24,10 +24,10 @@ from sparse_ft.errors import ConfigError, ExportError
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.named_experts import Expert
 from sparse_ft.experts.routing import Pass, Routing
-from sparse_ft.exporters.int8 import int8_scores
-from sparse_ft.folding import fold, fresh_copy
+from sparse_ft.integrations.exporters.int8 import int8_scores
+from sparse_ft.integrations.exporters.parts import fold, fresh_copy
+from sparse_ft.integrations.round_trip import Difference
 from sparse_ft.merging.edit import edit
-from sparse_ft.round_trip import Difference
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.spec import load_task, parse_task
 
@@ -533,7 +533,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, make_model, refused):
 def test_an_export_that_answers_otherwise_leaves_nothing(tmp_path, monkeypatch, make_model, refused):
     path = saved(tmp_path / "first", make_model, "bert", heads={"mood": ("text", 2)})
     monkeypatch.setattr(
-        "sparse_ft.exporters.transformers_folder.fold", lambda backbone, expert: None
+        "sparse_ft.integrations.exporters.transformers_folder.fold", lambda backbone, expert: None
     )  # it is forgotten
     said = refused(path, format="transformers")
     assert "The export of task 'mood' gives logits that differ by" in said
@@ -546,7 +546,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch, make_model)
 
     path = saved(tmp_path / "first", make_model, "bert", heads={"mood": ("text", 2)})
     before = files(tmp_path)
-    monkeypatch.setattr("sparse_ft.exporting.model_card", stop)
+    monkeypatch.setattr("sparse_ft.integrations.export.model_card", stop)
     with pytest.raises(KeyboardInterrupt):
         sparse_ft.export(path, format="peft", output=tmp_path / "out")
     assert files(tmp_path) == before

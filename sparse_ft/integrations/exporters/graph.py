@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from sparse_ft.backbone.backbone import Backbone
 from sparse_ft.backbone.pooling import pool
 from sparse_ft.experts.named_experts import Expert
-from sparse_ft.exporters.parts import any_shapes, shape_table
-from sparse_ft.folding import fold, fresh_copy
+from sparse_ft.integrations.exporters.parts import any_shapes, fold, fresh_copy, shape_table
 from sparse_ft.prediction.loaded_model import LoadedModel
 from sparse_ft.tasks.kinds import find_kind
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sparse_ft.backbone.words import split_words
-from sparse_ft.exporters.parts import any_shapes, empty_classifier, sees_shapes, sole_expert
+from sparse_ft.integrations.exporters.parts import any_shapes, empty_classifier, sees_shapes, sole_expert
 from sparse_ft.prediction.loaded_model import LoadedModel
 from sparse_ft.tasks.kinds import find_kind
 

@@ -17,7 +17,7 @@ from typing import Any
 import sparse_ft.backbone.words
 from sparse_ft.backbone.pooling import EPSILON
 from sparse_ft.checkpoint.folders import write_bytes, write_json
-from sparse_ft.exporters.parts import TokenClassifier
+from sparse_ft.integrations.exporters.parts import TokenClassifier
 
 _MEAN = "(tokens * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)"
 _POOLED = {

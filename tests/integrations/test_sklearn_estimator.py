@@ -20,7 +20,7 @@ from test_training import settings, toy_rows
 import sparse_ft
 from sparse_ft import SparseFTClassifier
 from sparse_ft.errors import BackboneError, ConfigError
-from sparse_ft.estimator import _held_out
+from sparse_ft.integrations.sklearn_estimator import _held_out
 
 ROWS = toy_rows("mood", 160)
 TEXTS, MOODS = [row["text"] for row in ROWS], [row["label"] for row in ROWS]
@@ -76,7 +76,7 @@ def test_a_fit_that_fails_leaves_what_was_fitted(make, monkeypatch):
     classifier = make().fit(TEXTS, MOODS)
     before = classifier.predict(TEST_TEXTS[:4])
     fresh = make()
-    monkeypatch.setattr("sparse_ft.estimator.train", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("sparse_ft.integrations.sklearn_estimator.train", lambda *_, **__: 1 / 0)
     for one in (classifier, fresh):
         with pytest.raises(ZeroDivisionError):
             one.fit(TEXTS, ["dog" if mood == "bad" else "cat" for mood in MOODS])

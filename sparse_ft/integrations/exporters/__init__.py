@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 from sparse_ft.errors import ConfigError, unknown_name
 from sparse_ft.experts.named_experts import Expert
-from sparse_ft.exporters.onnx_folder import write_onnx
-from sparse_ft.exporters.parts import sole_expert
-from sparse_ft.exporters.peft_folder import plain_expert, write_peft
-from sparse_ft.exporters.transformers_folder import write_transformers
+from sparse_ft.integrations.exporters.onnx_folder import write_onnx
+from sparse_ft.integrations.exporters.parts import sole_expert
+from sparse_ft.integrations.exporters.peft_folder import plain_expert, write_peft
+from sparse_ft.integrations.exporters.transformers_folder import write_transformers
+from sparse_ft.integrations.round_trip import Difference
 from sparse_ft.prediction.loaded_model import LoadedModel
-from sparse_ft.round_trip import Difference
 
 
 class Exporter(NamedTuple):

@@ -14,10 +14,16 @@ from sparse_ft.backbone.pooling import pool
 from sparse_ft.checkpoint.expert_files import write_adapter
 from sparse_ft.errors import ExportError
 from sparse_ft.experts.named_experts import Expert
-from sparse_ft.exporters.parts import load_tokenizer, save_tokenizer, sees_shapes, sole_expert, token_classifier
-from sparse_ft.folding import fresh_copy
+from sparse_ft.integrations.exporters.parts import (
+    fresh_copy,
+    load_tokenizer,
+    save_tokenizer,
+    sees_shapes,
+    sole_expert,
+    token_classifier,
+)
+from sparse_ft.integrations.round_trip import Difference, compare, sample_texts
 from sparse_ft.prediction.loaded_model import LoadedModel
-from sparse_ft.round_trip import Difference, compare, sample_texts
 from sparse_ft.tasks.kinds import find_kind
 
 

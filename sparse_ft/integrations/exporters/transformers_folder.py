@@ -11,8 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from sparse_ft.exporters.modelling import own_class, write_pooled, write_shaped
-from sparse_ft.exporters.parts import (
+from sparse_ft.integrations.exporters.modelling import own_class, write_pooled, write_shaped
+from sparse_ft.integrations.exporters.parts import (
+    fold,
+    fresh_copy,
     load_tokenizer,
     save_tokenizer,
     sees_shapes,
@@ -20,9 +22,8 @@ from sparse_ft.exporters.parts import (
     sole_expert,
     token_classifier,
 )
-from sparse_ft.folding import fold, fresh_copy
+from sparse_ft.integrations.round_trip import Difference, compare, sample_texts
 from sparse_ft.prediction.loaded_model import LoadedModel
-from sparse_ft.round_trip import Difference, compare, sample_texts
 from sparse_ft.tasks.kinds import find_kind
 
 _PROBLEMS = {"classification": "single_label_classification", "multi_label": "multi_label_classification"}

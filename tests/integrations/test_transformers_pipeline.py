@@ -9,7 +9,7 @@ import torch
 from transformers import pipeline
 
 import sparse_ft
-import sparse_ft.pipeline
+import sparse_ft.integrations.transformers_pipeline
 from sparse_ft.errors import CheckpointError, ConfigError
 
 TEXTS = ["the table loved", "Ada met Mozart in Lisbon", "half boring of", "", "music then football"]

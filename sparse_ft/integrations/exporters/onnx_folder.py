@@ -20,11 +20,11 @@ from torch import Tensor
 from sparse_ft.backbone.words import SHAPES
 from sparse_ft.checkpoint.folders import write_json
 from sparse_ft.errors import ConfigError, ExportError
-from sparse_ft.exporters.graph import Graph
-from sparse_ft.exporters.modelling import write_words
-from sparse_ft.exporters.parts import load_tokenizer, save_tokenizer, sole_expert
+from sparse_ft.integrations.exporters.graph import Graph
+from sparse_ft.integrations.exporters.modelling import write_words
+from sparse_ft.integrations.exporters.parts import load_tokenizer, save_tokenizer, sole_expert
+from sparse_ft.integrations.round_trip import Difference, Run, compare, sample_texts
 from sparse_ft.prediction.loaded_model import LoadedModel
-from sparse_ft.round_trip import Difference, Run, compare, sample_texts
 from sparse_ft.tasks.kinds import find_kind
 
 GRAPH = "model.onnx"
