@@ -41,7 +41,14 @@ def main() -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
-    ours_command = [sys.executable, "-c", "from sparse_ft.cli import main; main()", "predict", options.checkpoint, TEXT]
+    ours_command = [
+        sys.executable,
+        "-c",
+        "from sparse_ft.cli.main import main; main()",
+        "predict",
+        options.checkpoint,
+        TEXT,
+    ]
     ours_command += ["--device", "cpu"]
     folder = str(load_backbone("minilm").folder)
     bare_command = [sys.executable, "-c", f"FOLDER, TEXT = {folder!r}, {TEXT!r}{BARE}"]

@@ -30,9 +30,9 @@ from transformers import (
 
 from sparse_ft.backbone.backbone import load_backbone
 from sparse_ft.backbone.batching import length_batches, token_limit
+from sparse_ft.cli.text_lines import read_texts
 from sparse_ft.experts.gates import SequenceGate
 from sparse_ft.integrations.export import export
-from sparse_ft.lines import read_texts
 from sparse_ft.prediction.loaded_model import LoadedModel, load
 from sparse_ft.tasks.kinds import find_kind
 

@@ -19,9 +19,9 @@ from sparse_ft.checkpoint import checkpoint as checkpoint_module
 from sparse_ft.checkpoint import folders
 from sparse_ft.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from sparse_ft.checkpoint.manifest import FORMAT, check_name, read_manifest
+from sparse_ft.cli.listing import describe_checkpoint
 from sparse_ft.errors import BackboneError, CheckpointError, ConfigError
 from sparse_ft.experts.routing import Routing
-from sparse_ft.listing import describe_checkpoint
 
 TEXTS = ["the table loved", "", "Ada Lovelace met Mozart in London", "at six " * 60]
 

@@ -12,10 +12,10 @@ from test_experts import all_logits, assert_bit_identical
 from sparse_ft.backbone.backbone import load_backbone, set_attention
 from sparse_ft.checkpoint.checkpoint import load_checkpoint
 from sparse_ft.checkpoint.expert_files import read_adapter
+from sparse_ft.cli.listing import describe_checkpoint
 from sparse_ft.errors import CheckpointError, ConfigError
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.routing import Routing
-from sparse_ft.listing import describe_checkpoint
 from sparse_ft.merging.edit import add_from, edit
 
 TARGETS = {"bert": ["query", "value"], "gpt2": ["c_attn", "c_proj"], "llama": ["q_proj", "down_proj"]}

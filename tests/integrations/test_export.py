@@ -18,7 +18,7 @@ from sparse_ft.backbone.backbone import load_backbone
 from sparse_ft.backbone.pooling import pool
 from sparse_ft.backbone.words import split_words, word_shape
 from sparse_ft.checkpoint.checkpoint import load_checkpoint, save_checkpoint
-from sparse_ft.cli import app
+from sparse_ft.cli.main import app
 from sparse_ft.config import RunConfig
 from sparse_ft.errors import ConfigError, ExportError
 from sparse_ft.experts.model import SparseExpertModel

@@ -175,4 +175,4 @@ def test_spacy_finds_the_component_of_an_installed_package():
     if not project.is_file():
         pytest.skip("the tests run without the project file")
     entries = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["entry-points"]["spacy_factories"]
-    assert entries == {"sparse_ft": f"sparse_ft.spacy_component:{spacy_component.make_component.__name__}"}
+    assert entries == {"sparse_ft": f"sparse_ft.integrations.spacy_component:{spacy_component.make_component.__name__}"}

@@ -15,11 +15,11 @@ from test_training import write_toy
 import sparse_ft
 from sparse_ft.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from sparse_ft.checkpoint.manifest import read_manifest, read_metrics
+from sparse_ft.cli.listing import describe_checkpoint
 from sparse_ft.config import RunConfig
 from sparse_ft.errors import CheckpointError, ConfigError
 from sparse_ft.experts.gates import Choice, SequenceGate, TokenGate
 from sparse_ft.experts.named_experts import Expert
-from sparse_ft.listing import describe_checkpoint
 from sparse_ft.merging.edit import add_from, copy_expert, edit, prune_expert, remove_expert, rename_expert
 from sparse_ft.merging.low_rank import prune, truncate
 from sparse_ft.tasks.spec import load_task

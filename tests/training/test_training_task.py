@@ -12,8 +12,8 @@ from test_training import FILLERS, equal, run, settings, tensors, write_toy
 import sparse_ft
 from sparse_ft.backbone.backbone import load_backbone
 from sparse_ft.backbone.encoding import Encoder
+from sparse_ft.cli.listing import describe_checkpoint
 from sparse_ft.config import load_config
-from sparse_ft.listing import describe_checkpoint
 from sparse_ft.tasks.spec import load_task
 from sparse_ft.training.training_task import prepare_task
 

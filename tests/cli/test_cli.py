@@ -15,7 +15,7 @@ import yaml
 from test_training import settings, toy_rows, write_rows, write_toy
 
 import sparse_ft
-from sparse_ft import cli as cli_module
+from sparse_ft.cli import main as cli_module
 from sparse_ft.evaluation.token_routing import route_tokens
 from sparse_ft.resources import bundled_names
 
@@ -57,7 +57,7 @@ def next_command(out: str) -> list[str]:
 
 
 def test_help_lists_all_commands_and_loads_no_torch():
-    script = "import sys; sys.argv = ['sparse-ft', '-h']\nimport sparse_ft.cli\ntry:\n    sparse_ft.cli.main()\n" \
+    script = "import sys; sys.argv = ['sparse-ft', '-h']\nimport sparse_ft.cli.main\ntry:\n    sparse_ft.cli.main.main()\n" \
         "finally:\n    print('torch' in sys.modules)"  # fmt: skip
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -442,7 +442,7 @@ def test_the_unexpected_is_one(cli, monkeypatch):
     def broken(name=None):
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr("sparse_ft.listing.describe_tasks", broken)
+    monkeypatch.setattr("sparse_ft.cli.listing.describe_tasks", broken)
     code, out, err = cli("tasks")
     assert (code, out) == (1, "")
     assert err == "Unexpected error: RuntimeError: out of luck. Run again with --debug to see where.\n"

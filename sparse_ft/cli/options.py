@@ -94,3 +94,6 @@ def data_sources(data: list[str] | None) -> str | dict[str, str] | None:
 def shown_path(path: Path) -> str:
     """Show a path below the current folder as the user would type it."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+OutputOption = Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder to write; must not hold anything.")]

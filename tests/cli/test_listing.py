@@ -8,8 +8,8 @@ import pytest
 from test_training import KINDS, write_toy
 
 from sparse_ft.checkpoint.manifest import read_metrics
+from sparse_ft.cli.listing import describe_checkpoint, describe_task, describe_tasks
 from sparse_ft.errors import CheckpointError, ConfigError
-from sparse_ft.listing import describe_checkpoint, describe_task, describe_tasks
 from sparse_ft.tasks.spec import list_tasks, load_task
 
 

@@ -1,0 +1,103 @@
+"""The command line: parse, call one plain function, print. Heavy imports stand inside the commands."""
+
+import logging
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from sparse_ft.cli.edit import edit
+from sparse_ft.cli.export import export
+from sparse_ft.cli.import_ import import_
+from sparse_ft.cli.merge import merge
+from sparse_ft.errors import SparseFTError
+from sparse_ft.version import __version__
+
+from sparse_ft.cli.evaluate import evaluate
+from sparse_ft.cli.inspect import inspect
+from sparse_ft.cli.predict import predict
+from sparse_ft.cli.train import train
+
+app = typer.Typer(
+    name="sparse-ft",
+    help="One frozen backbone, one LoRA-sized expert per task.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one paragraph on stderr and exit code 2, anything else exit code 1."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logging.getLogger("sparse_ft").addHandler(handler)
+    logging.getLogger("sparse_ft").setLevel(logging.INFO)
+    try:
+        app(args=arguments, prog_name="sparse-ft")
+    except SparseFTError as error:
+        if debug:
+            raise
+        typer.echo(f"Error: {error}", err=True)
+        sys.exit(2)
+    except BrokenPipeError:  # `sparse-ft predict … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if debug:
+            raise
+        if _lacks_memory(error):
+            typer.echo(
+                f"Error: Out of memory ({str(error) or type(error).__name__}). Expected room for the backbone, the "
+                "experts and a batch. Free some, use another --device, or ask for shorter texts.",
+                err=True,
+            )
+            sys.exit(2)
+        typer.echo(f"Unexpected error: {type(error).__name__}: {error}. Run again with --debug to see where.", err=True)
+        sys.exit(1)
+
+
+def _lacks_memory(error: Exception) -> bool:
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from sparse_ft.backbone.devices import is_out_of_memory
+
+    return is_out_of_memory(error)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sparse-ft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """One frozen backbone, one LoRA-sized expert per task."""
+
+
+@app.command()
+def tasks(name: Annotated[str | None, typer.Argument(help="Bundled name, or path of a task file.")] = None) -> None:
+    """List the bundled tasks, or show one with its data source, labels and example."""
+    from sparse_ft.cli.listing import describe_task, describe_tasks
+
+    typer.echo(describe_task(name) if name else describe_tasks())
+
+
+for command in (train, evaluate, predict, inspect, edit, merge, export, import_):
+    app.command(command.__name__.rstrip("_"))(command)
+
+
+if __name__ == "__main__":
+    main()

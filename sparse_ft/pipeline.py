@@ -1,0 +1,3 @@
+"""``import sparse_ft.pipeline`` registers the pipeline with transformers."""
+
+from sparse_ft.integrations.transformers_pipeline import SparseFTPipeline as SparseFTPipeline
