@@ -40,13 +40,13 @@ from few_rows import draw
 from parameters import trained_numbers
 from runs import Entry, Runs, about
 from script import chosen, listed, numbers, run
+from submission import SUBMISSIONS, write_submission
 from trainer_peers import PEER_KINDS, RATES, run_trainer
 
 import sparse_ft.training.train
 from sparse_ft.errors import DataError, SparseFTError
 from sparse_ft.evaluation.evaluate import evaluate
 from sparse_ft.prediction.loaded_model import LoadedModel, load
-from sparse_ft.submission import SUBMISSIONS, write_submission
 from sparse_ft.tasks.encoded_rows import scored_splits
 from sparse_ft.tasks.spec import load_task
 

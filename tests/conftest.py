@@ -100,6 +100,8 @@ def make_model(tiny_folder):
     """
 
     def make(family, heads, *, first_block=0, targets=None, rank=4, alpha=8.0, pooling="auto", dtype=torch.float32):
+        from toys import add_random_expert
+
         from sparse_ft.backbone.backbone import load_backbone
         from sparse_ft.experts.model import SparseExpertModel
 
@@ -123,16 +125,6 @@ def make_model(tiny_folder):
 
 def _own(value, task):
     return value[task] if isinstance(value, dict) else value
-
-
-def add_random_expert(model, name, *, first_block=0, targets=None, rank=4, alpha=8.0, seed=1):
-    """Add an expert that changes what the backbone says, by about a tenth."""
-    modules = model.backbone.select_linears(first_block=first_block, targets=targets)
-    model.experts.create(name, modules=modules, rank=rank, alpha=alpha, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    for key, parameter in model.experts.parameters(name).items():
-        if key.endswith("lora_B") and parameter.numel():
-            parameter.data.normal_(0.0, 0.1, generator=generator)
 
 
 def save_tiny(folder: Path, family: str, *, bos: bool | None = None, seed: int = 0) -> None:
@@ -327,19 +319,9 @@ def _byte_level(family, *, bos):
     return own(tokenizer_object=raw, unk_token=names["eos"], pad_token=None, **tokens)
 
 
-def trainable_of(model, task):
-    """What learns from a task: its experts' deltas and its head, by name."""
-    found = {f"head.{name}": value for name, value in model.head(task).named_parameters()}
-    used = model.tasks[task].used
-    for expert in used:
-        prefix = "expert." if len(used) == 1 else f"expert.{expert}."
-        found.update({f"{prefix}{name}": value for name, value in model.experts.parameters(expert).items()})
-    return {name: parameter for name, parameter in found.items() if parameter.numel()}
-
-
 @pytest.fixture(scope="session")
 def toys(tmp_path_factory, tiny_bert):
     """A checkpoint of all toy tasks; nobody may change it."""
-    from test_training import trained_toys
+    from toys import trained_toys
 
     return trained_toys(tmp_path_factory, tiny_bert)

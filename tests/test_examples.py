@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_training import settings
+from toys import settings
 
 import sparse_ft
 from sparse_ft.tasks.spec import load_task

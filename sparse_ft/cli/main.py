@@ -8,16 +8,15 @@ from typing import Annotated
 import typer
 
 from sparse_ft.cli.edit import edit
+from sparse_ft.cli.evaluate import evaluate
 from sparse_ft.cli.export import export
 from sparse_ft.cli.import_ import import_
-from sparse_ft.cli.merge import merge
-from sparse_ft.errors import SparseFTError
-from sparse_ft.version import __version__
-
-from sparse_ft.cli.evaluate import evaluate
 from sparse_ft.cli.inspect import inspect
+from sparse_ft.cli.merge import merge
 from sparse_ft.cli.predict import predict
 from sparse_ft.cli.train import train
+from sparse_ft.errors import SparseFTError
+from sparse_ft.version import __version__
 
 app = typer.Typer(
     name="sparse-ft",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from test_training import KINDS, run, settings, trained_minilm, write_toy
+from toys import KINDS, run, settings, trained_minilm, write_toy
 
 import sparse_ft
 from sparse_ft.backbone.backbone import load_backbone, set_attention

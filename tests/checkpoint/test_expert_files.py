@@ -6,8 +6,8 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import BLOCKS
-from test_editing import saved
-from test_experts import all_logits, assert_bit_identical
+from test_edit import saved
+from test_named_experts import all_logits, assert_bit_identical
 
 from sparse_ft.backbone.backbone import load_backbone, set_attention
 from sparse_ft.checkpoint.checkpoint import load_checkpoint

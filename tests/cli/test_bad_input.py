@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_cli import call, quick
-from test_mixing import trained_mixture
-from test_training import toy_rows, write_rows, write_toy
+from test_cli import quick
+from test_joint import trained_mixture
+from toys import call, toy_rows, write_rows, write_toy
 
 TRAIN = ["train", "--task", "mood.yaml", "--backbone", "{bert}", *quick()]
 NER = ["train", "--task", "names.yaml", "--backbone", "{bert}", *quick()]

@@ -2,7 +2,6 @@
 
 import io
 import json
-import logging
 import re
 import shlex
 import subprocess
@@ -12,31 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_training import settings, toy_rows, write_rows, write_toy
+from toys import (
+    call,
+    settings,
+    toy_rows,
+    write_rows,
+    write_toy,
+)
 
 import sparse_ft
-from sparse_ft.cli import main as cli_module
 from sparse_ft.evaluation.token_routing import route_tokens
 from sparse_ft.resources import bundled_names
 
 COMMANDS = ("tasks", "train", "evaluate", "predict", "inspect", "edit", "merge", "export", "import")
-
-
-def call(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
-    """Run the command line in this process; return exit code, stdout and stderr."""
-    monkeypatch.setattr(sys, "argv", ["sparse-ft", *map(str, arguments)])
-    logger = logging.getLogger("sparse_ft")
-    handlers, level = list(logger.handlers), logger.level
-    capsys.readouterr()
-    code = 0
-    try:
-        cli_module.main()
-    except SystemExit as exit:
-        code = exit.code or 0
-    finally:
-        logger.handlers, logger.level = handlers, level
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 @pytest.fixture
@@ -57,7 +44,7 @@ def next_command(out: str) -> list[str]:
 
 
 def test_help_lists_all_commands_and_loads_no_torch():
-    script = "import sys; sys.argv = ['sparse-ft', '-h']\nimport sparse_ft.cli.main\ntry:\n    sparse_ft.cli.main.main()\n" \
+    script = "import sys; sys.argv = ['sparse-ft', '-h']\nfrom sparse_ft.cli.main import main\ntry:\n    main()\n" \
         "finally:\n    print('torch' in sys.modules)"  # fmt: skip
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -5,7 +5,7 @@ import re
 import shutil
 
 import pytest
-from test_training import KINDS, write_toy
+from toys import KINDS, write_toy
 
 from sparse_ft.checkpoint.manifest import read_metrics
 from sparse_ft.cli.listing import describe_checkpoint, describe_task, describe_tasks

@@ -13,7 +13,7 @@ import yaml
 from seqeval.metrics import f1_score as entity_f1
 from seqeval.metrics import precision_score as entity_precision
 from seqeval.metrics import recall_score as entity_recall
-from test_training import KINDS, run, toy_rows, write_rows, write_toy
+from toys import KINDS, run, toy_rows, write_rows, write_toy
 
 import sparse_ft
 from sparse_ft.backbone.backbone import load_backbone

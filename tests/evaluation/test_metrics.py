@@ -322,7 +322,7 @@ def test_metrics_use_neither_network_nor_home(tmp_path, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
-    fresh = runpy.run_path(sparse_ft.metrics.__file__)
+    fresh = runpy.run_path(sparse_ft.evaluation.metrics.__file__)
     for name, metric in fresh["METRICS"].items():
         assert metric().compute(predictions=[["O"]], references=[["O"]]).keys() == {name}
     assert list(tmp_path.iterdir()) == []

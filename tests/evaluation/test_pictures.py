@@ -7,7 +7,7 @@ from io import BytesIO
 
 import pytest
 import torch
-from test_token_table import routed
+from toys import routed
 
 from sparse_ft.errors import ConfigError
 from sparse_ft.evaluation import pictures

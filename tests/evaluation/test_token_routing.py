@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_training import KINDS, trained_toys
+from toys import KINDS, trained_toys
 
 from sparse_ft.backbone.batching import collate
 from sparse_ft.backbone.encoding import Encoder

@@ -3,30 +3,12 @@
 import re
 
 import pytest
-import torch
+from toys import (
+    routed,
+)
 
 from sparse_ft.evaluation.tables import terminal_width
-from sparse_ft.evaluation.token_routing import Token, TokenRouting
 from sparse_ft.evaluation.token_table import token_table
-
-
-def routed(num_experts, num_blocks=3, *, texts=("[CLS]", "Ada", "上海", "[SEP]"), by_token=True, top_k=2, seed=0):
-    """Make a routing with random weights."""
-    generator = torch.Generator().manual_seed(seed)
-    scores = torch.rand(num_blocks, len(texts), num_experts, generator=generator)
-    best, experts = scores.topk(min(top_k, num_experts))
-    weights = torch.zeros_like(scores).scatter(-1, experts, (best * 3).softmax(-1))
-    return TokenRouting(
-        checkpoint="runs/all",
-        route="arrow",
-        text=" ".join(texts),
-        tokens=[Token(text, 0, len(text)) for text in texts],
-        truncated=False,
-        experts=[f"expert_{place}" for place in range(num_experts)],
-        blocks=list(range(1, num_blocks + 1)),
-        weights=weights if by_token else weights[:1, :1].expand(num_blocks, len(texts), -1),
-        by_token=by_token,
-    )
 
 
 def rows_of(text):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import add_random_expert, trainable_of
+from toys import add_random_expert, trainable_of
 
 from sparse_ft.backbone.batching import collate
 from sparse_ft.backbone.encoding import Encoder

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from conftest import HIDDEN
-from test_training import run, write_toy
+from toys import run, write_toy
 
 import sparse_ft
 from sparse_ft.backbone.backbone import load_backbone

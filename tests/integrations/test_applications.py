@@ -4,9 +4,8 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from test_cli import call
-from test_prediction import assert_same
-from test_training import settings, toy_rows, trained_toys
+from test_loaded_model import assert_same
+from toys import call, settings, toy_rows, trained_toys
 from transformers import pipeline
 
 import sparse_ft

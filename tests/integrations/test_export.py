@@ -7,10 +7,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import add_random_expert
-from test_cli import call
-from test_editing import saved
-from test_training import write_rows, write_toy
+from test_edit import saved
+from toys import add_random_expert, call, write_rows, write_toy
 from typer.testing import CliRunner
 
 import sparse_ft

@@ -5,9 +5,9 @@ import re
 
 import pytest
 import torch
-from test_cli import call
-from test_exporting import LABELS, TEXTS, without_shapes
-from test_foreign import wrap
+from test_expert_files import wrap
+from test_export import LABELS, TEXTS, without_shapes
+from toys import call
 
 import sparse_ft
 from sparse_ft.checkpoint.checkpoint import load_checkpoint

@@ -15,7 +15,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils import estimator_checks
 from sklearn.utils.validation import check_array, check_is_fitted
-from test_training import settings, toy_rows
+from toys import settings, toy_rows
 
 import sparse_ft
 from sparse_ft import SparseFTClassifier

@@ -171,7 +171,7 @@ def test_a_checkpoint_that_is_not_there_is_missed_with_the_first_doc():
 
 
 def test_spacy_finds_the_component_of_an_installed_package():
-    project = Path(__file__).parent.parent / "pyproject.toml"
+    project = Path(__file__).parents[2] / "pyproject.toml"
     if not project.is_file():
         pytest.skip("the tests run without the project file")
     entries = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["entry-points"]["spacy_factories"]

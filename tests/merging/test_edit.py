@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import add_random_expert
-from test_cli import call
-from test_experts import all_logits, assert_bit_identical
-from test_training import write_toy
+from test_named_experts import all_logits, assert_bit_identical
+from toys import add_random_expert, call, write_toy
 
 import sparse_ft
 from sparse_ft.checkpoint.checkpoint import load_checkpoint, save_checkpoint

@@ -11,10 +11,9 @@ import pytest
 import torch
 import yaml
 from test_bad_input import disk
-from test_cli import call
-from test_editing import HEADS, LABELS, answers, logits, saved
-from test_experts import assert_bit_identical
-from test_training import write_toy
+from test_edit import HEADS, LABELS, answers, logits, saved
+from test_named_experts import assert_bit_identical
+from toys import call, write_toy
 
 import sparse_ft
 from sparse_ft.checkpoint.checkpoint import load_checkpoint, save_checkpoint
@@ -402,7 +401,7 @@ def test_an_output_that_is_a_link_is_written_where_it_leads(bert, tmp_path):
 
 @pytest.mark.parametrize("method", ["stack", "linear"])
 def test_tasks_that_a_gate_mixes_are_refused(tmp_path, make_model, method):
-    from test_editing import mixed_by
+    from test_edit import mixed_by
 
     mixed = mixed_by("sequence", tmp_path / "first", make_model)
     with pytest.raises(CheckpointError, match="was trained with the gate there mixing several experts"):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_training import run, settings, tensors, write_toy
+from toys import run, settings, tensors, write_toy
 
 import sparse_ft
 from sparse_ft.checkpoint.checkpoint import load_checkpoint

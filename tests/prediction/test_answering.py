@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_mixing import MIXTURES, trained_mixture
-from test_prediction import SINGLE, assert_same, mixed_texts, passes
+from test_joint import MIXTURES, trained_mixture
+from test_loaded_model import SINGLE, assert_same, mixed_texts, passes
 
 import sparse_ft
 from sparse_ft.errors import ConfigError, DataError

@@ -5,9 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_cli import call
-from test_prediction import assert_same
-from test_training import run, toy_rows, write_toy
+from test_loaded_model import assert_same
+from toys import call, run, toy_rows, write_toy
 
 import sparse_ft
 from sparse_ft.errors import ConfigError

@@ -10,8 +10,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_mixing import MIXTURES, mix, trained_mixture
-from test_training import FILLERS, logits_of, run, toy_rows, trained_minilm, write_toy
+from test_joint import MIXTURES, mix, trained_mixture
+from test_train import logits_of
+from toys import FILLERS, run, toy_rows, trained_minilm, write_toy
 
 import sparse_ft
 from sparse_ft.backbone.words import split_words

@@ -4,10 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import add_random_expert
-from test_gate_training import marked
-from test_mixing import trained_mixture
-from test_training import run, write_toy
+from test_joint import trained_mixture
+from toys import add_random_expert, marked, run, write_toy
 
 import sparse_ft
 from sparse_ft.backbone.words import join_words

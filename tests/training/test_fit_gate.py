@@ -6,7 +6,14 @@ import shutil
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from test_training import run, settings, toy_rows, write_rows, write_toy
+from toys import (
+    MARKS,
+    marked,
+    run,
+    settings,
+    toy_rows,
+    write_toy,
+)
 
 import sparse_ft
 from sparse_ft.checkpoint.checkpoint import load_checkpoint
@@ -16,26 +23,6 @@ from sparse_ft.errors import CheckpointError, ConfigError, DataError
 from sparse_ft.experts.gates import PrototypeGate, SequenceGate
 from sparse_ft.experts.inference import text_routing
 from sparse_ft.training.fit_gate import fit_on_means
-
-# Words that tell the tasks apart, so that a gate has something to learn.
-MARKS = {
-    "mood": ("Book for two tomorrow please " * 3).split(),
-    "names": ("Shares fell per cent after profits " * 3).split(),
-}
-
-
-def marked(folder, name, *, sizes=(60, 16, 16), **changes):
-    """Write a toy task whose texts begin with words of their own."""
-    path = write_toy(folder, name, sizes=sizes, **changes)
-    for seed, (split, size) in enumerate(zip(("train", "validation", "test"), sizes, strict=True)):
-        rows = toy_rows(name, size, seed=seed)
-        for row in rows:
-            if "text" in row:
-                row["text"] = " ".join([*MARKS[name], row["text"]])
-            else:
-                row["tokens"], row["tags"] = [*MARKS[name], *row["tokens"]], ["O"] * len(MARKS[name]) + row["tags"]
-        write_rows(folder / name / f"{split}.jsonl", rows)
-    return path
 
 
 @pytest.fixture(scope="module", params=[0, 1], ids=["from the embeddings", "from block 1"])

@@ -9,9 +9,17 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import add_random_expert
-from test_gate_training import marked
-from test_training import equal, run, settings, tensors, toy_rows, write_toy
+from toys import (
+    POOL,
+    add_random_expert,
+    equal,
+    marked,
+    run,
+    settings,
+    tensors,
+    toy_rows,
+    write_toy,
+)
 
 import sparse_ft
 from sparse_ft.backbone.batching import collate
@@ -27,7 +35,6 @@ from sparse_ft.training.gradients import Gradients
 from sparse_ft.training.joint import Mixing, joint_choice
 from sparse_ft.training.new_experts import token_gate
 
-POOL = {"experts__pool": 4, "experts__shared": True, "experts__shared_a": True}
 MIXTURES = {"token": {"gate__type": "token", **POOL}, "sequence": {}}
 """By token among a pool with a shared expert and one A; by text among the tasks' own experts."""
 MIXED = ["mood", "about", "names"]

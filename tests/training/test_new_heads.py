@@ -5,7 +5,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import CAUSAL, FAMILIES
-from test_training import run, settings, toy_rows, write_rows, write_toy
+from toys import run, settings, toy_rows, write_rows, write_toy
 
 import sparse_ft
 from sparse_ft.backbone.backbone import load_backbone

@@ -8,9 +8,7 @@ import socket
 
 import pytest
 import torch
-from test_mixing import POOL
-from test_resume import OPTIONS, assert_same_end
-from test_training import run, settings, write_toy
+from toys import OPTIONS, POOL, assert_same_end, run, settings, write_toy
 
 import sparse_ft
 from sparse_ft.backbone.devices import find_device

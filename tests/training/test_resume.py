@@ -9,25 +9,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_mixing import POOL, mix
-from test_training import run, settings, tensors, write_rows, write_toy
+from test_joint import mix
+from toys import (
+    OPTIONS,
+    POOL,
+    assert_same_end,
+    run,
+    settings,
+    tensors,
+    write_rows,
+    write_toy,
+)
 
 import sparse_ft
 from sparse_ft.checkpoint import folders
 from sparse_ft.checkpoint.folders import recover_folder, replace_folder
 from sparse_ft.errors import CheckpointError, ConfigError
 from sparse_ft.training.resume import find_resume
-
-# Three epochs of 5 steps, then three of 3 for the second task, and a save every second step; dropout makes every step
-# depend on the random state.
-OPTIONS = {
-    "train__epochs": 3,
-    "train__batch_size": 8,
-    "train__save_steps": 2,
-    "train__head_dropout": 0.2,
-    "experts__dropout": 0.1,
-    "train__patience": 9,
-}
 
 
 class Killing:
@@ -105,17 +103,6 @@ def killed_run(
     process.start()
     process.join(timeout=300)
     assert process.exitcode == -signal.SIGKILL
-
-
-def assert_same_end(path: Path, expected: Path) -> None:
-    files = sorted(file.relative_to(expected) for file in expected.rglob("*.safetensors"))
-    assert files
-    assert sorted(file.relative_to(path) for file in path.rglob("*.safetensors")) == files
-    for file in files:
-        assert (path / file).read_bytes() == (expected / file).read_bytes(), file
-    assert json.loads((path / "metrics.json").read_text()) == json.loads((expected / "metrics.json").read_text())
-    assert not (path / "resume").exists()
-    assert not [entry.name for entry in path.iterdir() if entry.name.startswith(".")]
 
 
 MOMENTS = [

@@ -1,16 +1,23 @@
 """Training on toy tasks whose answer hangs on a few words, with tiny backbones."""
 
 import json
-import random
 import shutil
 import weakref
-from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 import yaml
-from conftest import trainable_of
+from toys import (
+    KINDS,
+    equal,
+    run,
+    settings,
+    tensors,
+    trainable_of,
+    trained_minilm,
+    write_rows,
+    write_toy,
+)
 
 import sparse_ft
 from sparse_ft.backbone.backbone import load_backbone, set_attention
@@ -26,161 +33,6 @@ from sparse_ft.tasks.kinds.classification import Classification
 from sparse_ft.tasks.reading import read
 from sparse_ft.training import loop as fitting
 from sparse_ft.training import train as training
-
-# Words of the corpus that conftest's tokenizers are built on: fillers, then one group an answer.
-FILLERS = [
-    "the",
-    "first",
-    "second",
-    "half",
-    "of",
-    "table",
-    "company",
-    "weather",
-    "analytical",
-    "engine",
-    "three",
-    "and",
-    "then",
-    "at",
-    "six",
-]
-GOOD, BAD = ["loved"], ["boring"]
-PERSONS = [["Ada", "Lovelace"], ["Charles", "Babbage"], ["Mozart"]]
-PLACES = [["London"], ["Lisbon"], ["Geneva"], ["Chelsea"]]
-KINDS = {
-    "mood": "classification",
-    "reply": "classification",
-    "about": "multi_label",
-    "names": "token_classification",
-}
-"""The toy tasks; ``reply`` is one on pairs."""
-COLUMNS = {
-    "mood": {"text": "text", "label": "label"},
-    "reply": {"text": "text", "text_pair": "text_pair", "label": "label"},
-    "about": {"text": "text", "labels": "labels"},
-    "names": {"tokens": "tokens", "tags": "tags"},
-}
-EXAMPLES = {"mood": "the weather loved", "reply": "the table\tthe film", "names": "Ada met Mozart in Lisbon"}
-
-
-def toy_row(name: str, generator: random.Random) -> dict:
-    """Make one row of a toy task."""
-    words = generator.choices(FILLERS, k=generator.randint(2, 5))
-    good = generator.random() < 0.5
-    cue = generator.choice(GOOD if good else BAD)
-    place = generator.randrange(len(words) + 1)
-    if name == "mood":
-        return {"text": " ".join([*words[:place], cue, *words[place:]]), "label": "good" if good else "bad"}
-    if name == "reply":  # the first text never tells
-        second = " ".join([*words[:place], cue, *words[place:]])
-        return {"text": " ".join(generator.choices(FILLERS, k=2)), "text_pair": second, "label": "yn"[not good]}
-    if name == "about":
-        labels = [label for label in ("music", "football") if generator.random() < 0.5]
-        for label in labels:
-            words.insert(generator.randrange(len(words) + 1), label)
-        return {"text": " ".join(words), "labels": labels}
-    tags = ["O"] * len(words)
-    for entity_type, entities in (("PER", PERSONS), ("LOC", PLACES)):
-        free = [spot for spot in range(len(words) + 1) if spot == len(words) or not tags[spot].startswith("I")]
-        spot, entity = generator.choice(free), generator.choice(entities)
-        words[spot:spot] = entity
-        tags[spot:spot] = [f"B-{entity_type}"] + [f"I-{entity_type}"] * (len(entity) - 1)
-    return {"tokens": words, "tags": tags}
-
-
-def toy_rows(name: str, number: int, *, seed: int = 0) -> list[dict]:
-    generator = random.Random(f"{name}/{seed}")
-    return [toy_row(name, generator) for _ in range(number)]
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def write_toy(folder: Path, name: str, *, sizes: tuple = (96, 32, 32), as_name: str = "", **changes) -> str:
-    """Write a toy task with its data; return the path of its task file."""
-    called = as_name or name
-    for seed, (split, size) in enumerate(zip(("train", "validation", "test"), sizes, strict=True)):
-        write_rows(folder / called / f"{split}.jsonl", toy_rows(name, size, seed=seed))
-    files = {
-        "format": "jsonl",
-        "root": called,
-        **{split: f"{split}.jsonl" for split in ("train", "validation", "test")},
-    }
-    content = {
-        "name": called,
-        "kind": KINDS[name],
-        "files": files,
-        "columns": COLUMNS[name],
-        "metric": "f1" if name == "names" else "accuracy",
-        "example": EXAMPLES.get(name, ""),
-    }
-    path = folder / f"{called}.yaml"
-    path.write_text(yaml.safe_dump({**content, **changes}, sort_keys=False), encoding="utf-8")
-    return str(path)
-
-
-def settings(**changes) -> list[str]:
-    """Overrides for a run of seconds; a double underscore stands for the dot."""
-    values = {
-        "train__epochs": 2,
-        "train__min_steps": 0,
-        "train__batch_size": 16,
-        "train__learning_rate": 0.01,
-        "train__precision": "fp32",
-        "train__patience": 0,
-        "train__head_dropout": 0.0,
-    }
-    return [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in {**values, **changes}.items()]
-
-
-def run(tasks: list[str], backbone: str | Path | None, output: Path | None, *, seed: int | None = None, **changes):
-    """Train on the CPU with ``settings(**changes)``."""
-    return sparse_ft.train(
-        tasks,
-        backbone=None if backbone is None else str(backbone),
-        output=output,
-        overrides=settings(**changes),
-        device="cpu",
-        seed=seed,
-    )
-
-
-def trained_toys(tmp_path_factory, backbone: Path) -> Path:
-    """Train all toy tasks into one checkpoint, once a session; nobody may change it."""
-    folder = tmp_path_factory.getbasetemp() / f"toys-{backbone.name}"
-    if (folder / "checkpoint").is_dir():
-        return folder / "checkpoint"
-    folder.mkdir()
-    tasks = [write_toy(folder, name, sizes=(240, 32, 32)) for name in KINDS]
-    options = {"train__epochs": 4, "train__batch_size": 8, "train__learning_rate": 0.005}
-    return run(tasks, backbone, folder / "checkpoint", **options).path
-
-
-def trained_minilm(tmp_path_factory) -> Path:
-    """Train two toy tasks on the real MiniLM, once a session; nobody may change it."""
-    folder = tmp_path_factory.getbasetemp() / "toys-minilm"
-    if (folder / "checkpoint").is_dir():
-        return folder / "checkpoint"
-    folder.mkdir()
-    tasks = [write_toy(folder, name, sizes=(48, 8, 24)) for name in ("mood", "names")]
-    options = {"train__epochs": 3, "train__learning_rate": 0.004, "experts__first_block": 3}
-    return run(tasks, "minilm", folder / "checkpoint", **options).path
-
-
-def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Read all tensors of the experts and heads."""
-    return {
-        f"{file.relative_to(checkpoint).as_posix()}:{name}": tensor
-        for file in sorted(checkpoint.rglob("*.safetensors"))
-        for name, tensor in safetensors.torch.load_file(file).items()
-    }
-
-
-def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 @pytest.fixture

@@ -6,8 +6,7 @@ import random
 import pytest
 import torch
 import yaml
-from test_cli import call
-from test_training import FILLERS, equal, run, settings, tensors, write_toy
+from toys import FILLERS, call, equal, run, settings, tensors, write_toy
 
 import sparse_ft
 from sparse_ft.backbone.backbone import load_backbone

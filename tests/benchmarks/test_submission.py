@@ -6,9 +6,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from submission import SUBMISSIONS, write_submission
 
 from sparse_ft.errors import ConfigError, DataError
-from sparse_ft.submission import SUBMISSIONS, write_submission
 from sparse_ft.tasks.spec import load_task
 
 ROOT = os.environ.get("SPARSE_FT_DATA_ROOT")

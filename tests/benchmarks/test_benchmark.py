@@ -11,7 +11,7 @@ from sparse_ft.backbone.backbone import load_backbone
 from sparse_ft.resources import bundled_dir
 from sparse_ft.tasks.spec import load_task
 
-SCRIPTS = Path(__file__).parents[1] / "benchmarks"
+SCRIPTS = Path(__file__).parents[2] / "benchmarks"
 FEW = ("data.train_limit=40", "train.epochs=1", "train.min_steps=0", "gate.rows=40")
 
 pytestmark = pytest.mark.skipif(not SCRIPTS.exists(), reason="benchmarks/ is not in an installed package")
