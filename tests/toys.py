@@ -6,13 +6,10 @@ import random
 import sys
 from pathlib import Path
 
-import safetensors.torch
-import torch
 import yaml
 
 import sparse_ft
 from sparse_ft.cli import main as cli_module
-from sparse_ft.evaluation.token_routing import Token, TokenRouting
 
 # Words of the corpus that conftest's tokenizers are built on: fillers, then one group an answer.
 FILLERS = [
@@ -147,41 +144,6 @@ def run(tasks: list[str], backbone: str | Path | None, output: Path | None, *, s
     )
 
 
-def trained_toys(tmp_path_factory, backbone: Path) -> Path:
-    """Train all toy tasks into one checkpoint, once a session; nobody may change it."""
-    folder = tmp_path_factory.getbasetemp() / f"toys-{backbone.name}"
-    if (folder / "checkpoint").is_dir():
-        return folder / "checkpoint"
-    folder.mkdir()
-    tasks = [write_toy(folder, name, sizes=(240, 32, 32)) for name in KINDS]
-    options = {"train__epochs": 4, "train__batch_size": 8, "train__learning_rate": 0.005}
-    return run(tasks, backbone, folder / "checkpoint", **options).path
-
-
-def trained_minilm(tmp_path_factory) -> Path:
-    """Train two toy tasks on the real MiniLM, once a session; nobody may change it."""
-    folder = tmp_path_factory.getbasetemp() / "toys-minilm"
-    if (folder / "checkpoint").is_dir():
-        return folder / "checkpoint"
-    folder.mkdir()
-    tasks = [write_toy(folder, name, sizes=(48, 8, 24)) for name in ("mood", "names")]
-    options = {"train__epochs": 3, "train__learning_rate": 0.004, "experts__first_block": 3}
-    return run(tasks, "minilm", folder / "checkpoint", **options).path
-
-
-def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Read all tensors of the experts and heads."""
-    return {
-        f"{file.relative_to(checkpoint).as_posix()}:{name}": tensor
-        for file in sorted(checkpoint.rglob("*.safetensors"))
-        for name, tensor in safetensors.torch.load_file(file).items()
-    }
-
-
-def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-
-
 # Words that tell the tasks apart, so that a gate has something to learn.
 MARKS = {
     "mood": ("Book for two tomorrow please " * 3).split(),
@@ -218,17 +180,6 @@ OPTIONS = {
 }
 
 
-def assert_same_end(path: Path, expected: Path) -> None:
-    files = sorted(file.relative_to(expected) for file in expected.rglob("*.safetensors"))
-    assert files
-    assert sorted(file.relative_to(path) for file in path.rglob("*.safetensors")) == files
-    for file in files:
-        assert (path / file).read_bytes() == (expected / file).read_bytes(), file
-    assert json.loads((path / "metrics.json").read_text()) == json.loads((expected / "metrics.json").read_text())
-    assert not (path / "resume").exists()
-    assert not [entry.name for entry in path.iterdir() if entry.name.startswith(".")]
-
-
 def call(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
     """Run the command line in this process; return exit code, stdout and stderr."""
     monkeypatch.setattr(sys, "argv", ["sparse-ft", *map(str, arguments)])
@@ -246,40 +197,55 @@ def call(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
     return code, captured.out, captured.err
 
 
-def routed(num_experts, num_blocks=3, *, texts=("[CLS]", "Ada", "上海", "[SEP]"), by_token=True, top_k=2, seed=0):
-    """Make a routing with random weights."""
-    generator = torch.Generator().manual_seed(seed)
-    scores = torch.rand(num_blocks, len(texts), num_experts, generator=generator)
-    best, experts = scores.topk(min(top_k, num_experts))
-    weights = torch.zeros_like(scores).scatter(-1, experts, (best * 3).softmax(-1))
-    return TokenRouting(
-        checkpoint="runs/all",
-        route="arrow",
-        text=" ".join(texts),
-        tokens=[Token(text, 0, len(text)) for text in texts],
-        truncated=False,
-        experts=[f"expert_{place}" for place in range(num_experts)],
-        blocks=list(range(1, num_blocks + 1)),
-        weights=weights if by_token else weights[:1, :1].expand(num_blocks, len(texts), -1),
-        by_token=by_token,
+def quick(**changes) -> list[str]:
+    options = settings(**{"train__epochs": 1, **changes})
+    return [*(part for option in options for part in ("--set", option)), "--device", "cpu"]
+
+
+def train_joint(tasks, backbone, output, *, start=None, seed=None, data=None, **changes):
+    """Train jointly on the CPU, in one thread, with ``settings(**changes)``."""
+    return sparse_ft.train(
+        tasks,
+        data=data,
+        backbone=None if backbone is None else str(backbone),
+        output=output,
+        overrides=settings(**{"train__workers": 1, **changes}),
+        device="cpu",
+        seed=seed,
+        stage="joint",
+        from_checkpoint=start,
     )
 
 
-def add_random_expert(model, name, *, first_block=0, targets=None, rank=4, alpha=8.0, seed=1):
-    """Add an expert that changes what the backbone says, by about a tenth."""
-    modules = model.backbone.select_linears(first_block=first_block, targets=targets)
-    model.experts.create(name, modules=modules, rank=rank, alpha=alpha, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    for key, parameter in model.experts.parameters(name).items():
-        if key.endswith("lora_B") and parameter.numel():
-            parameter.data.normal_(0.0, 0.1, generator=generator)
+JOINT = {"token": {"gate__type": "token", **POOL}, "sequence": {}}
+"""By token among a pool with a shared expert and one A; by text among the tasks' own experts."""
 
 
-def trainable_of(model, task):
-    """What learns from a task: its experts' deltas and its head, by name."""
-    found = {f"head.{name}": value for name, value in model.head(task).named_parameters()}
-    used = model.tasks[task].used
-    for expert in used:
-        prefix = "expert." if len(used) == 1 else f"expert.{expert}."
-        found.update({f"{prefix}{name}": value for name, value in model.experts.parameters(expert).items()})
-    return {name: parameter for name, parameter in found.items() if parameter.numel()}
+SINGLE = ["mood", "about", "names"]
+"""The toy tasks that read one text."""
+
+
+ODD_TEXTS = [
+    "",
+    " ",
+    "\n\t\n",
+    "Ada Lovelace in London",
+    "👩‍👩‍👧 Ada 😀 in 🇵🇹 Lisbon!",
+    "Ada e\u0301te\u0301 a\u0308 in Geneva, n\u0303.",
+    "Ａｄａ　ｉｎ　Ｌｏｎｄｏｎ。",
+    "Ada\tLovelace\r\n  in\n\nLondon \u2028 at\u00a0six",
+    "我们在上海住了三年 with Mozart",
+    "Ada's don't U.S. 3.5 mother-in-law (London)...",
+    "\u200bAda\ufeff Mozart\u0000 in\x07 London",
+    "\U0001d400\U0001d41d\U0001d41a met Mozart",
+]
+
+
+def varied_texts(number: int) -> list[str]:
+    generator = random.Random(3)
+    texts = [" ".join(row["tokens"]) for row in toy_rows("names", number, seed=5)]
+    lengths = [generator.choice([0, 1, 5, 40, 200]) for _ in texts]
+    longer = [
+        " ".join([text, *generator.choices(FILLERS, k=length)]) for text, length in zip(texts, lengths, strict=True)
+    ]
+    return [*longer, *ODD_TEXTS]

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import BLOCKS, CAUSAL, FAMILIES, HIDDEN, POSITIONS
+from tiny_backbones import BLOCKS, CAUSAL, FAMILIES, HIDDEN, POSITIONS
 from torch import nn
 
 from sparse_ft.backbone.backbone import MINILM_SHA256, load_backbone, set_attention

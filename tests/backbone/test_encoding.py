@@ -2,7 +2,7 @@ import random
 from itertools import pairwise
 
 import pytest
-from conftest import CAUSAL, FAMILIES, POSITIONS
+from tiny_backbones import CAUSAL, FAMILIES, POSITIONS
 
 from sparse_ft.backbone.backbone import load_backbone
 from sparse_ft.backbone.encoding import Encoder

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from toys import KINDS, run, settings, trained_minilm, write_toy
+from toys import KINDS, run, settings, write_toy
 
 import sparse_ft
 from sparse_ft.backbone.backbone import load_backbone, set_attention
@@ -122,8 +122,8 @@ for path in paths:
 """
 
 
-def test_a_new_process_computes_the_same_logits(toys, tmp_path_factory, minilm):
-    paths = [toys, trained_minilm(tmp_path_factory)]
+def test_a_new_process_computes_the_same_logits(toys, minilm_toys):
+    paths = [toys, minilm_toys]
     done = subprocess.run(
         [sys.executable, "-c", LOGITS_SCRIPT, json.dumps(TEXTS), *map(str, paths)],
         check=True, stdout=subprocess.PIPE, text=True, timeout=300,
@@ -144,13 +144,12 @@ def test_a_new_process_computes_the_same_logits(toys, tmp_path_factory, minilm):
     ("gpt2", {"experts__first_block": 2, "experts__targets": ["c_attn"]}),
     ("minilm", {}),
 ])  # fmt: skip
-def test_an_expert_is_a_peft_adapter(tmp_path, tmp_path_factory, tiny_folder, request, family, options):
+def test_an_expert_is_a_peft_adapter(tmp_path, tiny_folder, request, family, options):
     from peft import PeftModel
     from transformers import AutoModel
 
     if family == "minilm":
-        request.getfixturevalue("minilm")
-        path = trained_minilm(tmp_path_factory)
+        path = request.getfixturevalue("minilm_toys")
     else:
         task = write_toy(tmp_path, "mood", sizes=(16, 4, 4))
         path = run([task], tiny_folder(family), tmp_path / "out", train__epochs=1, **options).path

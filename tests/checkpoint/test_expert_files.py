@@ -5,9 +5,8 @@ import json
 import pytest
 import safetensors.torch
 import torch
-from conftest import BLOCKS
-from test_edit import saved
-from test_named_experts import all_logits, assert_bit_identical
+from tiny_backbones import BLOCKS
+from toy_checkpoints import all_logits, assert_bit_identical, saved, wrap
 
 from sparse_ft.backbone.backbone import load_backbone, set_attention
 from sparse_ft.checkpoint.checkpoint import load_checkpoint
@@ -21,21 +20,6 @@ from sparse_ft.merging.edit import add_from, edit
 TARGETS = {"bert": ["query", "value"], "gpt2": ["c_attn", "c_proj"], "llama": ["q_proj", "down_proj"]}
 INPUTS = {"input_ids": torch.tensor([[2, 11, 12, 13, 14, 3], [2, 20, 21, 22, 23, 3]])}
 HEADS = {"mood": ("text", 2), "names": ("word", 5)}
-
-
-def wrap(folder, *, auto="AutoModelForSequenceClassification", task_type="SEQ_CLS", num_labels=None, **settings):
-    """Put a random LoRA of PEFT on a model of transformers."""
-    import transformers
-    from peft import LoraConfig, get_peft_model
-
-    labels = {} if num_labels is None else {"num_labels": num_labels}
-    base = getattr(transformers, auto).from_pretrained(folder, attn_implementation="eager", **labels)
-    model = get_peft_model(base, LoraConfig(task_type=task_type, **settings))
-    generator = torch.Generator().manual_seed(5)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0.0, 0.1, generator=generator)
-    return model.eval()
 
 
 def hidden_states(encoder):

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_cli import quick
-from test_joint import trained_mixture
-from toys import call, toy_rows, write_rows, write_toy
+from toy_checkpoints import disk
+from toys import call, quick, toy_rows, write_rows, write_toy
 
 TRAIN = ["train", "--task", "mood.yaml", "--backbone", "{bert}", *quick()]
 NER = ["train", "--task", "names.yaml", "--backbone", "{bert}", *quick()]
@@ -33,10 +32,6 @@ def refused(monkeypatch, capsys, tmp_path, tiny_bert, toys):
         assert disk(tmp_path) == before
 
     return check
-
-
-def disk(folder: Path) -> dict[str, bytes | None]:
-    return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 def change_task(**changes) -> None:
@@ -140,8 +135,8 @@ def sets(*changes):
     (["edit", "{mixed}", "--remove", "mood", "--output", "out"], ["'about'", "the gate mixing 'mood' in"]),
     (["edit", "{toys}", "--add", "{mixed}", "--output", "out"], ["'mood'", "mixing several experts", "anew"]),
 ], ids=lambda value: " ".join(value[-4:])[:60].replace("/", "_") if isinstance(value, list) else None)  # fmt: skip
-def test_joint_runs(refused, tmp_path_factory, tiny_bert, arguments, said):
-    mixed = str(trained_mixture(tmp_path_factory, tiny_bert, "sequence"))
+def test_joint_runs(refused, arguments, said, joint_toys):
+    mixed = str(joint_toys("sequence"))
     filled = [argument.replace("{mixed}", mixed) for argument in arguments]
     refused(filled, *(part.replace("{mixed}", mixed) for part in said))
 

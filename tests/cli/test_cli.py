@@ -11,13 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from toys import (
-    call,
-    settings,
-    toy_rows,
-    write_rows,
-    write_toy,
-)
+from toys import call, quick, settings, toy_rows, write_rows, write_toy
 
 import sparse_ft
 from sparse_ft.evaluation.token_routing import route_tokens
@@ -31,11 +25,6 @@ def cli(monkeypatch, capsys, tmp_path):
     """Call the command line in an empty folder."""
     monkeypatch.chdir(tmp_path)
     return lambda *arguments: call(monkeypatch, capsys, *arguments)
-
-
-def quick(**changes) -> list[str]:
-    options = settings(**{"train__epochs": 1, **changes})
-    return [*(part for option in options for part in ("--set", option)), "--device", "cpu"]
 
 
 def next_command(out: str) -> list[str]:

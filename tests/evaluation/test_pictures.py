@@ -7,7 +7,7 @@ from io import BytesIO
 
 import pytest
 import torch
-from toys import routed
+from toy_checkpoints import routed
 
 from sparse_ft.errors import ConfigError
 from sparse_ft.evaluation import pictures

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toys import KINDS, trained_toys
+from toys import KINDS
 
 from sparse_ft.backbone.batching import collate
 from sparse_ft.backbone.encoding import Encoder
@@ -22,9 +22,9 @@ NAMES = list(KINDS)
 
 
 @pytest.fixture
-def toys(tmp_path_factory, tiny_bert):
+def toys(toys):
     """A checkpoint of four experts, loaded anew, so that a test may change it."""
-    return load_checkpoint(trained_toys(tmp_path_factory, tiny_bert))
+    return load_checkpoint(toys)
 
 
 def token_gate(model, *, top_k=2, shortlist=None):

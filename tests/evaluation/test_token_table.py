@@ -3,9 +3,7 @@
 import re
 
 import pytest
-from toys import (
-    routed,
-)
+from toy_checkpoints import routed
 
 from sparse_ft.evaluation.tables import terminal_width
 from sparse_ft.evaluation.token_table import token_table

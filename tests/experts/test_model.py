@@ -4,8 +4,8 @@ from itertools import chain
 
 import pytest
 import torch
-from conftest import CAUSAL, FAMILIES
-from toys import add_random_expert, trainable_of
+from tiny_backbones import CAUSAL, FAMILIES
+from toy_checkpoints import add_random_expert, trainable_of
 
 from sparse_ft.backbone.backbone import load_backbone
 from sparse_ft.backbone.batching import collate

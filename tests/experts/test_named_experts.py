@@ -2,40 +2,12 @@
 
 import pytest
 import torch
-from toys import add_random_expert, trainable_of
+from toy_checkpoints import add_random_expert, all_logits, assert_bit_identical, batch_of, trainable_of
 
-from sparse_ft.backbone.batching import collate
-from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.errors import CheckpointError, ConfigError
 from sparse_ft.experts.named_experts import Expert, named_generator
 
 HEADS = {"mood": ("text", 3), "names": ("word", 5)}
-
-
-def batch_of(model, tasks):
-    """Rows of the given tasks, padded."""
-    encoder = Encoder(model.backbone, max_length=64)
-    rows = []
-    for task in tasks:
-        texts = ["The quick brown fox", "Ada Lovelace met Charles Babbage in London in spring", "well"]
-        if model.tasks[task].level == "word":
-            rows += [(task, example) for example in encoder.words([text.split() for text in texts])]
-        else:
-            rows += [(task, example) for example in encoder.texts(texts)]
-    return collate(rows, pad_id=model.backbone.pad_id)
-
-
-def all_logits(model, tasks, *, grad=False):
-    """The logits of each task alone, and of all in one mixed batch."""
-    with torch.set_grad_enabled(grad):
-        found = {f"{task} alone": model(batch_of(model, [task]))[task] for task in tasks}
-        return found | {f"{task} mixed": logits for task, logits in model(batch_of(model, tasks)).items()}
-
-
-def assert_bit_identical(before, after):
-    assert before.keys() == after.keys()
-    for name in before:
-        assert torch.equal(before[name], after[name]), name
 
 
 # Families: linear and Conv1D, both directions of attention, and the one that is routed task by task.

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import HIDDEN
+from tiny_backbones import HIDDEN
 from toys import run, write_toy
 
 import sparse_ft

@@ -4,8 +4,8 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from test_loaded_model import assert_same
-from toys import call, settings, toy_rows, trained_toys
+from toy_checkpoints import assert_same
+from toys import call, settings, toy_rows
 from transformers import pipeline
 
 import sparse_ft
@@ -32,9 +32,7 @@ def in_spacy(checkpoint, task):
 
 
 @pytest.mark.parametrize("task", ["classifier", "names"])
-def test_the_same_text_gets_the_same_answer_everywhere(
-    tmp_path, tmp_path_factory, tiny_bert, monkeypatch, capsys, task
-):
+def test_the_same_text_gets_the_same_answer_everywhere(tmp_path, toys, tiny_bert, monkeypatch, capsys, task):
     if task == "classifier":
         rows = toy_rows("mood", 64)
         options = settings(train__epochs=1, train__batch_size=8)
@@ -43,7 +41,7 @@ def test_the_same_text_gets_the_same_answer_everywhere(
         ).fit([row["text"] for row in rows], [row["label"] for row in rows])
         checkpoint = estimator.save(tmp_path / "saved")
     else:
-        checkpoint = trained_toys(tmp_path_factory, tiny_bert)
+        checkpoint = toys
     loaded = [answer.to_dict() for answer in sparse_ft.load(checkpoint, device="cpu").predict(TEXTS, task)]
     piped = pipeline("sparse-ft", model=str(checkpoint), device="cpu", tasks=task)(TEXTS)
     (tmp_path / "texts").write_text("".join(f"{text}\n" for text in TEXTS), encoding="utf-8")
@@ -69,8 +67,8 @@ def test_the_same_text_gets_the_same_answer_everywhere(
     assert [max(doc.cats.values()) for doc in docs] == pytest.approx(scores, abs=1e-6)
 
 
-def test_one_object_serves_threads_that_ask_for_different_things(tmp_path_factory, tiny_bert):
-    model = sparse_ft.load(trained_toys(tmp_path_factory, tiny_bert), device="cpu")
+def test_one_object_serves_threads_that_ask_for_different_things(toys):
+    model = sparse_ft.load(toys, device="cpu")
     pairs = list(zip(TEXTS, TEXTS[::-1], strict=True))
     jobs = [
         lambda: model.predict(TEXTS, ["mood", "names", "about"]),

@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from test_edit import saved
-from toys import add_random_expert, call, write_rows, write_toy
+from toy_checkpoints import LABELS, TEXTS, add_random_expert, saved, without_shapes
+from toys import call, write_rows, write_toy
 from typer.testing import CliRunner
 
 import sparse_ft
@@ -30,18 +30,6 @@ from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.spec import load_task, parse_task
 
 HEADS = {"mood": ("text", 2), "names": ("word", 5)}
-TEXTS = ["The quick brown fox.", "x", "Ada Lovelace met Mozart in London, 1996-08-22 🙂", "no no no no no no no no"]
-LABELS = {"mood": ["bad", "good"], "reply": ["no", "yes"], "about": ["football", "music"], "names": ["PER", "LOC"]}
-
-
-def without_shapes(folder, make_model, family, **settings):
-    """A checkpoint whose tagger does not see how words are written; written once more over that of ``saved``."""
-    path = saved(folder, make_model, family, heads=HEADS, **settings)
-    loaded = load_checkpoint(path)
-    tagger = loaded.model.experts.get("names")
-    loaded.model.experts.replace(Expert("names", tagger.alpha, tagger.deltas))
-    save_checkpoint(path, model=loaded.model, tasks=loaded.tasks, config=loaded.config, metrics=loaded.metrics)
-    return path
 
 
 def files(folder):

@@ -5,8 +5,7 @@ import re
 
 import pytest
 import torch
-from test_expert_files import wrap
-from test_export import LABELS, TEXTS, without_shapes
+from toy_checkpoints import LABELS, TEXTS, without_shapes, wrap
 from toys import call
 
 import sparse_ft

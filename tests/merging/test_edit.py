@@ -7,8 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_named_experts import all_logits, assert_bit_identical
-from toys import add_random_expert, call, write_toy
+from toy_checkpoints import (
+    HEADS,
+    add_random_expert,
+    all_logits,
+    answers,
+    assert_bit_identical,
+    logits,
+    saved,
+    saved_joint,
+)
+from toys import call
 
 import sparse_ft
 from sparse_ft.checkpoint.checkpoint import load_checkpoint, save_checkpoint
@@ -16,39 +25,11 @@ from sparse_ft.checkpoint.manifest import read_manifest, read_metrics
 from sparse_ft.cli.listing import describe_checkpoint
 from sparse_ft.config import RunConfig
 from sparse_ft.errors import CheckpointError, ConfigError
-from sparse_ft.experts.gates import Choice, SequenceGate, TokenGate
 from sparse_ft.experts.named_experts import Expert
 from sparse_ft.merging.edit import add_from, copy_expert, edit, prune_expert, remove_expert, rename_expert
 from sparse_ft.merging.low_rank import prune, truncate
-from sparse_ft.tasks.spec import load_task
 
-LABELS = {"mood": ["bad", "good"], "about": ["football", "music"], "names": ["PER", "LOC"]}
-HEADS = {"mood": ("text", 2), "about": ("text", 2), "names": ("word", 5)}
 FAMILIES = ("bert", "gpt2")
-
-
-def saved(folder, make_model, family, *, heads=HEADS, seed=1, config=None, pooling="auto", gate=False) -> Path:
-    """Write a checkpoint of random experts in different blocks, without training; the tagger sees word shapes."""
-    lowest = {name: place for place, name in enumerate(HEADS)}
-    model = make_model(family, heads, first_block=lowest, rank={"mood": 4, "about": 8, "names": 6}, pooling=pooling)
-    if "names" in heads:
-        tagger = model.experts.get("names")
-        shapes = torch.randn(9, 32, generator=torch.Generator().manual_seed(seed))
-        model.experts.replace(Expert("names", tagger.alpha, tagger.deltas, shapes))
-    for name in heads:  # other numbers for another seed
-        for parameter in model.experts.parameters(name).values():
-            parameter.data.mul_(seed)
-    if gate:
-        model.gate = SequenceGate(list(heads), 32, block=0, choice=Choice())
-    folder.mkdir(parents=True, exist_ok=True)
-    specs = {name: load_task(write_toy(folder, name, sizes=(2, 2, 2), labels=LABELS[name])) for name in heads}
-    metrics = {name: {"validation": 0.5 + place / 10} for place, name in enumerate(heads)}
-    if gate:
-        metrics["names"]["routing_accuracy"] = 0.99
-    sources = {name: str(folder / name) for name in heads}
-    config = config or RunConfig(sources=sources)
-    save_checkpoint(folder / "checkpoint", model=model, tasks=specs, config=config, metrics=metrics)
-    return folder / "checkpoint"
 
 
 @pytest.fixture(params=FAMILIES)
@@ -59,12 +40,6 @@ def path(request, tmp_path, make_model):
 @pytest.fixture
 def bert(tmp_path, make_model):
     return saved(tmp_path / "first", make_model, "bert")
-
-
-def logits(checkpoint, *tasks):
-    """Logits of each task alone and of all in one mixed batch."""
-    model = (load_checkpoint(checkpoint) if isinstance(checkpoint, Path) else checkpoint).model
-    return all_logits(model, list(tasks))
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -432,39 +407,9 @@ def test_an_expert_without_a_task_is_shown(bert, tmp_path):
 # Tasks that a gate mixes
 
 
-def mixed_by(kind, folder, make_model):
-    """A checkpoint of two mixed tasks with a shared expert, and of one task that has an expert of its own."""
-    path = saved(folder, make_model, "bert")
-    loaded = load_checkpoint(path)
-    model = loaded.model
-    add_random_expert(model, "common", rank=3, seed=3)
-    for name in ("mood", "about"):
-        model.tasks[name] = replace(model.tasks[name], mixed=True, shared="common")
-    names, generator = ["mood", "about"], torch.Generator().manual_seed(2)
-    gate = (
-        TokenGate(names, 32, blocks=[0, 1, 2], choice=Choice(top_k=2))
-        if kind == "token"
-        else SequenceGate(names, 32, block=1, choice=Choice(top_k=2))
-    )
-    for parameter in gate.parameters():
-        parameter.data.normal_(0, 0.3, generator=generator)
-    model.gate = gate.requires_grad_(False).eval()
-    target = folder / "mixed"
-    save_checkpoint(target, model=model, tasks=loaded.tasks, config=loaded.config, metrics=loaded.metrics)
-    return target
-
-
 @pytest.fixture(params=["token", "sequence"])
 def mixed(request, tmp_path, make_model):
-    return mixed_by(request.param, tmp_path / "first", make_model)
-
-
-def answers(path):
-    """Logits of every task of a checkpoint, by task."""
-    model = sparse_ft.load(path, device="cpu")
-    texts = ["The quick brown fox", "Ada Lovelace met Charles Babbage in London", ""]
-    found = {name: model.logits(texts, name) for name in model.tasks}
-    return {name: logits if isinstance(logits, torch.Tensor) else torch.cat(logits) for name, logits in found.items()}
+    return saved_joint(request.param, tmp_path / "first", make_model)
 
 
 def test_a_mixed_checkpoint_with_other_names_answers_as_before(mixed, tmp_path):

@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_bad_input import disk
-from test_edit import HEADS, LABELS, answers, logits, saved
-from test_named_experts import assert_bit_identical
+from toy_checkpoints import HEADS, LABELS, answers, assert_bit_identical, disk, logits, saved, saved_joint
 from toys import call, write_toy
 
 import sparse_ft
@@ -401,9 +399,8 @@ def test_an_output_that_is_a_link_is_written_where_it_leads(bert, tmp_path):
 
 @pytest.mark.parametrize("method", ["stack", "linear"])
 def test_tasks_that_a_gate_mixes_are_refused(tmp_path, make_model, method):
-    from test_edit import mixed_by
 
-    mixed = mixed_by("sequence", tmp_path / "first", make_model)
+    mixed = saved_joint("sequence", tmp_path / "first", make_model)
     with pytest.raises(CheckpointError, match="was trained with the gate there mixing several experts"):
         merge([mixed], method=method, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()

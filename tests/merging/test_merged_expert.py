@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_edit import saved
+from toy_checkpoints import saved
 
 from sparse_ft.checkpoint.checkpoint import load_checkpoint
 from sparse_ft.errors import ConfigError

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from toys import run, settings, tensors, write_toy
+from toy_checkpoints import tensors
+from toys import run, settings, write_toy
 
 import sparse_ft
 from sparse_ft.checkpoint.checkpoint import load_checkpoint

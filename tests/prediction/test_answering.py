@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_joint import MIXTURES, trained_mixture
-from test_loaded_model import SINGLE, assert_same, mixed_texts, passes
+from toy_checkpoints import assert_same, passes
+from toys import JOINT, SINGLE, varied_texts
 
 import sparse_ft
 from sparse_ft.errors import ConfigError, DataError
@@ -42,7 +42,7 @@ def each_alone(model, rows):
 
 def test_texts_with_tasks_of_their_own_are_answered_as_alone(model):
     asked = ["mood", ["names"], ["names", "mood"], "about", SINGLE]
-    rows = [{"text": text, "tasks": asked[place % 5]} for place, text in enumerate(mixed_texts(40))]
+    rows = [{"text": text, "tasks": asked[place % 5]} for place, text in enumerate(varied_texts(40))]
     pair = {"text": "the table", "text_pair": "half loved", "tasks": ["reply"]}
     assert_same(model.predict([*rows, pair]), each_alone(model, [*rows, pair]))
     assert_same(model.predict([pair, *rows[::-1]]), each_alone(model, [pair, *rows[::-1]]))
@@ -55,11 +55,11 @@ def test_texts_with_tasks_of_their_own_are_answered_as_alone(model):
     ]
 
 
-@pytest.mark.parametrize("kind", MIXTURES)
-def test_tasks_that_a_gate_mixes_are_answered_as_alone(tmp_path_factory, tiny_bert, kind):
-    mixture = sparse_ft.load(trained_mixture(tmp_path_factory, tiny_bert, kind), device="cpu")
+@pytest.mark.parametrize("kind", JOINT)
+def test_tasks_that_a_gate_mixes_are_answered_as_alone(kind, joint_toys):
+    mixture = sparse_ft.load(joint_toys(kind), device="cpu")
     asked = ["mood", ["names", "about"], "all"]
-    rows = [{"text": text, "tasks": asked[place % 3]} for place, text in enumerate(mixed_texts(10))]
+    rows = [{"text": text, "tasks": asked[place % 3]} for place, text in enumerate(varied_texts(10))]
     found, alone = mixture.predict(rows), each_alone(mixture, rows)
     for one, other in zip(found, alone, strict=True):
         assert one.tasks.keys() == other.tasks.keys()
@@ -78,7 +78,7 @@ def test_rows_of_different_tasks_run_as_one_batch(model):
 
 
 def test_texts_with_and_without_tasks_of_their_own_keep_their_places(model):
-    texts = mixed_texts(CHUNK // 2)
+    texts = varied_texts(CHUNK // 2)
     rows = [{"text": text, "tasks": "about"} if place % 3 else text for place, text in enumerate(texts)]
     found = model.predict(rows, ["mood"])
     assert [answer.text for answer in found] == texts
@@ -140,9 +140,9 @@ def test_named_tasks_win_over_rules(ruled, model):
     assert list(ruled.predict([{"text": "loved", "tasks": "names"}])[0].tasks) == ["names"]
 
 
-def test_rules_choose_an_expert_of_a_joint_checkpoint(tmp_path, tmp_path_factory, tiny_bert):
-    kind = next(kind for kind, changes in MIXTURES.items() if "experts__pool" not in changes)
-    path = trained_mixture(tmp_path_factory, tiny_bert, kind)
+def test_rules_choose_an_expert_of_a_joint_checkpoint(tmp_path, joint_toys):
+    kind = next(kind for kind, changes in JOINT.items() if "experts__pool" not in changes)
+    path = joint_toys(kind)
     (tmp_path / "rules.yml").write_text("- {otherwise: mood}\n")
     answer = sparse_ft.load(path, device="cpu", rules=tmp_path / "rules.yml")("the table loved")
     assert answer.routing == {"mood": 1.0}

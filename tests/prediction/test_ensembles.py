@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_loaded_model import assert_same
+from toy_checkpoints import assert_same
 from toys import call, run, toy_rows, write_toy
 
 import sparse_ft

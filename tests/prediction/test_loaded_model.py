@@ -1,6 +1,5 @@
 """Answers for raw texts: where entities stand, and that a text's company changes nothing."""
 
-import copy
 import random
 import subprocess
 import sys
@@ -10,32 +9,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_joint import MIXTURES, mix, trained_mixture
-from test_train import logits_of
-from toys import FILLERS, run, toy_rows, trained_minilm, write_toy
+from toy_checkpoints import assert_same, logits_of, passes
+from toys import JOINT, ODD_TEXTS, SINGLE, run, train_joint, varied_texts, write_toy
 
 import sparse_ft
 from sparse_ft.backbone.words import split_words
 from sparse_ft.errors import ConfigError, DataError
 from sparse_ft.experts.gates import TokenGate
 from sparse_ft.prediction.loaded_model import CHUNK, Prediction
-
-SINGLE = ["mood", "about", "names"]
-"""The toy tasks that read one text."""
-ODD_TEXTS = [
-    "",
-    " ",
-    "\n\t\n",
-    "Ada Lovelace in London",
-    "👩‍👩‍👧 Ada 😀 in 🇵🇹 Lisbon!",
-    "Ada e\u0301te\u0301 a\u0308 in Geneva, n\u0303.",
-    "Ａｄａ　ｉｎ　Ｌｏｎｄｏｎ。",
-    "Ada\tLovelace\r\n  in\n\nLondon \u2028 at\u00a0six",
-    "我们在上海住了三年 with Mozart",
-    "Ada's don't U.S. 3.5 mother-in-law (London)...",
-    "\u200bAda\ufeff Mozart\u0000 in\x07 London",
-    "\U0001d400\U0001d41d\U0001d41a met Mozart",
-]
 
 
 @pytest.fixture(scope="module")
@@ -51,32 +32,6 @@ def eager_tagger(toys):
     with torch.no_grad():
         loaded.checkpoint.model.head("names").linear.bias[1 + 2 * labels.index("PER")] = 1e6
     return loaded
-
-
-def mixed_texts(number: int) -> list[str]:
-    generator = random.Random(3)
-    texts = [" ".join(row["tokens"]) for row in toy_rows("names", number, seed=5)]
-    lengths = [generator.choice([0, 1, 5, 40, 200]) for _ in texts]
-    longer = [
-        " ".join([text, *generator.choices(FILLERS, k=length)]) for text, length in zip(texts, lengths, strict=True)
-    ]
-    return [*longer, *ODD_TEXTS]
-
-
-def assert_same(found: list[Prediction], expected: list[Prediction]) -> None:
-    """The same labels and entities; scores may differ in the last bits, as batches are padded differently."""
-    for one, other in zip(found, expected, strict=True):
-        left, right = copy.deepcopy(one.to_dict()), copy.deepcopy(other.to_dict())
-        scores = [take_scores(left), take_scores(right)]
-        assert left == right
-        assert scores[0] == pytest.approx(scores[1], abs=1e-5)
-
-
-def take_scores(value) -> list[float]:
-    if isinstance(value, dict):
-        own = [value.pop("score")] if "score" in value else []
-        return own + [score for item in value.values() for score in take_scores(item)]
-    return [score for item in value for score in take_scores(item)] if isinstance(value, list) else []
 
 
 # Where entities stand
@@ -114,8 +69,8 @@ def test_the_words_of_a_long_text_are_tagged_as_far_as_it_goes(model):
     assert all(row.abs().max() > 0 for row in rows[0])
 
 
-def test_minilm_finds_what_stands_in_the_text(tmp_path_factory, minilm):
-    model = sparse_ft.load(trained_minilm(tmp_path_factory), device="cpu")
+def test_minilm_finds_what_stands_in_the_text(minilm_toys):
+    model = sparse_ft.load(minilm_toys, device="cpu")
     text = "then  Charles Babbage\n😀 the company in Lisbon"
     entities = model.predict([text], ["names"])[0].tasks["names"]["entities"]
     found = [(entity["type"], entity["text"]) for entity in entities]
@@ -130,7 +85,7 @@ def test_minilm_finds_what_stands_in_the_text(tmp_path_factory, minilm):
 
 
 def test_a_text_gets_the_same_answer_in_any_company(model):
-    texts = [*mixed_texts(38), "the table loved", "the table boring"]
+    texts = [*varied_texts(38), "the table loved", "the table boring"]
     alone = [model.predict([text], SINGLE)[0] for text in texts]
     assert_same(model.predict(texts, SINGLE), alone)
     assert_same(model.predict(texts[::-1], SINGLE)[::-1], alone)
@@ -142,7 +97,7 @@ def test_a_text_gets_the_same_answer_in_any_company(model):
 
 
 def test_a_text_gets_the_same_answer_with_several_torch_threads(model):
-    texts = mixed_texts(20)
+    texts = varied_texts(20)
     one = model.predict(texts, SINGLE)
     torch.set_num_threads(3)
     try:
@@ -153,7 +108,7 @@ def test_a_text_gets_the_same_answer_with_several_torch_threads(model):
 
 def test_one_object_answers_several_threads(model, monkeypatch):
     """A task that cuts long texts beside one that reads them in windows: a tokenizer keeps such settings in itself."""
-    texts = mixed_texts(20)
+    texts = varied_texts(20)
     jobs = ["mood", "names"] * 6
     expected = {job: model.predict(texts, job) for job in SINGLE}
     configure = model.encoder.tokenizer.set_truncation_and_padding
@@ -170,7 +125,7 @@ def test_one_object_answers_several_threads(model, monkeypatch):
 
 
 def test_asking_for_one_task_answers_as_asking_for_all(model):
-    texts = mixed_texts(10)
+    texts = varied_texts(10)
     together = model.predict(texts, SINGLE)
     for name in SINGLE:
         apart = model.predict(texts, name)
@@ -182,22 +137,13 @@ def test_asking_for_one_task_answers_as_asking_for_all(model):
 # Mixed by the gate
 
 
-@pytest.fixture(params=MIXTURES)
-def mixture(request, tmp_path_factory, tiny_bert):
-    return sparse_ft.load(trained_mixture(tmp_path_factory, tiny_bert, request.param), device="cpu")
-
-
-def passes(model, call) -> int:
-    """Count how often a call runs the backbone, whole or in part."""
-    count = []
-    handle = model.checkpoint.model.encoder.register_forward_pre_hook(lambda *_: count.append(1))
-    call()
-    handle.remove()
-    return len(count)
+@pytest.fixture(params=JOINT)
+def mixture(request, joint_toys):
+    return sparse_ft.load(joint_toys(request.param), device="cpu")
 
 
 def test_mixed_tasks_are_answered_together_as_one_at_a_time(mixture):
-    texts = mixed_texts(20)
+    texts = varied_texts(20)
     together = mixture.predict(texts, "all")
     assert list(together[0].tasks) == SINGLE
     for name in SINGLE:
@@ -207,7 +153,7 @@ def test_mixed_tasks_are_answered_together_as_one_at_a_time(mixture):
 
 
 def test_mixed_answers_are_those_of_the_logits(mixture):
-    texts = mixed_texts(20)
+    texts = varied_texts(20)
     answers, logits = mixture.predict(texts, "all"), mixture.logits(texts, "mood")
     labels = mixture.tasks["mood"].label_names
     scores = [max(zip(row.softmax(-1).tolist(), labels, strict=True)) for row in logits]
@@ -229,13 +175,13 @@ def test_one_gated_pass_serves_all_heads_that_read_texts(mixture):
 
 def test_the_routing_of_a_mixed_answer_sums_to_one_without_the_shared_expert(mixture):
     gate = mixture.checkpoint.model.gate
-    for answer in mixture.predict(mixed_texts(10), ["mood"]):
+    for answer in mixture.predict(varied_texts(10), ["mood"]):
         assert answer.routing.keys() <= set(gate.names)
         assert sum(answer.routing.values()) == pytest.approx(1, abs=1e-4)
 
 
 def test_without_tasks_a_gate_for_tokens_answers_all_and_one_for_texts_those_of_its_choice(mixture):
-    texts, gate = mixed_texts(10), mixture.checkpoint.model.gate
+    texts, gate = varied_texts(10), mixture.checkpoint.model.gate
     found, named = mixture(texts), mixture.predict(texts, SINGLE)
     for one, other in zip(found, named, strict=True):
         best = SINGLE if isinstance(gate, TokenGate) else [max(one.routing, key=one.routing.get)]
@@ -245,7 +191,9 @@ def test_without_tasks_a_gate_for_tokens_answers_all_and_one_for_texts_those_of_
 
 def test_a_pool_behind_a_gate_for_texts_answers_all_tasks_in_one_pass(tmp_path, tiny_bert):
     tasks = [write_toy(tmp_path, name, sizes=(16, 8, 8)) for name in ("mood", "about", "reply")]
-    model = sparse_ft.load(mix(tasks, tiny_bert, tmp_path / "out", train__epochs=1, experts__pool=3).path, device="cpu")
+    model = sparse_ft.load(
+        train_joint(tasks, tiny_bert, tmp_path / "out", train__epochs=1, experts__pool=3).path, device="cpu"
+    )
     texts, pairs = ["the table loved", "half boring of"], [("the table", "half loved"), ("of", "boring")]
     assert passes(model, lambda: model(texts)) == 3  # the gate's for choosing, then its and the whole one for mixing
     for given, names in ((texts, ["mood", "about"]), (pairs, ["reply"])):
@@ -257,7 +205,7 @@ def test_a_pool_behind_a_gate_for_texts_answers_all_tasks_in_one_pass(tmp_path, 
 
 def test_pairs_and_texts_mix_the_same_experts_whether_their_task_is_named_or_not(tmp_path, tiny_bert):
     tasks = [write_toy(tmp_path, name, sizes=(16, 8, 8)) for name in ("mood", "reply")]
-    model = sparse_ft.load(mix(tasks, tiny_bert, tmp_path / "out", train__epochs=1).path, device="cpu")
+    model = sparse_ft.load(train_joint(tasks, tiny_bert, tmp_path / "out", train__epochs=1).path, device="cpu")
     for given, name in (("the table loved", "mood"), (("the table", "half loved"), "reply")):
         found, named = model([given]), model.predict([given], name)
         assert list(found[0].tasks) == [name]

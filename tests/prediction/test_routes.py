@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from test_joint import trained_mixture
-from toys import add_random_expert, marked, run, write_toy
+from toy_checkpoints import add_random_expert
+from toys import marked, run, write_toy
 
 import sparse_ft
 from sparse_ft.backbone.words import join_words
@@ -103,8 +103,8 @@ def test_usage_per_block_is_told_where_tokens_were_routed_and_nowhere_else(pair)
         assert "blocks" not in sparse_ft.evaluate(pair, route=route, device="cpu").to_dict()["routing"]
 
 
-def test_arrow_never_chooses_what_all_rows_use_anyway(tmp_path, tmp_path_factory, tiny_bert):
-    path = trained_mixture(tmp_path_factory, tiny_bert, "token")
+def test_arrow_never_chooses_what_all_rows_use_anyway(tmp_path, joint_toys):
+    path = joint_toys("token")
     model = load_checkpoint(path).model
     assert "shared" in model.experts.names
     assert arrow_gate(model).names == [name for name in model.experts.names if name != "shared"]

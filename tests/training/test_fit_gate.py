@@ -6,14 +6,7 @@ import shutil
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from toys import (
-    MARKS,
-    marked,
-    run,
-    settings,
-    toy_rows,
-    write_toy,
-)
+from toys import MARKS, marked, run, settings, toy_rows, write_toy
 
 import sparse_ft
 from sparse_ft.checkpoint.checkpoint import load_checkpoint

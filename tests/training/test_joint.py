@@ -9,17 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import Accelerator
-from toys import (
-    POOL,
-    add_random_expert,
-    equal,
-    marked,
-    run,
-    settings,
-    tensors,
-    toy_rows,
-    write_toy,
-)
+from toy_checkpoints import add_random_expert, equal, tensors
+from toys import JOINT, POOL, marked, run, settings, toy_rows, train_joint, write_toy
 
 import sparse_ft
 from sparse_ft.backbone.batching import collate
@@ -35,26 +26,9 @@ from sparse_ft.training.gradients import Gradients
 from sparse_ft.training.joint import Mixing, joint_choice
 from sparse_ft.training.new_experts import token_gate
 
-MIXTURES = {"token": {"gate__type": "token", **POOL}, "sequence": {}}
-"""By token among a pool with a shared expert and one A; by text among the tasks' own experts."""
 MIXED = ["mood", "about", "names"]
 GATES = pytest.mark.parametrize("gate", ["token", "sequence"])
 POOLS = pytest.mark.parametrize("pool", [{}, POOL], ids=["own", "pool"])
-
-
-def mix(tasks, backbone, output, *, start=None, seed=None, data=None, **changes):
-    """Train jointly on the CPU, in one thread, with ``settings(**changes)``."""
-    return sparse_ft.train(
-        tasks,
-        data=data,
-        backbone=None if backbone is None else str(backbone),
-        output=output,
-        overrides=settings(**{"train__workers": 1, **changes}),
-        device="cpu",
-        seed=seed,
-        stage="joint",
-        from_checkpoint=start,
-    )
 
 
 def small(folder, *names, **changes):
@@ -62,20 +36,9 @@ def small(folder, *names, **changes):
     return [write_toy(folder, name, sizes=(16, 8, 8), **changes) for name in names]
 
 
-def trained_mixture(tmp_path_factory, backbone, kind):
-    """Train the toy tasks on single texts jointly, once a session; nobody may change the checkpoint."""
-    folder = tmp_path_factory.getbasetemp() / f"mixture-{kind}"
-    if (folder / "checkpoint").is_dir():
-        return folder / "checkpoint"
-    folder.mkdir()
-    tasks = [write_toy(folder, name, sizes=(240, 32, 48)) for name in MIXED]
-    options = {"train__epochs": 3, "train__batch_size": 12, "train__learning_rate": 0.007}
-    return mix(tasks, backbone, folder / "checkpoint", **options, **MIXTURES[kind]).path
-
-
-@pytest.fixture(params=MIXTURES)
-def mixture(request, tmp_path_factory, tiny_bert):
-    return trained_mixture(tmp_path_factory, tiny_bert, request.param)
+@pytest.fixture(params=JOINT)
+def mixture(request, joint_toys):
+    return joint_toys(request.param)
 
 
 def texts_of(number):
@@ -105,7 +68,7 @@ def test_every_task_is_learnt(mixture, name, metric, least):
 
 
 def test_the_history_tells_what_the_gate_did(tmp_path, tiny_bert):
-    result = mix(small(tmp_path, "mood", "names"), tiny_bert, tmp_path / "out", gate__type="token", **POOL)
+    result = train_joint(small(tmp_path, "mood", "names"), tiny_bert, tmp_path / "out", gate__type="token", **POOL)
     for entry in result.history:
         assert entry["auxiliary"].keys() == {"balance", "z", "routing", "dropped"}
         assert list(entry["usage"]) == ["pool-0", "pool-1", "pool-2", "pool-3"]  # not the one that all rows share
@@ -126,7 +89,7 @@ def test_parts_of_a_joint_batch_have_rows_enough_to_balance(tmp_path, tiny_bert,
     monkeypatch.setattr(Gradients, "_losses", counting)
     task = write_toy(tmp_path, "mood", sizes=(rows, 4, 4))
     changes = {"train__epochs": 1, "train__batch_size": 32, "train__workers": workers, "gate__type": "token", **POOL}
-    mix([task], tiny_bert, tmp_path / "out", **changes)
+    train_joint([task], tiny_bert, tmp_path / "out", **changes)
     assert len(sizes) == parts
     assert max(sizes) - min(sizes) <= 1
 
@@ -150,7 +113,7 @@ def test_one_mean_score_decides_which_state_of_all_is_best(tmp_path, tiny_bert, 
     monkeypatch.setattr(fitting, "score_rows", scripted)
     monkeypatch.setattr(fitting._Loop, "end_epoch", watching)
     tasks = small(tmp_path, "mood", "about")
-    path = mix(tasks, tiny_bert, tmp_path / "out", train__epochs=3, gate__type="token").path
+    path = train_joint(tasks, tiny_bert, tmp_path / "out", train__epochs=3, gate__type="token").path
     gate = load_checkpoint(path).model.gate
     saved = [linear.weight for linear in gate.linears]
     assert all(torch.equal(weight, states[1][f"gate/gate.{place}.weight"]) for place, weight in enumerate(saved))
@@ -161,7 +124,7 @@ def test_one_mean_score_decides_which_state_of_all_is_best(tmp_path, tiny_bert, 
 
 def test_a_gate_for_texts_is_fitted_before_and_stays_right(tmp_path, tiny_bert):
     tasks = [marked(tmp_path, name, sizes=(96, 32, 8)) for name in ("mood", "names")]
-    path = mix(tasks, tiny_bert, tmp_path / "out", train__epochs=1).path
+    path = train_joint(tasks, tiny_bert, tmp_path / "out", train__epochs=1).path
     metrics = json.loads((path / "metrics.json").read_text())
     assert all(metrics[name]["routing_accuracy"] > 0.75 for name in ("mood", "names"))
     assert load_checkpoint(path).model.gate.familiarity.fitted
@@ -170,8 +133,8 @@ def test_a_gate_for_texts_is_fitted_before_and_stays_right(tmp_path, tiny_bert):
 def test_the_rows_of_a_token_run_teach_their_own_expert_to_the_gate(tmp_path, tiny_bert):
     tasks = [marked(tmp_path, name, sizes=(24, 8, 8)) for name in ("mood", "names")]
     changes = {"train__epochs": 4, "gate__type": "token", "gate__learning_rate": 0.03}
-    taught = mix(tasks, tiny_bert, tmp_path / "taught", gate__routing_loss=1.0, **changes).history
-    left = mix(tasks, tiny_bert, tmp_path / "left", gate__routing_loss=0.0, **changes).history
+    taught = train_joint(tasks, tiny_bert, tmp_path / "taught", gate__routing_loss=1.0, **changes).history
+    left = train_joint(tasks, tiny_bert, tmp_path / "left", gate__routing_loss=0.0, **changes).history
     assert taught[-1]["auxiliary"]["routing"] < 0.7 * taught[0]["auxiliary"]["routing"]  # half, with four seeds
     assert taught[-1]["auxiliary"]["routing"] < 0.7 * left[-1]["auxiliary"]["routing"]
 
@@ -204,7 +167,7 @@ def test_the_task_loss_alone_teaches_the_gate(tmp_path, tiny_bert, monkeypatch, 
     alone = {f"gate__{name}_loss": 0.0 for name in ("balance", "z", "routing")}
     tasks = small(tmp_path, "mood", "about")
     options = {"gate__type": gate, "gate__top_k": top_k, "train__weight_decay": 0.0, "train__epochs": 1}
-    path = mix(tasks, tiny_bert, tmp_path / "out", **alone, **options).path
+    path = train_joint(tasks, tiny_bert, tmp_path / "out", **alone, **options).path
     ended = load_checkpoint(path).model.gate.state_dict()
     moved = {name for name, value in started[0].items() if not torch.equal(ended[name], value)}
     linears = {name for name in ended if name.startswith(("linears.", "classifier."))}
@@ -311,7 +274,7 @@ def test_a_gate_that_collapses_raises_the_alarm(tmp_path, tiny_bert, monkeypatch
 
     monkeypatch.setattr(mixing.TokenGate, "initialise", same_for_all)
     options = {"gate__type": "token", "gate__top_k": 1, "gate__learning_rate": 1e-12, "train__epochs": 1}
-    result = mix(small(tmp_path, "mood", "about", "names"), tiny_bert, tmp_path / "out", **options, **pool)
+    result = train_joint(small(tmp_path, "mood", "about", "names"), tiny_bert, tmp_path / "out", **options, **pool)
     assert sorted(result.history[0]["usage"].values()) == pytest.approx([0, 0, 1], abs=1e-6)
     alarms = [record.getMessage() for record in caplog.records if record.getMessage().startswith("Epoch 1: Expert")]
     assert sum("it is hardly used" in alarm for alarm in alarms) == 2
@@ -319,7 +282,7 @@ def test_a_gate_that_collapses_raises_the_alarm(tmp_path, tiny_bert, monkeypatch
 
 
 def test_a_gate_that_uses_all_experts_raises_none(tmp_path, tiny_bert, caplog):
-    mix(small(tmp_path, "mood", "names"), tiny_bert, tmp_path / "out", gate__type="token", experts__pool=2)
+    train_joint(small(tmp_path, "mood", "names"), tiny_bert, tmp_path / "out", gate__type="token", experts__pool=2)
     assert "hardly used" not in caplog.text
     assert "collapses" not in caplog.text
 
@@ -333,7 +296,7 @@ def test_the_seed_decides_every_bit(tmp_path, tiny_bert, gate, workers):
     options["train__epochs"] = 1
     tasks = small(tmp_path, "mood", "names")
     first, again, other = (
-        tensors(mix(tasks, tiny_bert, tmp_path / name, seed=seed, **options).path)
+        tensors(train_joint(tasks, tiny_bert, tmp_path / name, seed=seed, **options).path)
         for name, seed in (("first", 1), ("again", 1), ("other", 2))
     )
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -347,7 +310,7 @@ def test_the_seed_decides_every_bit(tmp_path, tiny_bert, gate, workers):
 @GATES
 @POOLS
 def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path, tiny_bert, caught, gate, pool):
-    path = mix(small(tmp_path, "mood", "names"), tiny_bert, tmp_path / "out", gate__type=gate, **pool).path
+    path = train_joint(small(tmp_path, "mood", "names"), tiny_bert, tmp_path / "out", gate__type=gate, **pool).path
     model = sparse_ft.load(path, device="cpu")
     texts, saved = texts_of(4), caught[0]
     for task in ("mood", "names"):
@@ -378,8 +341,8 @@ def caught(monkeypatch):
     return models
 
 
-def test_a_new_process_gives_the_same_logits(tmp_path_factory, tmp_path, tiny_bert):
-    texts, paths = texts_of(5), [trained_mixture(tmp_path_factory, tiny_bert, kind) for kind in MIXTURES]
+def test_a_new_process_gives_the_same_logits(tmp_path, joint_toys):
+    texts, paths = texts_of(5), [joint_toys(kind) for kind in JOINT]
     script = """
 import sys, torch, sparse_ft
 torch.set_num_threads(1)
@@ -418,8 +381,10 @@ def test_a_text_gets_the_same_answer_in_any_batch_order_and_number_of_threads(mi
 def test_the_experts_of_a_pool_share_their_a_and_nothing_else(tmp_path, tiny_bert):
     tasks = small(tmp_path, "mood", "names")
     options = {"gate__type": "token", "experts__pool": 3, "experts__shared": True, "train__weight_decay": 0.1}
-    tied = load_checkpoint(mix(tasks, tiny_bert, tmp_path / "tied", experts__shared_a=True, **options).path).model
-    apart = load_checkpoint(mix(tasks, tiny_bert, tmp_path / "apart", **options).path).model
+    tied = load_checkpoint(
+        train_joint(tasks, tiny_bert, tmp_path / "tied", experts__shared_a=True, **options).path
+    ).model
+    apart = load_checkpoint(train_joint(tasks, tiny_bert, tmp_path / "apart", **options).path).model
     first, *others = [tied.experts.get(f"pool-{place}").deltas for place in range(3)]
     for module, (lora_a, lora_b) in first.items():
         assert all(torch.equal(lora_a, other[module][0]) for other in others)
@@ -427,15 +392,13 @@ def test_the_experts_of_a_pool_share_their_a_and_nothing_else(tmp_path, tiny_ber
         assert not torch.equal(lora_a, tied.experts.get("shared").deltas[module][0])
         separate = [apart.experts.get(f"pool-{place}").deltas[module][0] for place in range(3)]
         assert not torch.equal(separate[0], separate[1])
-    again = mix([], None, tmp_path / "again", start=tmp_path / "tied", experts__pool=3, experts__shared_a=True, **{
-        name: value for name, value in options.items() if name != "experts__pool"
-    })  # fmt: skip
+    again = train_joint([], None, tmp_path / "again", start=tmp_path / "tied", experts__shared_a=True, **options)
     further = load_checkpoint(again.path).model
     pairs = [[further.experts.get(f"pool-{place}").deltas[module][0] for module in first] for place in range(3)]
     assert all(torch.equal(left, right) for left, right in zip(pairs[0], pairs[2], strict=True))
     assert not torch.equal(pairs[0][0], next(iter(first.values()))[0])
     with pytest.raises(ConfigError, match=r"'pool-0' and 'pool-1' of .* were trained without experts\.shared_a"):
-        mix([], None, tmp_path / "no", start=tmp_path / "apart", experts__pool=3, experts__shared_a=True)
+        train_joint([], None, tmp_path / "no", start=tmp_path / "apart", experts__pool=3, experts__shared_a=True)
     assert not (tmp_path / "no").exists()
 
 
@@ -444,7 +407,7 @@ def test_the_experts_of_a_pool_share_their_a_and_nothing_else(tmp_path, tiny_ber
 def test_tasks_that_are_not_trained_answer_as_before(tmp_path, tiny_bert, gate, pool):
     old = run(small(tmp_path, "mood", "about"), tiny_bert, tmp_path / "old", train__epochs=1).path
     before = sparse_ft.load(old, device="cpu")
-    new = mix(small(tmp_path, "names"), None, tmp_path / "new", start=old, gate__type=gate, **pool).path
+    new = train_joint(small(tmp_path, "names"), None, tmp_path / "new", start=old, gate__type=gate, **pool).path
     after = sparse_ft.load(new, device="cpu")
     for name in ("mood", "about"):
         for file in (f"experts/{name}/adapter_model.safetensors", f"heads/{name}.safetensors"):
@@ -461,7 +424,7 @@ def test_what_comes_later_leaves_mixed_tasks_as_they_were(tmp_path, tiny_bert, c
     caplog.set_level("INFO", "sparse_ft")
     tasks = small(tmp_path, "mood", "about")
     options = {"gate__type": gate, "experts__pool": 3, "experts__shared": True, "experts__first_block": 1}
-    old = mix(tasks, tiny_bert, tmp_path / "old", **options).path
+    old = train_joint(tasks, tiny_bert, tmp_path / "old", **options).path
     new = sparse_ft.train(
         small(tmp_path, "names"),
         from_checkpoint=old,
@@ -484,7 +447,7 @@ def test_without_tasks_all_of_a_checkpoint_are_trained_on_the_data_they_had(tmp_
     old = sparse_ft.train(
         tasks, data=data, backbone=str(tiny_bert), output=tmp_path / "old", overrides=settings(), device="cpu"
     ).path
-    result = mix([], None, tmp_path / "new", start=old, gate__type="token")
+    result = train_joint([], None, tmp_path / "new", start=old, gate__type="token")
     assert list(result.tasks) == ["mood", "about"]
     checkpoint = load_checkpoint(result.path)
     assert checkpoint.config.sources == data
@@ -492,7 +455,7 @@ def test_without_tasks_all_of_a_checkpoint_are_trained_on_the_data_they_had(tmp_
     before, after = tensors(old), tensors(result.path)
     learnt = {name for name in before if not name.startswith("gate")}
     assert not any(torch.equal(before[name], after[name]) for name in learnt)
-    again = mix([], None, tmp_path / "again", start=result.path, gate__type="token").path
+    again = train_joint([], None, tmp_path / "again", start=result.path, gate__type="token").path
     assert not torch.equal(
         after["gate.safetensors:linears.0.weight"], tensors(again)["gate.safetensors:linears.0.weight"]
     )
@@ -500,13 +463,13 @@ def test_without_tasks_all_of_a_checkpoint_are_trained_on_the_data_they_had(tmp_
 
 def test_some_of_the_tasks_that_one_gate_mixes_cannot_be_trained_alone(tmp_path, tiny_bert):
     tasks = small(tmp_path, "mood", "about")
-    old = mix(tasks, tiny_bert, tmp_path / "old", train__epochs=1, experts__pool=2).path
+    old = train_joint(tasks, tiny_bert, tmp_path / "old", train__epochs=1, experts__pool=2).path
     message = r"Task 'about' of .* is answered through the same gate, .* add --task (.*about\.yaml), or leave --task"
     with pytest.raises(ConfigError, match=message):
-        mix(tasks[:1], None, tmp_path / "new", start=old, train__epochs=1)
+        train_joint(tasks[:1], None, tmp_path / "new", start=old, train__epochs=1)
     assert not (tmp_path / "new").exists()
     named = [tasks[0], *small(tmp_path, "names"), str(old / "tasks/about.yaml")]
-    result = mix(named, None, tmp_path / "new", start=old, train__epochs=1)
+    result = train_joint(named, None, tmp_path / "new", start=old, train__epochs=1)
     model = load_checkpoint(result.path).model
     assert model.gate.names == ["pool-0", "pool-1", "names"]
     assert model.tasks["names"].experts == ("names",)
@@ -519,7 +482,7 @@ def test_an_expert_of_one_task_does_not_become_one_that_tasks_share(tmp_path, ti
     with pytest.raises(
         ConfigError, match=r"expert 'shared' of .* serves task 'shared', .* edit .*old --rename shared="
     ):
-        mix([about], None, tmp_path / "new", start=old, experts__pool=2, experts__shared=True)
+        train_joint([about], None, tmp_path / "new", start=old, experts__pool=2, experts__shared=True)
     assert not (tmp_path / "new").exists()
 
 
@@ -527,7 +490,7 @@ def test_a_joint_run_goes_on_from_a_gate_of_prototypes_with_one_that_learns(tmp_
     tasks = small(tmp_path, "mood", "names")
     old = run(tasks, tiny_bert, tmp_path / "old", train__epochs=1, gate__type="prototype").path
     assert read_manifest(old)["gate"]["type"] == "prototype"
-    new = mix([], None, tmp_path / "new", start=old, train__epochs=1).path
+    new = train_joint([], None, tmp_path / "new", start=old, train__epochs=1).path
     assert read_manifest(new)["gate"]["type"] == "sequence"
 
 
@@ -558,7 +521,7 @@ def test_a_gate_for_tokens_goes_on_for_the_same_experts_and_begins_anew_for_othe
 
 
 def test_a_causal_backbone_mixes_by_token(tmp_path, tiny_gpt2):
-    path = mix(small(tmp_path, "mood", "about"), tiny_gpt2, tmp_path / "out", gate__type="token", **POOL).path
+    path = train_joint(small(tmp_path, "mood", "about"), tiny_gpt2, tmp_path / "out", gate__type="token", **POOL).path
     model, texts = sparse_ft.load(path, device="cpu"), [*texts_of(6), "", " "]
     together = model.logits(texts, "mood")
     alone = torch.cat([model.logits([text], "mood") for text in texts])
@@ -572,9 +535,9 @@ def test_a_causal_backbone_mixes_by_token(tmp_path, tiny_gpt2):
 def test_a_family_that_shares_attention_between_rows_mixes_by_text_and_not_by_token(tmp_path, tiny_folder):
     tasks, backbone = small(tmp_path, "mood", "about"), tiny_folder("deberta-v2")
     with pytest.raises(ConfigError, match=r"cannot be routed one by one: .*Route whole texts"):
-        mix(tasks, backbone, tmp_path / "no", gate__type="token")
+        train_joint(tasks, backbone, tmp_path / "no", gate__type="token")
     assert not (tmp_path / "no").exists()
-    model = sparse_ft.load(mix(tasks, backbone, tmp_path / "out", train__epochs=1, **POOL).path, device="cpu")
+    model = sparse_ft.load(train_joint(tasks, backbone, tmp_path / "out", train__epochs=1, **POOL).path, device="cpu")
     texts = texts_of(3)
     together = model.logits(texts, "mood")
     alone = torch.cat([model.logits([text], "mood") for text in texts])
@@ -583,7 +546,7 @@ def test_a_family_that_shares_attention_between_rows_mixes_by_text_and_not_by_to
 
 def test_an_expert_that_serves_another_task_too_is_not_trained_without_it(tmp_path, tiny_bert):
     tasks = small(tmp_path, "mood", "about")
-    path = mix(tasks, tiny_bert, tmp_path / "out", experts__pool=1, train__epochs=1).path
+    path = train_joint(tasks, tiny_bert, tmp_path / "out", experts__pool=1, train__epochs=1).path
     message = "The expert 'pool-0' of task 'mood' in .* also serves task 'about', whose answers would change"
     for stage in ("experts", "joint"):
         with pytest.raises(ConfigError, match=message):
@@ -637,7 +600,7 @@ def test_a_frozen_expert_stays_while_its_task_learns(tmp_path, tiny_bert, stage)
     old = run(small(tmp_path, "mood", "about"), tiny_bert, tmp_path / "old", train__epochs=1).path
     before, options = tensors(old), {"experts__frozen": ["mood"], "train__epochs": 1}
     if stage == "joint":
-        new = mix([], None, tmp_path / "new", start=old, gate__type="token", **options).path
+        new = train_joint([], None, tmp_path / "new", start=old, gate__type="token", **options).path
     else:
         new = further(["mood", "about"], tmp_path / "new", start=old, **options)
     after = tensors(new)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import CAUSAL, FAMILIES
+from tiny_backbones import CAUSAL, FAMILIES
 from toys import run, settings, toy_rows, write_rows, write_toy
 
 import sparse_ft

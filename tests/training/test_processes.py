@@ -8,7 +8,8 @@ import socket
 
 import pytest
 import torch
-from toys import OPTIONS, POOL, assert_same_end, run, settings, write_toy
+from toy_checkpoints import assert_same_end
+from toys import OPTIONS, POOL, run, settings, write_toy
 
 import sparse_ft
 from sparse_ft.backbone.devices import find_device

@@ -9,17 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_joint import mix
-from toys import (
-    OPTIONS,
-    POOL,
-    assert_same_end,
-    run,
-    settings,
-    tensors,
-    write_rows,
-    write_toy,
-)
+from toy_checkpoints import assert_same_end, tensors
+from toys import OPTIONS, POOL, run, settings, train_joint, write_rows, write_toy
 
 import sparse_ft
 from sparse_ft.checkpoint import folders
@@ -144,7 +135,7 @@ def test_a_killed_joint_run_ends_where_the_uninterrupted_one_ends(
     tmp_path, tiny_bert, uninterrupted, gate, moment, number
 ):
     tasks, joint = uninterrupted[0], {"gate__type": gate, "gate__jitter": 0.1, "train__workers": 1, **POOL}
-    expected = mix(tasks, tiny_bert, tmp_path / "expected", **OPTIONS, **joint)
+    expected = train_joint(tasks, tiny_bert, tmp_path / "expected", **OPTIONS, **joint)
     output = tmp_path / "out"
     killed_run(tasks, tiny_bert, output, moment, number, joint)
     assert not (output / "manifest.json").exists()

@@ -7,27 +7,16 @@ import weakref
 import pytest
 import torch
 import yaml
-from toys import (
-    KINDS,
-    equal,
-    run,
-    settings,
-    tensors,
-    trainable_of,
-    trained_minilm,
-    write_rows,
-    write_toy,
-)
+from toy_checkpoints import equal, logits_of, tensors, trainable_of
+from toys import KINDS, run, settings, write_rows, write_toy
 
 import sparse_ft
 from sparse_ft.backbone.backbone import load_backbone, set_attention
-from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.checkpoint.checkpoint import load_checkpoint
 from sparse_ft.checkpoint.manifest import read_config, read_manifest
 from sparse_ft.config import RunConfig, load_config
 from sparse_ft.errors import BackboneError, ConfigError, DataError, SparseFTError
 from sparse_ft.evaluation.scoring import predict_rows
-from sparse_ft.experts.inference import row_logits
 from sparse_ft.tasks.encoded_rows import prepare
 from sparse_ft.tasks.kinds.classification import Classification
 from sparse_ft.tasks.reading import read
@@ -50,15 +39,6 @@ def caught_model(monkeypatch):
     return caught
 
 
-def logits_of(model, task: str, texts: list[str]) -> list[torch.Tensor]:
-    """Compute logits of single texts or of words without the code of prediction.py."""
-    encoder = Encoder(model.backbone, max_length=256)
-    if model.tasks[task].level == "word":
-        words = [text.split() for text in texts]
-        return row_logits(model, task, encoder.words(words), num_rows=len(texts), num_parts=[len(row) for row in words])
-    return row_logits(model, task, encoder.texts(texts), num_rows=len(texts))
-
-
 # What is learnt
 
 
@@ -77,8 +57,8 @@ def test_every_kind_learns_a_task_that_can_be_learnt(tmp_path, tiny_bert, name, 
     assert result.evaluation.splits == {name: "test"}
 
 
-def test_minilm_learns_two_tasks_at_once(tmp_path_factory, minilm):
-    scores = sparse_ft.evaluate(trained_minilm(tmp_path_factory), device="cpu").tasks
+def test_minilm_learns_two_tasks_at_once(minilm_toys):
+    scores = sparse_ft.evaluate(minilm_toys, device="cpu").tasks
     assert scores["mood"].score.metrics["accuracy"] > 0.8
     assert scores["names"].score.metrics["f1"] > 0.6
 

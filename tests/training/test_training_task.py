@@ -6,7 +6,8 @@ import random
 import pytest
 import torch
 import yaml
-from toys import FILLERS, call, equal, run, settings, tensors, write_toy
+from toy_checkpoints import equal, tensors
+from toys import FILLERS, call, run, settings, write_toy
 
 import sparse_ft
 from sparse_ft.backbone.backbone import load_backbone
