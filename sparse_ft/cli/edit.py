@@ -1,4 +1,4 @@
-"""The commands that make something new of checkpoints; cli.py lists them."""
+"""The command edit."""
 
 import shlex
 from typing import Annotated
@@ -9,10 +9,10 @@ from sparse_ft.cli.options import (
     BackboneOption,
     CheckpointArgument,
     OutputOption,
-    named_path,
-    named_rank,
-    shown_path,
-    two_names,
+    parse_named_path,
+    parse_named_rank,
+    parse_two_names,
+    short_path,
 )
 
 
@@ -33,7 +33,7 @@ def edit(
         list[str] | None,
         typer.Option(
             metavar="[NAME=]PATH",
-            help="Add the experts of a checkpoint, one of them (CHECKPOINT/experts/NAME), or PEFT's LoRA. Repeatable.",
+            help="Add a checkpoint, one of its experts (CHECKPOINT/experts/NAME), or a LoRA of PEFT. Repeatable.",
         ),
     ] = None,
     prune: Annotated[
@@ -52,14 +52,14 @@ def edit(
         checkpoint,
         output=output,
         remove=remove or [],
-        rename=[two_names("--rename", entry) for entry in rename or []],
-        copy=[two_names("--copy", entry) for entry in copy or []],
-        add=[named_path(entry) for entry in add or []],
-        prune=[named_rank(entry) for entry in prune or []],
-        split=[two_names("--split", entry) for entry in split or []],
+        rename=[parse_two_names("--rename", value) for value in rename or []],
+        copy=[parse_two_names("--copy", value) for value in copy or []],
+        add=[parse_named_path(value) for value in add or []],
+        prune=[parse_named_rank(value) for value in prune or []],
+        split=[parse_two_names("--split", value) for value in split or []],
         backbone=backbone,
     )
     for line in result.changes:
         typer.echo(line)
-    shown = shown_path(result.path)
-    typer.echo(f"\nCheckpoint: {shown}\nNext: sparse-ft inspect {shlex.quote(shown)}")
+    path = short_path(result.path)
+    typer.echo(f"\nCheckpoint: {path}\nNext: sparse-ft inspect {shlex.quote(path)}")

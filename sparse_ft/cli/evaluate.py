@@ -13,7 +13,7 @@ from sparse_ft.cli.options import (
     DataOption,
     DeviceOption,
     TaskNameOption,
-    data_sources,
+    parse_sources,
 )
 from sparse_ft.errors import ConfigError
 
@@ -45,7 +45,7 @@ def evaluate(
     result = evaluate_checkpoint(
         checkpoint,
         tasks=task,
-        data=data_sources(data),
+        data=parse_sources(data),
         split=split,  # type: ignore[arg-type]  # checked there
         route=route,
         combine=combine,
@@ -64,7 +64,7 @@ def evaluate(
 
 
 def _report_pictures(result: "Evaluation") -> dict[str, bytes]:
-    """Draw the pictures of a report; without matplotlib there are none, and the rest of the report is as good."""
+    """Draw the pictures of a report; return none, with a warning, if matplotlib is missing."""
     from sparse_ft.evaluation.pictures import report_pictures, require_matplotlib
 
     try:

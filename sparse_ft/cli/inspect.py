@@ -3,33 +3,23 @@
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from sparse_ft.cli.options import (
-    BackboneOption,
-    CheckpointArgument,
-    DeviceOption,
-    shown_path,
-)
+from sparse_ft.cli.options import BackboneOption, CheckpointArgument, DeviceOption, short_path
 from sparse_ft.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
 
 
 def inspect(
     checkpoint: CheckpointArgument,
-    text: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Show instead which experts each token of a text goes to.")
-    ] = None,
+    text: Annotated[str | None, typer.Option(metavar="TEXT", help="Show how this text is routed instead.")] = None,
     route: Annotated[
         str | None,
         typer.Option(metavar="ROUTE", help="gate (the default), an expert, a YAML file with rules, or a baseline."),
     ] = None,
     picture: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Draw the experts of the tokens, too.")
+        Path | None, typer.Option(metavar="FILE.png", help="Also draw the experts of each token.")
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the routing of the text as JSON.")] = False,
     device: DeviceOption = None,
@@ -50,7 +40,7 @@ def inspect(
     options = {"--route": route, "--picture": picture, "--json": json_, "--device": device, "--backbone": backbone}
     for option, value in options.items():
         if value:
-            raise ConfigError(f"{option} is about the routing of a text, and none is given. Add --text TEXT.")
+            raise ConfigError(f"{option} needs a text to route, and there is none. Add --text TEXT.")
     from sparse_ft.cli.listing import describe_checkpoint
 
     typer.echo(describe_checkpoint(checkpoint))
@@ -66,7 +56,7 @@ def _inspect_text(
     device: str,
     backbone: str | None,
 ) -> None:
-    """Show how one text is routed; nothing is printed if the picture cannot be written."""
+    """Show how one text is routed; write the picture first, so that nothing is printed if that fails."""
     if picture is not None and picture.suffix.lower() != ".png":
         raise ConfigError(f"--picture {str(picture)!r} is no PNG. Give a file name that ends in .png.")
     from sparse_ft.checkpoint.folders import explain_os_errors, write_bytes
@@ -76,13 +66,13 @@ def _inspect_text(
 
     if picture is not None:
         require_matplotlib()
-    routed = route_tokens(checkpoint, text, route=route, device=device, backbone=backbone)
+    routing = route_tokens(checkpoint, text, route=route, device=device, backbone=backbone)
     if picture is not None:
         with explain_os_errors(picture):
-            write_bytes(picture, token_picture(routed))
+            write_bytes(picture, token_picture(routing))
     if as_json:
-        typer.echo(json.dumps(routed.to_dict(), ensure_ascii=False))
+        typer.echo(json.dumps(routing.to_dict(), ensure_ascii=False))
         return
-    typer.echo(token_table(routed, width=shutil.get_terminal_size((120, 24)).columns))
+    typer.echo(token_table(routing, width=shutil.get_terminal_size((120, 24)).columns))
     if picture is not None:
-        typer.echo(f"\nPicture: {shown_path(picture)}")
+        typer.echo(f"\nPicture: {short_path(picture)}")

@@ -14,6 +14,7 @@ from sparse_ft.cli.import_ import import_
 from sparse_ft.cli.inspect import inspect
 from sparse_ft.cli.merge import merge
 from sparse_ft.cli.predict import predict
+from sparse_ft.cli.tasks import tasks
 from sparse_ft.cli.train import train
 from sparse_ft.errors import SparseFTError
 from sparse_ft.version import __version__
@@ -30,39 +31,45 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one paragraph on stderr and exit code 2, anything else exit code 1."""
+    """Run the command line: exit code 2 and one paragraph on stderr for a user's mistake, 1 for any other error."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logging.getLogger("sparse_ft").addHandler(handler)
-    logging.getLogger("sparse_ft").setLevel(logging.INFO)
+    _log_to_stderr()
     try:
         app(args=arguments, prog_name="sparse-ft")
-    except SparseFTError as error:
-        if debug:
-            raise
-        typer.echo(f"Error: {error}", err=True)
-        sys.exit(2)
     except BrokenPipeError:  # `sparse-ft predict … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
         if debug:
             raise
-        if _lacks_memory(error):
-            typer.echo(
-                f"Error: Out of memory ({str(error) or type(error).__name__}). Expected room for the backbone, the "
-                "experts and a batch. Free some, use another --device, or ask for shorter texts.",
-                err=True,
-            )
-            sys.exit(2)
-        typer.echo(f"Unexpected error: {type(error).__name__}: {error}. Run again with --debug to see where.", err=True)
-        sys.exit(1)
+        message, code = _explain(error)
+        typer.echo(message, err=True)
+        sys.exit(code)
 
 
-def _lacks_memory(error: Exception) -> bool:
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("sparse_ft")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """Return the message for an error, and the exit code."""
+    if isinstance(error, SparseFTError):
+        return f"Error: {error}", 2
+    if _is_out_of_memory(error):
+        return (
+            f"Error: Out of memory ({str(error) or type(error).__name__}). Expected room for the backbone, the experts "
+            "and a batch. Free memory, use another --device, or give shorter texts."
+        ), 2
+    return f"Unexpected error: {type(error).__name__}: {error}. Run again with --debug to see where.", 1
+
+
+def _is_out_of_memory(error: Exception) -> bool:
     if "torch" not in sys.modules:
         return isinstance(error, MemoryError)
     from sparse_ft.backbone.devices import is_out_of_memory
@@ -86,15 +93,7 @@ def _root(
     """One frozen backbone, one LoRA-sized expert per task."""
 
 
-@app.command()
-def tasks(name: Annotated[str | None, typer.Argument(help="Bundled name, or path of a task file.")] = None) -> None:
-    """List the bundled tasks, or show one with its data source, labels and example."""
-    from sparse_ft.cli.listing import describe_task, describe_tasks
-
-    typer.echo(describe_task(name) if name else describe_tasks())
-
-
-for command in (train, evaluate, predict, inspect, edit, merge, export, import_):
+for command in (tasks, train, evaluate, predict, inspect, edit, merge, export, import_):
     app.command(command.__name__.rstrip("_"))(command)
 
 

@@ -1,4 +1,4 @@
-"""What the commands are given on the command line, and how it is read."""
+"""Options that several commands share, and how their values are read."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,91 +9,91 @@ from sparse_ft.errors import ConfigError
 
 TaskOption = Annotated[
     list[str] | None,
-    typer.Option("--task", metavar="NAME_OR_PATH", help="Bundled name, or path of a task file. Repeatable."),
+    typer.Option("--task", metavar="NAME_OR_PATH", help="Bundled task, or path of a task file. Repeatable."),
 ]
 TaskNameOption = Annotated[
-    list[str] | None, typer.Option("--task", metavar="NAME", help="A task of the checkpoint. Repeatable.")
+    list[str] | None, typer.Option("--task", metavar="NAME", help="Task of the checkpoint. Repeatable.")
 ]
 DataOption = Annotated[
     list[str] | None,
-    typer.Option("--data", metavar="[TASK=]PATH", help="Folder or file of the data; with TASK= for several."),
+    typer.Option("--data", metavar="[TASK=]PATH", help="Folder or file with the data; repeat with TASK= for several."),
 ]
 DeviceOption = Annotated[str | None, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.")]
 BackboneOption = Annotated[
-    str | None, typer.Option(metavar="FOLDER", help="Where the backbone is now, if not where the checkpoint says.")
+    str | None, typer.Option(metavar="FOLDER", help="Folder of the backbone, if it has moved since training.")
 ]
 CombineOption = Annotated[
     str | None,
     typer.Option(
         metavar="mix|average|vote",
-        help="One answer of the experts of a task, and of tasks with the same labels: mixed, averaged or by majority.",
+        help="Let the experts of a task, or of tasks with the same labels, answer together: mix their deltas, average "
+        "their probabilities, or take the majority.",
     ),
 ]
 CheckpointArgument = Annotated[Path, typer.Argument(help="Folder that `train` wrote.")]
+OutputOption = Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder to write; must be empty or new.")]
 
 
-def two_names(option: str, entry: str) -> tuple[str, str]:
-    """Read ``OLD=NEW``."""
-    old, _, new = entry.partition("=")
+def parse_two_names(option: str, value: str) -> tuple[str, str]:
+    """Parse ``OLD=NEW``."""
+    old, _, new = value.partition("=")
     if not old or not new:
-        raise ConfigError(f"{option} {entry!r} is not of the form OLD=NEW. Write e.g. {option} ner=names.")
+        raise ConfigError(f"{option} {value!r} is not of the form OLD=NEW. Write e.g. {option} ner=names.")
     return old, new
 
 
-def named_path(entry: str) -> tuple[str | None, str]:
-    """Read ``PATH`` or ``NAME=PATH``."""
-    name, equals, path = entry.partition("=")
-    return (name, path) if equals and "/" not in name else (None, entry)
+def parse_named_path(value: str) -> tuple[str | None, str]:
+    """Parse ``PATH`` or ``NAME=PATH``."""
+    name, equals, path = value.partition("=")
+    return (name, path) if equals and "/" not in name else (None, value)
 
 
-def named_rank(entry: str) -> tuple[str, int]:
-    """Read ``NAME=RANK``."""
-    name, _, rank = entry.partition("=")
+def parse_named_rank(value: str) -> tuple[str, int]:
+    """Parse ``NAME=RANK``."""
+    name, _, rank = value.partition("=")
     if not name or not rank.isdecimal():
-        raise ConfigError(f"--prune {entry!r} is not of the form NAME=RANK. Write e.g. --prune ner=4.")
+        raise ConfigError(f"--prune {value!r} is not of the form NAME=RANK. Write e.g. --prune ner=4.")
     return name, int(rank)
 
 
-def numbers(option: str, entry: str) -> list[float]:
-    """Read ``0.5,0.5``."""
+def parse_numbers(option: str, value: str) -> list[float]:
+    """Parse ``0.5,0.5``."""
     try:
-        return [float(part) for part in entry.split(",")]
+        return [float(part) for part in value.split(",")]
     except ValueError as error:
-        raise ConfigError(f"{option} {entry!r} is no list of numbers. Write e.g. {option} 0.7,0.3.") from error
+        raise ConfigError(f"{option} {value!r} is no list of numbers. Write e.g. {option} 0.7,0.3.") from error
 
 
-def names(option: str, entry: str) -> list[str]:
-    """Read ``A,B``, with or without spaces."""
-    found = [part.strip() for part in entry.split(",")]
-    if not all(found):
-        raise ConfigError(f"{option} {entry!r} has an empty name. Write e.g. {option} A,B.")
-    return found
+def parse_names(option: str, value: str) -> list[str]:
+    """Parse ``A,B``, with or without spaces."""
+    names = [part.strip() for part in value.split(",")]
+    if not all(names):
+        raise ConfigError(f"{option} {value!r} has an empty name. Write e.g. {option} A,B.")
+    return names
 
 
-def data_sources(data: list[str] | None) -> str | dict[str, str] | None:
-    """Read ``--data PATH`` and ``--data TASK=PATH``."""
+def parse_sources(data: list[str] | None) -> str | dict[str, str] | None:
+    """Parse ``--data PATH``, or ``--data TASK=PATH`` repeated; return one path, or task name to path."""
     from sparse_ft.tasks.spec import list_tasks, load_task
 
     if not data:
         return None
-    named: dict[str, str] = {}
-    for entry in data:
-        task, equals, path = entry.partition("=")
-        if equals and (task in list_tasks() or "/" not in task):
-            name = load_task(task).name if task in list_tasks() else task  # clue/tnews is named without the slash
-            if name in named:
-                raise ConfigError(f"--data names task {name!r} twice: {named[name]} and {path}. Leave one out.")
-            named[name] = path
+    bundled = list_tasks()
+    sources: dict[str, str] = {}
+    for value in data:
+        task, equals, path = value.partition("=")
+        if equals and (task in bundled or "/" not in task):
+            name = load_task(task).name if task in bundled else task  # the task file clue/tnews names its task tnews
+            if name in sources:
+                raise ConfigError(f"--data names task {name!r} twice: {sources[name]} and {path}. Leave one out.")
+            sources[name] = path
         elif len(data) == 1:
-            return entry
+            return value
         else:
-            raise ConfigError(f"--data {entry!r} names no task. With several --data write TASK=PATH each time.")
-    return named
+            raise ConfigError(f"--data {value!r} names no task. With several --data write TASK=PATH each time.")
+    return sources
 
 
-def shown_path(path: Path) -> str:
-    """Show a path below the current folder as the user would type it."""
+def short_path(path: Path) -> str:
+    """Return a path relative to the current folder if it lies below that folder."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
-OutputOption = Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder to write; must not hold anything.")]

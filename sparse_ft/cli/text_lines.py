@@ -1,4 +1,4 @@
-"""Texts in, answers out, one a line."""
+"""Lines of text in, predictions out."""
 
 import json
 import sys

@@ -6,32 +6,40 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from sparse_ft.cli.options import DataOption, DeviceOption, TaskOption, data_sources, shown_path
+from sparse_ft.cli.options import DataOption, DeviceOption, TaskOption, parse_sources, short_path
 
 if TYPE_CHECKING:
-    pass
+    from sparse_ft.tasks.spec import TaskSpec
+    from sparse_ft.training.train import TrainResult
+
+BackboneOption = Annotated[str | None, typer.Option(metavar="NAME_OR_PATH", help="minilm, a folder, or a hub id.")]
+ConfigOption = Annotated[
+    str | None, typer.Option(metavar="NAME_OR_PATH", help="Bundled config, or YAML file of differences.")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one setting. Repeatable.")
+]
+FromOption = Annotated[
+    Path | None, typer.Option("--from", metavar="CHECKPOINT", help="Start from a checkpoint and keep its experts.")
+]
+StageOption = Annotated[
+    Literal["experts", "gate", "joint"] | None,
+    typer.Option(help="experts: experts, then the gate (default); gate: only the gate of --from; joint: both at once."),
+]
+OutputOption = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder to write; default runs/<tasks>.")]
 
 
 def train(
     task: TaskOption = None,
     data: DataOption = None,
-    backbone: Annotated[str | None, typer.Option(metavar="NAME_OR_PATH", help="minilm, a folder, or a hub id.")] = None,
-    config: Annotated[
-        str | None, typer.Option(metavar="NAME_OR_PATH", help="Bundled name, or YAML file of differences.")
-    ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one setting. Repeatable.")
-    ] = None,
-    from_: Annotated[
-        Path | None, typer.Option("--from", metavar="CHECKPOINT", help="Start from a checkpoint and keep its experts.")
-    ] = None,
-    stage: Annotated[
-        Literal["experts", "gate", "joint"] | None,
-        typer.Option(help="experts, then the gate among them (default); the gate of --from alone; or both jointly."),
-    ] = None,
-    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder to write; default runs/<tasks>.")] = None,
+    backbone: BackboneOption = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    from_: FromOption = None,
+    stage: StageOption = None,
+    output: OutputOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in --output.")] = False,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Of everything random.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of all random numbers.")] = None,
     device: DeviceOption = None,
 ) -> None:
     """Train one expert per task on a frozen backbone, and print the classification report."""
@@ -41,7 +49,7 @@ def train(
     try:
         result = train_experts(
             task or [],
-            data=data_sources(data),
+            data=parse_sources(data),
             output=output,
             backbone=backbone,
             config=config,
@@ -54,25 +62,35 @@ def train(
         )
     except KeyboardInterrupt:
         typer.echo(
-            "\nStopped. If a state was saved (every train.save_steps), `sparse-ft train --resume --output FOLDER` goes "
-            "on from it; FOLDER is the one named above.",
+            "\nStopped. If a state was saved (every train.save_steps), `sparse-ft train --resume --output FOLDER` "
+            "continues from it; FOLDER is the one named above.",
             err=True,
         )
         raise typer.Exit(130) from None
-    if place() > 0:  # of several processes one speaks
-        return
+    if place() == 0:  # the first of several processes prints
+        _print_result(result, starts_from_checkpoint=from_ is not None)
+
+
+def _print_result(result: "TrainResult", *, starts_from_checkpoint: bool) -> None:
+    """Print the scores, the folder of the checkpoint, and a command that uses it."""
     typer.echo(result.evaluation.to_text())
-    shown = shown_path(result.path)
+    path = short_path(result.path)
+    speed = f"Trained on {result.tokens_per_second:,.0f} tokens per second. " if result.history else ""
+    typer.echo(f"\n{speed}Checkpoint: {path}")
     spec = next(iter(result.tasks.values()))
+    example = _example(spec)
+    dashes = "-- " if example.startswith("-") else ""
+    # The gate may not know a new expert, and a task that reads another kind of row cannot answer the example.
+    names_task = starts_from_checkpoint or len({other.reads for other in result.tasks.values()}) > 1
+    task = f"--task {spec.name} " if names_task else ""
+    typer.echo(f"Next: sparse-ft predict {shlex.quote(path)} {task}{dashes}{shlex.quote(example)}")
+
+
+def _example(spec: "TaskSpec") -> str:
+    """Return a line of input for the task, its own example if that is complete."""
     example = spec.example or "Your text here."
     if spec.reads == "pair" and "\t" not in example:
-        example = "Your first text here.\tYour second."
+        return "Your first text here.\tYour second."
     if spec.reads == "choices" and not example.startswith("{"):
-        example = '{"text": "Your text here.", "text_pair": "Your question?", "choices": ["One.", "Another."]}'
-    speed = f"Trained on {result.tokens_per_second:,.0f} tokens per second. " if result.history else ""
-    typer.echo(f"\n{speed}Checkpoint: {shown}")
-    dashes = "-- " if example.startswith("-") else ""
-    # Whatever its gate knows of new experts; and a task that reads something else could not answer the example.
-    by_name = from_ is not None or len({other.reads for other in result.tasks.values()}) > 1
-    named = f"--task {spec.name} " if by_name else ""
-    typer.echo(f"Next: sparse-ft predict {shlex.quote(shown)} {named}{dashes}{shlex.quote(example)}")
+        return '{"text": "Your text here.", "text_pair": "Your question?", "choices": ["One.", "Another."]}'
+    return example
