@@ -76,7 +76,7 @@ def stories260k() -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_model(tiny_folder):
     """Return ``make_model(family, heads, ...)``: a model with one expert and one head per task, all of them random.
 
