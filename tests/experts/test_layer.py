@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_ft.experts.layer import ExpertLayer, linear_shape
+from sparse_ft.experts.layer import ExpertLayer
 from sparse_ft.experts.routing import Routing, RoutingSlot
 
 INPUTS, OUTPUTS = 12, 20
@@ -100,7 +100,7 @@ def test_one_expert_is_pefts_lora(kind):
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_rows_of_several_experts_equal_the_dense_sum_in_float64(kind, seed):
     experts = [(4, 2.0), (1, 0.5), (0, 3.0), (9, 1.25), (4, 1.0)]
     layer = random_layer(kind, experts)
@@ -159,7 +159,7 @@ def test_dropout_acts_in_training_only_and_never_on_the_frozen_path(routing):
     if 1 in routing:
         torch.testing.assert_close(first[1], layer.frozen(x)[1])
     torch.manual_seed(0)
-    mean = torch.stack([call(layer, x, routing) for _ in range(1500)]).mean(0)
+    mean = torch.stack([call(layer, x, routing) for _ in range(600)]).mean(0)
     assert (mean - exact).abs().mean() < 0.1 * (exact - layer.frozen(x)).abs().mean()  # unbiased
     layer.get(0)[1].zero_()
     torch.testing.assert_close(call(layer, x, routing), layer.frozen(x))
@@ -181,10 +181,6 @@ def test_bf16_frozen_weights_train_float32_experts(routing):
     for ours, theirs in zip(layer.open(1), exact.open(1), strict=True):
         assert ours.dtype == ours.grad.dtype == torch.float32
         assert nn.functional.cosine_similarity(ours.grad.flatten(), theirs.grad.flatten(), dim=0) > 0.999
-
-
-def test_linear_shape_knows_that_conv1d_is_transposed():
-    assert linear_shape(frozen_linear("linear")) == linear_shape(frozen_linear("conv1d")) == (OUTPUTS, INPUTS)
 
 
 # Several experts a row, and weights.
@@ -218,7 +214,7 @@ EXPERTS = [(4, 2.0), (1, 0.5), (0, 3.0), (9, 1.25), (4, 1.0), (2, 0.75)]
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
 @pytest.mark.parametrize("by_token", [False, True], ids=["row", "token"])
-@pytest.mark.parametrize("chosen", [1, 2, 3, 6])
+@pytest.mark.parametrize("chosen", [1, 3])
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
 def test_mixtures_equal_the_dense_sum_in_float64(kind, by_token, chosen, grad):
     layer = random_layer(kind, EXPERTS)
@@ -238,7 +234,7 @@ def test_mixtures_equal_the_dense_sum_in_float64(kind, by_token, chosen, grad):
 
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("by_token", [False, True], ids=["row", "token"])
-@pytest.mark.parametrize("ranks", [[4] * 12, [4, 8] * 6, [1, 4, 0] * 4], ids=["one rank", "multiples", "any"])
+@pytest.mark.parametrize("ranks", [[4, 8] * 6, [1, 4, 0] * 4], ids=["multiples", "any"])
 def test_a_row_gets_its_answer_whether_its_batch_names_few_experts_or_many(ranks, by_token, grad):
     layer = random_layer("linear", [(rank, 2.0) for rank in ranks])
     if grad:
@@ -290,14 +286,6 @@ def test_gradients_of_mixtures_and_their_weights_are_those_of_finite_differences
     weights = torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4), requires_grad=True)
     assert torch.autograd.gradcheck(
         lambda x, weights, *_: call(layer, x, Routing(indices, weights)), [x, weights, *opened]
-    )
-
-
-def test_weights_of_zero_are_the_bare_backbone():
-    layer = random_layer("linear", EXPERTS)
-    x = torch.randn(2, 3, INPUTS)
-    torch.testing.assert_close(
-        call(layer, x, Routing(torch.tensor([[0, 3], [1, 4]]), torch.zeros(2, 2))), layer.frozen(x)
     )
 
 

@@ -1,10 +1,11 @@
+"""One model, several tasks: batches, heads, training, gates for tokens. Each family: contracts/test_families.py."""
+
 import random
 from dataclasses import replace
 from itertools import chain
 
 import pytest
 import torch
-from tiny_backbones import CAUSAL, FAMILIES
 from toy_checkpoints import add_random_expert, trainable_of
 
 from sparse_ft.backbone.backbone import load_backbone
@@ -61,26 +62,7 @@ def assert_same_answers(got, expected):
 # Same text, same answer.
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_mixed_batch_and_a_batch_of_one_give_the_same_logits(three_tasks, family):
-    model = three_tasks(family)
-    alone = {task: one_by_one(model, task) for task in HEADS}
-    with torch.no_grad():
-        for tasks in (["mood", "names"], ["topic", "names", "mood"]):
-            mixed = run(model, [row for task in tasks for row in rows_of(model, task)])
-            assert list(mixed) == tasks
-            for task in tasks:
-                assert_same_answers(mixed[task], alone[task])
-    num_words = sum(len(text.split()) for text in TEXTS)
-    assert {task: tuple(logits.shape) for task, logits in alone.items()} == {
-        "mood": (4, 3),
-        "names": (num_words, 7),
-        "topic": (4, 12),
-    }
-    assert all(logits.std(0).min() > 1e-3 for logits in alone.values())  # the texts do differ
-
-
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "modernbert", "deberta-v2"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "deberta-v2"])
 def test_any_order_and_any_company_give_the_same_logits(three_tasks, family):
     model = three_tasks(family)
     expected = one_by_one(model, "topic")
@@ -97,9 +79,8 @@ def test_any_order_and_any_company_give_the_same_logits(three_tasks, family):
         assert_same_answers(got, expected[order])
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2"])
-def test_one_thread_and_two_give_the_same_answers(three_tasks, family):
-    model = three_tasks(family)
+def test_one_thread_and_two_give_the_same_answers(three_tasks):
+    model = three_tasks("bert")
     rows = [row for task in HEADS for row in rows_of(model, task, TEXTS * 8)]
     found = []
     try:
@@ -113,12 +94,8 @@ def test_one_thread_and_two_give_the_same_answers(three_tasks, family):
         assert_same_answers(found[1][task], found[0][task])
 
 
-@pytest.mark.parametrize(
-    ("family", "tokenizer"),
-    [("bert", "bert"), ("electra", "electra"), ("deberta-v2", "deberta-v2"), ("roberta", "roberta"),
-     # BertTokenizer, which gives token types, beside models that know none, e.g. uer/gpt2-chinese-cluecorpussmall.
-     ("distilbert", "bert"), ("modernbert", "bert"), ("gpt2", "bert"), ("llama", "bert")],
-)  # fmt: skip
+# The last gives token types to a model that knows none, as uer/gpt2-chinese-cluecorpussmall does.
+@pytest.mark.parametrize(("family", "tokenizer"), [("bert", "bert"), ("deberta-v2", "deberta-v2"), ("gpt2", "bert")])
 def test_pairs_beside_single_texts_answer_as_alone(tiny_folder, family, tokenizer):
     backbone = load_backbone(str(tiny_folder(family)), tokenizer_folder=tiny_folder(tokenizer))
     model = SparseExpertModel(backbone).eval()
@@ -145,34 +122,17 @@ def test_two_tasks_may_share_an_expert(make_model):
     assert set(trainable_of(model, "mood")) == set(trainable_of(model, "topic"))
 
 
-def test_deberta_runs_a_mixed_batch_expert_by_expert_and_tracks_gradients(three_tasks):
-    model = three_tasks("deberta-v2")
-    assert not model.backbone.family.routes_rows
-
-    def gradients(batches):
-        model.zero_grad()
-        for rows in batches:
-            sum(logits.square().sum() for logits in run(model, rows).values()).backward()
-        return {name: value.grad.clone() for task in HEADS for name, value in trainable_of(model, task).items()}
-
-    rows = {task: rows_of(model, task) for task in HEADS}
-    together, apart = gradients([list(chain.from_iterable(rows.values()))]), gradients(rows.values())
-    for name, gradient in together.items():
-        torch.testing.assert_close(gradient, apart[name], atol=1e-4, rtol=1e-4)
-
-
 # Heads.
 
 
-@pytest.mark.parametrize("name", ["type", "keys", "training", "forward", "pop", "_modules", "weight", "T_destination"])
-def test_a_task_may_be_called_like_an_attribute_of_a_module(make_model, name):
-    model = make_model("bert", {name: ("text", 3), "other": ("word", 5)})
-    assert one_by_one(model, name).shape == (4, 3)
-    mixed = run(model.train(), [*rows_of(model, name), *rows_of(model, "other")])
-    (mixed[name].sum() + mixed["other"].sum()).backward()
-    assert all(parameter.grad is not None for parameter in trainable_of(model, name).values())
+def test_a_task_may_be_called_like_an_attribute_of_a_module(make_model):
+    names = ["type", "keys", "training", "forward", "pop", "_modules", "weight", "T_destination"]
+    model = make_model("bert", dict.fromkeys(names, ("text", 3)))
+    logits = run(model.train(), [row for name in names for row in rows_of(model, name)])
+    sum(own.sum() for own in logits.values()).backward()
+    assert all(parameter.grad is not None for name in names for parameter in trainable_of(model, name).values())
     model.eval().to(torch.float32)
-    assert set(model.tasks) == {name, "other"}
+    assert list(model.tasks) == names
 
 
 def test_a_batch_of_texts_without_a_word_has_no_word_logits(make_model):
@@ -194,41 +154,13 @@ def test_unknown_names_are_refused_with_the_closest_one(make_model):
     assert set(model.tasks) == {"mood", "topic"}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_auto_pooling_is_the_last_token_for_causal_backbones_else_the_scaled_mean(three_tasks, family):
-    expected = "last" if family in CAUSAL else "unit"
-    automatic, chosen = three_tasks(family), three_tasks(family, pooling=expected)
-    assert automatic.pooling == expected
-    assert torch.equal(one_by_one(automatic, "mood"), one_by_one(chosen, "mood"))
-    first = one_by_one(three_tasks(family, pooling="first"), "mood")
-    assert not torch.allclose(first, one_by_one(automatic, "mood"), atol=1e-3)
-
-
 # Training.
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_gradient_flows_into_expert_and_head_only_and_reaches_all_of_both(three_tasks, family):
-    model = three_tasks(family).train()
-    for task in HEADS:
-        model.zero_grad()
-        run(model, rows_of(model, task))[task].square().sum().backward()
-        trainable = trainable_of(model, task)
-        assert sum(name.startswith("head.") for name in trainable) == 2
-        assert sum(name.startswith("expert.") for name in trainable) == 2 * len(
-            model.backbone.select_linears(first_block=FIRST_BLOCK[task])
-        )
-        unreached = [
-            name for name, parameter in trainable.items() if parameter.grad is None or not parameter.grad.any()
-        ]
-        assert not unreached
-        own = {id(parameter) for parameter in trainable.values()}
-        assert all(id(parameter) in own for parameter in model.parameters() if parameter.grad is not None)
-
-
-@pytest.mark.parametrize("family", ["bert", "gpt2"])
-def test_the_gradient_of_a_mixed_batch_is_that_of_its_tasks_alone(three_tasks, family):
+@pytest.mark.parametrize("family", ["bert", "gpt2", "deberta-v2"])
+def test_the_gradient_of_a_batch_of_several_tasks_is_that_of_its_tasks_alone(three_tasks, family):
     model = three_tasks(family)
+    assert model.backbone.family.routes_rows == (family != "deberta-v2")  # which runs expert by expert
     rows = {task: rows_of(model, task) for task in HEADS}
     sum(logits.square().mean() for logits in run(model, list(chain.from_iterable(rows.values()))).values()).backward()
     mixed = {task: {name: value.grad for name, value in trainable_of(model, task).items()} for task in HEADS}
@@ -274,41 +206,6 @@ def test_a_failed_forward_pass_does_not_lock_the_model(make_model):
     with pytest.raises(IndexError):
         model(batch)
     assert_same_answers(one_by_one(model, "mood"), expected)
-
-
-# The trunk below the lowest expert, which training computes once.
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_rows_whose_trunk_is_kept_answer_and_learn_as_without(make_model, family):
-    from sparse_ft.backbone.trunk import keep_trunk
-
-    model = make_model(family, {"names": ("word", 5), "mood": ("text", 3)}, first_block=2)
-    if not model.backbone.family.keeps_trunk:
-        pytest.skip(f"{family} keeps none")
-    rows = [*rows_of(model, "names"), *rows_of(model, "mood")]
-    examples = keep_trunk(
-        model.encoder,
-        model.backbone.blocks,
-        [example for _, example in rows],
-        first_block=model.first_block,
-        pad_id=model.backbone.pad_id,
-    )
-    kept_rows = [(task, example) for (task, _), example in zip(rows, examples, strict=True)]
-    found = []
-    for chosen in (rows, kept_rows):
-        model.zero_grad(set_to_none=True)
-        logits = run(model, chosen)
-        sum(own.square().mean() for own in logits.values()).backward()
-        found.append((logits, {f"{t}.{n}": v.grad for t in logits for n, v in trainable_of(model, t).items()}))
-    (plain, plain_gradients), (kept, kept_gradients) = found
-    for task in plain:
-        assert_same_answers(kept[task], plain[task])
-    for name, gradient in plain_gradients.items():
-        torch.testing.assert_close(kept_gradients[name], gradient, atol=1e-5, rtol=1e-4)
-    assert_same_answers(run(model, rows)["mood"], plain["mood"])  # the blocks work as before
-    partly = run(model, [*kept_rows[:-1], rows[-1]])  # one row without: all are computed
-    assert_same_answers(partly["mood"], plain["mood"])
 
 
 # Real weights.
@@ -432,8 +329,7 @@ def test_every_layer_is_the_sum_over_its_experts_in_float64(gated, shortlist):
         assert len({tuple(token.nonzero().flatten().tolist()) for token in block.flatten(0, 1)}) > 1
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "modernbert"])
-@pytest.mark.parametrize("shortlist", [None, 3])
+@pytest.mark.parametrize(("family", "shortlist"), [("bert", None), ("bert", 3), ("gpt2", 3)])
 def test_mixed_rows_answer_the_same_in_any_company(three_tasks, family, shortlist):
     model = three_tasks(family)
     for name, slot in model.tasks.items():

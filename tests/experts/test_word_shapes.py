@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from tiny_backbones import HIDDEN
+from toy_checkpoints import saved
 from toys import run, write_toy
 
 import sparse_ft
@@ -53,11 +54,9 @@ CASED = [["boring", "people", "met", "LONDON"], ["boring", "people", "met", "Lon
 
 
 @pytest.fixture(scope="module")
-def shaped(tmp_path_factory, tiny_bert):
-    """A checkpoint with a tagger that sees shapes and a classifier that does not."""
-    folder = tmp_path_factory.mktemp("shaped")
-    tasks = [write_toy(folder, name, sizes=(48, 8, 8)) for name in ("names", "mood")]
-    return run(tasks, tiny_bert, folder / "checkpoint", experts__first_block=1).path
+def shaped(tmp_path_factory, make_model):
+    """A checkpoint with a tagger that sees shapes and begins at block 2, and classifiers that do not."""
+    return saved(tmp_path_factory.mktemp("shaped"), make_model, "bert")
 
 
 def test_taggers_on_an_uncased_backbone_see_case(shaped):
@@ -76,15 +75,15 @@ def test_shapes_are_added_where_the_expert_begins(shaped):
     assert float(table[1:].abs().max()) > 0
     inputs = {"input_ids": torch.tensor([example.input_ids]), "output_hidden_states": True}
     seen = []
-    block = model.backbone.blocks[1]
+    block = model.backbone.blocks[2]
     with torch.no_grad():
         handle = block.attention.register_forward_pre_hook(
             lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
         )
         model(collate([("names", example)], pad_id=0))
         handle.remove()
-        with model.slot.filled(Routing.rows([0])):
-            plain = model.encoder(**inputs).hidden_states[1]
+        with model.slot.filled(Routing.rows([model.experts.index("names")])):
+            plain = model.encoder(**inputs).hidden_states[2]
     rows = torch.tensor([example.word_shapes])
     expected = plain + torch.where((rows > 0).unsqueeze(-1), table[rows], torch.zeros(()))
     torch.testing.assert_close(seen[0], expected)
@@ -109,12 +108,14 @@ def test_another_expert_below_changes_nothing(shaped):
     model = sparse_ft.load(shaped)
     before = model.logits(texts, "names")
     checkpoint = model.checkpoint
+    checkpoint.model.experts.remove("mood")  # which begins at block 0
+    assert checkpoint.model.first_block == 1
     modules = checkpoint.model.backbone.select_linears(first_block=0)
     checkpoint.model.experts.create("low", modules=modules, rank=2, alpha=2.0, seed=0, word_shapes=True)
     assert checkpoint.model.first_block == 0
     for left, right in zip(before, model.logits(texts, "names"), strict=True):
         assert torch.equal(left, right)
-    checkpoint.model.experts.remove("mood")
+    checkpoint.model.experts.remove("about")
     for left, right in zip(before, model.logits(texts, "names"), strict=True):
         assert torch.equal(left, right)
 
