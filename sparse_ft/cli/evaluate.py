@@ -40,7 +40,7 @@ def evaluate(
     """Score a checkpoint and print the classification report of each task."""
     from sparse_ft.checkpoint.folders import explain_os_errors, write_json
     from sparse_ft.evaluation.evaluate import evaluate as evaluate_checkpoint
-    from sparse_ft.evaluation.reports import write_report
+    from sparse_ft.evaluation.score_report import write_report
 
     result = evaluate_checkpoint(
         checkpoint,

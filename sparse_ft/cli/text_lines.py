@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sparse_ft.errors import DataError
-from sparse_ft.prediction.requests import EXPECTED, row_of
+from sparse_ft.prediction.requests import EXPECTED, read_request
 
 if TYPE_CHECKING:
     from sparse_ft.tasks.kinds.answers import Answer, Prediction
@@ -60,7 +60,7 @@ def _parsed(line: str, number: int) -> Any:
     except json.JSONDecodeError as error:
         raise DataError(f"Line {number} is no JSON ({error}): {line[:60]!r}. {EXPECTED}") from error
     try:
-        row_of(row if isinstance(row, dict) else {})
+        read_request(row if isinstance(row, dict) else {})
     except DataError as error:
         raise DataError(f"Line {number} is not such a row: {line[:60]!r}. {EXPECTED}") from error
     return row

@@ -14,8 +14,8 @@ from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.backbone.words import join_words
 from sparse_ft.checkpoint.checkpoint import Checkpoint, load_checkpoint
 from sparse_ft.errors import ConfigError, DataError, unknown_name
-from sparse_ft.evaluation.reports import TaskReport, report_json, report_text
 from sparse_ft.evaluation.routing_report import RoutingReport, report_routing
+from sparse_ft.evaluation.score_report import TaskReport, report_json, report_text
 from sparse_ft.evaluation.scoring import predict_rows, score_rows
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.routing import Routing

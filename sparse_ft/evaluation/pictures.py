@@ -13,8 +13,8 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from sparse_ft.errors import ConfigError
-from sparse_ft.evaluation.reports import TaskReport
 from sparse_ft.evaluation.routing_report import UNKNOWN, RoutingReport
+from sparse_ft.evaluation.score_report import TaskReport
 from sparse_ft.evaluation.token_routing import TokenRouting
 from sparse_ft.evaluation.token_table import shortened, span
 from sparse_ft.tasks.kinds.scores import Confusion

@@ -14,7 +14,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from sparse_ft.checkpoint.checkpoint import MODEL_TYPE
 from sparse_ft.prediction.loaded_model import CHUNK, LoadedModel, load
-from sparse_ft.prediction.requests import Asked
+from sparse_ft.prediction.requests import RequestLike
 
 TASK = "sparse-ft"
 
@@ -78,7 +78,7 @@ class SparseFTPipeline:
 
     def __call__(
         self,
-        inputs: Asked | Iterable[Asked],
+        inputs: RequestLike | Iterable[RequestLike],
         *,
         tasks: Sequence[str] | str | None = None,
         batch_size: int | None = None,
@@ -101,7 +101,7 @@ class SparseFTPipeline:
         return list(answers) if isinstance(inputs, list) else answers
 
     def _answers(
-        self, texts: Iterable[Asked], tasks: Sequence[str] | str | None, *, size: int
+        self, texts: Iterable[RequestLike], tasks: Sequence[str] | str | None, *, size: int
     ) -> Iterator[dict[str, Any]]:
         iterator = iter(texts)
         while chunk := list(itertools.islice(iterator, size)):

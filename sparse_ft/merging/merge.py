@@ -13,7 +13,7 @@ from sparse_ft.checkpoint.outputs import free_output
 from sparse_ft.config import changed_config
 from sparse_ft.errors import CheckpointError, ConfigError, unknown_name
 from sparse_ft.evaluation.evaluate import evaluate_task
-from sparse_ft.evaluation.reports import TaskReport, report_json
+from sparse_ft.evaluation.score_report import TaskReport, report_json
 from sparse_ft.evaluation.tables import align
 from sparse_ft.merging.edit import add_from, find_experts, new_task_names
 from sparse_ft.merging.merged_expert import MergedExpert, MergeSettings, merge_experts, merge_settings

@@ -23,8 +23,8 @@ from sparse_ft.experts.inference import (
 )
 from sparse_ft.experts.routing import Routing
 from sparse_ft.prediction.ensembles import Ensemble, ensemble_logits
-from sparse_ft.prediction.requests import FORMS, Row, Text, columns_of, form_of, parts_of
-from sparse_ft.prediction.rules import RulesGate, joined
+from sparse_ft.prediction.requests import FORMS, Request, Text, columns_of, form_of, parts_of
+from sparse_ft.prediction.rules import Rules, joined
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.kinds.answers import Answer, Prediction
 
@@ -59,7 +59,7 @@ class Answering:
             raise ConfigError('No task is given. Name some of the checkpoint, or write "all".')
         return names
 
-    def by_row(self, rows: Sequence[Row]) -> list[Prediction]:
+    def by_row(self, rows: Sequence[Request]) -> list[Prediction]:
         """Answer the tasks that each text names itself; those with an expert of their own run in the same batches."""
         model, texts = self.checkpoint.model, [row.text for row in rows]
         asked = [self.task_names(row.tasks or []) for row in rows]
@@ -92,7 +92,7 @@ class Answering:
             for text, names, found, routing in zip(texts, asked, answers, routings, strict=True)
         ]
 
-    def by_rules(self, rows: Sequence[Row], rules: RulesGate) -> list[Prediction]:
+    def by_rules(self, rows: Sequence[Request], rules: Rules) -> list[Prediction]:
         """Let rules choose an expert for every text, and answer the tasks of that expert."""
         model, texts = self.checkpoint.model, [row.text for row in rows]
         for text in texts:

@@ -14,8 +14,8 @@ from sparse_ft.errors import ConfigError
 from sparse_ft.experts.gates import SequenceGate
 from sparse_ft.prediction.answering import Answering
 from sparse_ft.prediction.ensembles import Ensemble, find_ensembles
-from sparse_ft.prediction.requests import Asked, Row, Text, row_of
-from sparse_ft.prediction.rules import RulesGate, load_rules
+from sparse_ft.prediction.requests import Request, RequestLike, Text, read_request
+from sparse_ft.prediction.rules import Rules, load_rules
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.kinds.answers import Prediction
 from sparse_ft.tasks.spec import TaskSpec
@@ -32,7 +32,7 @@ class LoadedModel:
         rules: Which choose an expert for each text in place of the checkpoint's gate.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, rules: RulesGate | None = None) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, rules: Rules | None = None) -> None:
         self.checkpoint, self.rules = checkpoint, rules
         self._answering = Answering(checkpoint)
 
@@ -52,14 +52,14 @@ class LoadedModel:
             self.checkpoint.model.to(find_device(device))
         return self
 
-    def __call__(self, texts: Asked | Sequence[Asked]) -> Prediction | list[Prediction]:
+    def __call__(self, texts: RequestLike | Sequence[RequestLike]) -> Prediction | list[Prediction]:
         """Answer one text, or each of a list; the gate decides which tasks, as in ``predict``."""
         if isinstance(texts, str | tuple | Mapping):
             return self.predict([texts])[0]
         return self.predict(texts)
 
     def predict(
-        self, texts: Sequence[Asked], tasks: Sequence[str] | str | None = None, *, combine: str | None = None
+        self, texts: Sequence[RequestLike], tasks: Sequence[str] | str | None = None, *, combine: str | None = None
     ) -> list[Prediction]:
         """Answer tasks for a list of texts.
 
@@ -83,7 +83,7 @@ class LoadedModel:
             DataError: If a task gets something else than it reads, e.g. one on pairs single texts.
         """
         answering, chosen = self._answering, tasks is None and combine is None
-        rows = [row_of(text) for text in ([texts] if isinstance(texts, str | Mapping) else texts)]
+        rows = [read_request(text) for text in ([texts] if isinstance(texts, str | Mapping) else texts)]
         names = answering.task_names("all" if tasks is None else tasks)
         ensembles: dict[str, Ensemble] = {}
         if combine is not None:
@@ -109,7 +109,7 @@ class LoadedModel:
             found.extend(next(rest if row.tasks is None else alone) for row in chunk)
         return found
 
-    def _by_choice(self, rows: Sequence[Row]) -> list[Prediction]:
+    def _by_choice(self, rows: Sequence[Request]) -> list[Prediction]:
         """Let rules, or else the gate, choose the tasks of each text; without either, all are answered."""
         texts = [row.text for row in rows]
         if self.rules is not None:
@@ -119,7 +119,7 @@ class LoadedModel:
         return self._answering.by_task(texts, list(self.tasks), {})
 
     def stream(
-        self, texts: Iterable[Asked], tasks: Sequence[str] | str | None = None, *, combine: str | None = None
+        self, texts: Iterable[RequestLike], tasks: Sequence[str] | str | None = None, *, combine: str | None = None
     ) -> Iterator[Prediction]:
         """Answer tasks for any number of texts, holding no more than ``CHUNK`` of them in memory."""
         self._answering.task_names("all" if tasks is None else tasks)
@@ -180,12 +180,12 @@ def load(
     """
     read = None if rules is None else load_rules(rules)
     checkpoint = load_checkpoint(path, device=find_device(device), backbone=backbone)
-    return LoadedModel(checkpoint, rules=None if read is None else RulesGate(checkpoint.model.routed, read))
+    return LoadedModel(checkpoint, rules=None if read is None else Rules(checkpoint.model.routed, read))
 
 
 def predict(
     checkpoint: str | Path | LoadedModel,
-    texts: Sequence[Asked],
+    texts: Sequence[RequestLike],
     *,
     tasks: Sequence[str] | str | None = None,
     combine: str | None = None,

@@ -22,7 +22,7 @@ EXPECTED = (
 
 
 @dataclass(frozen=True)
-class Row:
+class Request:
     """A text, and what its sender says of it."""
 
     text: Text
@@ -32,18 +32,18 @@ class Row:
     """For rules, e.g. ``{"language": "de", "channel": "mail"}``."""
 
 
-Asked = Text | Mapping[str, Any]
-"""A text, or an object like a line of a .jsonl file, see ``row_of``."""
+RequestLike = Text | Mapping[str, Any]
+"""A text, or an object like a line of a .jsonl file, see ``read_request``."""
 
 
-def row_of(given: Asked) -> Row:
+def read_request(given: RequestLike) -> Request:
     """Read what a row says: an object as in a line of a .jsonl file, or only a text.
 
     Raises:
         DataError: If the object has other keys, or values of other types.
     """
     if not isinstance(given, Mapping):
-        return Row(given)
+        return Request(given)
     row = dict(given)
     if set(row) - _KEYS or not _fits(row):
         raise DataError(f"Not a row: {str(row)[:100]}. {EXPECTED}")
@@ -52,7 +52,7 @@ def row_of(given: Asked) -> Row:
         text = (row["text"], row.get("text_pair"), row["choices"])
     elif "text_pair" in row:
         text = (row["text"], row["text_pair"])
-    return Row(text, row.get("tasks"), row.get("metadata") or {})
+    return Request(text, row.get("tasks"), row.get("metadata") or {})
 
 
 def _fits(row: dict[str, Any]) -> bool:

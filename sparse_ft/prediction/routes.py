@@ -22,7 +22,7 @@ from sparse_ft.prediction.baselines import (
     RoundRobinGate,
     UniformGate,
 )
-from sparse_ft.prediction.rules import RulesGate, load_rules
+from sparse_ft.prediction.rules import Rules, load_rules
 
 # Built with the experts' names and a seed.
 BASELINES: dict[str, Callable[[Sequence[str], int], Gate]] = {
@@ -66,7 +66,7 @@ class Route:
         elif name == "arrow":
             self.gate = arrow_gate(model)
         elif Path(name).suffix in {".yaml", ".yml"}:
-            self.gate = RulesGate(names, load_rules(Path(name)))
+            self.gate = Rules(names, load_rules(Path(name)))
         elif name != "task" and name not in model.experts.names:
             known = [*ROUTES, *model.experts.names]
             raise ConfigError(unknown_name("route", name, known) + " A YAML file with rules works, too.")
@@ -110,7 +110,7 @@ class Route:
 
     def warnings(self) -> list[str]:
         """Say what about the rules should be looked at, after all rows were routed."""
-        if not isinstance(self.gate, RulesGate):
+        if not isinstance(self.gate, Rules):
             return []
         return [f"Rule {number} of {self.name} never matched." for number in self.gate.unmatched()]
 

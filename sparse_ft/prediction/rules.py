@@ -179,7 +179,7 @@ def _contradiction(rules: Sequence[Rule], number: int) -> str | None:
     return None
 
 
-class RulesGate:
+class Rules:
     """Gives each row the expert of the first rule that holds; without one it abstains: the weight is 0.
 
     The same text and metadata get the same answer whatever else is in the batch.

@@ -18,7 +18,7 @@ from sparse_ft.checkpoint.outputs import free_output, give_back, next_output
 from sparse_ft.config import RunConfig, changed_config, load_config
 from sparse_ft.errors import ConfigError, SparseFTError
 from sparse_ft.evaluation.evaluate import Evaluation, evaluate
-from sparse_ft.evaluation.reports import report_json
+from sparse_ft.evaluation.score_report import report_json
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.tasks.encoded_rows import name_sources, scored_splits
 from sparse_ft.tasks.spec import Split, TaskSpec, load_task

@@ -13,8 +13,8 @@ from sparse_ft.errors import ConfigError
 from sparse_ft.evaluation import pictures
 from sparse_ft.evaluation.metrics import score_classification
 from sparse_ft.evaluation.pictures import report_pictures, require_matplotlib, token_picture
-from sparse_ft.evaluation.reports import TaskReport
 from sparse_ft.evaluation.routing_report import RoutingReport
+from sparse_ft.evaluation.score_report import TaskReport
 
 image = pytest.importorskip("matplotlib.image")
 

@@ -5,7 +5,7 @@ import torch
 
 from sparse_ft.errors import ConfigError
 from sparse_ft.experts.gates import GateInput
-from sparse_ft.prediction.rules import Rule, RulesGate, load_rules, parse_rules
+from sparse_ft.prediction.rules import Rule, Rules, load_rules, parse_rules
 
 NAMES = ["general", "billing", "chinese", "code"]
 
@@ -150,7 +150,7 @@ def write(tmp_path):
 
 
 def test_the_first_rule_that_holds_wins_and_without_one_the_gate_abstains(write):
-    gate = RulesGate(NAMES, load_rules(write(YAML)))
+    gate = Rules(NAMES, load_rules(write(YAML)))
     texts = ["import refund", "我要退款", "import torch", "import", "hello"]
     assert answers(gate, texts) == ["billing", "chinese", "code", None, None]
     assert gate.hits == [1, 1, 1, 0]
@@ -160,16 +160,16 @@ def test_the_first_rule_that_holds_wins_and_without_one_the_gate_abstains(write)
 
 
 def test_otherwise_takes_what_is_left_and_its_silence_is_no_fault(write):
-    gate = RulesGate(NAMES, load_rules(write(YAML + "- {otherwise: general}\n")))
+    gate = Rules(NAMES, load_rules(write(YAML + "- {otherwise: general}\n")))
     assert answers(gate, ["hello", "invoice"]) == ["general", "billing"]
     assert gate.unmatched() == [2, 3, 4]
-    fresh = RulesGate(NAMES, gate.rules)
+    fresh = Rules(NAMES, gate.rules)
     answers(fresh, ["invoice"])
     assert 5 not in fresh.unmatched()
 
 
 def test_weights_are_one_or_zero_and_one_expert_for_all_is_known_to_be(write):
-    gate = RulesGate(NAMES, load_rules(write(YAML)))
+    gate = Rules(NAMES, load_rules(write(YAML)))
     routing = gate.route(asked(["refund", "hello", "我要退款"]))
     assert routing.weights.tolist() == [[1.0], [0.0], [1.0]]
     assert routing.weights.dtype == torch.float32
@@ -181,17 +181,17 @@ def test_weights_are_one_or_zero_and_one_expert_for_all_is_known_to_be(write):
 
 
 def test_a_text_gets_the_same_answer_in_any_batch(write):
-    gate = RulesGate(NAMES, load_rules(write(YAML)))
+    gate = Rules(NAMES, load_rules(write(YAML)))
     texts = ["import refund", "我要退款", "import torch", "hello"]
     assert answers(gate, texts[::-1]) == answers(gate, texts)[::-1]
     assert [answers(gate, [text])[0] for text in texts] == answers(gate, texts)
 
 
 def test_rules_that_read_the_text_need_it_and_others_do_not():
-    by_text = RulesGate(NAMES, parse_rules([{"longer_than": 3, "expert": "code"}], where="here"))
+    by_text = Rules(NAMES, parse_rules([{"longer_than": 3, "expert": "code"}], where="here"))
     with pytest.raises(ConfigError, match=r"rules read the text of each row, but 0 texts were given for 2 rows\. Give"):
         by_text.route(asked([], rows=2))
-    by_metadata = RulesGate(NAMES, parse_rules([{"metadata": {"kind": "x"}, "expert": "code"}], where="here"))
+    by_metadata = Rules(NAMES, parse_rules([{"metadata": {"kind": "x"}, "expert": "code"}], where="here"))
     routing = by_metadata.route(asked([], [{"kind": "x"}, {}], rows=2))
     assert routing.weights.tolist() == [[1.0], [0.0]]
 
@@ -295,4 +295,4 @@ def test_an_expert_that_the_model_does_not_have_is_named_with_those_it_has(write
         r"Rule 3: Unknown expert 'zzz'\. Known: general, billing, chinese, code\.$"
     )
     with pytest.raises(ConfigError, match=message):
-        RulesGate(NAMES, rules)
+        Rules(NAMES, rules)

@@ -5,7 +5,7 @@ import pytest
 
 from sparse_ft.errors import SparseFTError
 from sparse_ft.evaluation.metrics import score_classification, score_multi_label, score_tagging
-from sparse_ft.evaluation.reports import TaskReport, report_json, report_markdown, report_text, write_report
+from sparse_ft.evaluation.score_report import TaskReport, report_json, report_markdown, report_text, write_report
 
 
 def columns(line):
@@ -127,7 +127,7 @@ def test_multi_label_report_has_the_samples_average():
 
 
 @pytest.mark.parametrize("score", [score_classification, score_multi_label, score_tagging])
-def test_reports_of_no_rows(score):
+def test_score_report_of_no_rows(score):
     empty = score([], [], labels=["a"])
     assert "0.000" in report_text(empty, title="t")
     assert "0.000" in report_markdown(empty, title="t")
