@@ -18,9 +18,9 @@ from timing import measure, ratio
 from sparse_ft.backbone.backbone import load_backbone
 from sparse_ft.backbone.batching import collate
 from sparse_ft.backbone.encoding import Example
-from sparse_ft.experts.inference import entering
+from sparse_ft.experts.inference import with_trunks
 from sparse_ft.experts.model import SparseExpertModel
-from sparse_ft.experts.routing import Pass, Routing
+from sparse_ft.experts.routing import ForwardPass, Routing
 
 TASKS = ["mood", "subject", "wish", "names"]
 
@@ -42,7 +42,7 @@ def expert_model(first_block: int) -> SparseExpertModel:
 
 def shared_trunk(model: SparseExpertModel, examples: list[Example]) -> torch.Tensor:
     """Answer every task with its own expert; what lies below the experts is computed once."""
-    rows = entering(model, examples)
+    rows = with_trunks(model, examples)
     answers = []
     for task in TASKS:
         batch = collate([(task, row) for row in rows], pad_id=model.backbone.pad_id, device=model.device)
@@ -53,7 +53,7 @@ def shared_trunk(model: SparseExpertModel, examples: list[Example]) -> torch.Ten
 def gated_pass(model: SparseExpertModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Answer every task from one pass in which each token uses all experts, with one set of weights."""
     rows, tokens = inputs["input_ids"].shape
-    with model.slot.filled(Pass(Routing(None, torch.full((rows, tokens, len(TASKS)), 1 / len(TASKS))))):
+    with model.slot.filled(ForwardPass(Routing(None, torch.full((rows, tokens, len(TASKS)), 1 / len(TASKS))))):
         hidden = model.encoder(**inputs).last_hidden_state
         read = [hidden if model.tasks[task].level == "word" else hidden.mean(1) for task in TASKS]
         return torch.cat([model.head(task)(states).flatten() for task, states in zip(TASKS, read, strict=True)])

@@ -23,12 +23,12 @@ from timing import Run, measure, ratio
 from sparse_ft.backbone.backbone import Backbone, load_backbone, set_training_attention
 from sparse_ft.backbone.encoding import Example
 from sparse_ft.config import GateConfig
-from sparse_ft.experts.choosing import Choice
 from sparse_ft.experts.gates import SequenceGate
 from sparse_ft.experts.inference import text_routing
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.named_experts import Expert
-from sparse_ft.experts.routing import Pass, Routing
+from sparse_ft.experts.routing import ForwardPass, Routing
+from sparse_ft.experts.selection import Selection
 from sparse_ft.training.fit_gate import gate_block
 
 
@@ -81,7 +81,7 @@ def ours(
             )
             choices[f"ours, text gate over {number}"] = lambda model=gated, rows=examples: text_routing(model, rows)
         if number == 1:
-            choices = {"ours, one expert": lambda: Routing.rows([0] * rows)}
+            choices = {"ours, one expert": lambda: Routing.one_hot([0] * rows)}
         for name, routing in choices.items():
             variants[name] = lambda model=model, routing=routing: _hidden(model, routing(), inputs)
     return variants
@@ -90,7 +90,7 @@ def ours(
 def with_gate(model: SparseExpertModel) -> SparseExpertModel:
     """Give a model a gate for texts as it is by default, at random."""
     block = gate_block(model, GateConfig())
-    gate = SequenceGate(model.experts.names, model.backbone.hidden_size, block=block, choice=Choice(top_k=2))
+    gate = SequenceGate(model.experts.names, model.backbone.hidden_size, block=block, selection=Selection(top_k=2))
     gate.standardise(torch.randn(64, block + 1, model.backbone.hidden_size, generator=torch.Generator().manual_seed(0)))
     gate.initialise(torch.Generator().manual_seed(0))
     model.gate = gate.eval()
@@ -98,7 +98,7 @@ def with_gate(model: SparseExpertModel) -> SparseExpertModel:
 
 
 def _hidden(model: SparseExpertModel, routing: Routing, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    with model.slot.filled(Pass(routing)):
+    with model.slot.filled(ForwardPass(routing)):
         return model.encoder(**inputs).last_hidden_state
 
 

@@ -18,7 +18,7 @@ from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from sparse_ft.config import RunConfig
 from sparse_ft.evaluation.token_routing import Token, TokenRouting
-from sparse_ft.experts.gates import Choice, SequenceGate, TokenGate
+from sparse_ft.experts.gates import Selection, SequenceGate, TokenGate
 from sparse_ft.experts.inference import row_logits
 from sparse_ft.experts.named_experts import Expert
 from sparse_ft.prediction.loaded_model import Prediction
@@ -138,7 +138,7 @@ def saved(folder, make_model, family, *, heads=HEADS, seed=1, config=None, pooli
         for parameter in model.experts.parameters(name).values():
             parameter.data.mul_(seed)
     if gate:
-        model.gate = SequenceGate(list(heads), 32, block=0, choice=Choice())
+        model.gate = SequenceGate(list(heads), 32, block=0, selection=Selection())
     folder.mkdir(parents=True, exist_ok=True)
     specs = {name: load_task(write_toy(folder, name, sizes=(2, 2, 2), labels=LABELS[name])) for name in heads}
     metrics = {name: {"validation": 0.5 + place / 10} for place, name in enumerate(heads)}
@@ -163,12 +163,12 @@ def saved_joint(kind, folder, make_model):
     model = loaded.model
     add_random_expert(model, "common", rank=3, seed=3)
     for name in ("mood", "about"):
-        model.tasks[name] = replace(model.tasks[name], mixed=True, shared="common")
+        model.tasks[name] = replace(model.tasks[name], joint=True, shared="common")
     names, generator = ["mood", "about"], torch.Generator().manual_seed(2)
     gate = (
-        TokenGate(names, 32, blocks=[0, 1, 2], choice=Choice(top_k=2))
+        TokenGate(names, 32, blocks=[0, 1, 2], selection=Selection(top_k=2))
         if kind == "token"
-        else SequenceGate(names, 32, block=1, choice=Choice(top_k=2))
+        else SequenceGate(names, 32, block=1, selection=Selection(top_k=2))
     )
     for parameter in gate.parameters():
         parameter.data.normal_(0, 0.3, generator=generator)

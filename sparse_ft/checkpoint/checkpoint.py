@@ -24,9 +24,9 @@ from sparse_ft.checkpoint.manifest import (
 )
 from sparse_ft.config import RunConfig
 from sparse_ft.errors import CheckpointError
-from sparse_ft.experts.choosing import Choice
 from sparse_ft.experts.gates import GATES, SequenceGate, TokenGate
 from sparse_ft.experts.model import SparseExpertModel, TaskSlot
+from sparse_ft.experts.selection import Selection
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.spec import TaskSpec, parse_task
 from sparse_ft.version import __version__
@@ -35,7 +35,7 @@ MODEL_TYPE = "sparse-ft"
 """What config.json calls a checkpoint, so that transformers' pipelines find our module."""
 
 _GATE = "gate.safetensors"
-_CHOICE = ("top_k", "top_p", "temperature", "normalise", "min_confidence")
+_SELECTION = ("top_k", "top_p", "temperature", "normalise", "min_confidence")
 
 
 @dataclass
@@ -133,7 +133,7 @@ def describe_origin(model: SparseExpertModel) -> dict[str, Any]:
 def _describe_slot(slot: TaskSlot) -> dict[str, Any]:
     """Say which experts serve a task; ``mixed`` and ``shared`` only if they do."""
     experts = {"expert": slot.experts[0]} if len(slot.experts) == 1 else {"experts": list(slot.experts)}
-    return {**experts, **({"mixed": True} if slot.mixed else {}), **({"shared": slot.shared} if slot.shared else {})}
+    return {**experts, **({"mixed": True} if slot.joint else {}), **({"shared": slot.shared} if slot.shared else {})}
 
 
 def _describe_gate(gate: SequenceGate | TokenGate) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def _describe_gate(gate: SequenceGate | TokenGate) -> dict[str, Any]:
         "type": kind,
         "experts": gate.names,
         **reads,
-        **{key: getattr(gate.choice, key) for key in _CHOICE},
+        **{key: getattr(gate.selection, key) for key in _SELECTION},
     }
 
 
@@ -157,14 +157,14 @@ def _load_gate(path: Path, manifest: Mapping[str, Any], hidden_size: int) -> Seq
         return None
     gate: SequenceGate | TokenGate
     try:
-        choice = Choice(**{key: described[key] for key in _CHOICE})
+        selection = Selection(**{key: described[key] for key in _SELECTION})
         kind, names = GATES[described["type"]], described["experts"]
         if issubclass(kind, TokenGate):
             blocks, shortlist = described["blocks"], described["shortlist"]
-            gate = kind(names, hidden_size, blocks=blocks, choice=choice, shortlist=shortlist)
+            gate = kind(names, hidden_size, blocks=blocks, selection=selection, shortlist=shortlist)
         else:
             block, num_pairs = described["block"], described["pairs"]
-            gate = kind(names, hidden_size, block=block, choice=choice, num_pairs=num_pairs)
+            gate = kind(names, hidden_size, block=block, selection=selection, num_pairs=num_pairs)
     except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{str(path / MANIFEST)!r} describes a gate that this version does not know: {error!r}. Update "
@@ -202,7 +202,7 @@ def load_checkpoint(
             path,
             task,
             experts=slot_experts(entry),
-            mixed=entry.get("mixed", False),
+            joint=entry.get("mixed", False),
             shared=entry.get("shared"),
         )
         for task, entry in manifest["tasks"].items()
@@ -239,7 +239,7 @@ def load_task_into(
     *,
     experts: Sequence[str],
     as_name: str | None = None,
-    mixed: bool = False,
+    joint: bool = False,
     shared: str | None = None,
 ) -> TaskSpec:
     """Give a model a task of a checkpoint, with its head.
@@ -250,7 +250,7 @@ def load_task_into(
         task: Its name there.
         experts: Serve it in ``model``.
         as_name: Its name in ``model``, if another.
-        mixed: See ``TaskSlot``.
+        joint: See ``TaskSlot``.
         shared: See ``TaskSlot``.
     """
     file = path / "tasks" / f"{check_name(task)}.yaml"
@@ -258,7 +258,7 @@ def load_task_into(
     kind = find_kind(spec.kind)
     outputs = kind.outputs(spec.label_names or [])
     head = model.add_task(
-        spec.name, expert=experts, level=kind.level, num_outputs=len(outputs), mixed=mixed, shared=shared
+        spec.name, expert=experts, level=kind.level, num_outputs=len(outputs), joint=joint, shared=shared
     )
     _load_into(head, path / "heads" / f"{task}.safetensors", what="the labels of its task")
     return spec

@@ -103,7 +103,7 @@ def report_routing(
     """
     confusion, shares, entropy = {}, {}, {}
     for task, routing in routings.items():
-        weights = routing.spread(len(experts))
+        weights = routing.dense_weights(len(experts))
         counts: dict[str, int] = {}
         for best, total in zip(weights.argmax(-1).tolist(), weights.sum(-1).tolist(), strict=True):
             name = experts[best] if total > 0 else UNKNOWN

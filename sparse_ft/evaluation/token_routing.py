@@ -126,7 +126,7 @@ def route_tokens(
     else:
         blocks = list(range(model.first_block, model.backbone.num_blocks))
         routing = way.rows([example], [text])
-        weights = routing.spread(len(model.experts.names))[0].expand(len(blocks), len(tokens), -1).float().cpu()
+        weights = routing.dense_weights(len(model.experts.names))[0].expand(len(blocks), len(tokens), -1).float().cpu()
         if routing.logits is not None:
             names = model.text_gate().names if way.name == "gate" else model.experts.names
             probabilities = dict(zip(names, routing.logits[0].softmax(-1).tolist(), strict=True))
@@ -167,10 +167,10 @@ def _find_route(name: str, model: SparseExpertModel, *, seed: int) -> Route:
 def _token_weights(model: SparseExpertModel, example: Example, gate: Gate) -> tuple[list[int], Tensor]:
     """Return the blocks that the gate was asked at, and what it chose for each token there, [B, S, E] on the CPU."""
     seen: dict[int, Routing] = {}
-    mixed = [task for task, slot in model.tasks.items() if slot.mixed]  # whose rows may use a shared expert besides
+    mixed = [task for task, slot in model.tasks.items() if slot.joint]  # whose rows may use a shared expert besides
     batch = collate([(mixed[0] if mixed else "", example)], pad_id=model.backbone.pad_id, device=model.device)
     model.hidden_states(batch if mixed else replace(batch, tasks=[]), gate=gate, seen=seen)
-    chosen = [seen[block].spread(len(model.experts.names))[0] for block in sorted(seen)]  # [S, E] each
+    chosen = [seen[block].dense_weights(len(model.experts.names))[0] for block in sorted(seen)]  # [S, E] each
     return sorted(seen), torch.stack([weights.expand(len(example.input_ids), -1) for weights in chosen]).float().cpu()
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ft.backbone.pooling import pool
-from sparse_ft.experts.choosing import Choice
 from sparse_ft.experts.familiarity import Familiarity
 from sparse_ft.experts.routing import Routing
+from sparse_ft.experts.selection import Selection
 
 _UNITS = 128
 """Of the perceptron's hidden layer."""
@@ -61,7 +61,7 @@ class SequenceGate(nn.Module):
         names: Experts to choose among.
         hidden_size: H.
         block: 0-based; it reads what enters this block and each below it.
-        choice: How the logits become a routing.
+        selection: How the logits become a routing.
         num_pairs: Of the familiarity, if it is to be loaded.
     """
 
@@ -69,12 +69,12 @@ class SequenceGate(nn.Module):
     scale: Tensor
 
     def __init__(
-        self, names: Sequence[str], hidden_size: int, *, block: int, choice: Choice, num_pairs: int = 0
+        self, names: Sequence[str], hidden_size: int, *, block: int, selection: Selection, num_pairs: int = 0
     ) -> None:
         super().__init__()
         self.names = list(names)
         self.block = block
-        self.choice = choice
+        self.selection = selection
         num_features = (block + 1) * hidden_size
         self.register_buffer("center", torch.zeros(num_features))
         self.register_buffer("scale", torch.ones(num_features))
@@ -120,21 +120,21 @@ class SequenceGate(nn.Module):
             means: Of what enters the blocks 0 to ``block``, over the real tokens of each text, [N, block + 1, H].
             tokens: Ids of each text, for its familiarity; None takes the probability of the best expert in its place.
             excluded: Experts that may not be chosen.
-            abstains: Whether ``choice.min_confidence`` holds.
+            abstains: Whether ``selection.min_confidence`` holds.
             training: Whether the capacity of experts holds.
         """
         with _float32(means):
             features = self.features(means)
             confidence = None
             if tokens is not None and self.familiarity.fitted:
-                confidence = self.familiarity(self.uppermost(features), tokens)
+                confidence = self.familiarity(self.top_block_features(features), tokens)
             logits = self.classifier(features)
             if excluded:
                 logits[:, list(excluded)] = -torch.inf
-            choice = self.choice if abstains else replace(self.choice, min_confidence=0.0)
-            return choice(logits, confidence=confidence, training=training)
+            selection = self.selection if abstains else replace(self.selection, min_confidence=0.0)
+            return selection(logits, confidence=confidence, training=training)
 
-    def uppermost(self, features: Tensor) -> Tensor:
+    def top_block_features(self, features: Tensor) -> Tensor:
         """Return the features of the highest block that is read, [N, H]."""
         return features[:, -features.shape[1] // (self.block + 1) :]
 
@@ -183,8 +183,8 @@ class TokenGate(nn.Module):
         names: Experts to choose among.
         hidden_size: H.
         blocks: 0-based blocks with experts.
-        choice: How the logits become a routing.
-        shortlist: Experts a text and block, at least ``choice.top_k``; None takes all.
+        selection: How the logits become a routing.
+        shortlist: Experts a text and block, at least ``selection.top_k``; None takes all.
     """
 
     every_block = True
@@ -195,13 +195,13 @@ class TokenGate(nn.Module):
         hidden_size: int,
         *,
         blocks: Sequence[int],
-        choice: Choice,
+        selection: Selection,
         shortlist: int | None = None,
     ) -> None:
         super().__init__()
         self.names = list(names)
         self.blocks = list(blocks)
-        self.choice = choice
+        self.selection = selection
         self.shortlist = shortlist
         self.linears = nn.ModuleList(nn.Linear(hidden_size, len(self.names), bias=False) for _ in self.blocks)
 
@@ -217,13 +217,13 @@ class TokenGate(nn.Module):
         linear = self.linears[self.blocks.index(inputs.block)]
         hidden, mask = inputs.hidden.float(), inputs.attention_mask
         with _float32(hidden):
-            logits = linear(self.choice.shaken(hidden, inputs.generator) if self.training else hidden)  # [N, S, E]
+            logits = linear(self.selection.jittered(hidden, inputs.generator) if self.training else hidden)  # [N, S, E]
         if self.shortlist is None or self.shortlist >= len(self.names):
-            return self.choice(logits, mask=mask, training=self.training)
+            return self.selection(logits, mask=mask, training=self.training)
         wanted = pool(logits.softmax(-1), mask, "mean")  # [N, E]
         experts = wanted.topk(self.shortlist, dim=-1).indices  # [N, m]
         among = logits.gather(-1, experts.unsqueeze(1).expand(-1, logits.shape[1], -1))  # [N, S, m]
-        inner = self.choice(among, mask=mask, training=self.training)
+        inner = self.selection(among, mask=mask, training=self.training)
         return replace(inner, experts=experts, logits=logits)
 
 

@@ -13,10 +13,10 @@ from sparse_ft.backbone.trunk import keep_trunk
 from sparse_ft.errors import ConfigError
 from sparse_ft.experts.gates import Gate, SequenceGate, TokenGate
 from sparse_ft.experts.model import SparseExpertModel
-from sparse_ft.experts.routing import Pass, Routing
+from sparse_ft.experts.routing import ForwardPass, Routing
 
 
-class TaskExamples(NamedTuple):
+class EncodedTexts(NamedTuple):
     """Texts as one task reads them."""
 
     examples: Sequence[Example]
@@ -28,7 +28,7 @@ class TaskExamples(NamedTuple):
 
 
 @torch.no_grad()
-def mixed_logits(model: SparseExpertModel, asked: Mapping[str, TaskExamples]) -> dict[str, list[Tensor]]:
+def logits_by_task(model: SparseExpertModel, asked: Mapping[str, EncodedTexts]) -> dict[str, list[Tensor]]:
     """Compute the logits of several tasks, each for its own texts, in batches that hold rows of all of them.
 
     Args:
@@ -86,7 +86,7 @@ def row_logits(
     asked = routing is None and gate is None and model.tasks[task].gated and not isinstance(model.gate, TokenGate)
     if asked and any(example.hidden is None for example in examples):
         routing = text_routing(model, examples, task=task)
-    rows = _blank(model, task, TaskExamples(examples, num_rows, num_parts))
+    rows = _blank(model, task, EncodedTexts(examples, num_rows, num_parts))
     for members in _batches(examples, model.device):
         chosen = [examples[member] for member in members]
         batch = collate([(task, example) for example in chosen], pad_id=model.backbone.pad_id, device=model.device)
@@ -99,7 +99,7 @@ def row_logits(
     return rows
 
 
-def _blank(model: SparseExpertModel, task: str, asked: TaskExamples) -> list[Tensor]:
+def _blank(model: SparseExpertModel, task: str, asked: EncodedTexts) -> list[Tensor]:
     """Return the logits of texts of which nothing was computed: words that the backbone does not see are untagged."""
     num_outputs = model.head(task).linear.out_features
     if asked.num_parts is None:
@@ -125,7 +125,7 @@ def _sort_back(logits: Tensor, examples: Sequence[Example], *, by_part: bool, in
 def _mean_weights(seen: Mapping[int, Routing], attention_mask: Tensor, num_experts: int) -> Tensor:
     """Average the weights that each block was given over real tokens: [N, blocks, E]."""
     real = attention_mask.unsqueeze(-1).float()  # [N, S, 1]
-    blocks = [(seen[block].spread(num_experts) * real).sum(1) / real.sum(1) for block in sorted(seen)]
+    blocks = [(seen[block].dense_weights(num_experts) * real).sum(1) / real.sum(1) for block in sorted(seen)]
     return torch.stack(blocks, dim=1)
 
 
@@ -153,15 +153,15 @@ def text_routing(model: SparseExpertModel, examples: Sequence[Example], *, task:
     if not isinstance(gate, SequenceGate):
         raise ConfigError(f"Task {task!r} needs a gate that chooses among its experts, and this model has none.")
     excluded: list[int] = []
-    if task is not None and not model.tasks[task].mixed:
+    if task is not None and not model.tasks[task].joint:
         excluded = [place for place, name in enumerate(gate.names) if name not in model.tasks[task].experts]
     means = mean_states(model, examples, block=gate.block).to(model.device)
     tokens = [example.input_ids for example in examples] if task is None else None  # a known task is never unknown
-    return model.placed(gate.decide(means, tokens, excluded=excluded, abstains=task is None))
+    return model.reindexed(gate.decide(means, tokens, excluded=excluded, abstains=task is None))
 
 
 @torch.no_grad()
-def leaving(
+def with_hidden_states(
     model: SparseExpertModel, task: str, examples: Sequence[Example], *, routing: Routing | None = None
 ) -> tuple[list[Example], Tensor]:
     """Run examples through backbone and experts, once for the heads of all tasks that share the routing.
@@ -180,7 +180,7 @@ def leaving(
     if routing is None and not isinstance(model.gate, TokenGate):
         routing = text_routing(model, examples, task=task)
     if routing is not None:
-        usage.copy_(routing.spread(usage.shape[1]))
+        usage.copy_(routing.dense_weights(usage.shape[1]))
     for members in _batches(examples, model.device):
         chosen = [examples[member] for member in members]
         batch = collate([(task, example) for example in chosen], pad_id=model.backbone.pad_id, device=model.device)
@@ -194,7 +194,7 @@ def leaving(
     return kept, usage
 
 
-def entering(
+def with_trunks(
     model: SparseExpertModel,
     examples: Sequence[Example],
     *,
@@ -214,7 +214,7 @@ def entering(
     backbone = model.backbone
     last = backbone.num_blocks - 1
     wanted = min(model.first_block, last) if block is None else block  # a model without experts has none to enter
-    with model.slot.filled(Pass(None)):
+    with model.slot.filled(ForwardPass(None)):
         return keep_trunk(
             backbone.model,
             backbone.blocks,
@@ -242,4 +242,4 @@ def mean_states(model: SparseExpertModel, examples: Sequence[Example], *, block:
     Returns:
         [examples, block + 1, hidden] float32, on the CPU.
     """
-    return stacked_means(entering(model, examples, block=block, hidden=False, means=True))
+    return stacked_means(with_trunks(model, examples, block=block, hidden=False, means=True))

@@ -15,7 +15,7 @@ from sparse_ft.errors import ConfigError, unknown_name
 from sparse_ft.experts.gates import Gate, GateInput, SequenceGate, TokenGate
 from sparse_ft.experts.heads import Head
 from sparse_ft.experts.named_experts import Experts
-from sparse_ft.experts.routing import Pass, Routing, RoutingSlot
+from sparse_ft.experts.routing import ForwardPass, Routing, RoutingSlot
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class TaskSlot:
     """Those that learn from its rows: one as a rule; several are domains of the task, or a pool, and the gate picks."""
     level: str
     """``text`` or ``word``."""
-    mixed: bool = False
+    joint: bool = False
     """Whether the task was trained jointly with the gate, which then mixes for it all the experts that it knows."""
     shared: str | None = None
     """The expert that each of its rows uses besides those that the gate chooses."""
@@ -39,7 +39,7 @@ class TaskSlot:
     @property
     def gated(self) -> bool:
         """Whether the gate is asked even though the task is known."""
-        return self.mixed or len(self.experts) > 1
+        return self.joint or len(self.experts) > 1
 
 
 def _knows(gate: Gate, block: int) -> bool:
@@ -98,11 +98,11 @@ class SparseExpertModel(nn.Module):
         expert: str | Sequence[str],
         level: str,
         num_outputs: int,
-        mixed: bool = False,
+        joint: bool = False,
         shared: str | None = None,
     ) -> Head:
         """Add a head for a task that one of the experts serves, or several, and return it; see ``TaskSlot``."""
-        slot = TaskSlot((expert,) if isinstance(expert, str) else tuple(expert), level, mixed, shared)
+        slot = TaskSlot((expert,) if isinstance(expert, str) else tuple(expert), level, joint, shared)
         for used in slot.used:
             self.experts.index(used)
         head = Head(self.backbone.hidden_size, num_outputs, slot=self.slot).to(self.device)
@@ -142,7 +142,7 @@ class SparseExpertModel(nn.Module):
                 "The gate of this model decides for every token, not for whole texts. Name the tasks with --task."
             )
         unknown = [name for name in names if name not in gate.names]
-        if unknown and any(slot.mixed for slot in self.tasks.values()):
+        if unknown and any(slot.joint for slot in self.tasks.values()):
             raise ConfigError(
                 f"The gate was trained with the experts that it mixes and does not know {unknown[0]!r}. Name the tasks "
                 "with --task."
@@ -155,7 +155,7 @@ class SparseExpertModel(nn.Module):
             )
         return gate
 
-    def placed(self, routing: Routing, *, names: Sequence[str] | None = None) -> Routing:
+    def reindexed(self, routing: Routing, *, names: Sequence[str] | None = None) -> Routing:
         """Turn what a gate says of its experts, by default this model's, into a routing among those of the model.
 
         A gate may know experts that were removed since, which it gives no weight.
@@ -164,7 +164,7 @@ class SparseExpertModel(nn.Module):
             assert self.gate is not None
             names = self.gate.names
         places = [self.experts.index(name) if name in self.experts.names else 0 for name in names]
-        return routing.placed(places, num_experts=len(self.experts.names))
+        return routing.reindexed(places, num_experts=len(self.experts.names))
 
     def train(self, mode: bool = True) -> "SparseExpertModel":
         """Switch experts and heads to training, and the backbone's own dropout on if ``backbone_dropout`` says so."""
@@ -199,7 +199,7 @@ class SparseExpertModel(nn.Module):
         hidden = batch.hidden
         if hidden is None:
             hidden = self.hidden_states(batch, routing=routing, gate=gate, seen=seen, generator=generator)
-        with self.slot.filled(Pass(None, generator=generator)):  # for the dropout of the heads
+        with self.slot.filled(ForwardPass(None, generator=generator)):  # for the dropout of the heads
             return {rows.task: self._head_logits(rows, hidden, batch) for rows in batch.tasks}
 
     def hidden_states(
@@ -219,12 +219,12 @@ class SparseExpertModel(nn.Module):
             routing = Routing(None, torch.zeros(len(batch.input_ids), len(self.experts.names), device=self.device))
         assert routing is not None
         if gate is None and shared is not None:
-            routing = routing.plus(*shared)
+            routing = routing.with_expert(*shared)
         # Some layers of other families see more than one entry a row: one expert a pass, or one row.
         whole = self.backbone.family.routes_rows or (gate is None and routing.only is not None)
         parts = []
-        for rows in [slice(None)] if whole else routing.stretches(single_rows=gate is not None):
-            running = Pass(routing if whole else routing.take(rows), generator=generator)
+        for rows in [slice(None)] if whole else routing.segments(single_rows=gate is not None):
+            running = ForwardPass(routing if whole else routing.take(rows), generator=generator)
             asked = None
             if gate is not None:
                 added = None if shared is None else (shared[0], shared[1][rows])
@@ -235,7 +235,7 @@ class SparseExpertModel(nn.Module):
 
     def bare_states(self, batch: Batch) -> Tensor:
         """Run a batch of texts through the backbone without any expert, [N, S, H]."""
-        return self._through(batch, slice(None), Pass(None), asked=None)
+        return self._through(batch, slice(None), ForwardPass(None), asked=None)
 
     def _default_routing(self, batch: Batch) -> tuple[Routing | None, Gate | None]:
         """Route rows by their tasks: each to its expert, or all by the gate that their tasks were trained with."""
@@ -246,7 +246,7 @@ class SparseExpertModel(nn.Module):
             spread = [
                 expert for expert, rows in zip(experts, batch.tasks, strict=True) for _ in range(rows.start, rows.stop)
             ]
-            return Routing.rows(spread, device=self.device), None
+            return Routing.one_hot(spread, device=self.device), None
         if not isinstance(self.gate, TokenGate) or len(gated) < len(slots):
             raise ValueError(f"The rows of task {gated[0]!r} must be routed first; see inference.text_routing.")
         return None, self.gate
@@ -264,7 +264,9 @@ class SparseExpertModel(nn.Module):
             rows[place.start : place.stop] = float(name is not None)
         return self.experts.index(used[0]), rows
 
-    def _through(self, batch: Batch, rows: slice, running: Pass, *, asked: Callable[..., Tensor] | None) -> Tensor:
+    def _through(
+        self, batch: Batch, rows: slice, running: ForwardPass, *, asked: Callable[..., Tensor] | None
+    ) -> Tensor:
         """Run some rows through the backbone, asking a gate at every block with experts if there is one: [N, S, H]."""
         inputs: dict[str, Any] = {"input_ids": batch.input_ids[rows], "attention_mask": batch.attention_mask[rows]}
         if batch.token_type_ids is not None:
@@ -305,10 +307,10 @@ class SparseExpertModel(nn.Module):
         running = self.slot.running
         assert running is not None
         routing = gate.route(GateInput(hidden, attention_mask, block, generator=running.generator))
-        routing = self.placed(routing, names=gate.names)
+        routing = self.reindexed(routing, names=gate.names)
         if seen is not None:
             seen[block] = routing
-        self.slot.replace(routing if shared is None else routing.plus(*shared))
+        self.slot.replace(routing if shared is None else routing.with_expert(*shared))
         return hidden
 
     def _add_word_shapes(self, hidden: Tensor, *, shapes: Tensor, chosen: Sequence[int]) -> Tensor:

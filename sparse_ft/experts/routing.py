@@ -35,7 +35,7 @@ class Routing:
     """[N] or [N, S], the choices that were lost because an expert was full; None without a capacity."""
 
     @classmethod
-    def rows(cls, experts: Sequence[int], *, device: torch.device | str = "cpu") -> "Routing":
+    def one_hot(cls, experts: Sequence[int], *, device: torch.device | str = "cpu") -> "Routing":
         """Route each row to one known expert.
 
         Args:
@@ -81,7 +81,7 @@ class Routing:
             chosen = (self.weights * (named.unsqueeze(1) if self.by_token else named)).sum(-1)
         return chosen if self.by_token else chosen.unsqueeze(-1)
 
-    def spread(self, num_experts: int) -> Tensor:
+    def dense_weights(self, num_experts: int) -> Tensor:
         """Return the weight of every expert of the model: [N, E] per row or [N, S, E] per token."""
         if self.experts is None:
             return self.weights
@@ -89,7 +89,7 @@ class Routing:
         zeros = self.weights.new_zeros(*self.weights.shape[:-1], num_experts)
         return zeros.scatter_add(-1, experts, self.weights)
 
-    def placed(self, places: Sequence[int], *, num_experts: int) -> "Routing":
+    def reindexed(self, places: Sequence[int], *, num_experts: int) -> "Routing":
         """Return this routing, made by a gate over some experts, for a model with others besides.
 
         Args:
@@ -104,7 +104,7 @@ class Routing:
         every = self.weights.new_zeros(*self.weights.shape[:-1], num_experts)
         return replace(self, weights=every.index_copy(-1, where, self.weights))
 
-    def plus(self, expert: int, rows: Tensor) -> "Routing":
+    def with_expert(self, expert: int, rows: Tensor) -> "Routing":
         """Return this routing with one expert in some rows at a weight of 1, whatever they choose.
 
         Args:
@@ -120,7 +120,7 @@ class Routing:
         experts = torch.cat([self.experts, torch.full_like(self.experts[:, :1], expert)], -1)
         return replace(self, experts=experts, weights=torch.cat([weights, added.expand_as(weights[..., :1])], -1))
 
-    def stretches(self, *, single_rows: bool = False) -> list[slice]:
+    def segments(self, *, single_rows: bool = False) -> list[slice]:
         """Cut the rows into stretches that one expert serves alone; all other rows stand for themselves."""
         known = not single_rows and self.experts is not None and not self.by_token and self.experts.shape[1] == 1
         keys: list[Any] = [None] * len(self.weights)
@@ -149,7 +149,7 @@ class Routing:
 
 
 @dataclass
-class Pass:
+class ForwardPass:
     """What the layers need to know of a running forward pass."""
 
     routing: Routing | None
@@ -173,17 +173,17 @@ class RoutingSlot:
         self._local = threading.local()
 
     @property
-    def running(self) -> Pass | None:
+    def running(self) -> ForwardPass | None:
         """The pass that runs in this thread, if one does."""
-        found: Pass | None = getattr(self._local, "running", None)
+        found: ForwardPass | None = getattr(self._local, "running", None)
         return found
 
     @contextlib.contextmanager
-    def filled(self, routing: Routing | Pass) -> Iterator[Pass]:
+    def filled(self, routing: Routing | ForwardPass) -> Iterator[ForwardPass]:
         """Hold a routing, or all that there is to know of a pass, while it runs."""
         if self.running is not None:
             raise RuntimeError("This model is already in a forward pass in this thread; one cannot start another.")
-        running = routing if isinstance(routing, Pass) else Pass(routing)
+        running = routing if isinstance(routing, ForwardPass) else ForwardPass(routing)
         self._local.running = running
         try:
             yield running

@@ -160,7 +160,7 @@ def copy_expert(checkpoint: Checkpoint, old: str, new: str) -> list[str]:
     """
     model = checkpoint.model
     expert = model.experts.get(old)
-    served = [task for task, slot in model.tasks.items() if slot.experts == (old,) and not slot.mixed]
+    served = [task for task, slot in model.tasks.items() if slot.experts == (old,) and not slot.joint]
     names = new_task_names(served, expert=old, new=new)
     _check_new(checkpoint, [new], list(names.values()))
     model.experts.add(replace(expert, name=new))
@@ -354,7 +354,7 @@ def _tasks_of(checkpoint: Checkpoint, expert: str) -> list[str]:
     """Return the tasks whose answers an expert has a part in."""
     gate = checkpoint.model.gate
     chosen = gate is not None and expert in gate.names
-    return [task for task, slot in checkpoint.model.tasks.items() if expert in slot.used or (slot.mixed and chosen)]
+    return [task for task, slot in checkpoint.model.tasks.items() if expert in slot.used or (slot.joint and chosen)]
 
 
 def new_task_names(tasks: Sequence[str], *, expert: str, new: str) -> dict[str, str]:

@@ -38,7 +38,7 @@ def split_expert(checkpoint: Checkpoint, name: str, new: str) -> list[str]:
     model, config = checkpoint.model, checkpoint.config
     expert = model.experts.get(name)
     served = [task for task, slot in model.tasks.items() if name in slot.experts]
-    mixed = [task for task, slot in model.tasks.items() if slot.mixed]
+    mixed = [task for task, slot in model.tasks.items() if slot.joint]
     if len(served) != 1 or mixed:
         problem = f"serves {len(served)} tasks" if len(served) != 1 else "is mixed with others by a gate"
         raise ConfigError(f"Expert {name!r} {problem}; one that serves a single task alone can be split.")

@@ -13,13 +13,13 @@ from sparse_ft.checkpoint.checkpoint import Checkpoint
 from sparse_ft.errors import ConfigError, DataError
 from sparse_ft.experts.gates import SequenceGate
 from sparse_ft.experts.inference import (
-    TaskExamples,
-    entering,
-    leaving,
-    mixed_logits,
+    EncodedTexts,
+    logits_by_task,
     row_logits,
     stacked_means,
     text_routing,
+    with_hidden_states,
+    with_trunks,
 )
 from sparse_ft.experts.routing import Routing
 from sparse_ft.prediction.ensembles import Ensemble, ensemble_logits
@@ -75,7 +75,7 @@ class Answering:
             if where
         }
         with self.lock:
-            logits = mixed_logits(model, jobs)
+            logits = logits_by_task(model, jobs)
         for name, outputs in logits.items():
             found = self._decoded(name, [texts[place] for place in places[name]], outputs)
             for place, answer in zip(places[name], found, strict=True):
@@ -99,7 +99,7 @@ class Answering:
             form_of(text)  # says what is wrong with it
         shown = [joined(*parts_of(text)[:2]) for text in texts]
         chosen = rules.choose(shown, [row.metadata for row in rows])
-        routing = Routing.rows(
+        routing = Routing.one_hot(
             [0 if name is None else model.experts.index(name) for name in chosen], device=model.device
         )
         answers = self._routed(texts, chosen, routing, shared={})
@@ -138,7 +138,7 @@ class Answering:
                 for place, expert in enumerate(chosen)
                 if expert in slot.experts and form_of(texts[place]) == reads
             ]
-            own = None if slot.mixed and name in shared else routing.take(places)
+            own = None if slot.joint and name in shared else routing.take(places)
             found = self._answers(name, [texts[place] for place in places], shared=shared.get(name, {}), routing=own)
             for place, answer in zip(places, found, strict=True):
                 answers[place][name] = answer
@@ -151,7 +151,7 @@ class Answering:
         model = self.checkpoint.model
         for name in (*names, *ensembles):
             columns_of(self.tasks[name], texts)  # says what is wrong with the texts
-        alone = [name for name in names if not model.tasks[name].mixed]
+        alone = [name for name in names if not model.tasks[name].joint]
         trunk = self._shared(texts) if len(alone) > 1 and self._keeps_trunk else {}
         shared = dict.fromkeys(alone, trunk)
         single = [name for name in alone if not model.tasks[name].gated]
@@ -179,7 +179,7 @@ class Answering:
         groups: dict[Any, list[str]] = {}
         for name in names:
             slot = self.checkpoint.model.tasks[name]
-            if slot.mixed:
+            if slot.joint:
                 groups.setdefault((slot.shared, self._sees_shapes(name)), []).append(name)
         return list(groups.values())
 
@@ -187,7 +187,7 @@ class Answering:
         """Whether the experts that a task mixes see how its words are written."""
         model = self.checkpoint.model
         slot = model.tasks[task]
-        return slot.mixed and slot.level == "word" and bool(model.word_shapes.blocks_of(None))
+        return slot.joint and slot.level == "word" and bool(model.word_shapes.blocks_of(None))
 
     def _mixed(self, texts: Sequence[Text], task: str) -> tuple[dict[_Key, Example], Tensor]:
         """Run texts through the experts that the gate mixes, for all tasks that are mixed like this one.
@@ -197,7 +197,7 @@ class Answering:
         """
         model = self.checkpoint.model
         with self.lock:
-            examples, usage = leaving(model, task, self._encoded(task, texts))
+            examples, usage = with_hidden_states(model, task, self._encoded(task, texts))
         found = {_key(example, shapes=self._sees_shapes(task)): example for example in examples}
         rows = torch.tensor([example.row for example in examples], dtype=torch.long)
         return found, _mean_by_text(usage, rows, len(texts))
@@ -207,7 +207,7 @@ class Answering:
         model = self.checkpoint.model
         with self.lock:
             examples = self._encoded(task, texts)
-            usage = text_routing(model, examples, task=task).spread(len(model.experts.names)).cpu()
+            usage = text_routing(model, examples, task=task).dense_weights(len(model.experts.names)).cpu()
         return _mean_by_text(usage, torch.tensor([example.row for example in examples]), len(texts))
 
     def by_gate(self, texts: Sequence[Text]) -> list[Prediction]:
@@ -215,7 +215,7 @@ class Answering:
         model = self.checkpoint.model
         gate = model.text_gate()
         with self.lock, torch.no_grad():
-            examples = entering(model, self._plain(texts), block=gate.block, means=True)
+            examples = with_trunks(model, self._plain(texts), block=gate.block, means=True)
             tokens, unfit = [example.input_ids for example in examples], self._unfit(texts, gate)
             if texts and len(unfit) == len(gate.names):
                 raise DataError(
@@ -231,7 +231,7 @@ class Answering:
             shared.update(dict.fromkeys(group, self._mixed(texts, group[0])[0]))
         assert decided.logits is not None
         assert decided.experts is not None
-        routing = model.placed(decided)
+        routing = model.reindexed(decided)
         probabilities = decided.logits.softmax(-1).tolist()
         best = [
             None if not weights[0] else gate.names[experts[0]]
@@ -266,7 +266,7 @@ class Answering:
     def _shared(self, texts: Sequence[Text]) -> dict[_Key, Example]:
         """Run the blocks below the experts once for all tasks."""
         with self.lock:
-            return {_key(row): row for row in entering(self.checkpoint.model, self._plain(texts))}
+            return {_key(row): row for row in with_trunks(self.checkpoint.model, self._plain(texts))}
 
     def _answers(
         self,
@@ -319,7 +319,7 @@ class Answering:
                 self.checkpoint.model, task, examples, num_rows=num_rows, num_parts=num_parts, routing=own
             )
 
-    def _examples(self, task: str, texts: Sequence[Text], *, shared: Mapping[_Key, Example]) -> TaskExamples:
+    def _examples(self, task: str, texts: Sequence[Text], *, shared: Mapping[_Key, Example]) -> EncodedTexts:
         """Encode texts for a task, with what has been computed of them."""
         spec = self.tasks[task]
         num_parts = find_kind(spec.kind).parts(columns_of(spec, texts), language=spec.language)
@@ -332,7 +332,7 @@ class Answering:
                 replace(example, trunk=twin.trunk, hidden=twin.hidden) if twin is not None else example
                 for example, twin in zip(examples, kept, strict=True)
             ]
-        return TaskExamples(examples, len(texts), num_parts)
+        return EncodedTexts(examples, len(texts), num_parts)
 
 
 def _key(example: Example, *, shapes: bool = False) -> _Key:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ft.errors import ConfigError
-from sparse_ft.experts.choosing import Choice
 from sparse_ft.experts.gates import GateInput, _float32
 from sparse_ft.experts.routing import Routing
+from sparse_ft.experts.selection import Selection
 
 
 class UniformGate:
@@ -51,7 +51,7 @@ class RandomGate:
     def route(self, inputs: GateInput) -> Routing:
         """Draw an expert for each row."""
         drawn = torch.randint(len(self.names), (len(inputs.hidden),), generator=self.generator)
-        return Routing.rows(drawn.tolist(), device=inputs.hidden.device)
+        return Routing.one_hot(drawn.tolist(), device=inputs.hidden.device)
 
 
 class RoundRobinGate:
@@ -73,7 +73,7 @@ class RoundRobinGate:
         num_rows = len(inputs.hidden)
         experts = [(self.next + row) % len(self.names) for row in range(num_rows)]
         self.next = (self.next + num_rows) % len(self.names)
-        return Routing.rows(experts, device=inputs.hidden.device)
+        return Routing.one_hot(experts, device=inputs.hidden.device)
 
 
 class HashGate:
@@ -103,7 +103,7 @@ class HashGate:
                 f"The hash gate needs the text of each row and got {len(inputs.texts)} texts for {num_rows} rows. "
                 "Give the texts as they were before encoding, or choose a gate that does not read them, e.g. uniform."
             )
-        return Routing.rows([self._expert(text) for text in inputs.texts], device=inputs.hidden.device)
+        return Routing.one_hot([self._expert(text) for text in inputs.texts], device=inputs.hidden.device)
 
     def _expert(self, text: str) -> int:
         digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()  # JSON may hold half a surrogate pair
@@ -130,7 +130,7 @@ class LoadAwareGate:
 
     def route(self, inputs: GateInput) -> Routing:
         """Draw an expert for each row, the idle ones more often."""
-        return Routing.rows([self._draw() for _ in range(len(inputs.hidden))], device=inputs.hidden.device)
+        return Routing.one_hot([self._draw() for _ in range(len(inputs.hidden))], device=inputs.hidden.device)
 
     def _draw(self) -> int:
         expert = int(torch.multinomial(1 / (1 + self.load), 1, generator=self.generator))
@@ -188,15 +188,15 @@ class ArrowGate(nn.Module):
     Args:
         names: Experts to choose among.
         vectors: Block to [E, H], each row of length 1, or 0 for an expert without deltas there.
-        choice: How the logits become a routing.
+        selection: How the logits become a routing.
     """
 
     every_block = True
 
-    def __init__(self, names: Sequence[str], vectors: Mapping[int, Tensor], *, choice: Choice) -> None:
+    def __init__(self, names: Sequence[str], vectors: Mapping[int, Tensor], *, selection: Selection) -> None:
         super().__init__()
         self.names = list(names)
-        self.choice = choice
+        self.selection = selection
         self.blocks = list(vectors)
         self.vectors = nn.ParameterList(nn.Parameter(value, requires_grad=False) for value in vectors.values())
 
@@ -205,4 +205,4 @@ class ArrowGate(nn.Module):
         vectors = self.vectors[self.blocks.index(inputs.block)]
         with _float32(inputs.hidden):
             logits = (inputs.hidden.float() @ vectors.t()).abs()
-        return self.choice(logits, mask=inputs.attention_mask)
+        return self.selection(logits, mask=inputs.attention_mask)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparse_ft.backbone.encoding import Example
 from sparse_ft.errors import ConfigError, unknown_name
-from sparse_ft.experts.inference import leaving, row_logits
+from sparse_ft.experts.inference import row_logits, with_hidden_states
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.routing import Routing
 from sparse_ft.tasks.kinds import find_kind
@@ -174,7 +174,7 @@ def find_ensembles(
     groups: dict[Any, list[Member]] = {}
     for name in dict.fromkeys(names):
         spec, slot = specs[name], model.tasks[name]
-        if slot.mixed or slot.shared is not None:
+        if slot.joint or slot.shared is not None:
             raise ConfigError(
                 f"Task {name!r} was trained jointly, so its experts are combined already. Leave out --combine, or name "
                 "other tasks."
@@ -233,11 +233,11 @@ def ensemble_logits(
     outputs = find_kind(first.kind).outputs(first.label_names or [])
     members: Sequence[Member] = ensemble.members
     routings = [
-        Routing.rows([model.experts.index(expert)] * len(examples), device=model.device) for _, expert in members
+        Routing.one_hot([model.experts.index(expert)] * len(examples), device=model.device) for _, expert in members
     ]
     if ensemble.combine == "mix":
         routing = equal_routing(model, ensemble.experts, number=len(examples))
-        examples, _ = leaving(model, first.name, examples, routing=routing)
+        examples, _ = with_hidden_states(model, first.name, examples, routing=routing)
         routings = [routing] * len(members)
     parts = []
     for member, own in zip(members, routings, strict=True):

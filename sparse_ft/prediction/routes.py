@@ -8,11 +8,11 @@ from torch import Tensor
 
 from sparse_ft.backbone.encoding import Example
 from sparse_ft.errors import ConfigError, unknown_name
-from sparse_ft.experts.choosing import Choice
 from sparse_ft.experts.gates import Gate, GateInput, TokenGate
 from sparse_ft.experts.inference import text_routing
 from sparse_ft.experts.model import SparseExpertModel, check_token_routing
 from sparse_ft.experts.routing import Routing
+from sparse_ft.experts.selection import Selection
 from sparse_ft.prediction.baselines import (
     ArrowGate,
     BernoulliGate,
@@ -99,14 +99,14 @@ class Route:
                     return text_routing(self.model, examples, task=task)
                 (expert,) = self.model.tasks[task].experts
             index = self.model.experts.index(expert)
-            return Routing.rows([index] * len(examples), device=self.model.device)
+            return Routing.one_hot([index] * len(examples), device=self.model.device)
         nothing = torch.zeros(len(examples), 1, 0, device=self.model.device)
         mask = torch.ones(len(examples), 1, device=self.model.device)
         own = [texts[example.row] for example in examples]
         metadata = [] if language is None else [{"language": language}] * len(examples)
         routing = self.gate.route(GateInput(nothing, mask, 0, own, metadata))
         places = [self.model.experts.index(name) for name in self.gate.names]
-        return routing.placed(places, num_experts=len(self.model.experts.names))
+        return routing.reindexed(places, num_experts=len(self.model.experts.names))
 
     def warnings(self) -> list[str]:
         """Say what about the rules should be looked at, after all rows were routed."""
@@ -133,7 +133,7 @@ def arrow_gate(model: SparseExpertModel, *, top_k: int = 2) -> ArrowGate:
         for block in range(model.first_block, model.backbone.num_blocks)
     }
     moved = {block: value.to(model.device) for block, value in vectors.items()}
-    return ArrowGate(names, moved, choice=Choice(top_k=min(top_k, len(names))))
+    return ArrowGate(names, moved, selection=Selection(top_k=min(top_k, len(names))))
 
 
 def _first_singular_vector(model: SparseExpertModel, index: int, block: int, hidden: int) -> Tensor:

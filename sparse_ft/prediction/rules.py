@@ -223,7 +223,7 @@ class Rules:
         metadata = inputs.metadata or [{}] * num_rows
         chosen = [self._first(text, about) for text, about in zip(texts, metadata, strict=True)]
         if None not in chosen:
-            return Routing.rows([index for index in chosen if index is not None], device=inputs.hidden.device)
+            return Routing.one_hot([index for index in chosen if index is not None], device=inputs.hidden.device)
         experts = torch.tensor([[index or 0] for index in chosen], device=inputs.hidden.device)
         weights = torch.tensor([[float(index is not None)] for index in chosen], device=inputs.hidden.device)
         return Routing(experts, weights)

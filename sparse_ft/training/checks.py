@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from sparse_ft.config import RunConfig
 from sparse_ft.errors import ConfigError
 from sparse_ft.experts.model import SparseExpertModel, check_token_routing
-from sparse_ft.training.joint import has_gate, joint_choice
+from sparse_ft.training.joint import has_gate, joint_selection
 
 
 def check_kept_experts(model: SparseExpertModel, tasks: Sequence[str], *, run: RunConfig) -> None:
@@ -57,9 +57,9 @@ def check_joint(run: RunConfig, *, num_experts: int) -> None:
             "other experts, or set experts.pool."
         )
     shortlist = settings.shortlist
-    if shortlist is not None and shortlist < joint_choice(settings).top_k:
+    if shortlist is not None and shortlist < joint_selection(settings).top_k:
         raise ConfigError(
-            f"gate.shortlist is {shortlist}, but each token goes through gate.top_k={joint_choice(settings).top_k} "
+            f"gate.shortlist is {shortlist}, but each token goes through gate.top_k={joint_selection(settings).top_k} "
             "experts of it. Raise it."
         )
     if shortlist is not None and settings.capacity is not None:

@@ -15,11 +15,11 @@ from torch.nn import functional
 from sparse_ft.backbone.encoding import Example
 from sparse_ft.config import GateConfig
 from sparse_ft.errors import ConfigError
-from sparse_ft.experts.choosing import Choice
 from sparse_ft.experts.gates import TEXT_GATES, PrototypeGate, SequenceGate
 from sparse_ft.experts.inference import mean_states, text_routing
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.named_experts import named_generator
+from sparse_ft.experts.selection import Selection
 
 _EPOCHS, _MIN_STEPS, _BATCH_SIZE, _LEARNING_RATE = 10, 300, 128, 1e-3
 _LABEL_SMOOTHING = 0.1
@@ -75,16 +75,16 @@ def fit_on_means(
     """
     names = list(means)
     _, num_blocks, hidden_size = means[names[0]].shape
-    choice = Choice(
+    selection = Selection(
         top_k=settings.top_k or 1,
         top_p=settings.top_p,
         temperature=settings.temperature,
         min_confidence=settings.min_confidence,
     )
-    gate = TEXT_GATES[settings.type](names, hidden_size, block=num_blocks - 1, choice=choice)
+    gate = TEXT_GATES[settings.type](names, hidden_size, block=num_blocks - 1, selection=selection)
     gate.standardise(torch.cat([means[name] for name in names]))
     features = [gate.features(means[name]) for name in names]
-    uppermost = [gate.uppermost(rows) for rows in features]
+    uppermost = [gate.top_block_features(rows) for rows in features]
     gate.familiarity.fit(
         [rows[torch.arange(len(rows)) % _HELD_OUT > 0] for rows in uppermost],
         [ids for name in names for place, ids in enumerate(tokens[name]) if place % _HELD_OUT],

@@ -66,7 +66,7 @@ def auxiliary(
         real = torch.ones_like(routing.logits[..., 0]) if mask is None else mask.to(routing.logits.dtype)
         lost = torch.zeros(()) if routing.dropped is None else routing.dropped.sum()
         found["dropped"].append(lost / (real.sum() * top_k))
-        weights = routing.spread(num_experts).detach()[..., list(places)] * real.unsqueeze(-1)
+        weights = routing.dense_weights(num_experts).detach()[..., list(places)] * real.unsqueeze(-1)
         shares.append(weights.flatten(0, -2).sum(0) / weights.sum().clamp_min(1e-9))
     means = {name: torch.stack(values).mean() for name, values in found.items()}
     total = (

@@ -47,13 +47,14 @@ def rows_by_expert(model: SparseExpertModel, ready: Mapping[str, TrainingTask]) 
     examples: dict[str, list[Example]] = {}
     for name, task in ready.items():
         slot = model.tasks[name]
-        if slot.mixed and len(slot.experts) > 1:
+        if slot.joint and len(slot.experts) > 1:
             continue
         owners = [slot.experts[0]] * len(task.whole)
         if len(slot.experts) > 1:
             routing = text_routing(model, task.whole, task=name)
             owners = [
-                model.experts.names[best] for best in routing.spread(len(model.experts.names)).argmax(-1).tolist()
+                model.experts.names[best]
+                for best in routing.dense_weights(len(model.experts.names)).argmax(-1).tolist()
             ]
         for owner, example in zip(owners, task.whole, strict=True):
             examples.setdefault(owner, []).append(example)
@@ -80,7 +81,7 @@ def add_gate(
     Raises:
         ConfigError: If an expert has no rows to fit it on.
     """
-    mixed = [task for task, slot in model.tasks.items() if slot.mixed]
+    mixed = [task for task, slot in model.tasks.items() if slot.joint]
     if mixed:
         _LOG.info("The gate stays as it is, because task %s was trained with it.", mixed[0])
         return
@@ -138,7 +139,7 @@ def train_gate(
     if len(model.experts.names) < 2:
         raise ConfigError(f"{run.start!r} has one expert, so there is nothing for a gate to choose.")
     check_gate(run, model, num_experts=len(model.experts.names))
-    mixed = [task for task, slot in model.tasks.items() if slot.mixed]
+    mixed = [task for task, slot in model.tasks.items() if slot.joint]
     if mixed:
         raise ConfigError(
             f"Task {mixed[0]!r} of {run.start!r} was trained together with the gate; another one would change its "

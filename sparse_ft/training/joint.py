@@ -8,11 +8,11 @@ from torch import Tensor
 from sparse_ft.backbone.batching import Batch
 from sparse_ft.backbone.encoding import Example
 from sparse_ft.config import GateConfig, RunConfig
-from sparse_ft.experts.choosing import Choice
 from sparse_ft.experts.gates import SequenceGate, TokenGate
 from sparse_ft.experts.inference import mean_states, text_routing
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.routing import Routing
+from sparse_ft.experts.selection import Selection
 from sparse_ft.training.gate_losses import Auxiliary, auxiliary
 
 Pairs = Sequence[tuple[str, int]]
@@ -65,8 +65,8 @@ class Mixing:
             routings, mask = list(seen.values()), batch.attention_mask
         else:
             read = torch.stack([self.means[task][row] for task, row in pairs]).to(model.device)
-            chosen = gate.decide(gate.choice.shaken(read, generator), abstains=False, training=True)
-            routing = model.placed(chosen)
+            chosen = gate.decide(gate.selection.jittered(read, generator), abstains=False, training=True)
+            routing = model.reindexed(chosen)
             logits = model(batch, routing=routing, generator=generator)
             routings, mask = [routing], None
         targets = torch.tensor([self.targets[task] for task, _ in pairs], device=model.device)
@@ -75,7 +75,7 @@ class Mixing:
             places=self.places,
             num_experts=len(model.experts.names),
             settings=self.settings,
-            top_k=gate.choice.top_k,
+            top_k=gate.selection.top_k,
             targets=targets,
             mask=mask,
         )
@@ -97,8 +97,8 @@ class Domains:
         """Return the weight of every expert for each row, [rows, experts]."""
         slot, number = model.tasks[task], len(model.experts.names)
         if slot.gated:
-            return text_routing(model, rows, task=task).spread(number).cpu()
-        return Routing.rows([model.experts.index(slot.experts[0])] * len(rows)).spread(number)
+            return text_routing(model, rows, task=task).dense_weights(number).cpu()
+        return Routing.one_hot([model.experts.index(slot.experts[0])] * len(rows)).dense_weights(number)
 
     def run(
         self, model: SparseExpertModel, batch: Batch, pairs: Pairs, *, generator: torch.Generator | None
@@ -119,10 +119,10 @@ def pool_names(number: int) -> list[str]:
     return [f"pool-{place}" for place in range(number)]
 
 
-def joint_choice(settings: GateConfig) -> Choice:
+def joint_selection(settings: GateConfig) -> Selection:
     """Return how the gate of a joint run chooses: two experts by default, and Switch's weights for one."""
     top_k = settings.top_k or 2
-    return Choice(
+    return Selection(
         top_k=top_k,
         top_p=settings.top_p,
         temperature=settings.temperature,

@@ -15,7 +15,7 @@ from sparse_ft.experts.named_experts import named_generator
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.spec import TaskSpec
 from sparse_ft.training.fit_gate import fit_gate, gate_block
-from sparse_ft.training.joint import SHARED, has_gate, joint_choice, pool_names
+from sparse_ft.training.joint import SHARED, has_gate, joint_selection, pool_names
 from sparse_ft.training.training_task import TrainingTask
 
 _MANY = 16
@@ -40,7 +40,7 @@ def add_tasks(model: SparseExpertModel, ready: Mapping[str, TrainingTask], *, ru
     for name in common:
         pool = tuple(pool_names(run.experts.pool))
         slots = model.tasks.items()
-        taken = [task for task, slot in slots if name in slot.experts and not slot.mixed and slot.experts != pool]
+        taken = [task for task, slot in slots if name in slot.experts and not slot.joint and slot.experts != pool]
         if taken:
             raise ConfigError(
                 f"The expert {name!r} of {run.start!r} serves task {taken[0]!r}, so it cannot be one that tasks share. "
@@ -58,8 +58,8 @@ def add_tasks(model: SparseExpertModel, ready: Mapping[str, TrainingTask], *, ru
             slot = model.tasks[spec.name]
             experts = tuple(pool_names(run.experts.pool)) or slot.experts
             mixed, added = has_gate(run), shared or slot.shared
-            model.tasks[spec.name] = replace(slot, experts=experts, mixed=mixed, shared=added)
-        elif model.tasks[spec.name].mixed:
+            model.tasks[spec.name] = replace(slot, experts=experts, joint=mixed, shared=added)
+        elif model.tasks[spec.name].joint:
             raise ConfigError(
                 f"Task {spec.name!r} of {run.start!r} was trained together with its gate. Train it further with "
                 "--stage joint."
@@ -164,19 +164,19 @@ def start_gate(
         gate = fit_gate(model, examples, names=names, settings=run.gate, seed=run.seed)
     else:
         gate = _random_gate(model, names, ready, run=run)
-    gate.choice = joint_choice(run.gate)
+    gate.selection = joint_selection(run.gate)
     return gate
 
 
 def token_gate(model: SparseExpertModel, names: Sequence[str], *, settings: GateConfig, seed: int) -> TokenGate:
     """Build a token gate, or go on with the one that the model has for the same experts."""
     before = model.gate
-    choice = joint_choice(settings)
+    selection = joint_selection(settings)
     shortlist = settings.shortlist
     if shortlist is None and len(names) > _MANY and settings.capacity is None:
-        shortlist = max(_SHORT, choice.top_k)
+        shortlist = max(_SHORT, selection.top_k)
     blocks = range(model.first_block, model.backbone.num_blocks)
-    gate = TokenGate(names, model.backbone.hidden_size, blocks=blocks, choice=choice, shortlist=shortlist)
+    gate = TokenGate(names, model.backbone.hidden_size, blocks=blocks, selection=selection, shortlist=shortlist)
     if isinstance(before, TokenGate) and before.names == gate.names and before.blocks == gate.blocks:
         gate.load_state_dict(before.state_dict())
     else:
@@ -188,7 +188,7 @@ def _random_gate(
     model: SparseExpertModel, names: list[str], ready: Mapping[str, TrainingTask], *, run: RunConfig
 ) -> SequenceGate:
     block = gate_block(model, run.gate)
-    gate = SequenceGate(names, model.backbone.hidden_size, block=block, choice=joint_choice(run.gate))
+    gate = SequenceGate(names, model.backbone.hidden_size, block=block, selection=joint_selection(run.gate))
     rows = [example for task in ready.values() for example in task.examples[: run.gate.rows]]
     gate.standardise(mean_states(model, rows, block=block))
     gate.initialise(named_generator(run.seed, "gate"))

@@ -163,7 +163,7 @@ def test_an_expert_is_a_peft_adapter(tmp_path, tiny_folder, request, family, opt
     with torch.no_grad():
         bare = plain(**inputs).last_hidden_state
         theirs = PeftModel.from_pretrained(plain, path / "experts/mood").eval()(**inputs).last_hidden_state
-        with ours.slot.filled(Routing.rows([0, 0])):
+        with ours.slot.filled(Routing.one_hot([0, 0])):
             found = ours.encoder(**inputs).last_hidden_state
     assert torch.equal(found, theirs)
     assert not torch.equal(found, bare)

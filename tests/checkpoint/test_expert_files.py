@@ -36,7 +36,7 @@ def our_hidden_states(folder, adapter):
     model = SparseExpertModel(load_backbone(str(folder)))
     set_attention(model.backbone, "eager")
     model.experts.add(read_adapter(adapter, name="x", backbone=model.backbone).expert)
-    with model.slot.filled(Routing.rows([0, 0])):
+    with model.slot.filled(Routing.one_hot([0, 0])):
         return hidden_states(model.encoder)
 
 

@@ -12,9 +12,9 @@ from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.checkpoint.checkpoint import load_checkpoint
 from sparse_ft.errors import ConfigError, DataError
 from sparse_ft.evaluation.token_routing import route_tokens
-from sparse_ft.experts.choosing import Choice
 from sparse_ft.experts.gates import TokenGate
 from sparse_ft.experts.inference import text_routing
+from sparse_ft.experts.selection import Selection
 from sparse_ft.prediction.routes import BASELINES, arrow_gate
 
 TEXT = "Ada Lovelace loved the table in London"
@@ -28,8 +28,8 @@ def toys(toys):
 
 
 def token_gate(model, *, top_k=2, shortlist=None):
-    choice, size = Choice(top_k=top_k), model.backbone.hidden_size
-    gate = TokenGate(model.experts.names, size, blocks=[0, 1, 2], choice=choice, shortlist=shortlist)
+    choice, size = Selection(top_k=top_k), model.backbone.hidden_size
+    gate = TokenGate(model.experts.names, size, blocks=[0, 1, 2], selection=choice, shortlist=shortlist)
     for linear in gate.linears:
         torch.nn.init.normal_(linear.weight)
     return gate.eval()
@@ -41,7 +41,7 @@ def seen_by(checkpoint, text, gate):
     (example,) = Encoder(model.backbone, max_length=checkpoint.config.data.max_length).texts([text])
     with torch.no_grad():
         model(collate([("mood", example)], pad_id=model.backbone.pad_id), gate=gate, seen=seen)
-    return {block: routing.spread(len(model.experts.names))[0] for block, routing in seen.items()}
+    return {block: routing.dense_weights(len(model.experts.names))[0] for block, routing in seen.items()}
 
 
 def test_arrow_is_shown_as_the_forward_pass_used_it(toys):
@@ -77,7 +77,7 @@ def test_the_gate_of_a_text_decides_once(toys):
     routing = text_routing(toys.model, Encoder(toys.model.backbone, max_length=256).texts([TEXT]))
     assert not routed.by_token
     assert routed.weights.shape == (3, len(routed.tokens), 4)
-    assert (routed.weights == routing.spread(4)).all()
+    assert (routed.weights == routing.dense_weights(4)).all()
     assert list(routed.probabilities.values()) == pytest.approx(routing.logits.softmax(-1)[0].tolist())
 
 

@@ -10,8 +10,8 @@ import torch
 from sklearn.covariance import ledoit_wolf_shrinkage, shrunk_covariance
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from sparse_ft.experts.choosing import Choice, within_capacity
 from sparse_ft.experts.gates import GateInput, PrototypeGate, SequenceGate, TokenGate
+from sparse_ft.experts.selection import Selection, within_capacity
 from sparse_ft.prediction.baselines import ArrowGate
 
 EXPERTS, HIDDEN = 6, 8
@@ -72,7 +72,7 @@ def chosen_by_loop(logits, choice):
     ],
 )
 def test_a_choice_is_that_of_a_loop_in_float64(shape, top_k, rest):
-    choice = Choice(top_k=top_k, **rest)
+    choice = Selection(top_k=top_k, **rest)
     logits = random_logits(shape, seed=top_k)
     routing = choice(logits)
     expected = torch.zeros(shape, dtype=torch.float64).flatten(0, -2)
@@ -88,25 +88,25 @@ def test_a_choice_is_that_of_a_loop_in_float64(shape, top_k, rest):
 def test_top_p_takes_as_many_experts_as_it_needs():
     logits = torch.tensor([[0.6, 0.25, 0.1, 0.05], [0.97, 0.01, 0.01, 0.01]]).log()
     for top_p, numbers in [(0.5, [1, 1]), (0.7, [2, 1]), (0.9, [3, 1]), (0.975, [4, 2]), (0.0, [1, 1])]:
-        assert (Choice(top_k=4, top_p=top_p)(logits).weights > 0).sum(-1).tolist() == numbers
-    assert (Choice(top_k=2, top_p=0.975)(logits).weights > 0).sum(-1).tolist() == [2, 2]
+        assert (Selection(top_k=4, top_p=top_p)(logits).weights > 0).sum(-1).tolist() == numbers
+    assert (Selection(top_k=2, top_p=0.975)(logits).weights > 0).sum(-1).tolist() == [2, 2]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_logits_of_a_low_precision_are_weighed_in_float32(dtype):
     logits = random_logits((50, EXPERTS)).to(dtype)
-    routing = Choice(top_k=2)(logits)
+    routing = Selection(top_k=2)(logits)
     assert routing.weights.dtype == routing.logits.dtype == torch.float32
-    assert torch.equal(routing.weights, Choice(top_k=2)(logits.float()).weights)
+    assert torch.equal(routing.weights, Selection(top_k=2)(logits.float()).weights)
 
 
 def test_jitter_shakes_what_a_token_gate_reads_in_training_only_and_within_its_bounds():
     hidden = random_logits((4, 6, 8))
-    shaken = Choice(jitter=0.1).shaken(hidden)
+    shaken = Selection(jitter=0.1).jittered(hidden)
     assert not torch.equal(shaken, hidden)
     assert ((shaken - hidden).abs() <= 0.1 * hidden.abs() + 1e-6).all()
-    assert torch.equal(Choice().shaken(hidden), hidden)
-    gate = TokenGate(["a", "b", "c"], 8, blocks=[2], choice=Choice(top_k=3, jitter=0.1))
+    assert torch.equal(Selection().jittered(hidden), hidden)
+    gate = TokenGate(["a", "b", "c"], 8, blocks=[2], selection=Selection(top_k=3, jitter=0.1))
     gate.initialise(torch.Generator().manual_seed(0))
     inputs = GateInput(hidden, torch.ones(4, 6), 2)
     first, second = gate.train().route(inputs), gate.route(inputs)
@@ -117,7 +117,7 @@ def test_jitter_shakes_what_a_token_gate_reads_in_training_only_and_within_its_b
 def test_the_gradient_reaches_the_chosen_logits_unless_one_expert_stands_alone():
     logits = random_logits((4, EXPERTS)).requires_grad_()
     ones = torch.arange(1.0, 3.0)
-    for choice, flows in [(Choice(top_k=2), True), (Choice(top_k=1), False), (Choice(normalise=False), True)]:
+    for choice, flows in [(Selection(top_k=2), True), (Selection(top_k=1), False), (Selection(normalise=False), True)]:
         logits.grad = None
         (choice(logits).weights * ones[: choice.top_k]).sum().backward()
         assert bool((logits.grad.abs() > 1e-6).any()) == flows
@@ -175,7 +175,7 @@ def test_a_share_that_is_a_whole_number_is_not_rounded_down():
 
 def test_capacity_counts_in_training_only():
     logits = torch.tensor([[1.0, 0.0]]).expand(8, 2)
-    choice = Choice(capacity=1.0)
+    choice = Selection(capacity=1.0)
     assert choice(logits, training=True).weights.flatten().tolist() == [1.0] * 4 + [0.0] * 4
     assert choice(logits).weights.flatten().tolist() == [1.0] * 8
     tokens, mask = logits.view(2, 4, 2), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
@@ -198,7 +198,7 @@ def random_means(rows=20, *, seed=0):
 
 def random_text_gate(kind):
     names = [f"e{index}" for index in range(EXPERTS)]
-    gate = kind(names, HIDDEN, block=BLOCKS - 1, choice=Choice(top_k=2)).requires_grad_(False)
+    gate = kind(names, HIDDEN, block=BLOCKS - 1, selection=Selection(top_k=2)).requires_grad_(False)
     generator = torch.Generator().manual_seed(1)
     for parameter in gate.classifier.parameters():
         parameter.normal_(generator=generator)
@@ -208,7 +208,7 @@ def random_text_gate(kind):
 
 @TEXT_KINDS
 def test_a_fresh_text_gate_prefers_nobody(kind):
-    gate = kind(["a", "b", "c"], HIDDEN, block=BLOCKS - 1, choice=Choice(top_k=3))
+    gate = kind(["a", "b", "c"], HIDDEN, block=BLOCKS - 1, selection=Selection(top_k=3))
     torch.testing.assert_close(gate.decide(random_means(4), [[1, 2]] * 4).weights, torch.full((4, 3), 1 / 3))
 
 
@@ -219,7 +219,7 @@ def test_a_text_gate_classifies_the_standardised_means_of_all_its_blocks(kind):
     expected = copy.deepcopy(gate.classifier).double()(features)
     got = gate.decide(means.float(), [[1, 2]] * len(means)).logits
     torch.testing.assert_close(got.double(), expected, atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(gate.uppermost(features), features.view(-1, BLOCKS, HIDDEN)[:, -1])
+    torch.testing.assert_close(gate.top_block_features(features), features.view(-1, BLOCKS, HIDDEN)[:, -1])
 
 
 @TEXT_KINDS
@@ -241,7 +241,7 @@ def clusters(num, rows, *, distance, seed):
 
 
 def prototypes(clouds):
-    gate = PrototypeGate([f"e{index}" for index in range(len(clouds))], HIDDEN, block=0, choice=Choice())
+    gate = PrototypeGate([f"e{index}" for index in range(len(clouds))], HIDDEN, block=0, selection=Selection())
     gate.fit(list(clouds))
     return gate
 
@@ -294,14 +294,14 @@ def test_text_gates_decide_in_float32_under_bf16_autocast_and_on_bf16_states(kin
 def test_token_gates_choose_for_each_token_by_the_weights_of_their_block(kind):
     blocks, names = [1, 3], [f"e{index}" for index in range(EXPERTS)]
     if kind == "token":
-        gate = TokenGate(names, HIDDEN, blocks=blocks, choice=Choice(top_k=2))
+        gate = TokenGate(names, HIDDEN, blocks=blocks, selection=Selection(top_k=2))
         gate.initialise(torch.Generator().manual_seed(0))
         matrices = {block: linear.weight for block, linear in zip(blocks, gate.linears, strict=True)}
     else:
         generator = torch.Generator().manual_seed(0)
         matrices = {block: torch.randn(EXPERTS, HIDDEN, generator=generator) for block in blocks}
         matrices = {block: torch.nn.functional.normalize(value, dim=-1) for block, value in matrices.items()}
-        gate = ArrowGate(names, matrices, choice=Choice(top_k=2))
+        gate = ArrowGate(names, matrices, selection=Selection(top_k=2))
         assert not any(parameter.requires_grad for parameter in gate.parameters())
     assert gate.every_block
     answers = []
@@ -315,7 +315,7 @@ def test_token_gates_choose_for_each_token_by_the_weights_of_their_block(kind):
                 logits = [abs(value) for value in logits] if kind == "arrow" else logits
                 if inputs.attention_mask[row, place]:
                     expected = torch.zeros(EXPERTS)
-                    for index, weight in chosen_by_loop(logits, gate.choice).items():
+                    for index, weight in chosen_by_loop(logits, gate.selection).items():
                         expected[index] = weight
                     torch.testing.assert_close(routing.weights[row, place], expected, atol=1e-5, rtol=1e-4)
         answers.append(routing.weights)
@@ -326,7 +326,7 @@ def test_token_gates_choose_for_each_token_by_the_weights_of_their_block(kind):
 def shortlisted(*, shortlist, experts=12, seed=0, **choice):
     """A token gate over many experts, sure enough of itself that texts differ in what they want."""
     names = [f"e{index}" for index in range(experts)]
-    gate = TokenGate(names, HIDDEN, blocks=[0], choice=Choice(**choice), shortlist=shortlist)
+    gate = TokenGate(names, HIDDEN, blocks=[0], selection=Selection(**choice), shortlist=shortlist)
     with torch.no_grad():
         gate.linears[0].weight.normal_(generator=torch.Generator().manual_seed(seed))
     return gate.eval()
@@ -348,9 +348,9 @@ def test_a_shortlist_is_as_if_the_other_logits_were_minus_infinity(shortlist, ch
         for place, token in enumerate(logits.tolist()):
             among = [value if index in kept else -math.inf for index, value in enumerate(token)]
             expected = torch.zeros(12)
-            for index, share in chosen_by_loop(among, gate.choice).items():
+            for index, share in chosen_by_loop(among, gate.selection).items():
                 expected[index] = share
-            torch.testing.assert_close(routing.spread(12)[row, place], expected, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(routing.dense_weights(12)[row, place], expected, atol=1e-5, rtol=1e-4)
     assert len({tuple(sorted(row)) for row in routing.experts.tolist()}) > 1  # texts differ in what they want
     every = torch.einsum("nsh,eh->nse", inputs.hidden, gate.linears[0].weight)
     torch.testing.assert_close(routing.logits, every, atol=1e-3, rtol=1e-4)  # losses see all experts
@@ -359,14 +359,14 @@ def test_a_shortlist_is_as_if_the_other_logits_were_minus_infinity(shortlist, ch
 @pytest.mark.parametrize("shortlist", [3, None])
 def test_the_tokens_of_a_text_choose_the_same_in_any_batch_order_and_padding(shortlist):
     gate, inputs = shortlisted(shortlist=shortlist, top_k=2), random_input(rows=4)
-    together = gate.route(inputs).spread(12)
+    together = gate.route(inputs).dense_weights(12)
     order = torch.tensor([2, 0, 3, 1])
-    turned = gate.route(GateInput(inputs.hidden[order], inputs.attention_mask[order], 0)).spread(12)
+    turned = gate.route(GateInput(inputs.hidden[order], inputs.attention_mask[order], 0)).dense_weights(12)
     torch.testing.assert_close(turned, together[order], atol=1e-6, rtol=1e-5)
     for row in range(4):
         length = int(inputs.attention_mask[row].sum())
         alone = GateInput(inputs.hidden[row : row + 1, :length], inputs.attention_mask[row : row + 1, :length], 0)
-        torch.testing.assert_close(gate.route(alone).spread(12)[0], together[row, :length], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(gate.route(alone).dense_weights(12)[0], together[row, :length], atol=1e-6, rtol=1e-5)
 
 
 def test_a_shortlist_of_all_experts_is_none():
@@ -378,7 +378,7 @@ def test_a_shortlist_of_all_experts_is_none():
 
 def test_the_gradient_reaches_a_shortlisted_gate():
     gate = shortlisted(shortlist=3, top_k=2)
-    (gate.route(random_input()).spread(12) * torch.arange(12.0)).sum().backward()
+    (gate.route(random_input()).dense_weights(12) * torch.arange(12.0)).sum().backward()
     assert gate.linears[0].weight.grad.abs().max() > 1e-4
 
 
@@ -386,8 +386,8 @@ def test_arrow_does_not_care_for_the_sign_of_a_vector_and_an_expert_without_delt
     vectors = torch.nn.functional.normalize(torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(0)), dim=-1)
     vectors[2] = 0
     inputs = random_input()
-    first = ArrowGate(["a", "b", "c"], {0: vectors}, choice=Choice(top_k=2)).route(inputs)
-    turned = ArrowGate(["a", "b", "c"], {0: -vectors}, choice=Choice(top_k=2)).route(inputs)
+    first = ArrowGate(["a", "b", "c"], {0: vectors}, selection=Selection(top_k=2)).route(inputs)
+    turned = ArrowGate(["a", "b", "c"], {0: -vectors}, selection=Selection(top_k=2)).route(inputs)
     assert torch.equal(first.weights, turned.weights)
     assert not first.weights[..., 2][inputs.attention_mask.bool()].any()
 
@@ -396,11 +396,11 @@ def test_arrow_does_not_care_for_the_sign_of_a_vector_and_an_expert_without_delt
 def test_token_gates_decide_in_float32_under_bf16_autocast_and_on_bf16_states(kind):
     names = [f"e{index}" for index in range(EXPERTS)]
     if kind == "token":
-        gate = TokenGate(names, HIDDEN, blocks=[0], choice=Choice(top_k=2))
+        gate = TokenGate(names, HIDDEN, blocks=[0], selection=Selection(top_k=2))
         gate.initialise(torch.Generator().manual_seed(0))
     else:
         vectors = torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(0))
-        gate = ArrowGate(names, {0: vectors}, choice=Choice(top_k=2))
+        gate = ArrowGate(names, {0: vectors}, selection=Selection(top_k=2))
     inputs = random_input()
     low = replace(inputs, hidden=inputs.hidden.bfloat16())
     exact = gate.route(low)

@@ -6,7 +6,7 @@ import torch
 
 from sparse_ft.backbone.batching import collate
 from sparse_ft.backbone.encoding import Encoder
-from sparse_ft.experts.inference import entering, mean_states, row_logits
+from sparse_ft.experts.inference import mean_states, row_logits, with_trunks
 from sparse_ft.experts.routing import Routing
 from sparse_ft.prediction.routes import arrow_gate
 
@@ -108,13 +108,13 @@ def test_mean_states_are_those_of_the_bare_backbone(model):
     got = mean_states(model, examples, block=last)
     assert got.shape == (10, last + 1, model.backbone.hidden_size)
     for example, row in zip(examples, got, strict=True):
-        kept = [entering(model, [example], block=block)[0] for block in range(last + 1)]
+        kept = [with_trunks(model, [example], block=block)[0] for block in range(last + 1)]
         expected = torch.stack([alone.trunk.mean(0) for alone in kept])
         torch.testing.assert_close(row, expected, atol=1e-5, rtol=1e-4)
         assert all(alone.means is None for alone in kept)
-    (bare,) = entering(model, examples[:1], block=last, hidden=False, means=True)
+    (bare,) = with_trunks(model, examples[:1], block=last, hidden=False, means=True)
     assert bare.trunk is None  # hidden states of many texts take memory
-    assert torch.equal(bare.means, entering(model, examples[:1], block=last, means=True)[0].means)
+    assert torch.equal(bare.means, with_trunks(model, examples[:1], block=last, means=True)[0].means)
 
 
 class Shortlist(torch.nn.Module):
@@ -144,5 +144,5 @@ def test_usage_is_the_mean_over_the_tokens_of_each_text_in_each_block(model, wra
         with torch.no_grad():
             model(collate([("mood", example)], pad_id=model.backbone.pad_id), gate=gate, seen=seen)
         for block, routing in seen.items():
-            torch.testing.assert_close(mean[block], routing.spread(2)[0].mean(0), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(mean[block], routing.dense_weights(2)[0].mean(0), atol=1e-5, rtol=1e-5)
     assert usage.sum(-1) == pytest.approx(1.0, abs=1e-5)

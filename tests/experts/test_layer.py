@@ -39,7 +39,7 @@ def open_all(layer):
 
 
 def call(layer, x, routing):
-    with layer.slot.filled(routing if isinstance(routing, Routing) else Routing.rows(routing)):
+    with layer.slot.filled(routing if isinstance(routing, Routing) else Routing.one_hot(routing)):
         return layer(x)
 
 

@@ -82,7 +82,7 @@ def test_shapes_are_added_where_the_expert_begins(shaped):
         )
         model(collate([("names", example)], pad_id=0))
         handle.remove()
-        with model.slot.filled(Routing.rows([model.experts.index("names")])):
+        with model.slot.filled(Routing.one_hot([model.experts.index("names")])):
             plain = model.encoder(**inputs).hidden_states[2]
     rows = torch.tensor([example.word_shapes])
     expected = plain + torch.where((rows > 0).unsqueeze(-1), table[rows], torch.zeros(()))
@@ -92,11 +92,11 @@ def test_shapes_are_added_where_the_expert_begins(shaped):
 def test_special_tokens_get_nothing_even_if_their_row_is_not_zero(shaped):
     model = load_checkpoint(shaped).model
     index = model.experts.index("names")
-    hidden = torch.zeros(1, 3, HIDDEN)
-    before = model.word_shapes.added(hidden, torch.tensor([[0, 7, 0]]), routing=Routing.rows([index]), chosen=[index])
+    hidden, routing = torch.zeros(1, 3, HIDDEN), Routing.one_hot([index])
+    before = model.word_shapes.added(hidden, torch.tensor([[0, 7, 0]]), routing=routing, chosen=[index])
     with torch.no_grad():
         model.word_shapes.tables[index][0] += 5.0
-    after = model.word_shapes.added(hidden, torch.tensor([[0, 7, 0]]), routing=Routing.rows([index]), chosen=[index])
+    after = model.word_shapes.added(hidden, torch.tensor([[0, 7, 0]]), routing=routing, chosen=[index])
     assert torch.equal(before, after)
     assert before[0, 1].abs().max() > 0
 

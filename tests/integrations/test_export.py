@@ -21,7 +21,7 @@ from sparse_ft.config import RunConfig
 from sparse_ft.errors import ConfigError, ExportError
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.named_experts import Expert
-from sparse_ft.experts.routing import Pass, Routing
+from sparse_ft.experts.routing import ForwardPass, Routing
 from sparse_ft.integrations.exporters.int8 import int8_scores
 from sparse_ft.integrations.exporters.parts import fold, fresh_copy
 from sparse_ft.integrations.round_trip import Difference
@@ -70,7 +70,7 @@ def test_a_folded_backbone_gives_the_hidden_states_of_the_expert_layers(make_mod
     before = backbone.linears[module].weight.clone()
     fold(backbone, model.experts.get("b"))
     ids = torch.tensor([[2, 11, 12, 13, 3]])
-    with torch.no_grad(), model.slot.filled(Pass(Routing.rows([1]))):
+    with torch.no_grad(), model.slot.filled(ForwardPass(Routing.one_hot([1]))):
         expected = model.encoder(input_ids=ids).last_hidden_state
     torch.testing.assert_close(backbone.model(input_ids=ids).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
     lora_a, lora_b = model.experts.get("b").deltas[module]
@@ -486,7 +486,7 @@ def test_what_the_gate_mixes_is_refused(tmp_path, make_model, refused, format):
 
     path = saved(tmp_path / "first", make_model, "bert", heads=HEADS, gate=True)
     loaded = load_checkpoint(path)
-    loaded.model.tasks["mood"] = replace(loaded.model.tasks["mood"], mixed=True)
+    loaded.model.tasks["mood"] = replace(loaded.model.tasks["mood"], joint=True)
     save_checkpoint(path, model=loaded.model, tasks=loaded.tasks, config=loaded.config, metrics={})
     said = refused(path, "--task", "mood", format=format)
     assert "what depends on the text cannot be folded into weights. Serve the checkpoint with sparse_ft.load" in said

@@ -293,6 +293,6 @@ def test_the_command_line_combines(pair, model, monkeypatch, capsys, tmp_path):
 
 
 def test_a_task_that_the_gate_mixes_is_refused(model):
-    mixed = SimpleNamespace(tasks={"mood": SimpleNamespace(mixed=True, shared=None)})
+    mixed = SimpleNamespace(tasks={"mood": SimpleNamespace(joint=True, shared=None)})
     with pytest.raises(ConfigError, match="'mood' was trained jointly"):
         find_ensembles(mixed, model.tasks, ["mood"], combine="mix")

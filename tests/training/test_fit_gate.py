@@ -135,7 +135,7 @@ def test_route_by_name_sends_every_row_to_that_expert(gated):
 def test_texts_below_the_confidence_that_was_asked_are_unknown(gated):
     model = sparse_ft.load(gated)
     gate = model.checkpoint.model.gate
-    object.__setattr__(gate.choice, "min_confidence", 0.02)
+    object.__setattr__(gate.selection, "min_confidence", 0.02)
     strange = model("analytical analytical analytical analytical")
     assert strange.unknown
     assert strange.tasks == {}
@@ -152,7 +152,7 @@ def test_loading_gives_the_same_gate(gated, tmp_path):
     second = load_checkpoint(tmp_path / "copy").model
     for name, tensor in first.gate.state_dict().items():
         assert torch.equal(tensor, second.gate.state_dict()[name])
-    assert first.gate.choice == second.gate.choice
+    assert first.gate.selection == second.gate.selection
     (tmp_path / "copy/gate.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"gate\.safetensors is missing"):
         load_checkpoint(tmp_path / "copy")
@@ -201,7 +201,7 @@ def test_stage_gate_keeps_what_the_old_gate_was_told(gated, tmp_path):
         result = sparse_ft.train(output=tmp_path / str(len(changes)), overrides=changes, **options)
         config = read_config(result.path / "config.yaml")
         assert (config.gate.min_confidence, config.gate.rows, config.data.train_limit or 50) == expected
-        assert load_checkpoint(result.path).model.gate.choice.min_confidence == 0.1
+        assert load_checkpoint(result.path).model.gate.selection.min_confidence == 0.1
     prototypes = sparse_ft.train(output=tmp_path / "other", overrides=["gate.type=prototype"], **options).path
     assert read_config(prototypes / "config.yaml").gate.min_confidence == 0  # another gate, another threshold
 

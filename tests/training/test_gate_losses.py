@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sparse_ft.config import GateConfig
-from sparse_ft.experts.choosing import Choice
 from sparse_ft.experts.routing import Routing
+from sparse_ft.experts.selection import Selection
 from sparse_ft.training.gate_losses import alarms, auxiliary, load_balancing_loss, routing_cross_entropy, z_loss
 
 GATED, EXPERTS = 3, 5
@@ -29,8 +29,8 @@ def random_mask(shape):
 
 def told(logits, *, mask=None, top_k=2, settings=SETTINGS, **choice):
     """Route by these logits, one tensor a block, and tell what the gate did."""
-    choose = Choice(top_k=top_k, **choice)
-    routings = [choose(each, mask=mask, training=True).placed(PLACES, num_experts=EXPERTS) for each in logits]
+    choose = Selection(top_k=top_k, **choice)
+    routings = [choose(each, mask=mask, training=True).reindexed(PLACES, num_experts=EXPERTS) for each in logits]
     return auxiliary(
         routings,
         places=PLACES,
@@ -63,7 +63,7 @@ def test_usage_is_the_share_of_the_weight_of_real_tokens_and_sums_to_one(shape):
     blocks, mask = [random_logits(shape, seed=seed) for seed in range(2)], random_mask(shape)
     shares = torch.zeros(2, GATED, dtype=torch.float64)
     for block, logits in enumerate(blocks):
-        weights = Choice(top_k=2)(logits)
+        weights = Selection(top_k=2)(logits)
         real = mask.bool().flatten() if mask is not None else torch.ones(4, dtype=torch.bool)
         for place in range(GATED):
             shares[block, place] = weights.weights_of(place).flatten()[real].double().sum()
@@ -93,7 +93,7 @@ def test_dropped_is_the_share_of_choices_that_found_their_expert_full():
 
 def test_rows_that_no_expert_belongs_to_have_no_routing_loss():
     logits = random_logits((4, GATED), seed=0)
-    routings = [Choice(top_k=2)(logits)]
+    routings = [Selection(top_k=2)(logits)]
     found = auxiliary(
         routings,
         places=range(GATED),
@@ -173,8 +173,8 @@ def test_a_task_may_use_its_own_expert_as_much_and_as_little_as_it_has_rows():
 def test_only_choices_from_the_shortlist_count_for_balance():
     logits, shortlist = random_logits((4, 6, GATED), seed=5), torch.tensor([[0, 2], [1, 2], [0, 1], [2, 0]])
     among = logits.gather(-1, shortlist.unsqueeze(1).expand(-1, 6, -1))
-    inner = Choice(top_k=1)(among)
-    routing = replace(inner, experts=shortlist, logits=logits).placed(PLACES, num_experts=EXPERTS)
+    inner = Selection(top_k=1)(among)
+    routing = replace(inner, experts=shortlist, logits=logits).reindexed(PLACES, num_experts=EXPERTS)
     settings = GateConfig(temperature=2.0)
     found = auxiliary(
         [routing], places=PLACES, num_experts=EXPERTS, settings=settings, top_k=1, targets=TARGETS, mask=None

@@ -19,11 +19,11 @@ from sparse_ft.checkpoint.checkpoint import load_checkpoint
 from sparse_ft.checkpoint.manifest import read_manifest
 from sparse_ft.config import GateConfig, load_config
 from sparse_ft.errors import ConfigError
-from sparse_ft.experts.choosing import Choice
 from sparse_ft.experts.gates import SequenceGate, TokenGate
+from sparse_ft.experts.selection import Selection
 from sparse_ft.training import joint as mixing
 from sparse_ft.training.gradients import Gradients
-from sparse_ft.training.joint import Mixing, joint_choice
+from sparse_ft.training.joint import Mixing, joint_selection
 from sparse_ft.training.new_experts import token_gate
 
 MIXED = ["mood", "about", "names"]
@@ -180,7 +180,7 @@ def mixed(make_model):
     """A model of three random experts whose two tasks a gate mixes, and some rows of both."""
     model = make_model("bert", {"mood": ("text", 3), "names": ("word", 5)})
     add_random_expert(model, "third", seed=3)
-    model.tasks = {name: replace(slot, mixed=True) for name, slot in model.tasks.items()}
+    model.tasks = {name: replace(slot, joint=True) for name, slot in model.tasks.items()}
     return model
 
 
@@ -193,10 +193,10 @@ def rows_of(model):
 def mixing_of(model, gate, config):
     """What a joint run would route with, over rows of both tasks in one batch."""
     if gate == "token":
-        model.gate = TokenGate(model.experts.names, 32, blocks=[0, 1, 2], choice=joint_choice(config))
+        model.gate = TokenGate(model.experts.names, 32, blocks=[0, 1, 2], selection=joint_selection(config))
         model.gate.initialise(torch.Generator().manual_seed(0))
     else:
-        model.gate = SequenceGate(model.experts.names, 32, block=1, choice=joint_choice(config))
+        model.gate = SequenceGate(model.experts.names, 32, block=1, selection=joint_selection(config))
         model.gate.initialise(torch.Generator().manual_seed(0))
     model.gate.requires_grad_(True)
     examples = rows_of(model)
@@ -207,12 +207,12 @@ def mixing_of(model, gate, config):
 
 @GATES
 def test_with_one_expert_a_row_the_probability_is_its_weight_or_the_gate_would_learn_nothing(mixed, gate):
-    choice = joint_choice(GateConfig(top_k=1))
+    choice = joint_selection(GateConfig(top_k=1))
     assert (choice.top_k, choice.normalise) == (1, False)
     gradients = []
     for normalise in (False, True):
         ours, batch, pairs = mixing_of(mixed, gate, GateConfig(top_k=1))
-        ours.gate.choice = replace(choice, normalise=normalise)
+        ours.gate.selection = replace(choice, normalise=normalise)
         logits, _ = ours.run(mixed, batch, pairs, generator=None)
         sum(value.square().sum() for value in logits.values()).backward()
         found = [value.grad for value in ours.gate.parameters() if value.grad is not None]
@@ -222,8 +222,8 @@ def test_with_one_expert_a_row_the_probability_is_its_weight_or_the_gate_would_l
 
 
 def test_two_experts_are_mixed_by_default_at_weights_that_sum_to_one():
-    choice = joint_choice(GateConfig(jitter=0.1, capacity=2.0, top_p=0.9))
-    assert choice == Choice(top_k=2, normalise=True, jitter=0.1, capacity=2.0, top_p=0.9)
+    choice = joint_selection(GateConfig(jitter=0.1, capacity=2.0, top_p=0.9))
+    assert choice == Selection(top_k=2, normalise=True, jitter=0.1, capacity=2.0, top_p=0.9)
 
 
 @GATES
@@ -257,7 +257,9 @@ def test_capacity_drops_and_jitter_shakes_in_training_only(mixed):
         torch.manual_seed(0)
         first, told = ours.run(mixed, batch, pairs, generator=None)
         mixed.eval()
-        plain = mixed(batch, routing=mixed.placed(ours.gate.decide(torch.stack([ours.means[t][r] for t, r in pairs]))))
+        plain = mixed(
+            batch, routing=mixed.reindexed(ours.gate.decide(torch.stack([ours.means[t][r] for t, r in pairs])))
+        )
         assert (told.losses["dropped"] > 0) == (gate.capacity is not None)
         assert (not torch.allclose(first["mood"], plain["mood"], atol=1e-5)) == changes
 
@@ -320,7 +322,7 @@ def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path, tiny_bert, caught, ga
         model.checkpoint.model = loaded
         assert torch.equal(now, then)
     slot = loaded.tasks["mood"]
-    assert slot.mixed
+    assert slot.joint
     assert slot.shared == ("shared" if pool else None)
     assert slot.experts == (("pool-0", "pool-1", "pool-2", "pool-3") if pool else ("mood",))
     assert read_manifest(path)["gate"]["experts"] == (list(slot.experts) if pool else ["mood", "names"])
@@ -414,7 +416,7 @@ def test_tasks_that_are_not_trained_answer_as_before(tmp_path, tiny_bert, gate, 
             assert (old / file).read_bytes() == (new / file).read_bytes()
         assert torch.equal(before.logits(texts_of(4), name), after.logits(texts_of(4), name))
     slots = after.checkpoint.model.tasks
-    assert {name: slot.mixed for name, slot in slots.items()} == {"mood": False, "about": False, "names": True}
+    assert {name: slot.joint for name, slot in slots.items()} == {"mood": False, "about": False, "names": True}
     assert after.checkpoint.model.gate.names == (list(slots["names"].experts) if pool else ["mood", "about", "names"])
 
 
@@ -451,7 +453,7 @@ def test_without_tasks_all_of_a_checkpoint_are_trained_on_the_data_they_had(tmp_
     assert list(result.tasks) == ["mood", "about"]
     checkpoint = load_checkpoint(result.path)
     assert checkpoint.config.sources == data
-    assert all(slot.mixed for slot in checkpoint.model.tasks.values())
+    assert all(slot.joint for slot in checkpoint.model.tasks.values())
     before, after = tensors(old), tensors(result.path)
     learnt = {name for name in before if not name.startswith("gate")}
     assert not any(torch.equal(before[name], after[name]) for name in learnt)
@@ -513,7 +515,7 @@ def test_a_gate_for_tokens_goes_on_for_the_same_experts_and_begins_anew_for_othe
     weight, further = mixed.gate.linears[0].weight, GateConfig(top_k=1, jitter=0.1)
     gate = token_gate(mixed, names, settings=further, seed=2)
     assert torch.equal(gate.linears[0].weight, weight)
-    assert (gate.choice.top_k, gate.choice.jitter) == (1, 0.1)
+    assert (gate.selection.top_k, gate.selection.jitter) == (1, 0.1)
     assert not torch.equal(token_gate(mixed, names[::-1], settings=further, seed=2).linears[0].weight, weight)
 
 

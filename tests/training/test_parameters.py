@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sparse_ft.config import load_config
-from sparse_ft.experts.choosing import Choice
 from sparse_ft.experts.gates import SequenceGate, TokenGate
+from sparse_ft.experts.selection import Selection
 from sparse_ft.training.parameters import build_optimizer, find_groups
 
 HEADS = {"mood": ("text", 2), "names": ("word", 5), "kept": ("text", 3)}
@@ -23,12 +23,12 @@ def joint(model, *, gate="token", pool=(), shared=None, **settings):
     """Let the trained tasks be mixed, and return their one group."""
     for task in TRAINED:
         slot = model.tasks[task]
-        model.tasks[task] = replace(slot, experts=tuple(pool) or slot.experts, mixed=True, shared=shared)
+        model.tasks[task] = replace(slot, experts=tuple(pool) or slot.experts, joint=True, shared=shared)
     names = list(pool) or model.routed
     if gate == "token":
-        model.gate = TokenGate(names, 32, blocks=[0, 1, 2], choice=Choice(top_k=2))
+        model.gate = TokenGate(names, 32, blocks=[0, 1, 2], selection=Selection(top_k=2))
     else:
-        model.gate = SequenceGate(names, 32, block=1, choice=Choice(top_k=2))
+        model.gate = SequenceGate(names, 32, block=1, selection=Selection(top_k=2))
     overrides = [f"{key.replace('__', '.')}={value}" for key, value in settings.items()]
     return find_groups(model, TRAINED, run=load_config(overrides=overrides, values={"stage": "joint"}))["joint"]
 

@@ -14,7 +14,7 @@ from sparse_ft.experts.routing import Routing
 
 
 @dataclass(frozen=True)
-class Choice:
+class Selection:
     """How logits become chosen experts and weights."""
 
     top_k: int = 1
@@ -81,7 +81,7 @@ class Choice:
         every = torch.zeros_like(probabilities).scatter(-1, experts, weights)  # [N, S, E]
         return Routing(None, every, logits.float(), confidence, dropped)
 
-    def shaken(self, hidden: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def jittered(self, hidden: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return hidden states [..., H] with jitter on them, for a gate in training."""
         if not self.jitter:
             return hidden
