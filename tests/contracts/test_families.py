@@ -1,16 +1,24 @@
 """What every backbone family promises: how it loads, how it reads texts, and that a row's company changes nothing."""
 
 import random
-from itertools import chain
 
 import pytest
 import torch
 from tiny_backbones import BLOCKS, CAUSAL, FAMILIES, HIDDEN, POSITIONS
 from torch import nn
 from toy_checkpoints import add_random_expert, all_logits, assert_bit_identical, trainable_of
+from toy_models import (
+    FIRST_BLOCK,
+    SENTENCES,
+    THREE_HEADS,
+    assert_same_logits,
+    one_by_one,
+    rows_of,
+    run_rows,
+    three_tasks,
+)
 
 from sparse_ft.backbone.backbone import load_backbone, set_attention
-from sparse_ft.backbone.batching import collate
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.backbone.trunk import keep_trunk
 
@@ -28,15 +36,6 @@ BLOCK_LINEARS = {
     "qwen2": dict.fromkeys(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], 1),
 }
 NUM_SPECIALS = {**dict.fromkeys(FAMILIES, 2), "gpt2": 0, "gpt_neox": 0, "llama": 1, "qwen2": 0}
-HEADS = {"mood": ("text", 3), "names": ("word", 7), "topic": ("text", 12)}
-FIRST_BLOCK = {"mood": 1, "names": 0, "topic": 2}
-RANK = {"mood": 4, "names": 2, "topic": 8}
-TEXTS = [
-    "Book a table for two in Lisbon",
-    "Ada",
-    "I really loved this film , but the second half was boring and much too long .",
-    "Charles Babbage designed the engine",
-]
 # Words of one piece up to words of a hundred, in several scripts.
 WORDS = [
     "Ada",
@@ -75,24 +74,13 @@ def backbone(family, tiny_folder):
 @pytest.fixture(scope="module")
 def model(family, make_model):
     """Three tasks with experts of different rank and depth; read-only."""
-    return make_model(family, HEADS, first_block=FIRST_BLOCK, rank=RANK)
+    return three_tasks(make_model, family)
 
 
 @torch.no_grad()
 def hidden_of(backbone, input_ids, mask=None):
     mask = torch.ones_like(input_ids) if mask is None else mask
     return backbone.model(input_ids=input_ids, attention_mask=mask).last_hidden_state
-
-
-def rows_of(model, task):
-    encoder = Encoder(model.backbone, max_length=64)
-    words = model.tasks[task].level == "word"
-    examples = encoder.words([text.split() for text in TEXTS]) if words else encoder.texts(TEXTS)
-    return [(task, example) for example in examples]
-
-
-def run(model, rows, **options):
-    return model(collate(rows, pad_id=model.backbone.pad_id), **options)
 
 
 # Loading
@@ -224,34 +212,31 @@ def test_long_texts_are_cut_on_the_right_and_pairs_from_the_longer(backbone, fam
 
 
 def test_a_batch_of_several_tasks_gives_the_logits_of_each_row_alone(model):
-    rows = {task: rows_of(model, task) for task in HEADS}
+    alone = {task: one_by_one(model, task) for task in THREE_HEADS}
     with torch.no_grad():
-        alone = {task: torch.cat([run(model, [row])[task] for row in rows[task]]) for task in HEADS}
-        together = run(model, list(chain.from_iterable(rows[task] for task in ("topic", "names", "mood"))))
+        together = run_rows(model, [row for task in ("topic", "names", "mood") for row in rows_of(model, task)])
     assert list(together) == ["topic", "names", "mood"]
     for task, logits in alone.items():
-        torch.testing.assert_close(together[task], logits, atol=1e-5, rtol=1e-5)
-        assert torch.equal(together[task].argmax(-1), logits.argmax(-1))
+        assert_same_logits(together[task], logits)
         assert logits.std(0).min() > 1e-3  # the texts do differ
-    num_words = sum(len(text.split()) for text in TEXTS)
+    num_words = sum(len(text.split()) for text in SENTENCES)
     assert [tuple(logits.shape) for logits in alone.values()] == [(4, 3), (num_words, 7), (4, 12)]
 
 
 def test_auto_pooling_is_the_last_token_for_causal_backbones_else_the_scaled_mean(model, make_model, family):
     expected = "last" if family in CAUSAL else "unit"
     assert model.pooling == expected
-    settings = {"first_block": FIRST_BLOCK, "rank": RANK}
-    chosen, first = (make_model(family, HEADS, pooling=pooling, **settings) for pooling in (expected, "first"))
+    chosen, first = (three_tasks(make_model, family, pooling=pooling) for pooling in (expected, "first"))
     with torch.no_grad():
-        automatic = run(model, rows_of(model, "mood"))["mood"]
-        assert torch.equal(automatic, run(chosen, rows_of(chosen, "mood"))["mood"])
-        assert not torch.allclose(automatic, run(first, rows_of(first, "mood"))["mood"], atol=1e-3)
+        automatic = run_rows(model, rows_of(model, "mood"))["mood"]
+        assert torch.equal(automatic, run_rows(chosen, rows_of(chosen, "mood"))["mood"])
+        assert not torch.allclose(automatic, run_rows(first, rows_of(first, "mood"))["mood"], atol=1e-3)
 
 
 def test_gradient_flows_into_expert_and_head_only_and_reaches_all_of_both(model):
-    for task in HEADS:
+    for task in THREE_HEADS:
         model.zero_grad()
-        run(model, rows_of(model, task))[task].square().sum().backward()
+        run_rows(model, rows_of(model, task))[task].square().sum().backward()
         trainable = trainable_of(model, task)
         num_linears = len(model.backbone.select_linears(first_block=FIRST_BLOCK[task]))
         assert len(trainable) == 2 + 2 * num_linears
@@ -277,17 +262,17 @@ def test_rows_with_a_cached_trunk_answer_and_learn_as_without(make_model, family
     results = []
     for batch in (rows, cached):
         model.zero_grad(set_to_none=True)
-        logits = run(model, batch)
+        logits = run_rows(model, batch)
         sum(own.square().mean() for own in logits.values()).backward()
         results.append([*logits.values(), *(v.grad for task in logits for v in trainable_of(model, task).values())])
     for plain, from_cache in zip(*results, strict=True):
         torch.testing.assert_close(from_cache, plain, atol=1e-5, rtol=1e-4)
-    partly = run(model, [*cached[:-1], rows[-1]])  # one row without a cache: all are computed
+    partly = run_rows(model, [*cached[:-1], rows[-1]])  # one row without a cache: all are computed
     torch.testing.assert_close(partly["mood"], results[0][1], atol=1e-5, rtol=1e-4)
 
 
 def test_adding_and_removing_an_expert_leaves_the_others_bit_identical(make_model, family):
-    model = make_model(family, HEADS, first_block=FIRST_BLOCK, rank=RANK)
+    model = three_tasks(make_model, family)
     before = all_logits(model, ["mood", "names"])
     add_random_expert(model, "fourth", first_block=0, rank=2, seed=5)
     model.add_task("fourth", expert="fourth", level="text", num_outputs=7)

@@ -1,18 +1,13 @@
-"""Scores of checkpoints against scikit-learn and seqeval on predictions made one text at a time."""
+"""What is scored, in which form, and what is refused. The figures themselves: contracts/test_scores.py."""
 
 import json
 import logging
 import sys
-from itertools import chain
 from pathlib import Path
 
 import evaluate as evaluate_library
 import pytest
-import sklearn.metrics
 import yaml
-from seqeval.metrics import f1_score as entity_f1
-from seqeval.metrics import precision_score as entity_precision
-from seqeval.metrics import recall_score as entity_recall
 from toys import KINDS, run, toy_rows, write_rows, write_toy
 
 import sparse_ft
@@ -22,94 +17,12 @@ from sparse_ft.checkpoint.checkpoint import load_checkpoint
 from sparse_ft.errors import ConfigError, DataError
 from sparse_ft.tasks.encoded_rows import whole_rows
 from sparse_ft.tasks.kinds import find_kind
-from sparse_ft.tasks.kinds.decoding import best_legal_tags
 from sparse_ft.tasks.spec import TaskSpec
 
 
 @pytest.fixture(scope="module")
 def evaluation(toys):
     return sparse_ft.evaluate(toys, device="cpu")
-
-
-def rows_of(name: str) -> list[dict]:
-    """The rows of the test split."""
-    return toy_rows(name, 32, seed=2)
-
-
-# The figures
-
-
-@pytest.mark.parametrize("name", ["mood", "reply"])
-def test_classification_equals_scikit_learn(toys, evaluation, name):
-    model, rows = sparse_ft.load(toys, device="cpu"), rows_of(name)
-    texts = [(row["text"], row["text_pair"]) if name == "reply" else row["text"] for row in rows]
-    gold = [row["label"] for row in rows]
-    found = [model.predict([text], [name])[0].tasks[name]["label"] for text in texts]
-    score = evaluation.tasks[name].score
-    assert score.n == 32
-    assert score.metrics["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(gold, found))
-    for average in ("macro", "micro", "weighted"):
-        expected = sklearn.metrics.f1_score(gold, found, average=average)
-        assert score.metrics[f"{average}_f1"] == pytest.approx(expected)
-    assert score.report == sklearn.metrics.classification_report(gold, found, output_dict=True, zero_division=0)
-    assert score.confusion.matrix == sklearn.metrics.confusion_matrix(gold, found).tolist()
-
-
-def test_multi_label_equals_scikit_learn(toys, evaluation):
-    model, rows = sparse_ft.load(toys, device="cpu"), rows_of("about")
-    answers = [model.predict([row["text"]], ["about"])[0].tasks["about"]["labels"] for row in rows]
-    found = [{entry["label"] for entry in answer} for answer in answers]
-    gold, guess = (
-        [[int(label in labels) for label in ("football", "music")] for labels in column]
-        for column in ([row["labels"] for row in rows], found)
-    )
-    metrics = evaluation.tasks["about"].score.metrics
-    assert metrics["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(gold, guess))
-    for average in ("macro", "micro", "weighted", "samples"):
-        expected = sklearn.metrics.f1_score(gold, guess, average=average, zero_division=0)
-        assert metrics[f"{average}_f1"] == pytest.approx(expected)
-
-
-def test_tagging_equals_seqeval_and_scikit_learn(toys, evaluation):
-    model, rows = sparse_ft.load(toys, device="cpu"), rows_of("names")
-    tags = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
-    gold = [row["tags"] for row in rows]
-    logits = [model.logits([" ".join(row["tokens"])], "names")[0] for row in rows]
-    found = [[tags[place] for place in best_legal_tags(row, tags)] for row in logits]
-    metrics = evaluation.tasks["names"].score.metrics
-    assert metrics["f1"] == pytest.approx(entity_f1(gold, found))
-    assert metrics["precision"] == pytest.approx(entity_precision(gold, found))
-    assert metrics["recall"] == pytest.approx(entity_recall(gold, found))
-    assert metrics["f1"] > 0
-    flat_gold, flat_found = list(chain(*gold)), list(chain(*found))
-    assert metrics["token_accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(flat_gold, flat_found))
-    expected = sklearn.metrics.f1_score(flat_gold, flat_found, average="macro", zero_division=0)
-    assert metrics["token_macro_f1"] == pytest.approx(expected)
-
-
-def test_the_entities_of_predict_are_those_that_are_scored(toys, evaluation):
-    model, rows = sparse_ft.load(toys, device="cpu"), rows_of("names")
-    predicted = [model.predict([" ".join(row["tokens"])], ["names"])[0].tasks["names"]["entities"] for row in rows]
-    report = evaluation.tasks["names"].score.report
-    right = round(report["micro avg"]["recall"] * report["micro avg"]["support"])
-    assert sum(map(len, predicted)) == round(right / report["micro avg"]["precision"])
-
-
-def test_no_entity_is_lost_to_the_window(tmp_path, tiny_bert):
-    task = write_toy(tmp_path, "names", sizes=(24, 4, 4))
-    long = []
-    for start in range(0, 30, 10):
-        parts = toy_rows("names", 30, seed=7)[start : start + 10]
-        long.append({key: [item for part in parts for item in part[key]] for key in ("tokens", "tags")})
-    write_rows(tmp_path / "names/test.jsonl", long)
-    path = run([task], tiny_bert, tmp_path / "out", train__epochs=1, data__max_length=16).path
-    score = sparse_ft.evaluate(path, device="cpu").tasks["names"].score
-    tags = [tag for row in long for tag in row["tags"]]
-    assert score.n == 3
-    assert score.report["micro avg"]["support"] == sum(tag.startswith("B-") for tag in tags) == 60
-    assert score.token_report["weighted avg"]["support"] == len(tags)
-    for tag in set(tags):
-        assert score.token_report[tag]["support"] == tags.count(tag)
 
 
 # Labels and answers that are not as in train

@@ -1,70 +1,36 @@
 """One model, several tasks: batches, heads, training, gates for tokens. Each family: contracts/test_families.py."""
 
 import random
-from dataclasses import replace
 from itertools import chain
 
 import pytest
 import torch
 from toy_checkpoints import add_random_expert, trainable_of
+from toy_models import (
+    FIRST_BLOCK,
+    RANK,
+    SENTENCES,
+    THREE_HEADS,
+    assert_same_logits,
+    one_by_one,
+    rows_of,
+    run_rows,
+    three_tasks,
+)
 
 from sparse_ft.backbone.backbone import load_backbone
 from sparse_ft.backbone.batching import collate
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.errors import ConfigError
-from sparse_ft.experts.gates import TokenGate
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.selection import Selection
-
-# Heads of different size and level, experts of different rank and depth.
-HEADS = {"mood": ("text", 3), "names": ("word", 7), "topic": ("text", 12)}
-FIRST_BLOCK = {"mood": 1, "names": 0, "topic": 2}
-RANK = {"mood": 4, "names": 2, "topic": 8}
-TEXTS = [
-    "Book a table for two in Lisbon",
-    "Ada",
-    "I really loved this film , but the second half was boring and much too long .",
-    "Charles Babbage designed the engine",
-]
-
-
-@pytest.fixture
-def three_tasks(make_model):
-    """Return ``three_tasks(family)``: a model with the tasks above."""
-
-    def make(family, **settings):
-        return make_model(family, HEADS, first_block=FIRST_BLOCK, rank=RANK, **settings)
-
-    return make
-
-
-def rows_of(model, task, texts=TEXTS):
-    encoder = Encoder(model.backbone, max_length=64)
-    if model.tasks[task].level == "word":
-        return [(task, example) for example in encoder.words([text.split() for text in texts])]
-    return [(task, example) for example in encoder.texts(texts)]
-
-
-def run(model, rows):
-    return model(collate(rows, pad_id=model.backbone.pad_id))
-
-
-@torch.no_grad()
-def one_by_one(model, task):
-    return torch.cat([run(model, [row])[task] for row in rows_of(model, task)])
-
-
-def assert_same_answers(got, expected):
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-    assert torch.equal(got.argmax(-1), expected.argmax(-1))
-
 
 # Same text, same answer.
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "deberta-v2"])
-def test_any_order_and_any_company_give_the_same_logits(three_tasks, family):
-    model = three_tasks(family)
+def test_any_order_and_any_company_give_the_same_logits(make_model, family):
+    model = three_tasks(make_model, family)
     expected = one_by_one(model, "topic")
     generator = random.Random(0)
     rows = rows_of(model, "topic")
@@ -75,23 +41,23 @@ def test_any_order_and_any_company_give_the_same_logits(three_tasks, family):
         before = [row for task in tasks[:1] for row in generator.sample(company[task], k=2)]
         after = [row for task in tasks[1:] for row in generator.sample(company[task], k=3)]
         with torch.no_grad():
-            got = run(model, [*before, *(rows[place] for place in order), *after])["topic"]
-        assert_same_answers(got, expected[order])
+            got = run_rows(model, [*before, *(rows[place] for place in order), *after])["topic"]
+        assert_same_logits(got, expected[order])
 
 
-def test_one_thread_and_two_give_the_same_answers(three_tasks):
-    model = three_tasks("bert")
-    rows = [row for task in HEADS for row in rows_of(model, task, TEXTS * 8)]
+def test_one_thread_and_two_give_the_same_answers(make_model):
+    model = three_tasks(make_model, "bert")
+    rows = [row for task in THREE_HEADS for row in rows_of(model, task, SENTENCES * 8)]
     found = []
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             with torch.no_grad():
-                found.append(run(model, rows))
+                found.append(run_rows(model, rows))
     finally:
         torch.set_num_threads(1)
-    for task in HEADS:
-        assert_same_answers(found[1][task], found[0][task])
+    for task in THREE_HEADS:
+        assert_same_logits(found[1][task], found[0][task])
 
 
 # The last gives token types to a model that knows none, as uer/gpt2-chinese-cluecorpussmall does.
@@ -104,21 +70,21 @@ def test_pairs_beside_single_texts_answer_as_alone(tiny_folder, family, tokenize
         add_random_expert(model, task)
         model.add_task(task, expert=task, level="text", num_outputs=4).initialise(seed=0, name=task)
     rows = {
-        "single": [("single", example) for example in encoder.texts(TEXTS)],
-        "pair": [("pair", example) for example in encoder.texts(TEXTS, TEXTS[::-1])],
+        "single": [("single", example) for example in encoder.texts(SENTENCES)],
+        "pair": [("pair", example) for example in encoder.texts(SENTENCES, SENTENCES[::-1])],
     }
     with torch.no_grad():
-        mixed = run(model, rows["single"] + rows["pair"])
+        mixed = run_rows(model, rows["single"] + rows["pair"])
         for task, own in rows.items():
-            assert_same_answers(mixed[task], torch.cat([run(model, [row])[task] for row in own]))
+            assert_same_logits(mixed[task], torch.cat([run_rows(model, [row])[task] for row in own]))
 
 
 def test_two_tasks_may_share_an_expert(make_model):
     model = make_model("bert", {"mood": ("text", 3)})
     model.add_task("topic", expert="mood", level="text", num_outputs=9)
-    mixed = run(model, [*rows_of(model, "mood"), *rows_of(model, "topic")])
-    assert_same_answers(mixed["mood"], one_by_one(model, "mood"))
-    assert_same_answers(mixed["topic"], one_by_one(model, "topic"))
+    mixed = run_rows(model, [*rows_of(model, "mood"), *rows_of(model, "topic")])
+    assert_same_logits(mixed["mood"], one_by_one(model, "mood"))
+    assert_same_logits(mixed["topic"], one_by_one(model, "topic"))
     assert set(trainable_of(model, "mood")) == set(trainable_of(model, "topic"))
 
 
@@ -128,7 +94,7 @@ def test_two_tasks_may_share_an_expert(make_model):
 def test_a_task_may_be_called_like_an_attribute_of_a_module(make_model):
     names = ["type", "keys", "training", "forward", "pop", "_modules", "weight", "T_destination"]
     model = make_model("bert", dict.fromkeys(names, ("text", 3)))
-    logits = run(model.train(), [row for name in names for row in rows_of(model, name)])
+    logits = run_rows(model.train(), [row for name in names for row in rows_of(model, name)])
     sum(own.sum() for own in logits.values()).backward()
     assert all(parameter.grad is not None for name in names for parameter in trainable_of(model, name).values())
     model.eval().to(torch.float32)
@@ -137,9 +103,9 @@ def test_a_task_may_be_called_like_an_attribute_of_a_module(make_model):
 
 def test_a_batch_of_texts_without_a_word_has_no_word_logits(make_model):
     model = make_model("bert", {"names": ("word", 5), "mood": ("text", 3)})
-    mixed = run(model, [*rows_of(model, "names", ["", ""]), *rows_of(model, "mood")])
+    mixed = run_rows(model, [*rows_of(model, "names", ["", ""]), *rows_of(model, "mood")])
     assert mixed["names"].shape == (0, 5)
-    assert_same_answers(mixed["mood"], one_by_one(model, "mood"))
+    assert_same_logits(mixed["mood"], one_by_one(model, "mood"))
     mixed["names"].sum().backward()
 
 
@@ -158,15 +124,17 @@ def test_unknown_names_are_refused_with_the_closest_one(make_model):
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "deberta-v2"])
-def test_the_gradient_of_a_batch_of_several_tasks_is_that_of_its_tasks_alone(three_tasks, family):
-    model = three_tasks(family)
+def test_the_gradient_of_a_batch_of_several_tasks_is_that_of_its_tasks_alone(make_model, family):
+    model = three_tasks(make_model, family)
     assert model.backbone.family.routes_rows == (family != "deberta-v2")  # which runs expert by expert
-    rows = {task: rows_of(model, task) for task in HEADS}
-    sum(logits.square().mean() for logits in run(model, list(chain.from_iterable(rows.values()))).values()).backward()
-    mixed = {task: {name: value.grad for name, value in trainable_of(model, task).items()} for task in HEADS}
+    rows = {task: rows_of(model, task) for task in THREE_HEADS}
+    sum(
+        logits.square().mean() for logits in run_rows(model, list(chain.from_iterable(rows.values()))).values()
+    ).backward()
+    mixed = {task: {name: value.grad for name, value in trainable_of(model, task).items()} for task in THREE_HEADS}
     model.zero_grad(set_to_none=True)
-    for task in HEADS:
-        run(model, rows[task])[task].square().mean().backward()
+    for task in THREE_HEADS:
+        run_rows(model, rows[task])[task].square().mean().backward()
         for name, parameter in trainable_of(model, task).items():
             torch.testing.assert_close(mixed[task][name], parameter.grad, atol=1e-5, rtol=1e-4)
 
@@ -176,24 +144,24 @@ def test_the_backbones_own_dropout_stays_off_in_training(make_model):
     assert model.backbone.config.hidden_dropout_prob > 0
     expected = one_by_one(model, "mood")
     model.train()
-    assert_same_answers(run(model, rows_of(model, "mood"))["mood"], expected)
+    assert_same_logits(run_rows(model, rows_of(model, "mood"))["mood"], expected)
     model.experts.set_dropout(0.5)
     rows = rows_of(model, "mood")
-    assert not torch.equal(run(model, rows)["mood"], run(model, rows)["mood"])
+    assert not torch.equal(run_rows(model, rows)["mood"], run_rows(model, rows)["mood"])
     assert not any(module.training for module in model.eval().modules())
-    assert torch.equal(run(model, rows)["mood"], run(model, rows)["mood"])
+    assert torch.equal(run_rows(model, rows)["mood"], run_rows(model, rows)["mood"])
 
 
-def test_a_bf16_backbone_answers_and_learns_in_float32(three_tasks):
-    model, exact = three_tasks("bert", dtype=torch.bfloat16), three_tasks("bert")
-    rows = [row for task in HEADS for row in rows_of(exact, task)]
-    got, expected = run(model.train(), rows), run(exact, rows)
-    for task in HEADS:
+def test_a_bf16_backbone_answers_and_learns_in_float32(make_model):
+    model, exact = three_tasks(make_model, "bert", dtype=torch.bfloat16), three_tasks(make_model, "bert")
+    rows = [row for task in THREE_HEADS for row in rows_of(exact, task)]
+    got, expected = run_rows(model.train(), rows), run_rows(exact, rows)
+    for task in THREE_HEADS:
         assert got[task].dtype == torch.float32
         scale = expected[task].abs().max()
         assert (got[task] - expected[task]).abs().max() < 0.1 * scale  # 8 bits, through three blocks
     sum(logits.sum() for logits in got.values()).backward()
-    for task in HEADS:
+    for task in THREE_HEADS:
         for name, parameter in trainable_of(model, task).items():
             assert parameter.dtype == parameter.grad.dtype == torch.float32, name
 
@@ -205,7 +173,7 @@ def test_a_failed_forward_pass_does_not_lock_the_model(make_model):
     batch.input_ids[0, 0] = 10**6
     with pytest.raises(IndexError):
         model(batch)
-    assert_same_answers(one_by_one(model, "mood"), expected)
+    assert_same_logits(one_by_one(model, "mood"), expected)
 
 
 # Real weights.
@@ -213,13 +181,13 @@ def test_a_failed_forward_pass_does_not_lock_the_model(make_model):
 
 def test_minilm_answers_the_same_in_any_company(minilm):
     model = SparseExpertModel(load_backbone(minilm)).eval()
-    for task, (level, outputs) in HEADS.items():
+    for task, (level, outputs) in THREE_HEADS.items():
         add_random_expert(model, task, first_block=FIRST_BLOCK[task], rank=RANK[task])
         model.add_task(task, expert=task, level=level, num_outputs=outputs).initialise(seed=0, name=task)
     with torch.no_grad():
-        mixed = run(model, [row for task in HEADS for row in rows_of(model, task)])
-    for task in HEADS:
-        assert_same_answers(mixed[task], one_by_one(model, task))
+        mixed = run_rows(model, [row for task in THREE_HEADS for row in rows_of(model, task)])
+    for task in THREE_HEADS:
+        assert_same_logits(mixed[task], one_by_one(model, task))
 
 
 def test_stories260k_learns_to_tell_two_kinds_of_text_apart(stories260k):
@@ -233,13 +201,13 @@ def test_stories260k_learns_to_tell_two_kinds_of_text_apart(stories260k):
     model.train()
     losses = []
     for _ in range(25):
-        loss = torch.nn.functional.cross_entropy(run(model, rows)["mood"], targets)
+        loss = torch.nn.functional.cross_entropy(run_rows(model, rows)["mood"], targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.1 * losses[0]
-    assert one_by_one(model.eval(), "mood").shape[0] == len(TEXTS)
+    assert one_by_one(model.eval(), "mood").shape[0] == len(SENTENCES)
 
 
 def test_threads_may_run_the_same_model_at_once(make_model):
@@ -261,97 +229,3 @@ def test_threads_may_run_the_same_model_at_once(make_model):
         for _ in range(10):
             for one, other in zip(alone, pool.map(answer, batches), strict=True):
                 torch.testing.assert_close(one, other)
-
-
-# Mixed by a gate for tokens.
-
-
-def by_loops(model, module, x, weights):
-    """y = W x + b + sum over e of w_e s_e B_e A_e x, in float64, expert after expert."""
-    frozen = model.experts.layers[module].frozen
-    y = x.double() @ frozen.weight.double().T + frozen.bias.double()
-    for place, name in enumerate(model.experts.names):
-        expert = model.experts.get(name)
-        if module in expert.deltas:
-            lora_a, lora_b = (matrix.double() for matrix in expert.deltas[module])
-            scale = expert.alpha / len(lora_a)
-            y = y + weights[..., place : place + 1].double() * scale * (x.double() @ lora_a.T @ lora_b.T)
-    return y
-
-
-@pytest.fixture
-def gated(three_tasks):
-    """Three tasks mixed by token; two of them share an expert, too."""
-    model = three_tasks("bert")
-    add_random_expert(model, "common", rank=3, seed=2)
-    add_random_expert(model, "more", rank=5, first_block=1, seed=3)
-    for name, slot in model.tasks.items():
-        model.tasks[name] = replace(slot, joint=True, shared=None if name == "topic" else "common")
-    return model
-
-
-@torch.no_grad()
-def mix_by_token(model, *, shortlist, top_k=2):
-    """Give the model a gate over its experts in another order, and sure of itself."""
-    names = [name for name in reversed(model.experts.names) if name != "common"]
-    gate = TokenGate(names, 32, blocks=[0, 1, 2], selection=Selection(top_k=top_k), shortlist=shortlist)
-    for linear in gate.linears:
-        linear.weight.normal_(0, 0.5, generator=torch.Generator().manual_seed(1))
-    model.gate = gate.eval()
-
-
-@pytest.mark.parametrize("shortlist", [None, 3, 2])
-@torch.no_grad()
-def test_every_layer_is_the_sum_over_its_experts_in_float64(gated, shortlist):
-    mix_by_token(gated, shortlist=shortlist)
-    rows = [row for task in HEADS for row in rows_of(gated, task)]
-    batch, passed, seen = collate(rows, pad_id=gated.backbone.pad_id), {}, {}
-    handles = [
-        layer.register_forward_hook(
-            lambda _, args, y, module=module: passed.update({module: (args[0].clone(), y.clone())})
-        )
-        for module, layer in gated.experts.layers.items()
-    ]
-    gated(batch, gate=gated.gate, seen=seen)
-    for handle in handles:
-        handle.remove()
-    assert passed.keys() == gated.experts.layers.keys()
-    common, shares = gated.experts.index("common"), torch.ones(len(rows))
-    for part in batch.tasks:
-        shares[part.start : part.stop] = part.task != "topic"
-    for module, (x, y) in passed.items():
-        weights = seen[gated.backbone.block_of(module)].dense_weights(len(gated.experts.names)).clone()
-        assert ((weights > 0).sum(-1) == 2).all()
-        weights[..., common] = shares.unsqueeze(1)
-        torch.testing.assert_close(y.double(), by_loops(gated, module, x, weights), atol=1e-4, rtol=1e-4)
-    block = seen[1].dense_weights(len(gated.experts.names))
-    if shortlist != 2:  # of 2, every token of a text takes both
-        assert len({tuple(token.nonzero().flatten().tolist()) for token in block.flatten(0, 1)}) > 1
-
-
-@pytest.mark.parametrize(("family", "shortlist"), [("bert", None), ("bert", 3), ("gpt2", 3)])
-def test_mixed_rows_answer_the_same_in_any_company(three_tasks, family, shortlist):
-    model = three_tasks(family)
-    for name, slot in model.tasks.items():
-        model.tasks[name] = replace(slot, joint=True)
-    add_random_expert(model, "more", rank=5, seed=3)
-    mix_by_token(model, shortlist=shortlist)
-    alone = {task: one_by_one(model, task) for task in HEADS}
-    with torch.no_grad():
-        together = run(model, [row for task in HEADS for row in rows_of(model, task)])
-    for task in HEADS:
-        assert_same_answers(together[task], alone[task])
-        assert alone[task].std(0).min() > 1e-3
-
-
-@torch.no_grad()
-def test_the_gate_of_a_model_decides_for_mixed_tasks_and_not_for_others(gated):
-    mix_by_token(gated, shortlist=None)
-    rows = rows_of(gated, "mood")
-    mixed = run(gated, rows)["mood"]
-    asked = gated(collate(rows, pad_id=gated.backbone.pad_id), gate=gated.gate)["mood"]
-    assert torch.equal(mixed, asked)
-    gated.tasks["mood"] = replace(gated.tasks["mood"], joint=False, shared=None)
-    assert not torch.allclose(run(gated, rows)["mood"], mixed, atol=1e-3)
-    with pytest.raises(ValueError, match="'names' must be routed first"):
-        run(gated, rows + rows_of(gated, "names"))
