@@ -1,6 +1,6 @@
 """Every public task against the published counts of its data, which is not in the repository.
 
-Set SPARSE_FT_DATA_ROOT to the folder that holds conll2003/, sst2/, tnews/ and so on.
+Set SPARSE_FT_DATA_ROOT to the folder that holds conll2003/, sst2/, tnews/ and so on, and run `pytest -m public_data`.
 """
 
 import collections
@@ -17,7 +17,10 @@ from sparse_ft.tasks.schemes import spans_from_tags
 from sparse_ft.tasks.spec import load_task
 
 ROOT = os.environ.get("SPARSE_FT_DATA_ROOT")
-pytestmark = pytest.mark.skipif(ROOT is None, reason="SPARSE_FT_DATA_ROOT does not name a folder of public data sets")
+pytestmark = [
+    pytest.mark.public_data,
+    pytest.mark.skipif(ROOT is None, reason="SPARSE_FT_DATA_ROOT does not name a folder of public data sets"),
+]
 
 FOLDERS = {"atis_slots": "atis"}
 

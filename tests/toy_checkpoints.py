@@ -138,11 +138,17 @@ def saved(folder, make_model, family, *, heads=HEADS, seed=1, config=None, pooli
         for parameter in model.experts.parameters(name).values():
             parameter.data.mul_(seed)
     if gate:
-        model.gate = SequenceGate(list(heads), 32, block=0, selection=Selection())
+        model.gate = SequenceGate(list(heads), 32, block=0, choice=Choice())
+    return save_model(folder, model, config=config)
+
+
+def save_model(folder, model, *, config=None) -> Path:
+    """Write a checkpoint of a model in memory, with toy tasks of a few rows."""
+    heads = list(model.tasks)
     folder.mkdir(parents=True, exist_ok=True)
     specs = {name: load_task(write_toy(folder, name, sizes=(2, 2, 2), labels=LABELS[name])) for name in heads}
     metrics = {name: {"validation": 0.5 + place / 10} for place, name in enumerate(heads)}
-    if gate:
+    if model.gate is not None:
         metrics["names"]["routing_accuracy"] = 0.99
     sources = {name: str(folder / name) for name in heads}
     config = config or RunConfig(sources=sources)

@@ -90,7 +90,7 @@ def test_a_failure_while_filling_leaves_the_old_folder_and_no_rest(tmp_path, err
 _KILLED = """
 import os, sys
 from pathlib import Path
-from sparse_ft import folders
+from sparse_ft.checkpoint import folders
 
 target, at = Path(sys.argv[1]), int(sys.argv[2])
 calls = 0
