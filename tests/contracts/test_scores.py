@@ -10,9 +10,11 @@ import sklearn.metrics
 from seqeval.metrics import f1_score as entity_f1
 from seqeval.metrics import precision_score as entity_precision
 from seqeval.metrics import recall_score as entity_recall
-from toys import run, toy_rows, write_rows, write_toy
+from toy_checkpoints import saved
+from toys import toy_rows, write_rows
 
 import sparse_ft
+from sparse_ft.config import DataConfig, RunConfig
 from sparse_ft.tasks.kinds.decoding import best_legal_tags
 
 
@@ -87,16 +89,15 @@ def test_the_entities_of_predict_are_those_that_are_scored(model, evaluation):
     assert sum(map(len, predicted)) == round(right / report["micro avg"]["precision"])
 
 
-def test_no_entity_is_lost_to_the_window(tmp_path, tiny_bert):
-    task = write_toy(tmp_path, "names", sizes=(24, 4, 4))
-    long = []
+def test_no_entity_is_lost_to_the_window(tmp_path, make_model):
+    rows = []
     for start in range(0, 30, 10):
         parts = toy_rows("names", 30, seed=7)[start : start + 10]
-        long.append({key: [item for part in parts for item in part[key]] for key in ("tokens", "tags")})
-    write_rows(tmp_path / "names/test.jsonl", long)
-    path = run([task], tiny_bert, tmp_path / "out", train__epochs=1, data__max_length=16).path
-    score = sparse_ft.evaluate(path, device="cpu").tasks["names"].score
-    tags = [tag for row in long for tag in row["tags"]]
+        rows.append({key: [item for part in parts for item in part[key]] for key in ("tokens", "tags")})
+    write_rows(tmp_path / "long/test.jsonl", rows)
+    path = saved(tmp_path, make_model, "bert", config=RunConfig(data=DataConfig(max_length=16)))
+    score = sparse_ft.evaluate(path, tasks=["names"], data=tmp_path / "long", device="cpu").tasks["names"].score
+    tags = [tag for row in rows for tag in row["tags"]]
     assert score.n == 3
     assert score.report["micro avg"]["support"] == sum(tag.startswith("B-") for tag in tags) == 60
     assert score.token_report["weighted avg"]["support"] == len(tags)
