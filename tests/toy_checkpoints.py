@@ -138,7 +138,7 @@ def saved(folder, make_model, family, *, heads=HEADS, seed=1, config=None, pooli
         for parameter in model.experts.parameters(name).values():
             parameter.data.mul_(seed)
     if gate:
-        model.gate = SequenceGate(list(heads), 32, block=0, choice=Choice())
+        model.gate = SequenceGate(list(heads), 32, block=0, selection=Selection())
     return save_model(folder, model, config=config)
 
 

@@ -119,7 +119,7 @@ def test_an_expert_is_a_peft_adapter(tmp_path, tiny_folder, make_model, family, 
     with torch.no_grad():
         bare = plain(**inputs).last_hidden_state
         theirs = PeftModel.from_pretrained(plain, path / "experts/mood").eval()(**inputs).last_hidden_state
-        with ours.slot.filled(Routing.rows([0, 0])):
+        with ours.slot.filled(Routing.one_hot([0, 0])):
             states = ours.encoder(**inputs).last_hidden_state
     assert torch.equal(states, theirs)
     assert not torch.equal(states, bare)

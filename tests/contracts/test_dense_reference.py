@@ -8,8 +8,8 @@ from toy_checkpoints import add_random_expert
 from toy_models import THREE_HEADS, assert_same_logits, one_by_one, rows_of, run_rows, three_tasks
 
 from sparse_ft.backbone.batching import collate
-from sparse_ft.experts.choosing import Choice
 from sparse_ft.experts.gates import TokenGate
+from sparse_ft.experts.selection import Selection
 
 
 def by_loops(model, module, x, weights):
@@ -32,7 +32,7 @@ def gated(make_model):
     add_random_expert(model, "common", rank=3, seed=2)
     add_random_expert(model, "more", rank=5, first_block=1, seed=3)
     for name, slot in model.tasks.items():
-        model.tasks[name] = replace(slot, mixed=True, shared=None if name == "topic" else "common")
+        model.tasks[name] = replace(slot, joint=True, shared=None if name == "topic" else "common")
     return model
 
 
@@ -40,7 +40,7 @@ def gated(make_model):
 def mix_by_token(model, *, shortlist, top_k=2):
     """Give the model a gate over its experts in another order, and sure of itself."""
     names = [name for name in reversed(model.experts.names) if name != "common"]
-    gate = TokenGate(names, 32, blocks=[0, 1, 2], choice=Choice(top_k=top_k), shortlist=shortlist)
+    gate = TokenGate(names, 32, blocks=[0, 1, 2], selection=Selection(top_k=top_k), shortlist=shortlist)
     for linear in gate.linears:
         linear.weight.normal_(0, 0.5, generator=torch.Generator().manual_seed(1))
     model.gate = gate.eval()
@@ -66,11 +66,11 @@ def test_every_layer_is_the_sum_over_its_experts_in_float64(gated, shortlist):
     for part in batch.tasks:
         shares[part.start : part.stop] = part.task != "topic"
     for module, (x, y) in passed.items():
-        weights = seen[gated.backbone.block_of(module)].spread(len(gated.experts.names)).clone()
+        weights = seen[gated.backbone.block_of(module)].dense_weights(len(gated.experts.names)).clone()
         assert ((weights > 0).sum(-1) == 2).all()
         weights[..., common] = shares.unsqueeze(1)
         torch.testing.assert_close(y.double(), by_loops(gated, module, x, weights), atol=1e-4, rtol=1e-4)
-    block = seen[1].spread(len(gated.experts.names))
+    block = seen[1].dense_weights(len(gated.experts.names))
     if shortlist != 2:  # of 2, every token of a text takes both
         assert len({tuple(token.nonzero().flatten().tolist()) for token in block.flatten(0, 1)}) > 1
 
@@ -79,7 +79,7 @@ def test_every_layer_is_the_sum_over_its_experts_in_float64(gated, shortlist):
 def test_mixed_rows_answer_the_same_in_any_company(make_model, family, shortlist):
     model = three_tasks(make_model, family)
     for name, slot in model.tasks.items():
-        model.tasks[name] = replace(slot, mixed=True)
+        model.tasks[name] = replace(slot, joint=True)
     add_random_expert(model, "more", rank=5, seed=3)
     mix_by_token(model, shortlist=shortlist)
     alone = {task: one_by_one(model, task) for task in THREE_HEADS}
@@ -97,7 +97,7 @@ def test_the_gate_of_a_model_decides_for_mixed_tasks_and_not_for_others(gated):
     mixed = run_rows(gated, rows)["mood"]
     asked = gated(collate(rows, pad_id=gated.backbone.pad_id), gate=gated.gate)["mood"]
     assert torch.equal(mixed, asked)
-    gated.tasks["mood"] = replace(gated.tasks["mood"], mixed=False, shared=None)
+    gated.tasks["mood"] = replace(gated.tasks["mood"], joint=False, shared=None)
     assert not torch.allclose(run_rows(gated, rows)["mood"], mixed, atol=1e-3)
     with pytest.raises(ValueError, match="'names' must be routed first"):
         run_rows(gated, rows + rows_of(gated, "names"))

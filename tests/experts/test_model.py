@@ -21,7 +21,6 @@ from sparse_ft.backbone.batching import collate
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.errors import ConfigError
 from sparse_ft.experts.model import SparseExpertModel
-from sparse_ft.experts.selection import Selection
 
 # Same text, same answer.
 
