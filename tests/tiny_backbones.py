@@ -204,8 +204,7 @@ def _byte_level(family, *, bos):
     raw.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     _train(
-        raw,
-        trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+        raw, trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     )
     tokens = {f"{name}_token": token for name, token in names.items()}
     if family == "roberta":

@@ -40,12 +40,7 @@ PERSONS = [["Ada", "Lovelace"], ["Charles", "Babbage"], ["Mozart"]]
 PLACES = [["London"], ["Lisbon"], ["Geneva"], ["Chelsea"]]
 
 
-KINDS = {
-    "mood": "classification",
-    "reply": "classification",
-    "about": "multi_label",
-    "names": "token_classification",
-}
+KINDS = {"mood": "classification", "reply": "classification", "about": "multi_label", "names": "token_classification"}
 """The toy tasks; ``reply`` is one on pairs."""
 
 

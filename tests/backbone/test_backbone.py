@@ -85,14 +85,11 @@ def test_the_pooler_is_dropped_and_a_file_without_one_loads(tiny_bert, tmp_path)
     assert torch.equal(hidden_of(whole, ids), hidden_of(without, ids))
 
 
-@pytest.mark.parametrize(
-    ("family", "published_as"),
-    [
-        ("bert", "AutoModelForMaskedLM"),
-        ("deberta-v2", "AutoModelForMaskedLM"),
-        ("gpt2", "AutoModelForCausalLM"),
-    ],
-)
+@pytest.mark.parametrize(("family", "published_as"), [
+    ("bert", "AutoModelForMaskedLM"),
+    ("deberta-v2", "AutoModelForMaskedLM"),
+    ("gpt2", "AutoModelForCausalLM"),
+])  # fmt: skip
 def test_a_model_published_with_another_head_gives_the_same_hidden_states(tiny_folder, tmp_path, family, published_as):
     import transformers
 

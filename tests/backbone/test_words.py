@@ -27,25 +27,22 @@ def test_words_are_slices_in_order_and_cover_all_but_white_space(text, language)
     assert covered == {place for place, character in enumerate(text) if not character.isspace()}
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("It didn't work.", "It did n't work ."),
-        ("Ada's U.S. trip", "Ada 's U.S. trip"),
-        ("on 1996-08-22, 3.5km", "on 1996-08-22 , 3.5km"),
-        ("AT&T (mother-in-law)", "AT&T ( mother-in-law )"),
-        ("wait... what?!", "wait ... what ? !"),
-        ("在Rome玩", "在 Rome 玩"),
-        ("नमस्ते, दुनिया!", "नमस्ते , दुनिया !"),
-        ("שָׁלוֹם עוֹלָם", "שָׁלוֹם עוֹלָם"),
-        ("สวัสดี ครับ", "สวัสดี ครับ"),
-        ("وَلَد", "وَلَد"),
-        ("క్‌షణం", "క్‌షణం"),
-        ("☀️ (☀️)", "☀ ️ ( ☀ ️ )"),
-        ("\ufeffMarta\u200b Lind\u00adqvist, Gothen\u200bburg", "\ufeffMarta\u200b Lind\u00adqvist , Gothen\u200bburg"),
-        ("去\u200b吧", "去\u200b 吧"),
-    ],
-)
+@pytest.mark.parametrize(("text", "words"), [
+    ("It didn't work.", "It did n't work ."),
+    ("Ada's U.S. trip", "Ada 's U.S. trip"),
+    ("on 1996-08-22, 3.5km", "on 1996-08-22 , 3.5km"),
+    ("AT&T (mother-in-law)", "AT&T ( mother-in-law )"),
+    ("wait... what?!", "wait ... what ? !"),
+    ("在Rome玩", "在 Rome 玩"),
+    ("नमस्ते, दुनिया!", "नमस्ते , दुनिया !"),
+    ("שָׁלוֹם עוֹלָם", "שָׁלוֹם עוֹלָם"),
+    ("สวัสดี ครับ", "สวัสดี ครับ"),
+    ("وَلَد", "وَلَد"),
+    ("క్‌షణం", "క్‌షణం"),
+    ("☀️ (☀️)", "☀ ️ ( ☀ ️ )"),
+    ("\ufeffMarta\u200b Lind\u00adqvist, Gothen\u200bburg", "\ufeffMarta\u200b Lind\u00adqvist , Gothen\u200bburg"),
+    ("去\u200b吧", "去\u200b 吧"),
+])  # fmt: skip
 def test_english_words_are_split_as_the_corpora_are(text, words):
     assert [word.text for word in split_words(text)] == words.split()
 

@@ -183,18 +183,15 @@ def raised_by(code, *, filename=None):
     return OSError(code, os.strerror(code), filename)
 
 
-@pytest.mark.parametrize(
-    ("code", "message"),
-    [
-        (errno.ENOSPC, r"'.*ner' cannot be written: no space left on the disk \(\d+ MiB free\)\. Free some"),
-        (errno.EDQUOT, r"no space left on the disk"),
-        (errno.EACCES, r"'.*ner' cannot be written: no write permission \(.*ner\)\. Choose another folder"),
-        (errno.EPERM, r"no write permission"),
-        (errno.EROFS, r"no write permission"),
-        (errno.ENOTDIR, r"ner is a file, not a folder\. Choose another folder"),
-        (errno.EIO, r"'.*ner' cannot be written: Input/output error\."),
-    ],
-)
+@pytest.mark.parametrize(("code", "message"), [
+    (errno.ENOSPC, r"'.*ner' cannot be written: no space left on the disk \(\d+ MiB free\)\. Free some"),
+    (errno.EDQUOT, r"no space left on the disk"),
+    (errno.EACCES, r"'.*ner' cannot be written: no write permission \(.*ner\)\. Choose another folder"),
+    (errno.EPERM, r"no write permission"),
+    (errno.EROFS, r"no write permission"),
+    (errno.ENOTDIR, r"ner is a file, not a folder\. Choose another folder"),
+    (errno.EIO, r"'.*ner' cannot be written: Input/output error\."),
+])  # fmt: skip
 def test_refusals_of_the_operating_system_are_explained_and_the_folder_stays(tmp_path, code, message):
     target = tmp_path / "ner"
     replace_folder(target, fill_with(a="old"))

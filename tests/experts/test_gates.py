@@ -60,17 +60,14 @@ def chosen_by_loop(logits, choice):
 
 @SHAPES
 @pytest.mark.parametrize("top_k", [1, 2, 6])
-@pytest.mark.parametrize(
-    "rest",
-    [
-        {},
-        {"normalise": False},
-        {"temperature": 0.3},
-        {"top_p": 0.7},
-        {"top_p": 0.9, "temperature": 3.0},
-        {"min_confidence": 0.6},
-    ],
-)
+@pytest.mark.parametrize("rest", [
+    {},
+    {"normalise": False},
+    {"temperature": 0.3},
+    {"top_p": 0.7},
+    {"top_p": 0.9, "temperature": 3.0},
+    {"min_confidence": 0.6},
+])  # fmt: skip
 def test_a_choice_is_that_of_a_loop_in_float64(shape, top_k, rest):
     choice = Selection(top_k=top_k, **rest)
     logits = random_logits(shape, seed=top_k)

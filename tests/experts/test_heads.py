@@ -61,7 +61,7 @@ def test_a_head_is_a_float32_linear_with_dropout_in_training_only():
     assert not torch.equal(head(hidden), head(hidden))
 
 
-@pytest.mark.parametrize("how", ["unit", "mean", "first", "last"])
+@pytest.mark.parametrize("how", ["unit", "last"])
 def test_pooling_can_be_traced_for_any_number_of_rows(how):
     class Pooled(torch.nn.Module):
         def forward(self, hidden, mask):

@@ -6,15 +6,7 @@ from itertools import chain
 import pytest
 import torch
 from toy_checkpoints import add_random_expert, trainable_of
-from toy_models import (
-    SENTENCES,
-    THREE_HEADS,
-    assert_same_logits,
-    one_by_one,
-    rows_of,
-    run_rows,
-    three_tasks,
-)
+from toy_models import SENTENCES, THREE_HEADS, assert_same_logits, one_by_one, rows_of, run_rows, three_tasks
 
 from sparse_ft.backbone.backbone import load_backbone
 from sparse_ft.backbone.batching import collate

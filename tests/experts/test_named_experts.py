@@ -11,16 +11,13 @@ HEADS = {"mood": ("text", 3), "names": ("word", 5)}
 
 
 # Families: linear and Conv1D, both directions of attention, and the one that is routed task by task.
-@pytest.mark.parametrize(
-    ("family", "first_block", "rank", "targets", "grad"),
-    [
-        pytest.param("bert", 1, 4, None, False, id="the same layers and rank"),
-        pytest.param("bert", 1, 16, None, True, id="a larger rank, in training"),
-        pytest.param("bert", 2, 4, "last", False, id="one layer only"),
-        pytest.param("gpt2", 0, 2, None, True, id="Conv1D, a block below all others, in training"),
-        pytest.param("deberta-v2", 0, 2, None, False, id="task by task, a block below all others"),
-    ],
-)
+@pytest.mark.parametrize(("family", "first_block", "rank", "targets", "grad"), [
+    pytest.param("bert", 1, 4, None, False, id="the same layers and rank"),
+    pytest.param("bert", 1, 16, None, True, id="a larger rank, in training"),
+    pytest.param("bert", 2, 4, "last", False, id="one layer only"),
+    pytest.param("gpt2", 0, 2, None, True, id="Conv1D, a block below all others, in training"),
+    pytest.param("deberta-v2", 0, 2, None, False, id="task by task, a block below all others"),
+])  # fmt: skip
 def test_adding_and_removing_an_expert_leaves_all_others_bit_identical(
     make_model, family, first_block, rank, targets, grad
 ):
@@ -176,37 +173,19 @@ def random_delta(outputs, inputs, rank=2, rank_b=None):
     return torch.randn(rank, inputs), torch.randn(outputs, rank_b or rank)
 
 
-@pytest.mark.parametrize(
-    ("name", "delta", "message"),
-    [
-        ("mood", {"encoder.layer.2.attention.self.query": random_delta(32, 32)}, "There is an expert named 'mood'"),
-        (
-            "new",
-            {"encoder.layer.1.attention.self.query": random_delta(32, 32), "encoder.layer.9.x": random_delta(32, 32)},
-            r"'new' changes the layer 'encoder\.layer\.9\.x', which this backbone does not have .*another backbone",
-        ),
-        (
-            "new",
-            {"embeddings.word_embeddings": random_delta(32, 32)},
-            "'embeddings.word_embeddings', which this backbone does not have in its blocks",
-        ),
-        (
-            "new",
-            {"encoder.layer.2.attention.self.query": random_delta(48, 32)},
-            r"A \(2, 32\) and B \(48, 2\) for the layer .*query' of 32 inputs and 32 outputs",
-        ),
-        (
-            "new",
-            {"encoder.layer.2.intermediate.dense": random_delta(32, 48)},
-            r"A \(2, 48\) and B \(32, 2\) for the layer .* of 32 inputs and 48 outputs",
-        ),
-        (
-            "new",
-            {"encoder.layer.2.attention.self.query": random_delta(32, 32, 2, 3)},
-            r"A \(2, 32\) and B \(32, 3\) .*belongs to another backbone",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("name", "delta", "message"), [
+    ("mood", {"encoder.layer.2.attention.self.query": random_delta(32, 32)}, "There is an expert named 'mood'"),
+    ("new", {"encoder.layer.1.attention.self.query": random_delta(32, 32), "encoder.layer.9.x": random_delta(32, 32)},
+     r"'new' changes the layer 'encoder\.layer\.9\.x', which this backbone does not have .*another backbone"),
+    ("new", {"embeddings.word_embeddings": random_delta(32, 32)},
+     "'embeddings.word_embeddings', which this backbone does not have in its blocks"),
+    ("new", {"encoder.layer.2.attention.self.query": random_delta(48, 32)},
+     r"A \(2, 32\) and B \(48, 2\) for the layer .*query' of 32 inputs and 32 outputs"),
+    ("new", {"encoder.layer.2.intermediate.dense": random_delta(32, 48)},
+     r"A \(2, 48\) and B \(32, 2\) for the layer .* of 32 inputs and 48 outputs"),
+    ("new", {"encoder.layer.2.attention.self.query": random_delta(32, 32, 2, 3)},
+     r"A \(2, 32\) and B \(32, 3\) .*belongs to another backbone"),
+])  # fmt: skip
 def test_an_expert_that_does_not_fit_is_refused_and_nothing_changes(make_model, name, delta, message):
     model = make_model("bert", HEADS, first_block=2)
     before = all_logits(model, list(HEADS))

@@ -86,20 +86,17 @@ def test_hidden_answers_are_none_and_those_of_drcd_are_read(tmp_path):
     assert read(load_task("clue/drcd"), data=folder, splits=["test"])["test"]["answers"][0] == ["Ada"]
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"version": "v1.0"}, "an object has no 'data'. Expected the shape of SQuAD"),
-        ([], "an object has no 'data'"),
-        ({"data": [{"paragraphs": [{"qas": [{"question": "a"}]}]}]}, "the paragraph of 1 has no 'context'"),
-        (squad(("谁？", [])), "question 1: the question has no answer"),
-        (squad(("谁？", ["Ada"])), r"question 1: answers must be \[\{\"text\", \"answer_start\"\}, …\]"),
-        (squad(("谁？", [answer("Ada", 1)]), ("谁？", None)), "question 2: a row of train has no answers"),
-        ("{", "broken JSON"),
-        ({"data": None}, "train.json': its beginning has not the shape of the format 'squad'"),
-        ({"data": [{"paragraphs": [{"context": "c", "qas": ["who"]}]}]}, "'str' object is not a mapping"),
-    ],
-)
+@pytest.mark.parametrize(("content", "message"), [
+    ({"version": "v1.0"}, "an object has no 'data'. Expected the shape of SQuAD"),
+    ([], "an object has no 'data'"),
+    ({"data": [{"paragraphs": [{"qas": [{"question": "a"}]}]}]}, "the paragraph of 1 has no 'context'"),
+    (squad(("谁？", [])), "question 1: the question has no answer"),
+    (squad(("谁？", ["Ada"])), r"question 1: answers must be \[\{\"text\", \"answer_start\"\}, …\]"),
+    (squad(("谁？", [answer("Ada", 1)]), ("谁？", None)), "question 2: a row of train has no answers"),
+    ("{", "broken JSON"),
+    ({"data": None}, "train.json': its beginning has not the shape of the format 'squad'"),
+    ({"data": [{"paragraphs": [{"context": "c", "qas": ["who"]}]}]}, "'str' object is not a mapping"),
+])  # fmt: skip
 def test_what_is_no_squad_is_named(tmp_path, content, message):
     with pytest.raises(DataError, match=message):
         read(load_task("clue/cmrc2018"), data=write(tmp_path, train=content, dev=content), splits=["train"])
@@ -144,18 +141,12 @@ def test_the_answers_of_c3_may_be_hidden_in_test_only(tmp_path):
         read(spec, data=folder, splits=["train"])
 
 
-@pytest.mark.parametrize(
-    ("question", "message"),
-    [
-        (
-            {**CLOCK, "answer": "9:00"},
-            r"the answer '9:00' is none of the choices, nor the place of one from 0 to 2: 7:45",
-        ),
-        ({**CLOCK, "answer": 3}, "the answer 3 is none of the choices"),
-        ({**CLOCK, "choice": []}, "choices must be a list of texts with one at least"),
-        ({**CLOCK, "choice": "7:45"}, "choices must be a list of texts"),
-    ],
-)
+@pytest.mark.parametrize(("question", "message"), [
+    ({**CLOCK, "answer": "9:00"}, r"the answer '9:00' is none of the choices, nor the place of one from 0 to 2: 7:45"),
+    ({**CLOCK, "answer": 3}, "the answer 3 is none of the choices"),
+    ({**CLOCK, "choice": []}, "choices must be a list of texts with one at least"),
+    ({**CLOCK, "choice": "7:45"}, "choices must be a list of texts"),
+])  # fmt: skip
 def test_wrong_choices_are_named(tmp_path, question, message):
     write(tmp_path, **{"d-train": [c3_entry(CLOCK, question)], "m-train": [c3_entry(CLOCK)]})
     with pytest.raises(DataError, match=f"question 2: {message}"):

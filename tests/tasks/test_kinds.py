@@ -191,22 +191,19 @@ def test_the_answer_of_multi_label_lists_what_is_probable_most_probable_first():
     assert MANY.answer(torch.tensor([-1.0]), text="a", labels=["w"], language="en") == {"labels": []}
 
 
-@pytest.mark.parametrize(
-    ("text", "tags", "entities"),
-    [
-        ("Ada met Charles Babbage.", "B-PER O B-PER I-PER O", ["Ada", "Charles Babbage"]),
-        ("  Lisbon\t\tand\n Rome ", "B-LOC O B-LOC", ["Lisbon", "Rome"]),
-        ("New\t York", "B-LOC I-LOC", ["New\t York"]),
-        ("👩‍👩‍👧 in 😀Lisbon😀", None, ["Lisbon"]),
-        ("cafe\u0301 Rene\u0301 in Z\u0308urich", None, ["Z\u0308urich"]),
-        ("Ｌｉｓｂｏｎ（Ｒｏｍｅ）", None, ["Ｌｉｓｂｏｎ", "Ｒｏｍｅ"]),
-        ("Lisbon’s U.S. trip", None, ["Lisbon", "U.S."]),
-        ("Rome Rome", "B-LOC B-LOC", ["Rome", "Rome"]),
-        ("", "", []),
-        (" \t\n", "", []),
-        ("nobody here", "O O", []),
-    ],
-)
+@pytest.mark.parametrize(("text", "tags", "entities"), [
+    ("Ada met Charles Babbage.", "B-PER O B-PER I-PER O", ["Ada", "Charles Babbage"]),
+    ("  Lisbon\t\tand\n Rome ", "B-LOC O B-LOC", ["Lisbon", "Rome"]),
+    ("New\t York", "B-LOC I-LOC", ["New\t York"]),
+    ("👩‍👩‍👧 in 😀Lisbon😀", None, ["Lisbon"]),
+    ("cafe\u0301 Rene\u0301 in Z\u0308urich", None, ["Z\u0308urich"]),
+    ("Ｌｉｓｂｏｎ（Ｒｏｍｅ）", None, ["Ｌｉｓｂｏｎ", "Ｒｏｍｅ"]),
+    ("Lisbon’s U.S. trip", None, ["Lisbon", "U.S."]),
+    ("Rome Rome", "B-LOC B-LOC", ["Rome", "Rome"]),
+    ("", "", []),
+    (" \t\n", "", []),
+    ("nobody here", "O O", []),
+])  # fmt: skip
 def test_entities_are_slices_of_the_text_as_given(text, tags, entities):
     words = split_words(text, "en")
     from_words = ["B-LOC" if word.text in entities else "O" for word in words]

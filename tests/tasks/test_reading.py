@@ -56,11 +56,7 @@ def message(spec, data, split="test") -> str:
 
 def test_csv_fields_may_hold_commas_quotes_and_line_breaks(tmp_path):
     write(tmp_path, test__csv='text,label\r\n"a, ""b""\nc",x\r\nd,y\r\n')
-    assert one(classification(), tmp_path).to_dict() == {
-        "text": ['a, "b"\nc', "d"],
-        "label": ["x", "y"],
-        "row": [0, 1],
-    }
+    assert one(classification(), tmp_path).to_dict() == {"text": ['a, "b"\nc', "d"], "label": ["x", "y"], "row": [0, 1]}
 
 
 def test_tsv_knows_no_quotes(tmp_path):
@@ -99,11 +95,7 @@ def test_byte_order_mark_is_accepted(tmp_path):
 def test_json_lines_end_at_newlines_only(tmp_path):
     spec = classification(files={"format": "jsonl", "test": "t.jsonl"})
     write(tmp_path, t__jsonl='{"text": "a\u2028b\u0085c", "label": 1}\r\n\n{"text": ["k", "l"], "label": true}\n')
-    assert one(spec, tmp_path).to_dict() == {
-        "text": ["a\u2028b\u0085c", "k l"],
-        "label": ["1", "true"],
-        "row": [0, 1],
-    }
+    assert one(spec, tmp_path).to_dict() == {"text": ["a\u2028b\u0085c", "k l"], "label": ["1", "true"], "row": [0, 1]}
 
 
 def test_json_key_selects_a_list_of_lists(tmp_path):
@@ -412,16 +404,13 @@ def test_few_texts_are_divided_by_rows_so_that_no_class_is_lost(tmp_path, caplog
     assert {split: len(part["row"]) for split, part in parts.items()} == {"train": 48, "validation": 6, "test": 6}
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("m.csv", "label,text\nx,a\ny,b\nx,c\n"),
-        ("m.tsv", "sentence\tlabel\na\tx\nb\ty\nc\tx\n"),
-        ("m.txt", "text\tlabel\na\tx\nb\ty\nc\tx\n"),
-        ("m.jsonl", '{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n{"text": "c", "label": "x"}\n'),
-        ("m.json", '[{"text": "a", "label": "x"}, {"text": "b", "label": "y"}, {"text": "c", "label": "x"}]'),
-    ],
-)
+@pytest.mark.parametrize(("name", "content"), [
+    ("m.csv", "label,text\nx,a\ny,b\nx,c\n"),
+    ("m.tsv", "sentence\tlabel\na\tx\nb\ty\nc\tx\n"),
+    ("m.txt", "text\tlabel\na\tx\nb\ty\nc\tx\n"),
+    ("m.jsonl", '{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n{"text": "c", "label": "x"}\n'),
+    ("m.json", '[{"text": "a", "label": "x"}, {"text": "b", "label": "y"}, {"text": "c", "label": "x"}]'),
+])  # fmt: skip
 @pytest.mark.parametrize("files", [None, {"format": "csv", "header": False}])
 def test_one_file_of_another_format_for_classification(tmp_path, name, content, files):
     (tmp_path / name).write_text(content, encoding="utf-8")
@@ -706,7 +695,7 @@ def test_labels_that_tell_nothing_apart_are_refused(tmp_path, spec, content, sai
     ("nowhere", None, "nowhere' does not exist"),
     ("mine.csv", "text,label\na,x\nb,y\n", "has 2 rows, too few"),
     ("same.csv", "text,label\na,x\nA,y\n a,x\nb,y\n", "has 2 rows with different texts, too few"),
-    ("mine.xlsx", "PK", "mine.xlsx' cannot be told by its suffix '.xlsx'. Expected one of .csv, .tsv"),
+    ("mine.xlsx", b"PK\x03\x04\x00\x00", "mine.xlsx' cannot be told by its suffix '.xlsx'. Expected one of .csv, .tsv"),
 ])  # fmt: skip
 def test_one_file_that_cannot_be_divided_is_refused(tmp_path, name, content, said):
     if content is not None:

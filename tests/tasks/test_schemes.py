@@ -11,18 +11,15 @@ def test_split_tag_keeps_dashes_of_the_type():
     assert split_tag("O") == ("O", "")
 
 
-@pytest.mark.parametrize(
-    ("scheme", "tags", "expected"),
-    [
-        ("iob1", "I-X I-X B-X I-Y O I-X", "B-X I-X B-X B-Y O B-X"),
-        ("iob2", "B-X I-X B-X B-Y O B-X", "B-X I-X B-X B-Y O B-X"),
-        ("iob2", "I-X I-X O I-Y I-X", "B-X I-X O B-Y B-X"),
-        ("bioes", "B-X E-X S-X S-Y O S-X", "B-X I-X B-X B-Y O B-X"),
-        ("bmes", "B-X M-X E-X S-X O B-Y E-Y", "B-X I-X I-X B-X O B-Y I-Y"),
-        ("bmes", "B-X M-X O M-X E-X E-X", "B-X I-X O B-X I-X B-X"),
-        ("bmes", "B-X B-X E-Y", "B-X B-X B-Y"),
-    ],
-)
+@pytest.mark.parametrize(("scheme", "tags", "expected"), [
+    ("iob1", "I-X I-X B-X I-Y O I-X", "B-X I-X B-X B-Y O B-X"),
+    ("iob2", "B-X I-X B-X B-Y O B-X", "B-X I-X B-X B-Y O B-X"),
+    ("iob2", "I-X I-X O I-Y I-X", "B-X I-X O B-Y B-X"),
+    ("bioes", "B-X E-X S-X S-Y O S-X", "B-X I-X B-X B-Y O B-X"),
+    ("bmes", "B-X M-X E-X S-X O B-Y E-Y", "B-X I-X I-X B-X O B-Y I-Y"),
+    ("bmes", "B-X M-X O M-X E-X E-X", "B-X I-X O B-X I-X B-X"),
+    ("bmes", "B-X B-X E-Y", "B-X B-X B-Y"),
+])  # fmt: skip
 def test_to_iob2(scheme, tags, expected):
     assert to_iob2(tags.split(), scheme) == expected.split()
 
