@@ -43,7 +43,7 @@ from script import chosen, listed, numbers, run
 from submission import SUBMISSIONS, write_submission
 from trainer_peers import PEER_KINDS, RATES, run_trainer
 
-import sparse_ft.training.train
+import sparse_ft
 from sparse_ft.errors import DataError, SparseFTError
 from sparse_ft.evaluation.evaluate import evaluate
 from sparse_ft.prediction.loaded_model import LoadedModel, load
@@ -208,7 +208,7 @@ class Benchmark:
         if not resumed:
             by.parent.mkdir(parents=True, exist_ok=True)
             by.write_text(about(), encoding="utf-8")
-        result = sparse_ft.training.train(
+        result = sparse_ft.train(
             [subject.file for subject in names.values()],
             data={task: str(subject.source) for task, subject in names.items() if subject.source is not None} or None,
             backbone=self.backbone,

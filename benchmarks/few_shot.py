@@ -17,7 +17,7 @@ from few_rows import draw
 from runs import Entry, Runs, mean_and_spread
 from script import chosen, listed, numbers, run
 
-import sparse_ft.training.train
+import sparse_ft
 from sparse_ft.checkpoint.manifest import read_config, read_manifest
 from sparse_ft.tasks.spec import load_task
 
@@ -40,7 +40,7 @@ class Comparison:
     def run(self, method: str, task: Path, *, seed: int, output: Path) -> dict[str, float]:
         alone = method == "alone"
         as_base = [f"data.max_length={self.config.data.max_length}", f"experts.pooling={self.manifest['pooling']}"]
-        result = sparse_ft.training.train(
+        result = sparse_ft.train(
             [str(task)],
             backbone=self.config.backbone if alone else None,
             from_checkpoint=None if alone else self.base,

@@ -24,8 +24,7 @@ from runs import Runs, mean_and_spread
 from script import chosen, listed, numbers, run
 from trainer_peers import run_trainer
 
-import sparse_ft.evaluation.evaluate
-import sparse_ft.training.train
+import sparse_ft
 from sparse_ft.config import load_config
 from sparse_ft.errors import ConfigError
 from sparse_ft.experts.model import SparseExpertModel
@@ -85,14 +84,14 @@ class Comparison:
             asked, checkpoint = route, path
             if route == "prototype":
                 asked, checkpoint = "gate", self.folder / "prototype"
-                sparse_ft.training.train(
+                sparse_ft.train(
                     stage="gate",
                     from_checkpoint=path,
                     output=checkpoint,
                     overrides=["gate.type=prototype"],
                     device="cpu",
                 )
-            result = sparse_ft.evaluation.evaluate(checkpoint, route=asked, device="cpu")
+            result = sparse_ft.evaluate(checkpoint, route=asked, device="cpu")
             found[f"expert, route {route}"] = {
                 "scores": _headlines(checkpoint, result),
                 "trained": trained_numbers(_model(path), gate=route == "gate"),
@@ -115,7 +114,7 @@ class Comparison:
 
     def _run(self, name: str, *overrides: str) -> dict[str, Any]:
         started = time.perf_counter()
-        result = sparse_ft.training.train(
+        result = sparse_ft.train(
             self.tasks,
             data=None if self.sources is None else {task: str(path) for task, path in self.sources.items()},
             output=self.folder / name,
@@ -144,7 +143,7 @@ def _model(checkpoint: Path) -> SparseExpertModel:
     return sparse_ft.load(checkpoint, device="cpu").checkpoint.model
 
 
-def _headlines(checkpoint: Path, result: sparse_ft.evaluation.Evaluation) -> dict[str, float]:
+def _headlines(checkpoint: Path, result: sparse_ft.Evaluation) -> dict[str, float]:
     """Return the score that each task is known by."""
     loaded = sparse_ft.load(checkpoint, device="cpu")
     return {task: entry.score.metrics[loaded.tasks[task].metric] for task, entry in result.tasks.items()}

@@ -11,18 +11,9 @@ from sparse_ft.backbone.backbone import load_backbone
 from sparse_ft.resources import bundled_dir
 from sparse_ft.tasks.spec import load_task
 
-SCRIPTS = Path(__file__).parents[2] / "benchmarks"
 FEW = ("data.train_limit=40", "train.epochs=1", "train.min_steps=0", "gate.rows=40")
 
-pytestmark = pytest.mark.skipif(not SCRIPTS.exists(), reason="benchmarks/ is not in an installed package")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _scripts():
-    """Let the scripts find one another, as they do when one of them is run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(SCRIPTS)
-        yield
+pytestmark = pytest.mark.benchmarks
 
 
 def call(*arguments: str | Path) -> None:
@@ -41,7 +32,7 @@ def results(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def options(tiny_bert, results) -> list[str | Path]:
-    """Return what all calls are told; the first has run every method on one task, the second two of them on another."""
+    """Run every method on one task, and two of them on another; return the options of both calls."""
     import benchmark
 
     arguments = [
@@ -64,8 +55,8 @@ def entries(options, results) -> dict[tuple[str, str], dict]:
 def test_every_method_is_scored_on_test(entries):
     import benchmark
 
-    asked = {("intent", method) for method in benchmark.METHODS} | {("ner", "expert"), ("ner", "full")}
-    assert set(entries) == asked
+    expected = {("intent", method) for method in benchmark.METHODS} | {("ner", "expert"), ("ner", "full")}
+    assert set(entries) == expected
     for (task, _), entry in entries.items():
         assert entry["scored_on"] == {"intent": "test, 160 rows", "ner": "test, 130 rows"}[task]
         assert 0 <= entry["headline"] == entry["metrics"][entry["metric"]] <= 1
@@ -88,7 +79,7 @@ def test_what_is_there_is_not_run_again(options, tmp_path, capsys, monkeypatch):
         raise AssertionError("trained again")
 
     monkeypatch.setattr(benchmark, "run_trainer", never)
-    monkeypatch.setattr(benchmark.sparse_ft.training, "train", never)
+    monkeypatch.setattr(benchmark.sparse_ft, "train", never)
     pages = ("--plot", tmp_path / "plot.png", "--append", tmp_path / "results.md")
     call("intent,ner", "--methods", "expert,full", *options, *pages)
     printed, written = capsys.readouterr().out, (tmp_path / "results.md").read_text()
@@ -123,7 +114,7 @@ def test_a_kept_checkpoint_is_told_by_the_commit_that_trained_it(options, tmp_pa
     for name, commit in (("first", "commit one"), ("second", "commit two")):
         monkeypatch.setattr(benchmark, "about", lambda commit=commit: commit)
         call("intent", "--methods", "expert", *options, *kept, "--results", tmp_path / name)
-        monkeypatch.setattr(benchmark.sparse_ft.training, "train", None)  # the second only scores
+        monkeypatch.setattr(benchmark.sparse_ft, "train", None)  # the second only scores
         found.append(json.loads((tmp_path / name).read_text()))
     assert [entry["about"] for entry in found] == ["commit one", "commit one"]
     assert found[0]["metrics"] == found[1]["metrics"]

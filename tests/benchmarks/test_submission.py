@@ -12,6 +12,7 @@ from sparse_ft.errors import ConfigError, DataError
 from sparse_ft.tasks.spec import load_task
 
 ROOT = os.environ.get("SPARSE_FT_DATA_ROOT")
+pytestmark = pytest.mark.benchmarks
 real = pytest.mark.skipif(ROOT is None, reason="SPARSE_FT_DATA_ROOT does not name a folder of public data sets")
 
 
@@ -36,6 +37,7 @@ def test_every_clue_task_but_drcd_can_be_handed_in():
 
 
 @real
+@pytest.mark.public_data
 @pytest.mark.parametrize(
     ("name", "number", "file"), [("afqmc", 3861, "afqmc"), ("tnews", 10000, "tnews11"), ("ocnli", 3000, "ocnli_50k")]
 )
@@ -61,6 +63,7 @@ def test_labels_are_handed_in_as_the_codes_of_the_site_in_the_order_of_its_file(
 
 
 @real
+@pytest.mark.public_data
 def test_entities_are_handed_in_with_inclusive_ends_that_agree_with_the_text(tmp_path):
     import gzip
 
