@@ -45,8 +45,8 @@ def certain(examples, columns):
 LONG = "今天上海的天气很好，图书馆建于１９３２年，藏书三十万册。" * 8
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "gpt2", "llama"])
-@pytest.mark.parametrize("place", [0, 1, 40, 97, 150, len(LONG) - 6])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "deberta-v2"])
+@pytest.mark.parametrize("place", [0, 97, len(LONG) - 6])
 def test_windows_lose_no_answer(tiny_folder, family, place):
     text = LONG[:place] + "甲乙😀丙" + LONG[place:]
     columns = columns_of(text, "哪一个？", "甲乙😀丙")
