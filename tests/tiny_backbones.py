@@ -141,7 +141,7 @@ def _word_pieces(*, has_types):
     normalizer, pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
     pieces = _pieces(147, pre_tokenizer=pre_tokenizer, normalizer=normalizer)
     tokens = [*special, *pieces, *(f"##{piece}" for piece in pieces)]
-    raw = Tokenizer(models.WordPiece({token: place for place, token in enumerate(tokens)}, unk_token="[UNK]"))
+    raw = Tokenizer(models.WordPiece({token: index for index, token in enumerate(tokens)}, unk_token="[UNK]"))
     raw.normalizer, raw.pre_tokenizer = normalizer, pre_tokenizer
     raw.decoder = decoders.WordPiece()
     raw.post_processor = processors.TemplateProcessing(

@@ -92,7 +92,7 @@ def routed(num_experts, num_blocks=3, *, texts=("[CLS]", "Ada", "上海", "[SEP]
         text=" ".join(texts),
         tokens=[Token(text, 0, len(text)) for text in texts],
         truncated=False,
-        experts=[f"expert_{place}" for place in range(num_experts)],
+        experts=[f"expert_{index}" for index in range(num_experts)],
         blocks=list(range(1, num_blocks + 1)),
         weights=weights if by_token else weights[:1, :1].expand(num_blocks, len(texts), -1),
         by_token=by_token,
@@ -121,14 +121,12 @@ def trainable_of(model, task):
 
 # Of `saved`.
 LABELS = {"mood": ["bad", "good"], "reply": ["no", "yes"], "about": ["football", "music"], "names": ["PER", "LOC"]}
-
-
 HEADS = {"mood": ("text", 2), "about": ("text", 2), "names": ("word", 5)}
 
 
 def saved(folder, make_model, family, *, heads=HEADS, seed=1, config=None, pooling="auto", gate=False) -> Path:
     """Write a checkpoint of random experts in different blocks, without training; the tagger sees word shapes."""
-    lowest = {name: place for place, name in enumerate(HEADS)}
+    lowest = {name: index for index, name in enumerate(HEADS)}
     model = make_model(family, heads, first_block=lowest, rank={"mood": 4, "about": 8, "names": 6}, pooling=pooling)
     if "names" in heads:
         tagger = model.experts.get("names")
@@ -147,7 +145,7 @@ def save_model(folder, model, *, config=None) -> Path:
     heads = list(model.tasks)
     folder.mkdir(parents=True, exist_ok=True)
     specs = {name: load_task(write_toy(folder, name, sizes=(2, 2, 2), labels=LABELS[name])) for name in heads}
-    metrics = {name: {"validation": 0.5 + place / 10} for place, name in enumerate(heads)}
+    metrics = {name: {"validation": 0.5 + index / 10} for index, name in enumerate(heads)}
     if model.gate is not None:
         metrics["names"]["routing_accuracy"] = 0.99
     sources = {name: str(folder / name) for name in heads}

@@ -13,45 +13,20 @@ from sparse_ft.cli import main as cli_module
 
 # Words of the corpus that conftest's tokenizers are built on: fillers, then one group an answer.
 FILLERS = [
-    "the",
-    "first",
-    "second",
-    "half",
-    "of",
-    "table",
-    "company",
-    "weather",
-    "analytical",
-    "engine",
-    "three",
-    "and",
-    "then",
-    "at",
-    "six",
-]
-
-
+    "the", "first", "second", "half", "of", "table", "company", "weather", "analytical", "engine", "three", "and", "then",
+    "at", "six",
+]  # fmt: skip
 GOOD, BAD = ["loved"], ["boring"]
-
-
 PERSONS = [["Ada", "Lovelace"], ["Charles", "Babbage"], ["Mozart"]]
-
-
 PLACES = [["London"], ["Lisbon"], ["Geneva"], ["Chelsea"]]
-
-
 KINDS = {"mood": "classification", "reply": "classification", "about": "multi_label", "names": "token_classification"}
 """The toy tasks; ``reply`` is one on pairs."""
-
-
 COLUMNS = {
     "mood": {"text": "text", "label": "label"},
     "reply": {"text": "text", "text_pair": "text_pair", "label": "label"},
     "about": {"text": "text", "labels": "labels"},
     "names": {"tokens": "tokens", "tags": "tags"},
 }
-
-
 EXAMPLES = {"mood": "the weather loved", "reply": "the table\tthe film", "names": "Ada met Mozart in Lisbon"}
 
 
@@ -60,11 +35,11 @@ def toy_row(name: str, generator: random.Random) -> dict:
     words = generator.choices(FILLERS, k=generator.randint(2, 5))
     good = generator.random() < 0.5
     cue = generator.choice(GOOD if good else BAD)
-    place = generator.randrange(len(words) + 1)
+    index = generator.randrange(len(words) + 1)
     if name == "mood":
-        return {"text": " ".join([*words[:place], cue, *words[place:]]), "label": "good" if good else "bad"}
+        return {"text": " ".join([*words[:index], cue, *words[index:]]), "label": "good" if good else "bad"}
     if name == "reply":  # the first text never tells
-        second = " ".join([*words[:place], cue, *words[place:]])
+        second = " ".join([*words[:index], cue, *words[index:]])
         return {"text": " ".join(generator.choices(FILLERS, k=2)), "text_pair": second, "label": "yn"[not good]}
     if name == "about":
         labels = [label for label in ("music", "football") if generator.random() < 0.5]
@@ -214,12 +189,8 @@ def train_joint(tasks, backbone, output, *, start=None, seed=None, data=None, **
 
 JOINT = {"token": {"gate__type": "token", **POOL}, "sequence": {}}
 """By token among a pool with a shared expert and one A; by text among the tasks' own experts."""
-
-
 SINGLE = ["mood", "about", "names"]
 """The toy tasks that read one text."""
-
-
 ODD_TEXTS = [
     "",
     " ",

@@ -166,11 +166,11 @@ def test_collate_pads_masks_and_sorts_by_task():
     ]
     batch = collate(rows, pad_id=99)
     assert batch.input_ids.shape == batch.attention_mask.shape == batch.token_type_ids.shape == (9, 4)
-    for place, (_, example) in enumerate(rows):
+    for index, (_, example) in enumerate(rows):
         size = len(example.input_ids)
-        assert batch.input_ids[place].tolist() == example.input_ids + [99] * (4 - size)
-        assert batch.attention_mask[place].tolist() == [1] * size + [0] * (4 - size)
-        assert batch.token_type_ids[place].tolist() == (example.token_type_ids or [0] * 4)
+        assert batch.input_ids[index].tolist() == example.input_ids + [99] * (4 - size)
+        assert batch.attention_mask[index].tolist() == [1] * size + [0] * (4 - size)
+        assert batch.token_type_ids[index].tolist() == (example.token_type_ids or [0] * 4)
     assert int(batch.attention_mask.sum()) == sum(len(example.input_ids) for _, example in rows)
     topic, pair, ner, many, new = batch.tasks
     assert [(rows.task, rows.start, rows.stop) for rows in batch.tasks] == [

@@ -24,7 +24,7 @@ def test_words_are_slices_in_order_and_cover_all_but_white_space(text, language)
         covered.update(range(word.start, word.end))
     assert sum(word.end - word.start for word in words) == len(covered)
     assert [word.start for word in words] == sorted(word.start for word in words)
-    assert covered == {place for place, character in enumerate(text) if not character.isspace()}
+    assert covered == {index for index, character in enumerate(text) if not character.isspace()}
 
 
 @pytest.mark.parametrize(("text", "words"), [

@@ -16,12 +16,12 @@ def by_loops(model, module, x, weights):
     """y = W x + b + sum over e of w_e s_e B_e A_e x, in float64, expert after expert."""
     frozen = model.experts.layers[module].frozen
     y = x.double() @ frozen.weight.double().T + frozen.bias.double()
-    for place, name in enumerate(model.experts.names):
+    for index, name in enumerate(model.experts.names):
         expert = model.experts.get(name)
         if module in expert.deltas:
             lora_a, lora_b = (matrix.double() for matrix in expert.deltas[module])
             scale = expert.alpha / len(lora_a)
-            y = y + weights[..., place : place + 1].double() * scale * (x.double() @ lora_a.T @ lora_b.T)
+            y = y + weights[..., index : index + 1].double() * scale * (x.double() @ lora_a.T @ lora_b.T)
     return y
 
 

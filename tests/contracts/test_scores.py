@@ -69,7 +69,7 @@ def test_tagging_equals_seqeval_and_scikit_learn(model, evaluation):
     tags = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
     gold = [row["tags"] for row in rows]
     logits = [model.logits([" ".join(row["tokens"])], "names")[0] for row in rows]
-    found = [[tags[place] for place in best_legal_tags(row, tags)] for row in logits]
+    found = [[tags[index] for index in best_legal_tags(row, tags)] for row in logits]
     metrics = evaluation.tasks["names"].score.metrics
     assert metrics["f1"] == pytest.approx(entity_f1(gold, found))
     assert metrics["precision"] == pytest.approx(entity_precision(gold, found))

@@ -32,7 +32,7 @@ def sentences(number, *, words=range(6), seed=0):
     generator = torch.Generator().manual_seed(seed)
     words, found = list(words), []
     for start, surprise in torch.randint(0, 1000, (number, 2), generator=generator).tolist():
-        row = [words[(start + place) % len(words)] for place in range(8)]
+        row = [words[(start + index) % len(words)] for index in range(8)]
         row[surprise % 8] = words[surprise % len(words)]
         found.append(row)
     return found
@@ -93,7 +93,7 @@ def test_the_distance_is_minus_twice_the_log_density_of_the_nearest_expert(fitte
 def test_an_answer_does_not_depend_on_the_other_texts(fitted, clusters):
     fresh, tokens = clusters[2][:6], [*sentences(4), [7], [1, 2, 60]]
     together = fitted(fresh, tokens)
-    alone = torch.cat([fitted(fresh[place : place + 1], [tokens[place]]) for place in range(6)])
+    alone = torch.cat([fitted(fresh[index : index + 1], [tokens[index]]) for index in range(6)])
     torch.testing.assert_close(together, alone, atol=2e-3, rtol=0)
 
 

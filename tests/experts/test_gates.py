@@ -127,17 +127,17 @@ def test_the_gradient_reaches_the_chosen_logits_unless_one_expert_stands_alone()
 def within_capacity_by_loop(experts, weights, num_experts, *, factor, mask):
     """Walk through the batch in order and give each choice a place while there are any."""
     real = [
-        (place, choice)
-        for place in range(len(experts))
-        for choice in range(len(experts[place]))
-        if mask[place] and weights[place][choice] > 0
+        (index, choice)
+        for index in range(len(experts))
+        for choice in range(len(experts[index]))
+        if mask[index] and weights[index][choice] > 0
     ]
     places, used = max(1.0, len(real) * factor / num_experts), [0] * num_experts
     kept = [list(row) for row in weights]
-    for place, choice in real:
-        used[experts[place][choice]] += 1
-        if used[experts[place][choice]] > places:
-            kept[place][choice] = 0.0
+    for index, choice in real:
+        used[experts[index][choice]] += 1
+        if used[experts[index][choice]] > places:
+            kept[index][choice] = 0.0
     return kept
 
 
@@ -244,7 +244,7 @@ def prototypes(clouds):
 
 
 def test_prototypes_are_linear_discriminant_analysis():
-    clouds = [rows[: 40 + 30 * place] for place, rows in enumerate(clusters(3, 100, distance=1, seed=0))]
+    clouds = [rows[: 40 + 30 * index] for index, rows in enumerate(clusters(3, 100, distance=1, seed=0))]
     centred = torch.cat([rows - rows.mean(0) for rows in clouds]).double().numpy()
     shrinkage = max(1e-3, ledoit_wolf_shrinkage(centred, assume_centered=True))
     covariance = sum(np.cov(rows.double().numpy().T, bias=True) for rows in clouds) / 3

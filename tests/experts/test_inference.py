@@ -46,8 +46,8 @@ def test_texts_answer_the_same_in_any_order_and_any_batch(model, monkeypatch, ma
     assert len({tuple(row.tolist()) for row in expected}) > 15
     monkeypatch.setattr("sparse_ft.backbone.batching.MAX_TOKENS", max_tokens)
     order = random.Random(1).sample(range(len(texts)), k=len(texts))
-    got = classify(model, [texts[place] for place in order])
-    assert_same(got, [expected[place] for place in order])
+    got = classify(model, [texts[index] for index in order])
+    assert_same(got, [expected[index] for index in order])
     assert all(row.shape == (3,) and row.dtype == torch.float32 and not row.requires_grad for row in got)
 
 
@@ -57,9 +57,9 @@ def test_words_answer_the_same_in_any_order_and_any_batch(model, monkeypatch, ma
     expected = [tag(model, [row])[0] for row in rows]
     monkeypatch.setattr("sparse_ft.backbone.batching.MAX_TOKENS", max_tokens)
     order = random.Random(1).sample(range(len(rows)), k=len(rows))
-    got = tag(model, [rows[place] for place in order])
-    assert_same(got, [expected[place] for place in order])
-    assert [tuple(row.shape) for row in got] == [(len(rows[place]), 5) for place in order]
+    got = tag(model, [rows[index] for index in order])
+    assert_same(got, [expected[index] for index in order])
+    assert [tuple(row.shape) for row in got] == [(len(rows[index]), 5) for index in order]
 
 
 def test_windows_are_stitched_word_by_word(model):

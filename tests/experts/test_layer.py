@@ -85,7 +85,7 @@ def test_one_expert_is_pefts_lora(kind):
         x = torch.randn(3, 5, INPUTS, generator=torch.Generator().manual_seed(2))
         x_peft, x_ours = x.clone().requires_grad_(), x.clone().requires_grad_()
         expected, got = reference(x_peft), call(layer, x_ours, routing)
-        served = torch.tensor([place for place, expert in enumerate(routing) if expert == 0])
+        served = torch.tensor([index for index, expert in enumerate(routing) if expert == 0])
         torch.testing.assert_close(got[served], expected[served], atol=2e-6, rtol=1e-6)
         reference.zero_grad()
         layer.zero_grad()

@@ -30,7 +30,7 @@ def test_any_order_and_any_company_give_the_same_logits(make_model, family):
         before = [row for task in tasks[:1] for row in generator.sample(company[task], k=2)]
         after = [row for task in tasks[1:] for row in generator.sample(company[task], k=3)]
         with torch.no_grad():
-            got = run_rows(model, [*before, *(rows[place] for place in order), *after])["topic"]
+            got = run_rows(model, [*before, *(rows[index] for index in order), *after])["topic"]
         assert_same_logits(got, expected[order])
 
 

@@ -17,8 +17,8 @@ CONTEXT = "图书馆（ＬＩＢ）建于1932年，藏书😀三十万册。1932
 
 def squad(*questions, context=CONTEXT):
     asked = [
-        {"id": f"DEV_0_QUERY_{place}", "question": question, "answers": answers}
-        for place, (question, answers) in enumerate(questions)
+        {"id": f"DEV_0_QUERY_{index}", "question": question, "answers": answers}
+        for index, (question, answers) in enumerate(questions)
     ]
     return {
         "version": "v1.0",
@@ -188,7 +188,7 @@ def test_every_blank_of_chid_is_a_row_and_the_others_are_dots(tmp_path):
         f"去{BLANK}？还是……，另走一条路。",
         f"去……？还是{BLANK}，另走一条路。",
     ]
-    assert [CANDIDATES[place] for place in rows["answer"]] == ["百尺竿头", "随波逐流", "逆水行舟"]
+    assert [CANDIDATES[index] for index in rows["answer"]] == ["百尺竿头", "随波逐流", "逆水行舟"]
     assert rows["choices"][1] == CANDIDATES
 
 
@@ -214,7 +214,7 @@ def test_a_blank_without_an_answer_is_named(tmp_path):
 
 def test_a_question_under_our_own_name_is_read(tmp_path):
     rows = [
-        {"text": f"story {place}", "text_pair": "Who ?", "choices": ["Ada", "Bob"], "answer": 0} for place in (1, 2)
+        {"text": f"story {index}", "text_pair": "Who ?", "choices": ["Ada", "Bob"], "answer": 0} for index in (1, 2)
     ]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     files = {"format": "jsonl", "train": "train.jsonl"}

@@ -25,7 +25,7 @@ def test_the_best_of_all_legal_sequences(seed):
     sums = {
         places: float(logits.log_softmax(-1)[range(len(logits)), list(places)].sum())
         for places in itertools.product(range(len(TAGS)), repeat=len(logits))
-        if is_legal([TAGS[place] for place in places])
+        if is_legal([TAGS[index] for index in places])
     }
     assert tuple(best_legal_tags(logits, TAGS)) == max(sums, key=sums.__getitem__)
 

@@ -199,7 +199,7 @@ def test_entities_are_slices_of_the_text_as_given(text, tags, entities):
         assert set(entity) == {"type", "text", "start", "end", "score"}
         assert text[entity["start"] : entity["end"]] == entity["text"]
     assert [entity["start"] for entity in found] == sorted(entity["start"] for entity in found)
-    begun = [tag.partition("-")[2] for place, tag in enumerate(tags) if tag[0] == "B" or tags[0][0] == tag[0] == "I"]
+    begun = [tag.partition("-")[2] for index, tag in enumerate(tags) if tag[0] == "B" or tags[0][0] == tag[0] == "I"]
     assert [entity["type"] for entity in found] == begun
 
 

@@ -98,6 +98,6 @@ def test_logits_do_not_depend_on_other_rows_nor_on_other_choices(make_model):
     for row in range(3):
         alone = {name: values[row : row + 1] for name, values in COLUMNS.items()}
         torch.testing.assert_close(logits(alone)[0], together[row], atol=1e-5, rtol=1e-5)
-        for place, choice in enumerate(COLUMNS["choices"][row]):
+        for index, choice in enumerate(COLUMNS["choices"][row]):
             [single] = logits({**alone, "choices": [[choice]]})
-            torch.testing.assert_close(single[0], together[row][place], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(single[0], together[row][index], atol=1e-5, rtol=1e-5)

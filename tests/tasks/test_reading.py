@@ -101,7 +101,7 @@ def test_json_lines_end_at_newlines_only(tmp_path):
 def test_json_key_selects_a_list_of_lists(tmp_path):
     files = {"format": "json", "train": ["d.json#train", "d.json#extra"], "test": "d.json#nothing"}
     spec = classification(files=files, columns={"text": 0, "label": 1})
-    content = {"train": [[f"t{place}", "a"] for place in range(9)], "extra": [["o", "oos"]]}
+    content = {"train": [[f"t{index}", "a"] for index in range(9)], "extra": [["o", "oos"]]}
     write(tmp_path, d__json=json.dumps(content))
     both = read(spec, data=tmp_path, splits=["train", "validation"])
     assert sorted([*both["train"]["row"], *both["validation"]["row"]]) == list(range(10))
@@ -116,7 +116,7 @@ def test_joined_columns_leave_out_what_is_null(tmp_path):
 
 
 def test_rows_with_the_same_text_are_on_one_side(tmp_path):
-    rows = "".join(f"Text {place // 5},{place % 2}\n" for place in range(200))
+    rows = "".join(f"Text {index // 5},{index % 2}\n" for index in range(200))
     write(tmp_path, all__csv=f"text,label\n{rows}")
     found = read(classification(), data=tmp_path / "all.csv")
     texts = [set(found[split]["text"]) for split in ("train", "validation", "test")]
@@ -126,7 +126,7 @@ def test_rows_with_the_same_text_are_on_one_side(tmp_path):
 
 def test_a_table_of_positions_may_have_a_header(tmp_path):
     spec = classification(columns={"text": 0, "label": 1}, files={"format": "csv", "header": True, "train": "x.csv"})
-    write(tmp_path, z__csv="review,stars\n" + "".join(f"t{place},{place % 2}\n" for place in range(10)))
+    write(tmp_path, z__csv="review,stars\n" + "".join(f"t{index},{index % 2}\n" for index in range(10)))
     assert set(read(spec, data=tmp_path / "z.csv")["train"]["label"]) == {"0", "1"}
 
 
@@ -140,7 +140,7 @@ def test_mapping_gives_names_and_accepts_them(tmp_path):
 
 
 def test_sentences_of_the_same_words_stay_together(tmp_path):
-    sentences = [f"w{place % 10} O\nend O\n" for place in range(60)]
+    sentences = [f"w{index % 10} O\nend O\n" for index in range(60)]
     write(tmp_path, mine__conll="\n".join(sentences))
     parts = single(tagging(), tmp_path / "mine.conll")
     words = {split: {row[0] for row in part["tokens"]} for split, part in parts.items()}
@@ -341,7 +341,7 @@ def test_cluewsc_marks_candidate_and_pronoun(tmp_path):
 
 def test_validation_is_a_fixed_tenth_of_train(tmp_path, caplog):
     spec = classification(files={"format": "csv", "train": "train.csv"})
-    write(tmp_path, train__csv="text,label\n" + "".join(f"t{place},{place % 2}\n" for place in range(50)))
+    write(tmp_path, train__csv="text,label\n" + "".join(f"t{index},{index % 2}\n" for index in range(50)))
     with caplog.at_level(logging.INFO, logger="sparse_ft"):
         both = read(spec, data=tmp_path)
     assert "5 of the 50 rows of train are held out" in caplog.text
@@ -384,12 +384,12 @@ def all_rows(parts, column):
 
 
 def test_one_file_is_divided_alike_every_time(tmp_path, caplog):
-    write(tmp_path, mine__csv="text,label\n" + "".join(f"t{place},{place % 2}\n" for place in range(30)))
+    write(tmp_path, mine__csv="text,label\n" + "".join(f"t{index},{index % 2}\n" for index in range(30)))
     with caplog.at_level(logging.INFO, logger="sparse_ft"):
         parts = single(classification(), tmp_path / "mine.csv")
     assert "30 rows are divided into 24 for train, 3 for validation and 3 for test (seed 13)" in caplog.text
     assert {split: len(part["row"]) for split, part in parts.items()} == {"train": 24, "validation": 3, "test": 3}
-    assert all_rows(parts, "text") == [f"t{place}" for place in range(30)]
+    assert all_rows(parts, "text") == [f"t{index}" for index in range(30)]
     assert single(classification(), tmp_path / "mine.csv") == parts
     assert one(classification(), tmp_path / "mine.csv").to_dict() == parts["test"]
 
@@ -480,7 +480,7 @@ REVIEWS = datasets.Features({"sentence": datasets.Value("string"), "y": datasets
 
 
 def test_hub_classification(tmp_path, hub_cache):
-    rows = {"sentence": [f"s{place}" for place in range(20)], "y": [place % 2 for place in range(20)]}
+    rows = {"sentence": [f"s{index}" for index in range(20)], "y": [index % 2 for index in range(20)]}
     folder = write_hub(tmp_path / "hub", REVIEWS, train=rows, test={"sentence": ["t"], "y": [-1]})
     hub = {
         "path": str(folder),

@@ -129,7 +129,7 @@ def test_logits_do_not_depend_on_other_texts(make_model):
     encoder = Encoder(model.backbone, max_length=32)
     generator = random.Random(0)
     texts = [LONG[: generator.randint(1, 150)] for _ in range(6)]
-    columns = {"text": texts, "text_pair": ["哪" * place for place in range(6)]}
+    columns = {"text": texts, "text_pair": ["哪" * index for index in range(6)]}
     together = answers(model, encoder, columns)
     for row in range(6):
         alone = answers(model, encoder, {name: values[row : row + 1] for name, values in columns.items()})[0]
