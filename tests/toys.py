@@ -13,8 +13,8 @@ from sparse_ft.cli import main as cli_module
 
 # Words of the corpus that conftest's tokenizers are built on: fillers, then one group an answer.
 FILLERS = [
-    "the", "first", "second", "half", "of", "table", "company", "weather", "analytical", "engine", "three", "and", "then",
-    "at", "six",
+    "the", "first", "second", "half", "of", "table", "company", "weather", "analytical", "engine", "three", "and",
+    "then", "at", "six",
 ]  # fmt: skip
 GOOD, BAD = ["loved"], ["boring"]
 PERSONS = [["Ada", "Lovelace"], ["Charles", "Babbage"], ["Mozart"]]

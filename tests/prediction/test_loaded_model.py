@@ -1,4 +1,4 @@
-"""Answers for raw texts: where entities stand, and that a text's company changes nothing."""
+"""Answers for raw texts: where entities stand, what a gate decides, streams and forms."""
 
 from dataclasses import replace
 
@@ -80,16 +80,6 @@ def test_minilm_finds_what_stands_in_the_text(minilm_toys):
 @pytest.fixture(params=JOINT)
 def mixture(request, joint_toys):
     return sparse_ft.load(joint_toys(request.param), device="cpu")
-
-
-def test_mixed_tasks_are_answered_together_as_one_at_a_time(mixture):
-    texts = varied_texts(20)
-    together = mixture.predict(texts, "all")
-    assert list(together[0].tasks) == SINGLE
-    for name in SINGLE:
-        apart = mixture.predict(texts, name)
-        for one, other in zip(apart, together, strict=True):
-            assert_same([one], [replace(other, tasks={name: other.tasks[name]}, routing=one.routing)])
 
 
 def test_mixed_answers_are_those_of_the_logits(mixture):
