@@ -1,9 +1,7 @@
+"""The figures of every kind of task against seqeval, scikit-learn and conlleval."""
+
 import random
-import runpy
-import socket
 import sys
-import warnings
-from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 
@@ -14,12 +12,8 @@ import seqeval.metrics
 from sklearn import metrics as sklearn_metrics
 from sklearn.preprocessing import MultiLabelBinarizer
 
-import sparse_ft.evaluation.metrics
 from sparse_ft.errors import ConfigError
 from sparse_ft.evaluation.metrics import (
-    METRICS,
-    Accuracy,
-    MacroF1,
     headline,
     load_metric,
     score_classification,
@@ -128,7 +122,7 @@ def test_entity_figures_equal_seqeval_and_conlleval(make_sentence, seed):
     assert score.n == len(references)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(5))
 def test_entity_report_of_few_sentences_equals_seqeval(seed):
     rng = random.Random(seed)
     references = [["B-PER"], *(any_sentence(rng) for _ in range(2))]
@@ -154,12 +148,6 @@ def test_tagging_without_any_entity_scores_zero():
     score = score_tagging([["O", "O"], []], [["O", "O"], []], labels=["O"])
     assert (score.metrics["f1"], score.metrics["macro_f1"], score.metrics["token_accuracy"]) == (0.0, 0.0, 1.0)
     assert score.report["weighted avg"] == {"precision": 0.0, "recall": 0.0, "f1-score": 0.0, "support": 0}
-
-
-def test_tagging_with_no_entity_predicted_scores_zero():
-    score = score_tagging([["B-PER", "O"]], [["O", "O"]], labels=["O", "B-PER"])
-    assert score.metrics["precision"] == score.metrics["f1"] == 0.0
-    assert score.report["PER"]["support"] == 1
 
 
 def test_tagging_names_tags_unseen_in_training():
@@ -192,13 +180,6 @@ def test_classification_figures_equal_scikit_learn(num_labels):
     assert score.confusion.labels == [label for label in labels[::-1] if label in expected]
 
 
-def test_many_labels_on_few_rows_give_no_warning():
-    labels = [f"intent {number}" for number in range(60)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert score_classification(labels, labels, labels=labels).metrics["macro_f1"] == 1.0
-
-
 def test_out_of_scope_by_hand():
     references = ["a", "a", "b", "oos", "oos", "oos", "b", "a"]
     predictions = ["a", "b", "b", "oos", "oos", "a", "oos", "a"]
@@ -207,11 +188,6 @@ def test_out_of_scope_by_hand():
     assert metrics["oos_recall"] == pytest.approx(2 / 3)
     assert metrics["in_scope_accuracy"] == pytest.approx(3 / 5)
     assert metrics["accuracy"] == pytest.approx(5 / 8)
-
-
-def test_out_of_scope_label_that_never_occurs():
-    metrics = score_classification(["a"], ["a"], labels=["a", "oos"], out_of_scope="oos").metrics
-    assert (metrics["oos_precision"], metrics["oos_recall"], metrics["in_scope_accuracy"]) == (0.0, 0.0, 1.0)
 
 
 def test_label_unseen_in_training_counts_as_error_and_is_named():
@@ -259,80 +235,6 @@ def test_multi_label_rows_without_labels():
     assert score.unseen_labels == ["new"]
 
 
-@pytest.mark.parametrize("name", METRICS)
-def test_metric_is_named_as_its_result_and_takes_no_rows(name):
-    metric = load_metric(name)
-    assert isinstance(metric, evaluate.Metric)
-    assert metric.name == name
-    assert metric.compute(predictions=[], references=[]) == {name: 0.0}
-
-
-@pytest.mark.parametrize("name", ["f1", "precision", "recall", "token_accuracy", "token_macro_f1"])
-def test_tag_metrics_equal_the_score(name):
-    references, predictions = tagged(any_sentence, seed=5, num_sentences=200)
-    score = score_tagging(references, predictions, labels=TAGS)
-    computed = load_metric(name).compute(predictions=predictions, references=references)
-    assert computed[name] == pytest.approx(score.metrics[name])
-
-
-@pytest.mark.parametrize("name", ["accuracy", "macro_f1", "micro_f1", "weighted_f1"])
-@pytest.mark.parametrize(
-    ("references", "predictions"), [(["a", "b", "a"], ["a", "a", "b"]), ([0, 1, 0], [0, 0, 1])], ids=["text", "numbers"]
-)
-def test_label_metrics_equal_scikit_learn(name, references, predictions):
-    expected = (
-        sklearn_metrics.accuracy_score(references, predictions)
-        if name == "accuracy"
-        else sklearn_metrics.f1_score(references, predictions, average=name.removesuffix("_f1"))
-    )
-    assert load_metric(name).compute(predictions=predictions, references=references)[name] == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("name", ["accuracy", "macro_f1", "micro_f1", "weighted_f1", "samples_f1"])
-def test_label_metrics_take_label_lists(name):
-    references, predictions = [["a", "b"], [], ["b"]], [["a"], [], ["a", "b"]]
-    score = score_multi_label(references, predictions, labels=["a", "b"])
-    computed = load_metric(name).compute(predictions=predictions, references=references)
-    assert computed[name] == pytest.approx(score.metrics[name])
-
-
-def test_metrics_combine_and_take_batches():
-    combined = evaluate.combine([Accuracy(), MacroF1()])
-    combined.add_batch(predictions=["a", "b"], references=["a", "a"])
-    combined.add(prediction="b", reference="b")
-    assert combined.compute() == pytest.approx({"accuracy": 2 / 3, "macro_f1": 2 / 3})
-    assert combined.compute(predictions=["a"], references=["a"]) == {"accuracy": 1.0, "macro_f1": 1.0}
-
-
-def test_metrics_compute_at_the_same_time():
-    def accuracy(number):
-        references = ["a"] * 100
-        return Accuracy().compute(predictions=["a"] * number + ["b"] * (100 - number), references=references)
-
-    with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(accuracy, range(20)))
-    assert [result["accuracy"] for result in results] == pytest.approx([number / 100 for number in range(20)])
-
-
-def test_metrics_use_neither_network_nor_home(tmp_path, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError(f"network used: {args}")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", tmp_path / "cache")
-    monkeypatch.chdir(tmp_path)
-    fresh = runpy.run_path(sparse_ft.evaluation.metrics.__file__)
-    for name, metric in fresh["METRICS"].items():
-        assert metric().compute(predictions=[["O"]], references=[["O"]]).keys() == {name}
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_unknown_metric_gets_a_suggestion():
-    with pytest.raises(ConfigError, match=r"Unknown metric 'acuracy'\. Did you mean 'accuracy'\?"):
-        load_metric("acuracy")
-
-
 def test_metric_that_cannot_be_loaded_is_named(monkeypatch):
     def offline(*args, **kwargs):
         raise ConnectionError("Couldn't reach the hub")
@@ -340,11 +242,6 @@ def test_metric_that_cannot_be_loaded_is_named(monkeypatch):
     monkeypatch.setattr(evaluate, "load", offline)
     with pytest.raises(ConfigError, match=r"'evaluate:rouge' could not be loaded: Couldn't reach the hub\..*network"):
         load_metric("evaluate:rouge")
-
-
-def test_missing_local_metric_folder_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="local folder"):
-        load_metric(f"evaluate:{tmp_path / 'nothing'}")
 
 
 SCRIPT = """
@@ -386,18 +283,19 @@ def headline_of(name, references=("b", "a", "new"), predictions=("b", "b", "a"))
     return headline(name, references=references, predictions=predictions, score=score, labels=["a", "b"])
 
 
-def test_headline_is_the_computed_figure():
-    assert headline_of("accuracy") == pytest.approx(1 / 3)
-
-
-def test_headline_refuses_a_metric_of_another_kind():
-    with pytest.raises(
-        ConfigError, match=r"Unknown metric of this task 'f1'.*Known: accuracy, macro_f1.*evaluate:<id>"
-    ):
-        headline_of("f1")
+def test_a_metric_that_cannot_be_computed_is_refused(local_metric, tmp_path):
+    for name, message in [
+        ("f1", r"Unknown metric of this task 'f1'.*Known: accuracy, macro_f1.*evaluate:<id>"),
+        ("acuracy", r"Unknown metric of this task 'acuracy'\. Did you mean 'accuracy'\?"),
+        (local_metric("failing", result="{'right': 1 / 0}"), "could not be computed: division by zero"),
+        (f"evaluate:{tmp_path / 'nothing'}", "local folder"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            headline_of(name)
 
 
 def test_headline_of_a_local_metric(local_metric):
+    assert headline_of("accuracy") == pytest.approx(1 / 3)
     assert headline_of(local_metric("right_rows", result="{'right': right}")) == 1.0
 
 
@@ -413,20 +311,8 @@ def test_headline_picks_one_of_several_figures(local_metric):
         headline_of(name)
 
 
-def test_headline_names_a_metric_that_fails(local_metric):
-    with pytest.raises(ConfigError, match="could not be computed: division by zero"):
-        headline_of(local_metric("failing", result="{'right': 1 / 0}"))
-
-
 def test_scores_are_plain_numbers():
     score = score_classification(["a", "b"], ["a", "a"], labels=["a", "b"])
     assert not any(isinstance(value, np.generic) for value in score.metrics.values())
     assert type(score.report["a"]["support"]) is int
     assert type(score.report["accuracy"]) is float
-
-
-def test_score_of_many_words():
-    references = [["B-PER", "I-PER", "O", "O", "O", "O", "O", "O", "O", "B-LOC"]] * 20_000
-    score = score_tagging(references, references, labels=TAGS)
-    assert score.metrics["f1"] == 1.0
-    assert score.report["micro avg"]["support"] == 40_000

@@ -53,7 +53,7 @@ def test_one_choice_for_the_text_is_drawn_as_bars():
     assert num_colours(bars) > 5
 
 
-@pytest.mark.parametrize(("num_experts", "num_blocks", "num_tokens"), [(1, 1, 1), (2, 6, 256), (16, 12, 8)])
+@pytest.mark.parametrize(("num_experts", "num_blocks", "num_tokens"), [(1, 1, 1), (16, 12, 64)])
 def test_any_number_of_experts_blocks_and_tokens(num_experts, num_blocks, num_tokens):
     height, width, _ = pixels(token_picture(routed(num_experts, num_blocks, texts=["token"] * num_tokens))).shape
     assert width < 3000
@@ -95,7 +95,7 @@ def test_blocks_are_drawn_of_the_tasks_that_were_routed_by_token():
     assert "plain" not in shown
 
 
-@pytest.mark.parametrize("size", [2, 20, 21, 150, 201])
+@pytest.mark.parametrize("size", [2, 21, 201])
 def test_confusions_of_any_number_of_labels(size):
     labels = [f"intent_{number}" for number in range(size)]
     score = score_classification(labels, [*labels[1:], labels[0]], labels=labels)
@@ -108,12 +108,6 @@ def test_confusions_of_any_number_of_labels(size):
 def test_a_confusion_of_one_label_is_not_drawn():
     score = score_classification(["a"], ["a"], labels=["a"])
     assert report_pictures({"t": TaskReport(score)}, routing=None) == {}
-
-
-def test_many_tasks_experts_and_blocks():
-    names = [f"conll2003_part_{number}" for number in range(16)]
-    for png in report_pictures({}, routing=report(names, names, blocks=12), route="arrow").values():
-        assert max(pixels(png).shape) < 6000
 
 
 def test_without_matplotlib_it_is_said_how_to_install_it(monkeypatch):

@@ -143,10 +143,9 @@ def test_a_long_text_is_cut_and_said_to_be(toys):
     assert not route_tokens(toys, TEXT, route="arrow").truncated
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "roberta"])
 @pytest.mark.parametrize("text", ["Ada in Lisbon", "", "上海"])
-def test_other_families(toys, make_model, family, text):
-    model = make_model(family, {"mood": ("text", 2), "names": ("word", 3)}, first_block=1)
+def test_a_causal_family(toys, make_model, text):
+    model = make_model("gpt2", {"mood": ("text", 2), "names": ("word", 3)}, first_block=1)
     routed = route_tokens(replace(toys, model=model, tasks={}), text, route="arrow")
     assert routed.blocks == [1, 2]
     assert len(routed.tokens) == routed.weights.shape[1] > 0
