@@ -71,20 +71,20 @@ def main() -> None:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     every = list(range(tokens))  # each token is a word
     examples = [
-        Example(row=place, input_ids=row, word_positions=every, word_indices=every)
-        for place, row in enumerate(ids.tolist())
+        Example(row=index, input_ids=row, word_positions=every, word_indices=every)
+        for index, row in enumerate(ids.tolist())
     ]
     repeated = {name: value.repeat(len(TASKS), 1) for name, value in inputs.items()}
     bare = load_backbone("minilm").model
     copies = [load_backbone("minilm").model for _ in TASKS]
     peft = peers.mixed(len(TASKS))
-    names = [f"e{place}" for place in range(len(TASKS)) for _ in range(rows)]
+    names = [f"e{index}" for index in range(len(TASKS)) for _ in range(rows)]
     upper, top, gated = expert_model(3), expert_model(5), expert_model(0)
 
     def switched() -> torch.Tensor:
         answers = []
-        for place in range(len(TASKS)):
-            peft.set_adapter(f"e{place}")
+        for index in range(len(TASKS)):
+            peft.set_adapter(f"e{index}")
             answers.append(peft(**inputs).last_hidden_state.mean(1))
         return torch.stack(answers)
 

@@ -142,7 +142,7 @@ class Benchmark:
 
     def _theirs(self, method: str, subject: Subject, *, seed: int) -> dict[str, Any]:
         if subject.name == "cluener":
-            raise DataError(f"CLUE scores the texts of entities, and {method} is scored on their places.")
+            raise DataError(f"CLUE scores the texts of entities, and {method} is scored on their positions.")
         found = run_trainer(
             method,
             subject.file,
@@ -188,8 +188,8 @@ class Benchmark:
 
     def _folder(self, method: str, group: list[str], seed: int) -> str:
         """Name the checkpoint of a run by what was asked."""
-        asked = json.dumps(self.asked(method, group, seed))
-        return f"{method}-{'+'.join(group)}-{seed}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}".replace("/", "-")
+        request = json.dumps(self.asked(method, group, seed))
+        return f"{method}-{'+'.join(group)}-{seed}-{hashlib.sha256(request.encode()).hexdigest()[:8]}".replace("/", "-")
 
     def keeps(self, method: str, group: list[str], seed: int) -> bool:
         """Say whether the checkpoint of a run is there, with all that is needed to score it."""
@@ -254,8 +254,8 @@ def run_all(benchmark: Benchmark, methods: list[str], seeds: list[int], runs: Ru
     for seed in seeds:
         for method in methods:
             for group in [benchmark.tasks] if method == "mixture" else [[task] for task in benchmark.tasks]:
-                asked = benchmark.asked(method, group, seed)
-                done = runs.find(asked)
+                request = benchmark.asked(method, group, seed)
+                done = runs.find(request)
                 lacking = [task for task in group if benchmark.lacks(method, task, seed)]
                 if done and lacking and not benchmark.keeps(method, group, seed):
                     print(f"{lacking[0]}: no checkpoint to answer with; --keep keeps them.", flush=True)
@@ -267,11 +267,11 @@ def run_all(benchmark: Benchmark, methods: list[str], seeds: list[int], runs: Ru
                         print(f"{'+'.join(group)} {method} {seed}: {error}", flush=True)
                         continue
                     for task, result in zip(group, found, strict=True):
-                        entry = result if done else runs.add({**asked, "task": task}, result)
+                        entry = result if done else runs.add({**request, "task": task}, result)
                         took = "" if entry.get("seconds") is None else f", {entry['seconds']:.0f} s"
                         shown = f"validation {entry['validation']:.4f}, {entry['headline']:.4f}{took}"
                         print(f"{task} {method} {seed} {benchmark.options.note}: {shown}", flush=True)
-                entries.extend({entry["task"]: entry for entry in runs.find(asked)}.values())
+                entries.extend({entry["task"]: entry for entry in runs.find(request)}.values())
     return entries
 
 
@@ -308,8 +308,8 @@ def main() -> None:
     parser.add_argument("--append", type=Path, help="Markdown file that gets the table, e.g. benchmarks/results.md")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    asked = options.methods or ("expert" if options.suite == "clue" else "expert,full")
-    methods, seeds = chosen(asked, METHODS, what="method"), numbers(options.seeds)
+    request = options.methods or ("expert" if options.suite == "clue" else "expert,full")
+    methods, seeds = chosen(request, METHODS, what="method"), numbers(options.seeds)
     with tempfile.TemporaryDirectory() as scratch:
         benchmark = Benchmark(options, Path(scratch))
         kinds = {task: load_task(str(benchmark.files.get(task, task))).kind for task in benchmark.tasks}

@@ -92,5 +92,5 @@ def plot(entries: list[Entry], path: Path) -> None:
 
 def section(title: str, command: str, entries: list[Entry]) -> str:
     """Write a section of results.md: the command, where it ran, and the table."""
-    places = list(dict.fromkeys(entry["about"] for entry in entries))
-    return f"\n## {title}\n\n`{command}`, {'; and '.join(places)}\n\n{table(entries)}\n"
+    machines = list(dict.fromkeys(entry["about"] for entry in entries))
+    return f"\n## {title}\n\n`{command}`, {'; and '.join(machines)}\n\n{table(entries)}\n"

@@ -113,7 +113,7 @@ def scores_of_texts(model: LoadedModel, split: str, source: Path) -> dict[str, f
     """
     spec = model.tasks["cluener"]
     data = prepare(read(spec, data=source, splits=[split])[split].to_dict(), spec=spec, encoder=model.encoder)
-    found: Counter[str] = Counter()
+    predicted: Counter[str] = Counter()
     gold: Counter[str] = Counter()
     both: Counter[str] = Counter()
     predictions = predict_rows(model.checkpoint.model, spec, data)
@@ -122,10 +122,10 @@ def scores_of_texts(model: LoadedModel, split: str, source: Path) -> dict[str, f
             {(span.type, "".join(tokens[span.start : span.end])) for span in spans_from_tags(row)}
             for row in (own, tags)
         )
-        for counts, spans in ((gold, right), (found, said), (both, right & said)):
+        for counts, spans in ((gold, right), (predicted, said), (both, right & said)):
             counts.update(kind for kind, _ in spans)
-    by_type = [2 * both[name] / max(1, gold[name] + found[name]) for name in spec.label_names or []]
+    by_type = [2 * both[name] / max(1, gold[name] + predicted[name]) for name in spec.label_names or []]
     return {
         "macro_f1_of_texts": sum(by_type) / len(by_type),
-        "micro_f1_of_texts": 2 * both.total() / max(1, gold.total() + found.total()),
+        "micro_f1_of_texts": 2 * both.total() / max(1, gold.total() + predicted.total()),
     }

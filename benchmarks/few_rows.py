@@ -18,11 +18,11 @@ def draw(spec: TaskSpec, source: Path, *, rows: int, seed: int, folder: Path, in
     As many other rows of the training split become the validation split; test stays as it is. ``in_scope`` leaves out
     of all three what belongs to no class.
     """
-    found = read(spec, data=source)
+    splits = read(spec, data=source)
     answers = "tags" if find_kind(spec.kind).level == "word" else "label"
     outside = spec.out_of_scope if in_scope else None
     kept = {
-        split: [row for row in found[split].to_list() if outside is None or row["label"] != outside]
+        split: [row for row in splits[split].to_list() if outside is None or row["label"] != outside]
         for split in ("train", "test")
     }
     train = kept["train"]
@@ -49,7 +49,7 @@ def draw(spec: TaskSpec, source: Path, *, rows: int, seed: int, folder: Path, in
         "language": spec.language,
         "files": {"format": "jsonl", "root": ".", **{split: f"{split}.jsonl" for split in splits}},
         "columns": columns,
-        "labels": [label for label in label_names(spec, found["train"]) if outside is None or label != outside],
+        "labels": [label for label in label_names(spec, splits["train"]) if outside is None or label != outside],
         "metric": spec.metric,
         **({"label_scheme": "iob2"} if answers == "tags" else {}),
         **({"out_of_scope": spec.out_of_scope} if spec.out_of_scope and not in_scope else {}),

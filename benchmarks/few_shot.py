@@ -93,11 +93,11 @@ def main() -> None:
                 with tempfile.TemporaryDirectory() as folder:
                     path = draw(load_task(task), root / task, rows=rows, seed=seed, folder=Path(folder))
                     for method in methods:
-                        asked = {"task": task, "rows": rows, "method": method, "seed": seed, **same}
-                        if not runs.find(asked):
+                        request = {"task": task, "rows": rows, "method": method, "seed": seed, **same}
+                        if not runs.find(request):
                             output = Path(folder) / method.replace(" ", "-")
-                            runs.add(asked, comparison.run(method, path, seed=seed, output=output))
-                        entries.append(runs.find(asked)[-1])
+                            runs.add(request, comparison.run(method, path, seed=seed, output=output))
+                        entries.append(runs.find(request)[-1])
     print(table(entries))
 
 

@@ -46,7 +46,7 @@ def sorted_labels(
     """Return the best labels of each text, in order; of a model without a head, the mean of its hidden states."""
     encoded = tokenizer(texts, truncation=True, max_length=max_length)
     lengths = [len(ids) for ids in encoded["input_ids"]]
-    found: dict[int, torch.Tensor] = {}
+    results: dict[int, torch.Tensor] = {}
     for rows in length_batches(lengths, max_tokens=token_limit(model.device)):
         batch = {
             name: pad_sequence(
@@ -58,8 +58,8 @@ def sorted_labels(
         }
         output = model(**batch)
         best = output.logits.argmax(-1) if "logits" in output else output.last_hidden_state.mean(1)
-        found.update(zip(rows, best, strict=True))
-    return [found[row] for row in range(len(texts))]
+        results.update(zip(rows, best, strict=True))
+    return [results[row] for row in range(len(texts))]
 
 
 def dense_models(model: LoadedModel, texts: list[str], folder: Path) -> dict[str, Run]:

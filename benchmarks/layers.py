@@ -50,7 +50,7 @@ def loaded(dtype: torch.dtype) -> Backbone:
 def with_experts(number: int, *, dtype: torch.dtype) -> SparseExpertModel:
     model = SparseExpertModel(loaded(dtype)).eval()
     generator = torch.Generator().manual_seed(0)
-    model.experts.add(*(random_expert(model, f"e{place}", generator) for place in range(number)))
+    model.experts.add(*(random_expert(model, f"e{index}", generator) for index in range(number)))
     return model
 
 
@@ -64,8 +64,8 @@ def ours(
         model = with_experts(number, dtype=dtype)
         chosen = torch.stack([torch.randperm(number, generator=generator)[:2] for _ in range(rows)])
         if train:  # the experts that the batch goes to
-            for place in range(number) if number <= dense_limit else chosen.unique().tolist():
-                model.experts.parameters(model.experts.names[place])
+            for index in range(number) if number <= dense_limit else chosen.unique().tolist():
+                model.experts.parameters(model.experts.names[index])
         weights = torch.rand(rows, tokens, number, generator=generator)
         # A routing keeps what layers made of it, so every pass gets a fresh one, as it does from a gate.
         choices = {
@@ -117,7 +117,7 @@ def theirs(numbers: list[int], inputs: dict[str, torch.Tensor], *, train: bool, 
                 print(f"PEFT, {name} of {number}: fails with {error!r}"[:160], flush=True)
         if not train:
             model = peers.mixed(number, model=loaded(dtype).model)
-            names = [f"e{place % number}" for place in range(len(inputs["input_ids"]))]
+            names = [f"e{index % number}" for index in range(len(inputs["input_ids"]))]
             variants[f"PEFT, adapter_names of {number}"] = lambda model=model, names=names: (
                 model(**inputs, adapter_names=names).last_hidden_state
             )

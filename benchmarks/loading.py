@@ -29,7 +29,7 @@ def load_ours(paths: list[Path]) -> str:
     model.experts.add(load_expert(paths[0], name="first"))  # so that everything is imported
     model.experts.remove("first")
     before, started = psutil.Process().memory_info().rss, time.process_time()
-    experts = [load_expert(path, name=f"e{place}") for place, path in enumerate(paths)]
+    experts = [load_expert(path, name=f"e{index}") for index, path in enumerate(paths)]
     read = time.process_time()
     own = sum(part.nbytes for expert in experts for pair in expert.deltas.values() for part in pair)
     model.experts.add(*experts)
@@ -45,8 +45,8 @@ def load_peft(paths: list[Path]) -> str:
     model.delete_adapter("first")
     own = sum(value.nbytes for name, value in model.named_parameters() if ".lora_" in name) * len(paths)
     before, started = psutil.Process().memory_info().rss, time.process_time()
-    for place, path in enumerate(paths):
-        model.load_adapter(str(path), adapter_name=f"loaded{place}")
+    for index, path in enumerate(paths):
+        model.load_adapter(str(path), adapter_name=f"loaded{index}")
     seconds = time.process_time() - started
     return f"{seconds:.2f} | {(psutil.Process().memory_info().rss - before) / own:.2f}"
 
@@ -62,7 +62,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.one:
         who, number, folder = options.one
-        paths = [Path(folder) / f"e{place}" / "e0" for place in range(int(number))]
+        paths = [Path(folder) / f"e{index}" / "e0" for index in range(int(number))]
         print({"ours": load_ours, "PEFT": load_peft}[who](paths))
         return
     wanted = [("ours", number) for number in listed(options.experts)]

@@ -80,7 +80,7 @@ def compare(checkpoint: Checkpoint, options: argparse.Namespace) -> None:
 
 
 def variants(number: int, options: argparse.Namespace) -> list[tuple[str, MergeSettings]]:
-    found = []
+    results = []
     for method, row in MERGE_METHODS.items():
         if row.most is not None and number > row.most:
             continue
@@ -89,18 +89,18 @@ def variants(number: int, options: argparse.Namespace) -> list[tuple[str, MergeS
         for seed in numbers(options.seeds) if "generator" in row.heeds else [13]:
             label = f"{method}, seed {seed}" if "generator" in row.heeds else method
             label += ", rank 8" if method == "svd" else ""
-            found.append((label, merge_settings(method, num_experts=number, seed=seed, **extra)))
+            results.append((label, merge_settings(method, num_experts=number, seed=seed, **extra)))
             if not row.averages and method not in ("cat", "svd"):
                 added = merge_settings(method, num_experts=number, seed=seed, weights=[1.0] * number, **extra)
-                found.append((f"{label}, weights 1", added))
-    return found
+                results.append((f"{label}, weights 1", added))
+    return results
 
 
 def score(checkpoint: Checkpoint, spec: TaskSpec, source: str | None) -> float:
     encoder = Encoder(checkpoint.model.backbone, max_length=checkpoint.config.data.max_length)
     route = Route("task", checkpoint.model, seed=13)
-    found = evaluate_task(checkpoint.model, spec, split="test", source=source, encoder=encoder, route=route)
-    return found.report.score.metrics[spec.metric]
+    results = evaluate_task(checkpoint.model, spec, split="test", source=source, encoder=encoder, route=route)
+    return results.report.score.metrics[spec.metric]
 
 
 def show(label: str, rank: str, error: str, scores: list[float]) -> None:

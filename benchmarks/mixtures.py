@@ -7,7 +7,7 @@ full: a full fine-tune per task. expert: a LoRA per task, the task known; both i
 of tasks. The routes below it use the same experts. shared: one LoRA for all tasks. joint: experts and gate together, a
 text or a token going through two experts; pool: the same with experts of no task. Every method sees each row
 ``train.epochs`` times, in about as many steps where the tasks are of one size. Parameters: those of experts, heads, and
-the gate where it learns and is asked. Each finished run is one line of ``--results``; what is there is not run again.
+the gate where it learns and is used. Each finished run is one line of ``--results``; what is there is not run again.
 """
 
 import argparse
@@ -81,9 +81,9 @@ class Comparison:
         found = {"expert": self._run("expert", f"train.batch_size={batch}")}
         path = self.folder / "expert"
         for route in ROUTES:
-            asked, checkpoint = route, path
+            request, checkpoint = route, path
             if route == "prototype":
-                asked, checkpoint = "gate", self.folder / "prototype"
+                request, checkpoint = "gate", self.folder / "prototype"
                 sparse_ft.train(
                     stage="gate",
                     from_checkpoint=path,
@@ -91,7 +91,7 @@ class Comparison:
                     overrides=["gate.type=prototype"],
                     device="cpu",
                 )
-            result = sparse_ft.evaluate(checkpoint, route=asked, device="cpu")
+            result = sparse_ft.evaluate(checkpoint, route=request, device="cpu")
             found[f"expert, route {route}"] = {
                 "scores": _headlines(checkpoint, result),
                 "trained": trained_numbers(_model(path), gate=route == "gate"),
@@ -189,13 +189,13 @@ def main() -> None:
     runs, entries = Runs(options.results), []
     for seed in numbers(options.seeds):
         for method in methods:
-            asked = {"run": method, "seed": seed, **same}
-            if not runs.find(asked):
+            request = {"run": method, "seed": seed, **same}
+            if not runs.find(request):
                 with tempfile.TemporaryDirectory() as folder:
                     comparison = Comparison(tasks, data_root=root, seed=seed, overrides=overrides, folder=Path(folder))
                     for row, found in METHODS[method](comparison).items():
-                        runs.add(asked, {"method": row, **found})
-            entries.extend({entry["method"]: entry for entry in runs.find(asked)}.values())
+                        runs.add(request, {"method": row, **found})
+            entries.extend({entry["method"]: entry for entry in runs.find(request)}.values())
     print(_table(entries, tasks))
 
 

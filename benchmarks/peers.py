@@ -21,14 +21,14 @@ def mixed(adapters: int, *, model: PreTrainedModel | None = None) -> PeftModel:
     """Give the backbone, or one that was loaded, LoRAs named e0, e1 and so on."""
     config = LoraConfig(r=RANK, lora_alpha=16, target_modules=_TARGETS, init_lora_weights=False)
     wrapped = get_peft_model(model or load_backbone("minilm").model, config, adapter_name="e0")
-    for place in range(1, adapters):
-        wrapped.add_adapter(f"e{place}", copy.deepcopy(config))
+    for index in range(1, adapters):
+        wrapped.add_adapter(f"e{index}", copy.deepcopy(config))
     return wrapped.eval()
 
 
 def saved(folder: Path, number: int) -> list[Path]:
     """Write so many adapter folders, each with the same numbers, and return them."""
-    paths = [folder / f"e{place}" / "e0" for place in range(number)]
+    paths = [folder / f"e{index}" / "e0" for index in range(number)]
     model = mixed(1)
     for path in paths:
         model.save_pretrained(str(path.parent))
@@ -48,7 +48,7 @@ def arrow(adapters: int, *, model: PreTrainedModel) -> PeftModel:
 def xlora(adapters: int, *, model: PreTrainedModel) -> PeftModel:
     """Build PEFT's X-LoRA, which runs the model twice and weighs all adapters for each token."""
     with tempfile.TemporaryDirectory() as folder:
-        paths = {str(place): str(path) for place, path in enumerate(saved(Path(folder), adapters))}
+        paths = {str(index): str(path) for index, path in enumerate(saved(Path(folder), adapters))}
         model.config.use_cache = False
         config = XLoraConfig(task_type="FEATURE_EXTRACTION", hidden_size=model.config.hidden_size, adapters=paths)
         return get_peft_model(model, config).eval()

@@ -58,9 +58,9 @@ def own_side(model: LoadedModel, task: str) -> Side:
 
 def foreign_side(model: LoadedModel, task: str, run, tokenizer) -> Side:
     def logits(rows):
-        found = foreign_logits(rows, spec=model.tasks[task], encoder=model.encoder, run=run, tokenizer=tokenizer)
-        assert len(found) == len(rows)
-        return list(found.values())
+        results = foreign_logits(rows, spec=model.tasks[task], encoder=model.encoder, run=run, tokenizer=tokenizer)
+        assert len(results) == len(rows)
+        return list(results.values())
 
     return logits
 
@@ -90,7 +90,7 @@ def pipeline_labels(folder: Path, rows, *, words: bool) -> list[Any]:
         classify = pipeline("text-classification", model=str(folder), trust_remote_code=True)
         return [answer["label"] for answer in classify(rows, truncation=True, batch_size=16)]
     tag = pipeline("token-classification", model=str(folder), trust_remote_code=True)
-    found = []
+    results = []
     for row in rows:
         (pieces,) = tag([row], is_split_into_words=True, ignore_labels=[])
         starts = {sum(len(word) + 1 for word in row[:place]): place for place in range(len(row))}
@@ -99,8 +99,8 @@ def pipeline_labels(folder: Path, rows, *, words: bool) -> list[Any]:
             place = starts.get(piece["start"])
             if place is not None:
                 tags.setdefault(place, piece["entity"])
-        found.append([tags[place] for place in range(len(row))])
-    return found
+        results.append([tags[place] for place in range(len(row))])
+    return results
 
 
 def megabytes(*paths: Path) -> float:
@@ -182,9 +182,9 @@ def main() -> None:
                     run(timed)
                     seconds[name].append(time.perf_counter() - started)
             for name, (run, size) in sides.items():
-                found = run(rows)
-                largest = max(float((one - other).abs().max()) for one, other in zip(expected, found, strict=True))
-                labels = [row.argmax(-1) for row in found]
+                results = run(rows)
+                largest = max(float((one - other).abs().max()) for one, other in zip(expected, results, strict=True))
+                labels = [row.argmax(-1) for row in results]
                 if name == "transformers":
                     names = find_kind(spec.kind).outputs(spec.label_names)
                     answers = pipeline_labels(folder / "transformers", rows, words="tokens" in columns)

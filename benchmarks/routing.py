@@ -54,13 +54,13 @@ def foreign_texts(data_root: Path, number: int, seed: int) -> dict[str, list[str
     ]
     letters = string.ascii_letters + string.digits + "    "
     noise = ["".join(generator.choices(letters, k=generator.randint(10, 80))) for _ in range(number)]
-    found = {"source code": generator.sample(code, min(number, len(code))), "random characters": noise}
+    results = {"source code": generator.sample(code, min(number, len(code))), "random characters": noise}
     for folder in (data_root / "clue/tnews", data_root / "tnews"):
         if not folder.is_dir():
             continue
         rows = read(load_task("clue/tnews"), data=folder, splits=["validation"])["validation"]
-        found["Chinese"] = generator.sample(list(rows["text"]), number)
-    return found
+        results["Chinese"] = generator.sample(list(rows["text"]), number)
+    return results
 
 
 def main() -> None:
@@ -86,10 +86,10 @@ def main() -> None:
     splits: dict[str, dict[str, Seen]] = {"train": {}, "validation": {}, "test": {}}
     for name in names:
         spec = load_task(name)
-        found = read(spec, data=options.data_root / name, splits=list(splits))
-        kind, labels = find_kind(spec.kind), label_names(spec, found["train"])
+        results = read(spec, data=options.data_root / name, splits=list(splits))
+        kind, labels = find_kind(spec.kind), label_names(spec, results["train"])
         for split, into in splits.items():
-            columns = found[split].to_dict()
+            columns = results[split].to_dict()
             into[name] = seen(kind.encode(columns, encoder=encoder, labels=labels, language=spec.language))
     foreign = {
         sort: seen(encoder.texts(texts)) for sort, texts in foreign_texts(options.data_root, options.foreign, 0).items()
@@ -113,8 +113,8 @@ def main() -> None:
             for parts in (splits["test"], splits["validation"], foreign)
         )
         right = {
-            name: float((routing.logits.argmax(-1) == place).float().mean())
-            for place, (name, routing) in enumerate(test.items())
+            name: float((routing.logits.argmax(-1) == index).float().mean())
+            for index, (name, routing) in enumerate(test.items())
         }
         every = sum(right[name] * len(splits["test"][name].tokens) for name in names)
         every /= sum(len(part.tokens) for part in splits["test"].values())
@@ -130,8 +130,8 @@ def main() -> None:
 
 
 def drawn_rows(seen: Seen, number: int, key: str) -> Seen:
-    places = random.Random(key).sample(range(len(seen.tokens)), min(number, len(seen.tokens)))
-    return Seen(seen.means[places], [seen.tokens[place] for place in places])
+    indices = random.Random(key).sample(range(len(seen.tokens)), min(number, len(seen.tokens)))
+    return Seen(seen.means[indices], [seen.tokens[index] for index in indices])
 
 
 def kept(routings: Mapping[str, Routing], threshold: float) -> dict[str, float]:

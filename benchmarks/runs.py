@@ -26,15 +26,15 @@ class Runs:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.about = path, about()  # before hours of training, in which the commit may change
 
-    def find(self, asked: Mapping[str, Any]) -> list[Entry]:
+    def find(self, request: Mapping[str, Any]) -> list[Entry]:
         """Return what was found when the same was asked, the latest last."""
         lines = self._text().splitlines(keepends=True)
         entries = [json.loads(line) for line in lines if line.endswith("\n")]  # else a kill tore it
-        return [entry for entry in entries if all(entry.get(key) == value for key, value in asked.items())]
+        return [entry for entry in entries if all(entry.get(key) == value for key, value in request.items())]
 
-    def add(self, asked: Mapping[str, Any], found: Mapping[str, Any]) -> Entry:
+    def add(self, request: Mapping[str, Any], results: Mapping[str, Any]) -> Entry:
         """Write one more; ``found`` may say itself where it was found."""
-        entry = {"about": self.about, **asked, **found}
+        entry = {"about": self.about, **request, **results}
         text = self._text()
         whole = text[: text.rfind("\n") + 1]
         if whole != text:

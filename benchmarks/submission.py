@@ -82,7 +82,7 @@ def write_submission(model: LoadedModel, task: str, *, data: str | Path, output:
             "site wants an answer to each; check that the file is whole."
         )
     codes = {name: code for code, name in spec.labels.items()} if isinstance(spec.labels, dict) else {}
-    answers = [_site_answer(dict(found.tasks[task]), codes) for found in model.predict(texts, [task])]
+    answers = [_site_answer(dict(results.tasks[task]), codes) for results in model.predict(texts, [task])]
     path = Path(output) / wanted.file
     with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def _ids(spec: TaskSpec, folder: Path, test: str) -> list[Any]:
     assert spec.files is not None
     records = read_file(folder, test, format=spec.files.format, options=FileOptions(spec.columns))
     values = [record.values if isinstance(record.values, dict) else {} for record in records]
-    ids = [row.get("id", place) for place, row in enumerate(values)]
+    ids = [row.get("id", index) for index, row in enumerate(values)]
     twice = next((own for own, count in Counter(ids).items() if count > 1), None)
     if twice is not None:
         raise DataError(f"Two rows of {str(folder / test)!r} have the id {twice!r}. The site tells rows by it.")
@@ -125,6 +125,6 @@ def _site_answer(answer: dict[str, Any], codes: dict[str, str]) -> Any:
         return answer["answer"]
     entities: dict[str, dict[str, list[list[int]]]] = {}
     for entity in answer["entities"]:  # the ends of CLUENER are inclusive
-        places = entities.setdefault(entity["type"], {}).setdefault(entity["text"], [])
-        places.append([entity["start"], entity["end"] - 1])
+        indices = entities.setdefault(entity["type"], {}).setdefault(entity["text"], [])
+        indices.append([entity["start"], entity["end"] - 1])
     return entities

@@ -90,12 +90,12 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
 
     spec = load_task("conll2003")
-    found = read(spec, data=options.data_root / "conll2003", splits=["train", "validation"])
-    spec = spec.model_copy(update={"labels": label_names(spec, found["train"])})
+    results = read(spec, data=options.data_root / "conll2003", splits=["train", "validation"])
+    spec = spec.model_copy(update={"labels": label_names(spec, results["train"])})
     encoder = Encoder(load_backbone("minilm"), max_length=256)
-    columns = found["train"].to_dict()
+    columns = results["train"].to_dict()
     every = find_kind(spec.kind).encode(columns, encoder=encoder, labels=spec.label_names, language="en")
-    one_row = prepare(found["validation"].select([0]).to_dict(), spec=spec, encoder=encoder)
+    one_row = prepare(results["validation"].select([0]).to_dict(), spec=spec, encoder=encoder)
     ratios, ours, peft = [], [], []
     for number in range(options.rounds):
         rows = random.Random(number).sample(every, options.rows)

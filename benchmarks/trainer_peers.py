@@ -76,7 +76,7 @@ def run_trainer(
     """Train on the rows that an expert would get, and score validation after each epoch and test once.
 
     ``epochs`` is for rows so few that the recipe's would be a handful of steps. Without answers to test, validation is
-    scored in its place.
+    scored in its index.
     """
     began = time.perf_counter()
     bounds = load_config(overrides=overrides).data
@@ -84,16 +84,16 @@ def run_trainer(
     encoder = Encoder(loaded, max_length=bounds.max_length)
     spec = load_task(task)
     split = scored_split(spec, None if source is None else str(source))
-    found = read(spec, data=source)
-    labels = label_names(spec, found["train"])
+    results = read(spec, data=source)
+    labels = label_names(spec, results["train"])
     spec = spec.with_labels(labels)
-    rows = found["train"]
+    rows = results["train"]
     if bounds.train_limit is not None and len(rows) > bounds.train_limit:  # the same rows as the expert's
         rows = rows.shuffle(seed=seed).select(range(bounds.train_limit))
     kind = find_kind(spec.kind)
     train = kind.encode(rows.to_dict(), encoder=encoder, labels=spec.label_names, language=spec.language)
     evaluated = {
-        name: prepare(found[name].to_dict(), spec=spec, encoder=encoder)
+        name: prepare(results[name].to_dict(), spec=spec, encoder=encoder)
         for name in dict.fromkeys(("validation", split))
     }
     torch.manual_seed(seed)
@@ -228,7 +228,7 @@ class Classifier:
         logits = [torch.zeros(size, len(self.outputs)) for size in sizes]
         order = np.argsort([-len(example.input_ids) for example in data.examples], kind="stable")
         for start in range(0, len(order), 32):
-            chosen = [data.examples[place] for place in order[start : start + 32]]
+            chosen = [data.examples[index] for index in order[start : start + 32]]
             batch = self.collate(self.features(chosen, answered=False))
             outputs = self.model(**{name: value.to(self.model.device) for name, value in batch.items()}).logits
             for example, row in zip(chosen, outputs.float().cpu(), strict=True):
@@ -240,7 +240,7 @@ class Classifier:
             self.spec, data, self.kind.predictions(logits, columns=data.columns, labels=self.spec.label_names or [])
         )
         if self.words:
-            plain = [[self.outputs[place] for place in row.argmax(-1).tolist()] for row in logits]
+            plain = [[self.outputs[index] for index in row.argmax(-1).tolist()] for row in logits]
             scored.metrics["plain_f1"] = score_rows(self.spec, data, plain).metrics["f1"]
         return scored
 

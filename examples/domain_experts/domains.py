@@ -37,12 +37,12 @@ def main() -> None:
     model = sparse_ft.load(options.output)
     print("\nThe gate picks:")
     for answer in model(REVIEWS):
-        ((domain, found),) = answer.tasks.items()
-        print(f"  {domain:<8} {answer.routing[domain]:.2f}   {found['label']} {found['score']:.2f}   {answer.text}")
+        ((domain, results),) = answer.tasks.items()
+        print(f"  {domain:<8} {answer.routing[domain]:.2f}   {results['label']} {results['score']:.2f}   {answer.text}")
     print("\nBoth experts, their probabilities averaged:")
     for answer in model.predict(REVIEWS, ["hotels", "gadgets"], combine="average"):
-        found = answer.tasks["hotels"]
-        print(f"  {found['label']} {found['score']:.2f}   {answer.text}")
+        results = answer.tasks["hotels"]
+        print(f"  {results['label']} {results['score']:.2f}   {answer.text}")
 
 
 if __name__ == "__main__":

@@ -39,11 +39,11 @@ def count(model: sparse_ft.LoadedModel, posts: Path) -> dict[str, dict[Week, lis
     """Sort posts by topic and week; each is negative or not."""
     weeks = (week for week, _ in read_posts(posts))
     answers = model.stream((text for _, text in read_posts(posts)), ["topic", "sentiment"])
-    found: dict[str, dict[Week, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    results: dict[str, dict[Week, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for week, answer in zip(weeks, answers, strict=True):
         negative = answer.tasks["sentiment"]["label"] == "negative"
-        found[answer.tasks["topic"]["label"]][week].append(negative)
-    return found
+        results[answer.tasks["topic"]["label"]][week].append(negative)
+    return results
 
 
 def find_alerts(weeks: dict[Week, list[bool]], *, jump: float, least: int) -> list[tuple[Week, float, float]]:
@@ -59,18 +59,18 @@ def find_alerts(weeks: dict[Week, list[bool]], *, jump: float, least: int) -> li
 
 
 def draw(
-    found: dict[str, dict[Week, list[bool]]], alerts: dict[str, list[tuple[Week, float, float]]], path: Path
+    results: dict[str, dict[Week, list[bool]]], alerts: dict[str, list[tuple[Week, float, float]]], path: Path
 ) -> None:
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for place, (topic, weeks) in enumerate(sorted(found.items())):
+    for index, (topic, weeks) in enumerate(sorted(results.items())):
         order = sorted(weeks)
         shares = [100 * sum(weeks[week]) / len(weeks[week]) for week in order]
         number = sum(map(len, weeks.values()))
-        (line,) = axes.plot(order, shares, marker="osD^v"[place % 5], label=f"{topic} ({number} posts)")
+        (line,) = axes.plot(order, shares, marker="osD^v"[index % 5], label=f"{topic} ({number} posts)")
         for week, share, _ in alerts[topic]:
             axes.plot(week, 100 * share, marker="o", markersize=18, fillstyle="none", color=line.get_color())
             axes.annotate("alert", (week, 100 * share), xytext=(0, 13), textcoords="offset points", ha="center")
-    all_weeks = sorted({week for weeks in found.values() for week in weeks})
+    all_weeks = sorted({week for weeks in results.values() for week in weeks})
     axes.set_xticks(all_weeks, [f"{week:%d %b}" for week in all_weeks])
     axes.set(title="Negative posts by topic", xlabel="week beginning", ylabel="share of posts, %", ylim=(-5, 118))
     axes.set_yticks(range(0, 101, 20))
@@ -88,15 +88,15 @@ def main() -> None:
     parser.add_argument("--least", type=int, default=3)
     options = parser.parse_args()
 
-    found = count(sparse_ft.load(options.checkpoint), options.posts)
+    results = count(sparse_ft.load(options.checkpoint), options.posts)
     alerts = {
-        topic: find_alerts(weeks, jump=options.jump, least=options.least) for topic, weeks in sorted(found.items())
+        topic: find_alerts(weeks, jump=options.jump, least=options.least) for topic, weeks in sorted(results.items())
     }
     for topic, entries in alerts.items():
         for week, share, usual in entries:
             print(f"ALERT {topic}, week of {week}: {share:.0%} negative, {usual:.0%} in the weeks before")
-    print(f"{sum(len(posts) for weeks in found.values() for posts in weeks.values())} posts read.")
-    draw(found, alerts, options.output)
+    print(f"{sum(len(posts) for weeks in results.values() for posts in weeks.values())} posts read.")
+    draw(results, alerts, options.output)
     print(f"Picture: {options.output}")
 
 

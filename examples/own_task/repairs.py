@@ -1,8 +1,8 @@
 r"""Bring your own task in ten minutes: tables of texts and labels, and a task file of six lines.
 
 1. `train.csv`, `validation.csv` and `test.csv` hold messages to a caretaker and the team that each belongs to: put your
-   rows in their place. Validation chooses the best epoch, so it should not be tiny; test is looked at once, at the end.
-2. `repairs.yaml` names their columns; the labels are those found in the rows.
+   rows in their index. Validation chooses the best epoch, so it should not be tiny; test is looked at once, at the end.
+2. `repairs.yaml` names their columns; the labels are those results in the rows.
 3. Train (a minute or two), look at the scores, ask:
 
     python examples/own_task/repairs.py --output runs/repairs

@@ -46,8 +46,8 @@ def main() -> None:
     closeness = functional.cosine_similarity((catalogue - mean) / spread, profile.unsqueeze(0))
     print("Liked:", *(f"  {text}" for text in liked), "Recommended:", sep="\n")
     best = closeness.topk(min(options.top, len(rows)))
-    for score, place in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-        print(f"  {score:+.2f}  {rows[place]['id']:<4} {rows[place]['text']}")
+    for score, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+        print(f"  {score:+.2f}  {rows[index]['id']:<4} {rows[index]['text']}")
 
 
 if __name__ == "__main__":
