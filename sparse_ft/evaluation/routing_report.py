@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_ft.evaluation.tables import text_table
 from sparse_ft.experts.routing import Routing
 
 UNKNOWN = "unknown"
@@ -61,22 +62,17 @@ class RoutingReport:
 
     def to_text(self) -> str:
         """Show the confusion of tasks and experts as a table."""
-        columns = [*self.experts]
-        if any(UNKNOWN in counts for counts in self.confusion.values()):
-            columns.append(UNKNOWN)
-        first = max(len("task"), *(len(task) for task in self.confusion))
-        widths = [max(6, len(column)) for column in columns]
-        header = "  ".join(f"{column:>{width}}" for column, width in zip(columns, widths, strict=True))
+        unknown = [UNKNOWN] if any(UNKNOWN in counts for counts in self.confusion.values()) else []
+        columns = [*self.experts, *unknown]
         wrong = any(set(self.experts) - set(own) for own in self.own.values())  # otherwise none can be
         accuracy = f", accuracy {self.accuracy:.4f}" if wrong else ""
-        lines = [f"routing (rows of each task by the expert that the gate chose){accuracy}", ""]
-        lines.append(f"{'task':<{first}}  {header}  right  entropy")
+        rows = []
         for task, counts in self.confusion.items():
-            cells = "  ".join(
-                f"{counts.get(column, 0):>{width}}" for column, width in zip(columns, widths, strict=True)
-            )
             share = self.right(task) / max(1, sum(counts.values()))
-            lines.append(f"{task:<{first}}  {cells}  {share:5.3f}  {self.entropy[task]:7.3f}")
+            numbers = [str(counts.get(column, 0)) for column in columns]
+            rows.append([task, *numbers, f"{share:.3f}", f"{self.entropy[task]:.3f}"])
+        table = text_table(["task", *columns, "right", "entropy"], rows, min_width=6)
+        lines = [f"routing (rows of each task by the expert that the gate chose){accuracy}", "", *table]
         if self.dead:
             lines.append(f"Never chosen: {', '.join(self.dead)}")
         return "\n".join(lines) + "\n"

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rich.cells import cell_len
+
 from sparse_ft.checkpoint.folders import write_bytes
 from sparse_ft.errors import SparseFTError
-from sparse_ft.evaluation.tables import align, printable, terminal_width
+from sparse_ft.evaluation.tables import markdown_table, printable, text_table
 from sparse_ft.tasks.kinds.scores import Confusion, Report, Score
 
 MAX_CONFUSED_PAIRS = 10
@@ -66,7 +68,7 @@ def report_text(score: Score, *, title: str, unseen_rows: Score | None = None) -
         Lines with aligned columns, East Asian wide characters counted as two; ends with a newline.
     """
     heading = f"{printable(title)} ({_count(score.n)} {_rows_word(score)})"
-    parts = [heading + "\n" + "=" * terminal_width(heading)]
+    parts = [heading + "\n" + "=" * cell_len(heading)]
     for block in _blocks(score, unseen_rows=unseen_rows, max_matrix=MAX_TEXT_MATRIX):
         parts.append(_text_line(block) if isinstance(block, _Line) else "\n" + _text_table(block))
     return "\n".join(parts) + "\n"
@@ -281,7 +283,7 @@ def _matrix_table(confusion: Confusion) -> _Table:
     caption = "reference \\ predicted"
     names = [printable(label) for label in confusion.labels]
     columns = names
-    if sum(max(terminal_width(name), 5) + 2 for name in names) + max(map(terminal_width, names)) > _MAX_MATRIX_WIDTH:
+    if sum(max(cell_len(name), 5) + 2 for name in names) + max(map(cell_len, names)) > _MAX_MATRIX_WIDTH:
         columns = [str(number) for number in range(1, len(names) + 1)]
         names = [f"{number:>2} {name}" for number, name in enumerate(names, start=1)]
     rows = [[name, *map(_count, counts)] for name, counts in zip(names, confusion.matrix, strict=True)]
@@ -306,14 +308,9 @@ def _text_line(line: _Line) -> str:
 
 
 def _text_table(table: _Table) -> str:
-    lines = [table.header, *table.rows, *table.footer]
-    aligned = ["  ".join(cells) for cells in align(lines, num_text_columns=table.num_text_columns, min_width=5)]
-    rule = "-" * terminal_width(aligned[0])
-    end = 1 + len(table.rows)
-    parts = [aligned[0], rule, *aligned[1:end]]
-    if table.footer:
-        parts += [rule, *aligned[end:]] if table.rows else aligned[end:]
-    return "\n".join(part.rstrip() for part in parts)
+    columns = table.num_text_columns
+    lines = text_table(table.header, table.rows, table.footer, num_text_columns=columns, min_width=5, ruled=True)
+    return "\n".join(lines)
 
 
 def _markdown_line(line: _Line) -> str:
@@ -321,10 +318,7 @@ def _markdown_line(line: _Line) -> str:
 
 
 def _markdown_table(table: _Table) -> str:
-    lines = [[_escaped(cell) if cell else "" for cell in cells] for cells in [table.header, *table.rows, *table.footer]]
-    aligned = align(lines, num_text_columns=table.num_text_columns, min_width=3)
-    rules = [
-        "-" * terminal_width(cell) if column < table.num_text_columns else "-" * (terminal_width(cell) - 1) + ":"
-        for column, cell in enumerate(aligned[0])
+    header, *rows = [
+        [_escaped(cell) if cell else "" for cell in cells] for cells in [table.header, *table.rows, *table.footer]
     ]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [aligned[0], rules, *aligned[1:]])
+    return "\n".join(markdown_table(header, rows, num_text_columns=table.num_text_columns))

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
-from sparse_ft.evaluation.tables import align, printable, terminal_width
+from rich.cells import cell_len
+
+from sparse_ft.evaluation.tables import printable, text_table
 from sparse_ft.evaluation.token_routing import TokenRouting
 
 MAX_IN_CELL = 3
@@ -57,7 +59,7 @@ def _expert_table(routed: TokenRouting) -> list[str]:
     if routed.probabilities is not None:
         header.append("probability")
         rows = [[*row, f"{routed.probabilities[name]:.2f}"] for row, name in zip(rows, routed.experts, strict=True)]
-    return _lines([header, *rows], num_text_columns=2 if marked else 1)
+    return text_table(header, rows, num_text_columns=2 if marked else 1)
 
 
 def _token_tables(routed: TokenRouting, width: int) -> list[list[str]]:
@@ -67,15 +69,15 @@ def _token_tables(routed: TokenRouting, width: int) -> list[list[str]]:
         [f"block {block}", *(_cell(row) for row in [*weights.tolist(), weights.mean(0).tolist()])]
         for block, weights in zip(routed.blocks, routed.weights, strict=True)
     ]
-    left = width - max(map(terminal_width, labels))
-    widths = [2 + max(map(terminal_width, column)) for column in columns]
+    left = width - max(map(cell_len, labels))
+    widths = [2 + max(map(cell_len, column)) for column in columns]
     tables, start = [], 0
     while start < len(columns):
         stop = start + 1
         while stop < len(columns) and sum(widths[start : stop + 1]) <= left:
             stop += 1
-        lines = [list(line) for line in zip(labels, *columns[start:stop], strict=True)]
-        tables.append(_lines(lines, num_text_columns=len(lines[0])))
+        header, *rows = zip(labels, *columns[start:stop], strict=True)
+        tables.append(text_table(header, rows, num_text_columns=len(header)))
         start = stop
     return tables
 
@@ -97,10 +99,6 @@ def _cell(weights: Sequence[float]) -> str:
 def shortened(token: str, *, width: int = MAX_TOKEN_WIDTH) -> str:
     """Show a token or a name in one cell; blanks that begin or end a token are those of its tokenizer."""
     shown = printable(token.strip() or token)
-    while terminal_width(shown) > width:
+    while cell_len(shown) > width:
         shown = shown[:-2] + "…"
     return shown
-
-
-def _lines(rows: Sequence[Sequence[str]], *, num_text_columns: int) -> list[str]:
-    return ["  ".join(cells).rstrip() for cells in align(rows, num_text_columns=num_text_columns, min_width=0)]

@@ -14,7 +14,7 @@ from sparse_ft.config import changed_config
 from sparse_ft.errors import CheckpointError, ConfigError, unknown_name
 from sparse_ft.evaluation.evaluate import evaluate_task
 from sparse_ft.evaluation.score_report import TaskReport, report_json
-from sparse_ft.evaluation.tables import align
+from sparse_ft.evaluation.tables import text_table
 from sparse_ft.merging.edit import add_from, find_experts, new_task_names
 from sparse_ft.merging.merged_expert import MergedExpert, MergeSettings, merge_experts, merge_settings
 from sparse_ft.merging.merged_tasks import AVERAGE, MergedTask, group_tasks, install, part_tasks
@@ -62,8 +62,8 @@ class Merge:
                 [task, entry.metric, f"{entry.before:.4f}", f"{entry.after:.4f}", f"{entry.after - entry.before:+.4f}"]
                 for task, entry in self.scores.items()
             ]
-            table = align([["task", "metric", "before", "after", "change"], *rows], num_text_columns=2, min_width=6)
-            lines.extend(["", *("  ".join(row).rstrip() for row in table)])
+            header = ["task", "metric", "before", "after", "change"]
+            lines.extend(["", *text_table(header, rows, num_text_columns=2, min_width=6)])
         return "\n".join(lines)
 
 

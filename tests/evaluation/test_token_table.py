@@ -3,9 +3,9 @@
 import re
 
 import pytest
+from rich.cells import cell_len
 from toy_checkpoints import routed
 
-from sparse_ft.evaluation.tables import terminal_width
 from sparse_ft.evaluation.token_table import token_table
 
 
@@ -40,8 +40,8 @@ def test_lines_are_aligned_and_no_wider_than_the_terminal():
     assert len(tables) > 1
     for table in tables:
         lines = table.splitlines()
-        assert max(map(terminal_width, lines)) <= 80
-        assert len({terminal_width(line[: line.rindex("  ")]) for line in lines[:1]}) == 1
+        assert max(map(cell_len, lines)) <= 80
+        assert len({cell_len(line[: line.rindex("  ")]) for line in lines[:1]}) == 1
     assert "x…" in text
     assert "海…" in text or "上…" in text
 
