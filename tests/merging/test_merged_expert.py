@@ -194,31 +194,3 @@ def test_as_peft_merges_whole_deltas(tmp_path, make_model, tiny_folder, family, 
             assert torch.allclose(delta, theirs, atol=1e-6 + 1e-5 * float(theirs.abs().max())), module
             compared += 1
     assert compared > 6
-
-
-# Settings
-
-
-@pytest.mark.parametrize(("method", "changes", "message"), [
-    ("tise", {}, "Unknown merge method 'tise'. Did you mean 'ties'?"),
-    ("linear", {"weights": [0.5]}, "--weights 0.5 has 1 numbers for 2 experts. Give one each, in their order."),
-    ("linear", {"weights": [0.5, float("nan")]}, "--weights 0.5,nan: expected finite numbers that are not all zero."),
-    ("linear", {"weights": [0, 0]}, "--weights 0,0: expected finite numbers that are not all zero."),
-    ("ties", {"weights": [1, -1]}, "--weights 1,-1: ties averages, so no weight may be negative. These add up: task_a"),
-    ("ties", {"density": 0}, "--density is 0. Expected a share above 0, up to 1."),
-    ("dare", {"density": 1.5}, "--density is 1.5."),
-    ("dare", {"density": float("nan")}, "--density is nan."),
-    ("linear", {"density": 0.5}, "linear has no use for --density. Leave it out, or choose ties, dare, dare_ties"),
-    ("model_stock", {"weights": [1, 1]}, "model_stock has no use for --weights."),
-    ("cat", {"rank": 4}, "cat has no use for --rank."),
-    ("cat", {"energy": 0.5}, "cat has no use for --energy. Leave it out, or choose linear, task_arithmetic, ties"),
-    ("svd", {}, "svd cuts to a rank or to a share of the squared norm: give --rank N or --energy 0.99."),
-    ("svd", {"rank": 2, "energy": 0.5}, "--rank and --energy are both given. Choose one."),
-    ("svd", {"energy": 1.1}, "--energy is 1.1. Expected a share above 0, up to 1."),
-    ("linear", {"rank": 0}, "--rank is 0. Expected 1 or more."),
-    ("slerp", {"num_experts": 3}, "slerp merges 2 experts, and there are 3. Name two of them."),
-])  # fmt: skip
-def test_settings_that_make_no_sense_are_refused(method, changes, message):
-    with pytest.raises(ConfigError) as caught:
-        merge_settings(method, **{"num_experts": 2, **changes})
-    assert str(caught.value).startswith(message)

@@ -87,7 +87,7 @@ DEFINITIONS = {
 }
 
 
-@pytest.mark.parametrize("density", [0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("density", [0.1, 0.5, 1.0])
 @pytest.mark.parametrize("method", EXACT)
 def test_a_method_is_what_its_paper_defines(method, density):
     number = MERGE_METHODS[method].most or 3
@@ -100,40 +100,10 @@ def test_a_method_is_what_its_paper_defines(method, density):
     assert np.abs(merged(method, given, weights, density).numpy() - expected).max() < 1e-12
 
 
-def test_negative_weights_turn_deltas():
-    given = deltas()
-    weights = [1.0, -0.7, 0.2]
-    for method in ("task_arithmetic", "breadcrumbs", "magnitude_prune"):
-        assert np.allclose(merged(method, given, weights), DEFINITIONS[method](given.numpy(), weights, 0.5))
-    assert torch.equal(merged("task_arithmetic", given[:1], [-1.0]), -given[0])
-
-
 @pytest.mark.parametrize("method", MERGE_METHODS)
 def test_an_expert_merged_with_itself_is_itself(method):
     given = deltas(1).repeat(2, 1, 1)
     assert torch.allclose(merged(method, given, [0.5, 0.5], density=1.0), given[0], atol=1e-12)
-
-
-@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "slerp", "cat", "svd"])
-def test_all_weight_on_the_first_gives_the_first(method):
-    given = deltas(2)
-    assert torch.allclose(merged(method, given, [1.0, 0.0]), given[0], atol=1e-12)
-
-
-@pytest.mark.parametrize("method", EXACT)
-def test_order_does_not_matter(method):
-    number = MERGE_METHODS[method].most or 3
-    given, weights = deltas(number), WEIGHTS[:number]
-    turned = merged(method, given.flip(0), weights[::-1])
-    assert torch.allclose(merged(method, given, weights), turned, atol=1e-12)
-
-
-@pytest.mark.parametrize("method", [name for name, row in MERGE_METHODS.items() if row.averages])
-def test_only_the_proportions_of_weights_count_where_it_averages(method):
-    given = deltas(MERGE_METHODS[method].most or 3)
-    weights = WEIGHTS[: len(given)]
-    scaled = merged(method, given, [7 * weight for weight in weights])
-    assert torch.allclose(merged(method, given, weights), scaled, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", MERGE_METHODS)
@@ -172,7 +142,7 @@ def test_a_seed_gives_the_same_again_and_another_gives_another(method):
     assert not torch.equal(merged(method, given, WEIGHTS, seed=3), merged(method, given, WEIGHTS, seed=4))
 
 
-@pytest.mark.parametrize("density", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize("density", [0.2, 0.8])
 @pytest.mark.parametrize("method", ["dare", "dare_ties", "della"])
 def test_of_a_single_delta_the_density_stays_and_the_expected_value_too(method, density):
     given = deltas(1, shape=(400, 500))
@@ -188,12 +158,12 @@ def test_of_a_single_delta_the_density_stays_and_the_expected_value_too(method, 
 
 def test_the_expected_value_of_dare_is_the_weighted_sum():
     given = deltas()
-    runs = torch.stack([merged("dare", given, WEIGHTS, seed=seed) for seed in range(4000)])
+    runs = torch.stack([merged("dare", given, WEIGHTS, seed=seed) for seed in range(1000)])
     expected = added(given.numpy(), WEIGHTS)
     assert np.abs((runs.mean(0).numpy() - expected) / (runs.std(0).numpy() / math.sqrt(len(runs)))).max() < 5
 
 
-@pytest.mark.parametrize("density", [0.1, 0.5, 0.95])
+@pytest.mark.parametrize("density", [0.1, 0.95])
 def test_della_keeps_large_entries_of_a_row_more_often_and_divides_each_by_its_chance(density):
     window = min(0.15, density / 2, 1 - density)
     row = torch.arange(1.0, 11.0, dtype=torch.float64)
