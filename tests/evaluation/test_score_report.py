@@ -1,3 +1,5 @@
+"""Reports as text, Markdown and JSON, and the files that hold them."""
+
 import json
 import unicodedata
 
@@ -61,15 +63,6 @@ def test_confused_pairs_are_the_most_frequent_first():
     assert [line.split() for line in lines[2:4]] == [["a", "b", "3", "0.600"], ["b", "a", "1", "0.250"]]
 
 
-def test_no_confused_pairs_when_all_is_right():
-    assert "most confused" not in report_text(score_classification(["a"], ["a"], labels=["a"]), title="t")
-
-
-def test_ten_confused_pairs_at_most(intents):
-    text = report_text(intents, title="t")
-    assert len(text[text.index("most confused") :].splitlines()) == 2 + 10
-
-
 def test_long_label_lists_are_shown_in_full(intents):
     for report in (report_text(intents, title="t"), report_markdown(intents, title="t")):
         assert all(f"intent_{number} " in report for number in range(150))
@@ -103,11 +96,6 @@ def test_out_of_scope_has_its_own_line():
 def test_unseen_labels_are_named_with_their_count():
     score = score_classification(["a", "new", "new"], ["a", "a", "a"], labels=["a"])
     assert "not in train, counted as errors: new (2)\n" in report_text(score, title="t")
-
-
-def test_label_called_accuracy_does_not_break_the_report():
-    score = score_classification(["accuracy", "a"], ["a", "a"], labels=["a"])
-    assert "not in train, counted as errors: accuracy\n" in report_text(score, title="t")
 
 
 def test_rows_not_in_train_have_their_own_line(topic):
@@ -181,13 +169,6 @@ def test_pictures_are_written_and_shown_by_the_markdown(tmp_path, tagging):
     assert [path.name for path in paths] == ["report.txt", "report.md", "report.json", "routing.png"]
     assert (tmp_path / "routing.png").read_bytes() == b"PNG"
     assert (tmp_path / "report.md").read_text().endswith("## Pictures\n\n![routing](routing.png)\n")
-
-
-def test_write_report_replaces_an_older_one(tmp_path, tagging):
-    write_report(tmp_path, {"old": TaskReport(tagging)})
-    write_report(tmp_path, {"new": TaskReport(tagging)})
-    assert list(json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["tasks"]) == ["new"]
-    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_write_report_into_a_file_is_refused(tmp_path, tagging):
