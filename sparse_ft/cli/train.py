@@ -43,7 +43,7 @@ def train(
     device: DeviceOption = None,
 ) -> None:
     """Train one expert per task on a frozen backbone, and print the classification report."""
-    from sparse_ft.training.processes import place
+    from sparse_ft.training.processes import rank
     from sparse_ft.training.train import train as train_experts
 
     try:
@@ -67,7 +67,7 @@ def train(
             err=True,
         )
         raise typer.Exit(130) from None
-    if place() == 0:  # the first of several processes prints
+    if rank() == 0:
         _print_result(result, starts_from_checkpoint=from_ is not None)
 
 

@@ -16,7 +16,7 @@ from sparse_ft.experts.named_experts import named_generator
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.kinds.kind import IGNORED
 from sparse_ft.training.joint import Domains, Mixing, Pairs
-from sparse_ft.training.processes import from_each, launched, number, place, sum_gradients
+from sparse_ft.training.processes import all_reduce_gradients, gather, is_distributed, rank, world_size
 from sparse_ft.training.training_task import TrainingTask
 
 _ROWS = 8
@@ -83,7 +83,7 @@ class Gradients:
         self.mixing = mixing
         self.model, self.tasks, self.parameters, self.run = model, tasks, list(parameters), run
         self.accelerator = accelerator
-        self.workers = min(from_each(_count_workers(model, run)))  # the same in all, for they divide a batch by it
+        self.workers = min(gather(_count_workers(model, run)))  # the same in all, for they divide a batch by it
         self.pool = _thread_pool(self.workers) if self.workers > 1 else None
 
     def add(self, pairs: Pairs, *, step: int) -> Found:
@@ -96,13 +96,13 @@ class Gradients:
         targets = _count_targets(self.tasks, pairs)
         whole = _Whole(len(pairs), targets, {name: sum(task == name for task, _ in pairs) for name in targets})
         told = Found(dict.fromkeys(targets, 0.0))
-        parts = self._parts(pairs, self.run.train.accumulation * self.workers * number())
-        own = list(enumerate(parts))[place() :: number()]
+        parts = self._parts(pairs, self.run.train.accumulation * self.workers * world_size())
+        own = list(enumerate(parts))[rank() :: world_size()]
         for start in range(0, len(own), self.workers):
             for found in self._backward(own[start : start + self.workers], step, whole=whole):
                 told.add(found)
-        sum_gradients(self.parameters)
-        first, *others = from_each(told)
+        all_reduce_gradients(self.parameters)
+        first, *others = gather(told)
         for other in others:
             first.add(other)
         return first
@@ -129,7 +129,7 @@ class Gradients:
 
     def _backward(self, parts: Sequence[tuple[int, Pairs]], step: int, *, whole: "_Whole") -> list[Found]:
         """Compute some numbered parts side by side; return what each adds to the means over the batch."""
-        if self.pool is None and not launched():
+        if self.pool is None and not is_distributed():
             ((_, part),) = parts
             total, told = self._losses(part, None, whole=whole)
             self.accelerator.backward(total)

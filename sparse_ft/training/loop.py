@@ -25,7 +25,7 @@ from sparse_ft.training.gate_losses import alarms
 from sparse_ft.training.gradients import Gradients
 from sparse_ft.training.joint import Domains, Mixing, Pairs, has_gate
 from sparse_ft.training.parameters import Group, build_optimizer, find_groups
-from sparse_ft.training.processes import place, shared_out
+from sparse_ft.training.processes import gather_rows, rank
 from sparse_ft.training.resume import Progress, fingerprint, load_resume, read_progress, save_resume
 from sparse_ft.training.training_task import TrainingTask
 
@@ -147,7 +147,7 @@ class _Loop:
     def run_epochs(self, *, title: str) -> None:
         """Train to the end, and leave the model with the best state."""
         progress, settings = self.progress, self.run.train
-        shown = {"desc": title, "unit": "step", "mininterval": 0.5, "disable": place() > 0}
+        shown = {"desc": title, "unit": "step", "mininterval": 0.5, "disable": rank() > 0}
         with tqdm(total=self.total_steps, initial=progress.step, **shown) as bar:
             while progress.epoch < self.epochs and not self._patience_is_out():
                 self.model.train()
@@ -257,7 +257,7 @@ class _Loop:
 
     def _predicted(self, task: TrainingTask) -> list[Any]:
         """Predict the validation rows of a task."""
-        return shared_out(
+        return gather_rows(
             task.validation.num_rows, lambda rows: predict_rows(self.model, task.spec, task.validation.take(rows))
         )
 
@@ -272,7 +272,7 @@ class _Loop:
         self.gradients.close()
 
     def save(self) -> None:
-        if place() > 0:
+        if rank() > 0:
             return
         save_resume(
             self.state.output,

@@ -1,7 +1,7 @@
-"""The processes of a training run that a launcher started (``accelerate launch``, ``torchrun``), one as a rule.
+"""The processes of a distributed run (``accelerate launch``, ``torchrun``); one as a rule.
 
-Each holds the whole model, computes its share of every batch, and takes the same optimizer step as the others, because
-the gradients are summed over all of them. The first one alone writes files, fits the gate and scores the checkpoint.
+Every rank holds the full model, computes its share of each batch, and takes the same optimizer step as the others,
+because gradients are summed over all ranks. Rank 0 alone writes files, fits the gate and scores the checkpoint.
 """
 
 import datetime
@@ -13,112 +13,105 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, reduce
 from torch import Tensor, nn
 
 from sparse_ft.errors import SparseFTError
 
 _Value = TypeVar("_Value")
-_PATIENCE = datetime.timedelta(hours=12)
-"""How long the others wait for the first process; if it dies, the launcher ends them."""
+_TIMEOUT = datetime.timedelta(hours=12)
+"""How long the other ranks wait for rank 0; if it dies, the launcher ends them."""
 
 
-def launched() -> bool:
-    """Whether a launcher started several processes."""
+def is_distributed() -> bool:
+    """Return whether a launcher started several processes."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def _state() -> PartialState | None:
-    return _join() if launched() else None
-
-
 @functools.cache
-def _join() -> PartialState:
-    if torch.cuda.is_available():  # gloo besides, for runs with --device cpu
-        state = PartialState(timeout=_PATIENCE, backend="cuda:nccl,cpu:gloo")
+def _state() -> PartialState:
+    """Join the process group; only a distributed run has one."""
+    if torch.cuda.is_available():  # gloo besides nccl, for runs with --device cpu
+        state = PartialState(timeout=_TIMEOUT, backend="cuda:nccl,cpu:gloo")
     else:
-        state = PartialState(cpu=True, timeout=_PATIENCE)
-    if not state.is_main_process:  # what there is to say is said once
+        state = PartialState(cpu=True, timeout=_TIMEOUT)
+    if not state.is_main_process:  # messages are shown once
         logging.getLogger("sparse_ft").setLevel(logging.ERROR)
     return state
 
 
-def number() -> int:
-    """Return how many processes there are."""
-    state = _state()
-    return 1 if state is None else state.num_processes
+def world_size() -> int:
+    """Return the number of processes."""
+    return _state().num_processes if is_distributed() else 1
 
 
-def place() -> int:
-    """Return which of them this one is, from 0."""
-    state = _state()
-    return 0 if state is None else state.process_index
+def rank() -> int:
+    """Return the number of this process, from 0."""
+    return _state().process_index if is_distributed() else 0
 
 
-def own_device(device: torch.device) -> torch.device:
-    """Give each process of a machine a GPU of its own, if GPUs compute and none is named."""
-    state = _state()
-    if state is None or device.type != "cuda" or device.index is not None:
+def rank_device(device: torch.device) -> torch.device:
+    """Return the GPU of this process if the run computes on GPUs and names none, else ``device``."""
+    if not is_distributed() or device.type != "cuda" or device.index is not None:
         return device
-    return torch.device("cuda", state.local_process_index)
+    return torch.device("cuda", _state().local_process_index)
 
 
-def from_first(compute: Callable[[], _Value]) -> _Value:
-    """Let the first process compute something for all; a user's mistake that it finds is raised in each.
+def broadcast(compute: Callable[[], _Value]) -> _Value:
+    """Compute a value in rank 0 and return it in all ranks.
 
     Args:
-        compute: Called in the first process only. Its value must be one that can be pickled.
+        compute: Called in rank 0 only; its value must be picklable.
+
+    Raises:
+        SparseFTError: In every rank, if ``compute`` raises one.
     """
-    if not launched():
+    if not is_distributed():
         return compute()
-    found: list[Any] = [None]
-    if place() == 0:
+    message: list[Any] = [None]
+    if rank() == 0:
         try:
-            found = [compute()]
+            message = [compute()]
         except SparseFTError as error:
-            found = [error]
-    (value,) = broadcast_object_list(found)
+            message = [error]
+    (value,) = broadcast_object_list(message)
     if isinstance(value, SparseFTError):
         raise value
     return value
 
 
-def same_in_all(module: nn.Module) -> None:
-    """Give a module in every process the tensors that it has in the first."""
-    if launched():
-        state = from_first(lambda: {name: tensor.cpu() for name, tensor in module.state_dict().items()})
-        module.load_state_dict(state)
+def broadcast_module(module: nn.Module) -> None:
+    """Copy the tensors of a module from rank 0 to all ranks."""
+    if is_distributed():
+        module.load_state_dict(broadcast(lambda: {name: tensor.cpu() for name, tensor in module.state_dict().items()}))
 
 
-def shared_out(rows: int, compute: Callable[[Sequence[int]], Sequence[_Value]]) -> list[_Value]:
-    """Compute something for each row, every process for its share of them, and return it for all.
+def gather(value: _Value) -> list[_Value]:
+    """Return the value of each rank, in the order of the ranks; values must be picklable."""
+    return gather_object([value]) if is_distributed() else [value]
+
+
+def gather_rows(num_rows: int, compute: Callable[[Sequence[int]], Sequence[_Value]]) -> list[_Value]:
+    """Compute a value for each row, every rank for its share of the rows, and return all values in every rank.
 
     Args:
-        rows: How many there are.
-        compute: Takes numbers of rows and returns as many values, which can be pickled.
+        num_rows: Number of rows.
+        compute: Takes indices of rows and returns a picklable value for each.
     """
-    own = range(place(), rows, number())
-    found = list(zip(own, compute(own), strict=True))
-    if launched():
-        found = sorted(gather_object(found), key=lambda pair: pair[0])
-    return [value for _, value in found]
+    share = range(rank(), num_rows, world_size())
+    parts = gather(dict(zip(share, compute(share), strict=True)))
+    by_row = {row: value for part in parts for row, value in part.items()}
+    return [by_row[row] for row in range(num_rows)]
 
 
-def from_each(value: _Value) -> list[_Value]:
-    """Return what each process has, in their order; a value must be one that can be pickled."""
-    return gather_object([value]) if launched() else [value]
-
-
-def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Sum gradients over the processes; one that no process has stays None."""
-    if not launched():
+def all_reduce_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Sum gradients over all ranks; a gradient that no rank has stays None."""
+    if not is_distributed():
         return
-    device = parameters[0].device
-    present = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=device)
-    torch.distributed.all_reduce(present)
-    touched = [parameter for parameter, count in zip(parameters, present.tolist(), strict=True) if count]
-    flat = torch.cat([_gradient(parameter).flatten() for parameter in touched])
-    torch.distributed.all_reduce(flat)
+    present = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=parameters[0].device)
+    counts = reduce(present, "sum").tolist()
+    touched = [parameter for parameter, count in zip(parameters, counts, strict=True) if count]
+    flat = reduce(torch.cat([_gradient(parameter).flatten() for parameter in touched]), "sum")
     for parameter, summed in zip(touched, flat.split([parameter.numel() for parameter in touched]), strict=True):
         parameter.grad = summed.view_as(parameter)
 

@@ -28,7 +28,7 @@ from sparse_ft.training.joint import has_gate
 from sparse_ft.training.loop import fit
 from sparse_ft.training.new_experts import add_tasks, start_gate
 from sparse_ft.training.new_heads import has_start, start_head
-from sparse_ft.training.processes import from_first, own_device, place, same_in_all
+from sparse_ft.training.processes import broadcast, broadcast_module, rank, rank_device
 from sparse_ft.training.resume import Progress
 from sparse_ft.training.settings import (
     _find_tasks,
@@ -116,13 +116,13 @@ def train(
     if run.start is not None and not resume:
         run = continued_config(run)
     unresumed = run
-    run = from_first(
+    run = broadcast(
         lambda: _resumed_config(unresumed, output, data=data) if resume else _find_tasks(unresumed, unresumed.start)
     )
     if run.stage == "gate":
         if run.tasks or resume:
             raise ConfigError("--stage gate fits the gate over all tasks of --from; leave out --task and --resume.")
-        folder, evaluation, specs_of = from_first(lambda: train_gate(run, data=data, output=output))
+        folder, evaluation, specs_of = broadcast(lambda: train_gate(run, data=data, output=output))
         return TrainResult(folder, evaluation, [], specs_of, 0.0)
     specs = [load_task(task) for task in run.tasks]
     if not specs:
@@ -135,17 +135,17 @@ def train(
         sources = {**_sources_of(run.start), **run.sources, **name_sources(data, names)}
         wanted = output or run.output
         claimed = wanted is None
-        folder = from_first(lambda: next_output(names) if wanted is None else free_output(wanted))
+        folder = broadcast(lambda: next_output(names) if wanted is None else free_output(wanted))
         run = changed_config(keep_length(run, names), {"sources": sources, "output": str(folder)})
     try:
         return _train(run, specs, resume=resume)
     finally:
-        if claimed and place() == 0:
+        if claimed and rank() == 0:
             give_back(Path(run.output or ""))
 
 
 def _train(run: RunConfig, specs: Sequence[TaskSpec], *, resume: bool) -> TrainResult:
-    device = own_device(find_device(run.device))
+    device = rank_device(find_device(run.device))
     output = Path(run.output or "")
     model, kept, metrics = _start_model(run, device)
     encoder = Encoder(model.backbone, max_length=run.data.max_length)
@@ -162,21 +162,21 @@ def _train(run: RunConfig, specs: Sequence[TaskSpec], *, resume: bool) -> TrainR
         check_joint(run, num_experts=num_experts)
     model.experts.set_dropout(run.experts.dropout)
     model.to(device).eval()
-    if place() == 0:
+    if rank() == 0:
         with explain_os_errors(output):
             output.mkdir(parents=True, exist_ok=True)
     _LOG.info("Training %s on %s into %s", ", ".join(ready), model.device, output)
     for task in [] if resume else new:  # what is resumed has moved on from there
         if has_start(model, task.spec):
             start_head(model, task, encoder=encoder)
-            same_in_all(model.head(task.spec.name))
+            broadcast_module(model.head(task.spec.name))
     if has_gate(run):
         rows = {**_others_rows(kept, ready, run=run, encoder=encoder), **ready}
         model.gate = start_gate(model, ready, rows_by_expert(model, rows), run=run)
-        same_in_all(model.gate)
+        broadcast_module(model.gate)
     progress = _fit(model, ready, run=run, output=output, resume=resume)
     metrics.update({task: {"validation": score} for task, score in progress.scores.items()})
-    evaluation = from_first(
+    evaluation = broadcast(
         lambda: _finish(model, ready, kept, run=run, encoder=encoder, metrics=metrics, splits=splits)
     )
     rate = progress.tokens / progress.seconds if progress.seconds else 0.0

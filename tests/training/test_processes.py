@@ -67,7 +67,7 @@ def train(tasks, backbone, output, overrides, die_at):
     options = {"resume": True} if tasks is None else {"backbone": str(backbone), "device": "cpu"}
     result = sparse_ft.train(tasks or (), output=output, overrides=overrides, **options)
     told = {"history": result.history, "scores": result.scores}
-    (output.parent / f"told-{processes.place()}.json").write_text(json.dumps(told))
+    (output.parent / f"told-{processes.rank()}.json").write_text(json.dumps(told))
 
 
 @pytest.fixture(scope="module")
@@ -109,36 +109,36 @@ def test_killed_processes_resume_and_end_where_the_uninterrupted_ones_end(tmp_pa
 def check_collectives():
     error = None
     try:
-        processes.from_first(refuse)
+        processes.broadcast(refuse)
     except ConfigError as found:
         error = str(found)
     assert error == "no such thing"
-    assert processes.from_first(processes.place) == 0
-    assert processes.number() == 2
-    assert processes.from_each(processes.place()) == [0, 1]
-    assert processes.shared_out(5, lambda rows: [(row, processes.place()) for row in rows]) == [
+    assert processes.broadcast(processes.rank) == 0
+    assert processes.world_size() == 2
+    assert processes.gather(processes.rank()) == [0, 1]
+    assert processes.gather_rows(5, lambda rows: [(row, processes.rank()) for row in rows]) == [
         (0, 0),
         (1, 1),
         (2, 0),
         (3, 1),
         (4, 0),
     ]
-    assert processes.shared_out(1, lambda rows: [row * 10 for row in rows]) == [0]
+    assert processes.gather_rows(1, lambda rows: [row * 10 for row in rows]) == [0]
     both, one, none = (torch.nn.Parameter(torch.zeros(2, 3)) for _ in range(3))
-    both.grad = torch.full((2, 3), processes.place() + 1.0)
-    if processes.place() == 1:
+    both.grad = torch.full((2, 3), processes.rank() + 1.0)
+    if processes.rank() == 1:
         one.grad = torch.full((2, 3), 5.0)
-    processes.sum_gradients([both, one, none])
+    processes.all_reduce_gradients([both, one, none])
     assert both.grad.tolist() == [[3.0] * 3] * 2
     assert one.grad.tolist() == [[5.0] * 3] * 2
     assert none.grad is None
-    assert processes.own_device(torch.device("cpu")) == torch.device("cpu")
-    assert processes.own_device(torch.device("cuda")) == torch.device("cuda", processes.place())
-    assert processes.own_device(torch.device("cuda:7")) == torch.device("cuda:7")
+    assert processes.rank_device(torch.device("cpu")) == torch.device("cpu")
+    assert processes.rank_device(torch.device("cuda")) == torch.device("cuda", processes.rank())
+    assert processes.rank_device(torch.device("cuda:7")) == torch.device("cuda:7")
 
 
 def refuse():
-    assert processes.place() == 0
+    assert processes.rank() == 0
     raise ConfigError("no such thing")
 
 
@@ -160,11 +160,11 @@ def expect_refusal(tasks, backbone, output):
 
 
 def test_one_process_asks_nobody():
-    assert not processes.launched()
-    assert (processes.number(), processes.place()) == (1, 0)
-    assert processes.from_each("own") == ["own"]
-    assert processes.shared_out(3, lambda rows: [row + 1 for row in rows]) == [1, 2, 3]
-    assert processes.own_device(find_device("cpu")) == torch.device("cpu")
+    assert not processes.is_distributed()
+    assert (processes.world_size(), processes.rank()) == (1, 0)
+    assert processes.gather("own") == ["own"]
+    assert processes.gather_rows(3, lambda rows: [row + 1 for row in rows]) == [1, 2, 3]
+    assert processes.rank_device(find_device("cpu")) == torch.device("cpu")
 
 
 def test_rows_that_are_shared_out_are_rows_of_their_own(tiny_bert, tmp_path, make_model):
