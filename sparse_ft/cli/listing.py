@@ -1,25 +1,26 @@
-"""Descriptions for people: the bundled tasks, one task, one checkpoint."""
+"""Describe the bundled tasks, one task, or one checkpoint in text."""
 
 from pathlib import Path
 from typing import Any
 
 from sparse_ft.checkpoint.manifest import read_manifest, read_metrics, read_yaml, slot_experts
+from sparse_ft.evaluation.tables import text_table
 from sparse_ft.tasks.spec import FileSource, HubSource, TaskSpec, list_tasks, load_task, parse_task
 
 
 def describe_tasks() -> str:
-    """List the bundled tasks, those that bring their data first."""
+    """List the bundled tasks; tasks with a bundled sample come first."""
     specs = {name: load_task(name) for name in list_tasks()}
     order = sorted(specs, key=lambda name: (not _brings_data(specs[name]), name))
     rows = [
         [name, specs[name].kind, specs[name].language, _num_labels(specs[name]), _where(specs[name])] for name in order
     ]
-    table = _columns([["task", "kind", "language", "labels", "data"], *rows])
+    table = _table(["task", "kind", "language", "labels", "data"], rows)
     return f"{table}\n\n`sparse-ft tasks NAME` shows one; `--task ./my.yaml` takes your own."
 
 
 def describe_task(name: str) -> str:
-    """Show one task: what it is, where its data comes from, its labels and an example."""
+    """Show the kind, data source, labels and example of one task."""
     spec = load_task(name)
     lines = [
         f"{spec.name}: {spec.description}".rstrip(": "),
@@ -30,7 +31,7 @@ def describe_task(name: str) -> str:
         lines.append(f"files:    {_files(spec.files)}")
     if spec.hub is not None:
         lines.append(f"hub:      {_hub(spec.hub)}")
-    labels = ", ".join(spec.label_names or []) or ("those found in train" if spec.has_labels else "each row's own")
+    labels = ", ".join(spec.label_names or []) or ("read from train" if spec.has_labels else "named by each row")
     lines.append(f"labels:   {labels}")
     facts = {"out of scope": spec.out_of_scope, "example": spec.example, "license": spec.license, "source": spec.source}
     lines.extend(f"{key + ':':<9} {value}" for key, value in facts.items() if value)
@@ -47,9 +48,9 @@ def describe_checkpoint(path: Path) -> str:
         f"experts from block {manifest['first_block']}, {manifest['pooling']} pooling",
         f"gate:       {_gate(manifest.get('gate'), metrics)}",
         "",
-        _columns([["expert", "rank", "alpha", "layers", "MB", "tasks"], *_expert_rows(manifest)]),
+        _table(["expert", "rank", "alpha", "layers", "MB", "tasks"], _expert_rows(manifest)),
         "",
-        _columns([["task", "expert", "kind", "labels", "MB", "scores"], *_task_rows(path, manifest, metrics)]),
+        _table(["task", "expert", "kind", "labels", "MB", "scores"], _task_rows(path, manifest, metrics)),
     ]
     return "\n".join(lines)
 
@@ -138,8 +139,5 @@ def _hub(hub: HubSource) -> str:
     return hub.path + (f" ({hub.name})" if hub.name else "") + (f" @ {hub.revision}" if hub.revision else "")
 
 
-def _columns(rows: list[list[str]]) -> str:
-    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(text_table(header, rows, num_text_columns=len(header)))
