@@ -61,7 +61,7 @@ class Parameter(NamedTuple):
     def cell(self) -> str:
         """The first cell of its row."""
         must = " (required)" if self.option and self.required else ""
-        return f"`{self.shown}`{must}".replace("|", "\\|")
+        return code(self.shown) + must
 
 
 def _parameter(name: str, parameter: inspect.Parameter) -> Parameter:
@@ -166,7 +166,7 @@ def fields(model: type[BaseModel], *, prefix: str = "", leave_out: Iterable[str]
             for attribute, word in _BOUNDS.items()
             if getattr(limit, attribute, None) is not None
         ]
-        allowed = ", ".join([f"`{annotation}`".replace("|", "\\|"), *limits])
+        allowed = ", ".join([code(annotation), *limits])
         rows.append((f"`{prefix}{name}`", default, allowed, text))
     return table(("key", "default", "allowed", "meaning"), rows)
 
@@ -182,7 +182,7 @@ def docstrings(model: type[BaseModel]) -> dict[str, tuple[str, str]]:
             found[name] = (readable(ast.unparse(statement.annotation)), "")
         elif isinstance(statement, ast.Expr) and name:
             text = " ".join(ast.literal_eval(statement.value).split())
-            found[name] = (found[name][0], text.replace("``", "`").replace("|", "\\|"))
+            found[name] = (found[name][0], text.replace("``", "`"))
             name = ""
         else:
             name = ""
@@ -208,10 +208,21 @@ def first_paragraph(described: object) -> str:
     return " ".join(inspect.cleandoc(described.__doc__ or "").split("\n\n")[0].split()).replace("``", "`")
 
 
+def cell(text: str) -> str:
+    """Write a text on one line; outside of code, angle brackets are no HTML."""
+    parts = re.split(r"(`[^`]*`|</?code>)", " ".join(text.split()))
+    return "".join(part if index % 2 else part.replace("<", "&lt;") for index, part in enumerate(parts))
+
+
+def code(text: str) -> str:
+    """Write a word as code in a cell of a table, whose cells are divided by bars."""
+    return f"<code>{text.replace('<', '&lt;').replace('|', '&#124;')}</code>" if "|" in text else f"`{text}`"
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Make a Markdown table."""
     lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
-    return "\n".join([*lines, *(f"| {' | '.join(' '.join(cell.split()) for cell in row)} |" for row in rows), ""])
+    return "\n".join([*lines, *(f"| {' | '.join(map(cell, row))} |" for row in rows), ""])
 
 
 def pages() -> dict[Path, str]:
