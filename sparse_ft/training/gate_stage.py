@@ -49,14 +49,14 @@ def rows_by_expert(model: SparseExpertModel, ready: Mapping[str, TrainingTask]) 
         slot = model.tasks[name]
         if slot.joint and len(slot.experts) > 1:
             continue
-        owners = [slot.experts[0]] * len(task.whole)
+        owners = [slot.experts[0]] * len(task.row_examples)
         if len(slot.experts) > 1:
-            routing = text_routing(model, task.whole, task=name)
+            routing = text_routing(model, task.row_examples, task=name)
             owners = [
                 model.experts.names[best]
                 for best in routing.dense_weights(len(model.experts.names)).argmax(-1).tolist()
             ]
-        for owner, example in zip(owners, task.whole, strict=True):
+        for owner, example in zip(owners, task.row_examples, strict=True):
             examples.setdefault(owner, []).append(example)
     return examples
 

@@ -1,12 +1,12 @@
-"""The gradients of one batch: computed in parts, after one another to save memory, or side by side to save time."""
+"""The gradients of a batch, computed in parts: one after another to save memory, or side by side to save time."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sparse_ft.backbone.batching import collate
@@ -14,41 +14,30 @@ from sparse_ft.config import RunConfig
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.named_experts import named_generator
 from sparse_ft.tasks.kinds import find_kind
-from sparse_ft.tasks.kinds.kind import IGNORED
-from sparse_ft.training.joint import Domains, Mixing, Pairs
+from sparse_ft.training.joint import FixedRouting, JointRouting, Rows
 from sparse_ft.training.processes import all_reduce_gradients, gather, is_distributed, rank, world_size
 from sparse_ft.training.training_task import TrainingTask
 
-_ROWS = 8
-"""Least rows of a part in a joint run, if the experts are few."""
-
-
-@dataclass(frozen=True)
-class _Whole:
-    """The batch that parts are taken of."""
-
-    rows: int
-    targets: dict[str, int]
-    """Task to what its mean loss is taken over."""
-    task_rows: dict[str, int]
+_MIN_ROWS = 8
+"""Fewest rows of a part in a joint run, if there are few experts."""
 
 
 @dataclass
-class Found:
-    """What a batch told: means over its rows."""
+class StepLosses:
+    """The losses of a batch, or what a part of a batch adds to them: means over the rows of the batch."""
 
-    losses: dict[str, float]
-    """Of each task."""
-    auxiliary: dict[str, float] = field(default_factory=dict)
-    """Of the gate, in a joint run; see ``Auxiliary.losses``."""
+    tasks: dict[str, float]
+    """Loss of each task."""
+    gate: dict[str, float] = field(default_factory=dict)
+    """Auxiliary losses of a joint run, see ``AuxiliaryLosses.losses``."""
     usage: Tensor | None = None
-    """[E], the share of the weight that each expert of the gate got."""
+    """[E], the share of the weight that each expert of the gate in training got."""
 
-    def add(self, other: "Found") -> None:
-        """Add what another part of the batch told."""
-        for own, theirs in ((self.losses, other.losses), (self.auxiliary, other.auxiliary)):
-            for name, value in theirs.items():
-                own[name] = own.get(name, 0.0) + value
+    def add(self, other: "StepLosses") -> None:
+        """Add the losses of another part of the same batch."""
+        for sums, values in ((self.tasks, other.tasks), (self.gate, other.gate)):
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0.0) + value
         if other.usage is not None:
             self.usage = other.usage if self.usage is None else self.usage + other.usage
 
@@ -57,17 +46,17 @@ class Gradients:
     """Adds the gradients of batches to the parameters in training.
 
     On a CPU, ``train.workers`` threads each compute a part of a batch with their share of the cores. On short texts
-    that beats giving all cores to one matrix product after the other, most of which are too small to share. Gradients
-    are added in the order of the parts and every part has random numbers of its own, so the same seed and number of
-    workers give the same weights. Several processes share the parts in the same way.
+    this is faster than giving all cores to one matrix product after another, most of which are too small to share.
+    Gradients are added in the order of the parts and every part has its own random numbers, so the same seed and number
+    of workers give the same weights. Several processes divide the parts in the same way.
 
     Args:
         model: In training mode when ``add`` is called.
         tasks: Rows by task name.
-        parameters: What learns.
+        parameters: The parameters in training.
         run: The run's config.
-        accelerator: Scales the loss where the precision asks for it.
-        mixing: Routes the rows where the task does not say all; in a joint run it adds the gate's losses.
+        routing: Routes the rows if their tasks do not determine their experts; None routes each row to the expert of
+            its task.
     """
 
     def __init__(
@@ -77,133 +66,133 @@ class Gradients:
         *,
         parameters: Sequence[nn.Parameter],
         run: RunConfig,
-        accelerator: Accelerator,
-        mixing: Mixing | Domains | None = None,
+        routing: JointRouting | FixedRouting | None = None,
     ) -> None:
-        self.mixing = mixing
-        self.model, self.tasks, self.parameters, self.run = model, tasks, list(parameters), run
-        self.accelerator = accelerator
-        self.workers = min(gather(_count_workers(model, run)))  # the same in all, for they divide a batch by it
+        self.model, self.tasks, self.parameters, self.run, self.routing = model, tasks, list(parameters), run, routing
+        self.workers = min(gather(_count_workers(model, run)))  # equal in all ranks, which divide a batch by it
         self.pool = _thread_pool(self.workers) if self.workers > 1 else None
 
-    def add(self, pairs: Pairs, *, step: int) -> Found:
-        """Add the gradients of a batch.
+    def add(self, batch: Rows, *, step: int) -> StepLosses:
+        """Add the gradients of a batch, and return its losses.
 
         Args:
-            pairs: Its rows, by task and place among ``TrainingTask.units``.
+            batch: Task and index in ``TrainingTask.groups`` of each row; the rows of a task are adjacent.
             step: Number of the optimizer step, which the random numbers depend on.
         """
-        targets = _count_targets(self.tasks, pairs)
-        whole = _Whole(len(pairs), targets, {name: sum(task == name for task, _ in pairs) for name in targets})
-        told = Found(dict.fromkeys(targets, 0.0))
-        parts = self._parts(pairs, self.run.train.accumulation * self.workers * world_size())
-        own = list(enumerate(parts))[rank() :: world_size()]
-        for start in range(0, len(own), self.workers):
-            for found in self._backward(own[start : start + self.workers], step, whole=whole):
-                told.add(found)
+        parts = list(enumerate(self._divide(batch)))[rank() :: world_size()]
+        losses = StepLosses({task: 0.0 for task, _ in batch})
+        for start in range(0, len(parts), self.workers):
+            for part_losses in self._backward(parts[start : start + self.workers], batch=batch, step=step):
+                losses.add(part_losses)
         all_reduce_gradients(self.parameters)
-        first, *others = gather(told)
+        first, *others = gather(losses)
         for other in others:
             first.add(other)
         return first
 
-    def _parts(self, pairs: Pairs, count: int) -> list[Pairs]:
-        """Divide a batch, which is in the order of the tasks.
-
-        Neighbours are of one task and thus of like length, so they stay together. Not in a joint run: its balance and
-        its capacity are those of a part, which should hold of every task what the batch does, and rows enough to say
-        how the experts are used.
-        """
-        if isinstance(self.mixing, Mixing):
-            count = max(1, min(count, len(pairs) // max(_ROWS, 2 * len(self.mixing.names))))
-        if self.run.stage == "joint":
-            return [part for start in range(count) if (part := pairs[start::count])]
-        size = math.ceil(len(pairs) / count)
-        return [pairs[start : start + size] for start in range(0, len(pairs), size)]
-
     def close(self) -> None:
-        """Let the threads end; theirs was the number of cores that new threads of the process would take."""
+        """End the threads, and give new threads of this process all cores again."""
         if self.pool is not None:
             self.pool.shutdown()
             torch.set_num_threads(torch.get_num_threads())
 
-    def _backward(self, parts: Sequence[tuple[int, Pairs]], step: int, *, whole: "_Whole") -> list[Found]:
-        """Compute some numbered parts side by side; return what each adds to the means over the batch."""
+    def _divide(self, batch: Rows) -> list[Rows]:
+        """Divide a batch, which is sorted by task, into parts.
+
+        Neighbours are of one task and of similar length, so a part is a slice. In a joint run, where the balance and
+        the capacity of experts are those of a part, every part gets rows of each task, and enough rows to show how the
+        experts are used.
+        """
+        count = self.run.train.accumulation * self.workers * world_size()
+        if isinstance(self.routing, JointRouting):
+            count = max(1, min(count, len(batch) // max(_MIN_ROWS, 2 * len(self.routing.names))))
+        if self.run.stage == "joint":
+            return [part for start in range(count) if (part := batch[start::count])]
+        size = math.ceil(len(batch) / count)
+        return [batch[start : start + size] for start in range(0, len(batch), size)]
+
+    def _backward(self, parts: Sequence[tuple[int, Rows]], *, batch: Rows, step: int) -> list[StepLosses]:
+        """Add the gradients of numbered parts, which are computed side by side, and return the losses of each."""
         if self.pool is None and not is_distributed():
             ((_, part),) = parts
-            total, told = self._losses(part, None, whole=whole)
-            self.accelerator.backward(total)
-            return [told]
+            total, losses = self._losses(part, None, batch=batch)
+            total.backward()
+            return [losses]
 
-        def work(numbered: tuple[int, Pairs]) -> tuple[Sequence[Tensor | None], Found]:
-            generator = self._generator(f"step/{step}/{numbered[0]}")
-            total, told = self._losses(numbered[1], generator, whole=whole)
-            return torch.autograd.grad(total, self.parameters, allow_unused=True), told
+        def compute(numbered: tuple[int, Rows]) -> tuple[Sequence[Tensor | None], StepLosses]:
+            number, part = numbered
+            total, losses = self._losses(part, self._generator(f"step/{step}/{number}"), batch=batch)
+            return torch.autograd.grad(total, self.parameters, allow_unused=True), losses
 
-        found = [work(part) for part in parts] if self.pool is None else list(self.pool.map(work, parts))
-        for gradients, _ in found:
-            for parameter, gradient in zip(self.parameters, gradients, strict=True):
-                if gradient is None:
-                    continue
-                if parameter.grad is None:  # laid out as the parameter: fused AdamW pairs numbers by their address
-                    parameter.grad = torch.empty_like(parameter).copy_(gradient)
-                else:
-                    parameter.grad.add_(gradient)
-        return [told for _, told in found]
+        results = [compute(part) for part in parts] if self.pool is None else list(self.pool.map(compute, parts))
+        for gradients, _ in results:
+            self._accumulate(gradients)
+        return [losses for _, losses in results]
+
+    def _accumulate(self, gradients: Sequence[Tensor | None]) -> None:
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            if gradient is None:
+                continue
+            if parameter.grad is None:  # laid out as the parameter: fused AdamW pairs numbers by their address
+                parameter.grad = torch.empty_like(parameter).copy_(gradient)
+            else:
+                parameter.grad.add_(gradient)
 
     def _generator(self, name: str) -> torch.Generator:
         generator = named_generator(self.run.seed, name)
-        if self.model.backbone_dropout:  # which draws from the global one
+        if self.model.backbone_dropout:  # draws from the global generator
             torch.manual_seed(generator.initial_seed())
         if self.model.device.type == "cpu":
             return generator
         return torch.Generator(self.model.device).manual_seed(generator.initial_seed())
 
-    def _losses(
-        self,
-        pairs: Pairs,
-        generator: torch.Generator | None,
-        *,
-        whole: "_Whole",
-    ) -> tuple[Tensor, Found]:
-        """Return what some rows of a batch add to the loss that is trained on, and to the means over the batch."""
-        places = [(task, place) for task, unit in pairs for place in self.tasks[task].units[unit]]
-        rows = [(task, self.tasks[task].examples[place]) for task, place in places]
-        batch = collate(rows, pad_id=self.model.backbone.pad_id, device=self.model.device)
-        mixing = self.mixing
-        logits, added = (
-            (self.model(batch, generator=generator), None)
-            if mixing is None
-            else mixing.run(self.model, batch, places, generator=generator)
-        )
-        share = _count_targets(self.tasks, pairs)
+    def _losses(self, part: Rows, generator: torch.Generator | None, *, batch: Rows) -> tuple[Tensor, StepLosses]:
+        """Return what a part of a batch adds to the loss that is minimised, and to the losses that are reported."""
+        rows = [(task, index) for task, group in part for index in self.tasks[task].groups[group]]
+        examples = [(task, self.tasks[task].examples[index]) for task, index in rows]
+        inputs = collate(examples, pad_id=self.model.backbone.pad_id, device=self.model.device)
+        auxiliary = None
+        if self.routing is None:
+            logits = self.model(inputs, generator=generator)
+        else:
+            logits, auxiliary = self.routing.forward(self.model, inputs, rows, generator=generator)
+        part_targets, targets = self._count_targets(part), self._count_targets(batch)
+        num_rows = Counter(task for task, _ in batch)
         total, losses = torch.zeros((), device=self.model.device), {}
-        for part in batch.tasks:
-            assert part.targets is not None
-            own = [unit for task, unit in pairs if task == part.task]
-            mean = self._mean_loss(self.tasks[part.task], own, logits[part.task], part.targets)
-            loss = mean * (share[part.task] / whole.targets[part.task])
-            # Each task weighs as its rows do: a batch is worth the mean over its rows, whatever the mixture.
-            total = total + loss * (whole.task_rows[part.task] / whole.rows)
-            losses[part.task] = loss.item()
-        if added is None:
-            return total, Found(losses)
-        part_of_batch = len(pairs) / whole.rows
-        scaled = {name: value * part_of_batch for name, value in added.losses.items()}
-        return total + added.total * part_of_batch, Found(losses, scaled, added.usage.cpu() * part_of_batch)
+        for task_rows in inputs.tasks:
+            task = task_rows.task
+            assert task_rows.targets is not None
+            groups = [group for name, group in part if name == task]
+            loss = self._mean_loss(self.tasks[task], groups, logits[task], task_rows.targets)
+            loss = loss * (part_targets[task] / targets[task])
+            # Each task weighs as its rows do: a batch is worth the mean over its rows, whatever the task mixture.
+            total = total + loss * (num_rows[task] / len(batch))
+            losses[task] = loss.item()
+        if auxiliary is None:
+            return total, StepLosses(losses)
+        share = len(part) / len(batch)
+        gate = {name: value * share for name, value in auxiliary.losses.items()}
+        return total + auxiliary.total * share, StepLosses(losses, gate, auxiliary.usage.cpu() * share)
 
-    def _mean_loss(self, task: TrainingTask, units: Sequence[int], logits: Tensor, targets: Tensor) -> Tensor:
-        """Average the loss of some rows of one task, whose logits and targets follow one another."""
+    def _count_targets(self, rows: Rows) -> Counter[str]:
+        """Count the targets that the mean loss of each task is taken over."""
+        counts: Counter[str] = Counter()
+        for task, group in rows:
+            counts[task] += self.tasks[task].num_targets[group]
+        return counts
+
+    def _mean_loss(self, task: TrainingTask, groups: Sequence[int], logits: Tensor, targets: Tensor) -> Tensor:
+        """Average the loss over the rows of one task; logits and targets are in the order of ``groups``."""
         kind, smoothing = find_kind(task.spec.kind), self.run.train.label_smoothing
         if not kind.by_row:
             return kind.loss(logits, targets, label_smoothing=smoothing)
-        sizes = [sum(len(task.examples[place].targets) for place in task.units[unit]) for unit in units]
+        sizes = [sum(len(task.examples[index].targets) for index in task.groups[group]) for group in groups]
         parts = zip(logits.split(sizes), targets.split(sizes), strict=True)
         return torch.stack([kind.loss(*part, label_smoothing=smoothing) for part in parts]).mean()
 
 
 def _count_workers(model: SparseExpertModel, run: RunConfig) -> int:
-    if model.device.type != "cpu" or model.backbone_dropout:  # the backbone's own dropout draws from one generator
+    if model.device.type != "cpu" or model.backbone_dropout:  # the backbone's dropout draws from one generator
         return 1
     return min(run.train.workers or torch.get_num_threads(), run.train.batch_size)
 
@@ -212,16 +201,3 @@ def _thread_pool(workers: int) -> ThreadPoolExecutor:
     """Start threads that share the cores which torch would give to each operation."""
     share = max(1, torch.get_num_threads() // workers)
     return ThreadPoolExecutor(workers, "train", initializer=torch.set_num_threads, initargs=(share,))
-
-
-def _count_targets(tasks: Mapping[str, TrainingTask], pairs: Pairs) -> dict[str, int]:
-    """Count what the mean loss of each task is taken over."""
-    counts: dict[str, int] = {}
-    for task, unit in pairs:
-        if find_kind(tasks[task].spec.kind).by_row:
-            number = 1
-        else:
-            (place,) = tasks[task].units[unit]
-            number = sum(target != IGNORED for target in tasks[task].examples[place].targets)
-        counts[task] = counts.get(task, 0) + number
-    return counts

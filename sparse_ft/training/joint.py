@@ -1,4 +1,4 @@
-"""How a gate routes the rows of a run in training, and how it is taught while it mixes the experts of a joint run."""
+"""How rows are routed in training where their task alone does not determine their expert."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,15 +13,17 @@ from sparse_ft.experts.inference import mean_states, text_routing
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.routing import Routing
 from sparse_ft.experts.selection import Selection
-from sparse_ft.training.gate_losses import Auxiliary, auxiliary
+from sparse_ft.training.gate_losses import AuxiliaryLosses, auxiliary_losses
 
-Pairs = Sequence[tuple[str, int]]
-"""Task and place of each row of a batch, the rows of a task adjacent: a unit of ``TrainingTask.units`` until it is
-computed, then each of its examples."""
+SHARED = "shared"
+"""Name of the expert that every row of a joint run uses, if the run has one."""
+
+Rows = Sequence[tuple[str, int]]
+"""Task and index of each row of a batch; the rows of a task are adjacent."""
 
 
-class Mixing:
-    """Routes the rows of a joint run through the gate in training, and computes what the gate is taught by.
+class JointRouting:
+    """Routes rows through the gate that a joint run trains, and computes the gate's auxiliary losses.
 
     Args:
         model: With its gate.
@@ -32,31 +34,27 @@ class Mixing:
     def __init__(self, model: SparseExpertModel, examples: Mapping[str, Sequence[Example]], *, run: RunConfig) -> None:
         gate = model.gate
         assert gate is not None
-        self.gate, self.settings = gate, run.gate
-        self.names = gate.names
-        self.places = [model.experts.index(name) for name in gate.names]
+        self.gate, self.settings, self.names = gate, run.gate, gate.names
+        self.experts = [model.experts.index(name) for name in gate.names]
         self.targets = {task: self._target(model, task) for task in examples}
         self.means: dict[str, Tensor] = {}
-        if isinstance(gate, SequenceGate):  # what it reads is that of the bare backbone, so it never changes
+        if isinstance(gate, SequenceGate):  # it reads the bare backbone, whose states never change
             self.means = {task: mean_states(model, rows, block=gate.block) for task, rows in examples.items()}
 
     def _target(self, model: SparseExpertModel, task: str) -> int:
         experts = model.tasks[task].experts
         return self.names.index(experts[0]) if len(experts) == 1 and experts[0] in self.names else -100
 
-    def run(
-        self, model: SparseExpertModel, batch: Batch, pairs: Pairs, *, generator: torch.Generator | None
-    ) -> tuple[dict[str, Tensor], Auxiliary]:
-        """Answer some rows of a batch.
+    def forward(
+        self, model: SparseExpertModel, batch: Batch, rows: Rows, *, generator: torch.Generator | None
+    ) -> tuple[dict[str, Tensor], AuxiliaryLosses]:
+        """Compute logits by task, and the auxiliary losses.
 
         Args:
             model: In training mode.
-            batch: The rows.
-            pairs: The same rows by task and number.
-            generator: Of everything random.
-
-        Returns:
-            Logits per task, and what the gate did.
+            batch: The rows as tensors.
+            rows: Task and index in ``examples`` of each row.
+            generator: Source of dropout and jitter; None takes the global one.
         """
         gate = self.gate
         if isinstance(gate, TokenGate):
@@ -64,26 +62,24 @@ class Mixing:
             logits = model(batch, gate=gate, seen=seen, generator=generator)
             routings, mask = list(seen.values()), batch.attention_mask
         else:
-            read = torch.stack([self.means[task][row] for task, row in pairs]).to(model.device)
-            chosen = gate.decide(gate.selection.jittered(read, generator), abstains=False, training=True)
-            routing = model.reindexed(chosen)
+            means = torch.stack([self.means[task][index] for task, index in rows]).to(model.device)
+            decision = gate.decide(gate.selection.jittered(means, generator), abstains=False, training=True)
+            routing = model.reindexed(decision)
             logits = model(batch, routing=routing, generator=generator)
             routings, mask = [routing], None
-        targets = torch.tensor([self.targets[task] for task, _ in pairs], device=model.device)
-        told = auxiliary(
+        return logits, auxiliary_losses(
             routings,
-            places=self.places,
+            experts=self.experts,
             num_experts=len(model.experts.names),
             settings=self.settings,
             top_k=gate.selection.top_k,
-            targets=targets,
+            targets=torch.tensor([self.targets[task] for task, _ in rows], device=model.device),
             mask=mask,
         )
-        return logits, told
 
 
-class Domains:
-    """Routes the rows of tasks with several experts as the gate says, once and for all, while the experts train.
+class FixedRouting:
+    """Routes the rows of tasks that have several experts as a finished gate decides, once for the whole run.
 
     Args:
         model: With its gate.
@@ -91,36 +87,31 @@ class Domains:
     """
 
     def __init__(self, model: SparseExpertModel, examples: Mapping[str, Sequence[Example]]) -> None:
-        self.routings = {task: self._routing(model, task, rows) for task, rows in examples.items()}
+        self.weights = {task: self._weights(model, task, rows) for task, rows in examples.items()}
 
-    def _routing(self, model: SparseExpertModel, task: str, rows: Sequence[Example]) -> Tensor:
+    def _weights(self, model: SparseExpertModel, task: str, rows: Sequence[Example]) -> Tensor:
         """Return the weight of every expert for each row, [rows, experts]."""
-        slot, number = model.tasks[task], len(model.experts.names)
+        slot, num_experts = model.tasks[task], len(model.experts.names)
         if slot.gated:
-            return text_routing(model, rows, task=task).dense_weights(number).cpu()
-        return Routing.one_hot([model.experts.index(slot.experts[0])] * len(rows)).dense_weights(number)
+            return text_routing(model, rows, task=task).dense_weights(num_experts).cpu()
+        return Routing.one_hot([model.experts.index(slot.experts[0])] * len(rows)).dense_weights(num_experts)
 
-    def run(
-        self, model: SparseExpertModel, batch: Batch, pairs: Pairs, *, generator: torch.Generator | None
+    def forward(
+        self, model: SparseExpertModel, batch: Batch, rows: Rows, *, generator: torch.Generator | None
     ) -> tuple[dict[str, Tensor], None]:
-        """Answer some rows of a batch; see ``Mixing.run``, but nothing is taught to the gate."""
-        weights = torch.stack([self.routings[task][row] for task, row in pairs]).to(model.device)  # [N, E]
-        chosen = weights.topk(int((weights > 0).sum(-1).max()), dim=-1)
-        routing = Routing(chosen.indices, chosen.values)
-        return model(batch, routing=routing, generator=generator), None
-
-
-SHARED = "shared"
-"""Name of the expert that every row of a joint run uses, if it has one."""
+        """Compute logits by task; see ``JointRouting.forward``. There are no auxiliary losses."""
+        weights = torch.stack([self.weights[task][index] for task, index in rows]).to(model.device)  # [N, E]
+        top = weights.topk(int((weights > 0).sum(-1).max()), dim=-1)
+        return model(batch, routing=Routing(top.indices, top.values), generator=generator), None
 
 
 def pool_names(number: int) -> list[str]:
     """Name the experts of a pool."""
-    return [f"pool-{place}" for place in range(number)]
+    return [f"pool-{index}" for index in range(number)]
 
 
 def joint_selection(settings: GateConfig) -> Selection:
-    """Return how the gate of a joint run chooses: two experts by default, and Switch's weights for one."""
+    """Return how the gate of a joint run selects experts: two by default, and with Switch's weights for one."""
     top_k = settings.top_k or 2
     return Selection(
         top_k=top_k,
@@ -134,5 +125,5 @@ def joint_selection(settings: GateConfig) -> Selection:
 
 
 def has_gate(run: RunConfig) -> bool:
-    """Whether a run trains a gate with its experts; a pool of one is an expert that all tasks share."""
+    """Return whether a run trains a gate with its experts; a pool of one expert needs none."""
     return run.stage == "joint" and run.experts.pool != 1

@@ -1,17 +1,14 @@
-"""The training loop: batches through one frozen backbone, of one task after the other, or of all that share experts."""
+"""The training loop: batches through one frozen backbone, one task group after another."""
 
 import logging
 import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sparse_ft.backbone.batching import epoch_batches
@@ -23,150 +20,105 @@ from sparse_ft.evaluation.scoring import predict_rows, score_rows
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.training.gate_losses import alarms
 from sparse_ft.training.gradients import Gradients
-from sparse_ft.training.joint import Domains, Mixing, Pairs, has_gate
-from sparse_ft.training.parameters import Group, build_optimizer, find_groups
+from sparse_ft.training.joint import FixedRouting, JointRouting, Rows, has_gate
+from sparse_ft.training.parameters import TaskGroup, build_optimizer, task_groups
 from sparse_ft.training.processes import gather_rows, rank
-from sparse_ft.training.resume import Progress, fingerprint, load_resume, read_progress, save_resume
+from sparse_ft.training.resume import Progress, RunState, fingerprint
 from sparse_ft.training.training_task import TrainingTask
 
 _LOG = logging.getLogger("sparse_ft")
 
-_EPOCHS = 10
-"""Evaluations that ``train.min_steps`` steps have at most: few rows are passed over several times between two."""
+_MAX_EVALUATIONS = 10
+"""Most evaluations within ``train.min_steps`` steps; an epoch over few rows passes over them several times."""
 
 
 def fit(
     model: SparseExpertModel, tasks: Mapping[str, TrainingTask], *, run: RunConfig, output: Path, resume: bool
 ) -> Progress:
-    """Train the experts and heads of some tasks; leaves the model with the best state of each.
+    """Train the experts and heads of tasks, and leave the model with the best state of each task group.
 
-    Tasks that have nothing in common which learns are trained one after the other, each as in a run of its own. Those
-    that share experts, as all do in a joint run, meet in the batches, and their best state is that of the best mean
-    score. The state is saved to ``output/resume`` every ``train.save_steps`` steps and after each epoch.
+    Tasks without common parameters are trained one after another, each as in a run with one task. Tasks that share
+    experts, as all do in a joint run, meet in the batches; the best state of such a group has the best mean score. The
+    state is saved to ``output/resume`` every ``train.save_steps`` steps and after each epoch.
 
     Args:
-        model: On its device; has an expert and a head for each task.
+        model: On its device, with experts and a head for each task.
         tasks: Training and validation rows by task name.
         run: The run's config.
         output: Folder of the run.
-        resume: Go on from the state saved in ``output/resume``.
+        resume: Continue from the state in ``output/resume``.
 
     Returns:
-        Where the run ended, with the history of losses and scores.
+        The position at the end, with the history of losses and scores.
 
     Raises:
-        SparseFTError: If the loss is no longer finite.
+        SparseFTError: If a loss is not finite.
     """
-    accelerator = Accelerator(mixed_precision="no", device_placement=False)  # precision is that of the frozen weights
-    state = _State.start(model, tasks, run=run, output=output)
+    groups = task_groups(model, list(tasks), run=run)
+    parameters = {name: value for group in groups.values() for name, value in group.parameters.items()}
+    best = {name: value.detach().clone() for name, value in parameters.items()}
+    data = fingerprint({name: [*task.examples, *task.validation.examples] for name, task in tasks.items()})
+    state = RunState(run, output, data, parameters, best, Progress(model.pooling))
     if resume:
-        state.progress = read_progress(output, data=state.data, pooling=model.pooling)
-    progress, names = state.progress, list(state.groups)
-    while progress.group < len(names):
-        name = names[progress.group]
-        loop = _Loop(model, tasks, name=name, state=state, accelerator=accelerator)
+        state.load_progress()
+    names = list(groups)
+    for number in range(state.progress.group, len(names)):
+        name = names[number]
+        loop = _Loop(model, {task: tasks[task] for task in groups[name].tasks}, groups[name], name=name, state=state)
         torch.manual_seed(run.seed)
         if resume:
-            loop.load()
+            state.load_tensors(loop.optimizer)
             resume = False
         try:
-            loop.run_epochs(title="training" if len(names) == 1 else f"{name} ({progress.group + 1} of {len(names)})")
+            loop.run_epochs(title="training" if len(names) == 1 else f"{name} ({number + 1} of {len(names)})")
         finally:
             loop.close()
-        del loop  # before the next one takes its memory
-        progress.next_group()
-    return progress
-
-
-@dataclass
-class _State:
-    """What is of the whole run: all that learns, its best values so far, and where the run stands."""
-
-    run: RunConfig
-    output: Path
-    data: str
-    groups: dict[str, Group]
-    parameters: dict[str, nn.Parameter]
-    best: dict[str, Tensor]
-    progress: Progress
-
-    @classmethod
-    def start(
-        cls, model: SparseExpertModel, tasks: Mapping[str, TrainingTask], *, run: RunConfig, output: Path
-    ) -> "_State":
-        groups = find_groups(model, list(tasks), run=run)
-        parameters = {name: value for group in groups.values() for name, value in group.parameters.items()}
-        best = {name: value.detach().clone() for name, value in parameters.items()}
-        data = fingerprint({name: [*task.examples, *task.validation.examples] for name, task in tasks.items()})
-        return cls(run, output, data, groups, parameters, best, Progress(model.pooling))
+        del loop  # frees its memory before the next group
+        state.progress.next_group()
+    return state.progress
 
 
 class _Loop:
-    """The training of one group: its rows, parameters and optimizer."""
+    """The training of one task group: its rows, parameters and optimizer."""
 
     def __init__(
         self,
         model: SparseExpertModel,
         tasks: Mapping[str, TrainingTask],
+        group: TaskGroup,
         *,
         name: str,
-        state: _State,
-        accelerator: Accelerator,
+        state: RunState,
     ) -> None:
-        self.model, self.name, self.state, self.run, self.progress = model, name, state, state.run, state.progress
-        self.accelerator, self.group = accelerator, state.groups[name]
-        run, tasks = state.run, {task: tasks[task] for task in self.group.tasks}
+        self.model, self.group, self.name, self.state = model, group, name, state
+        self.run, self.progress = state.run, state.progress
         model.requires_grad_(False)
-        model.backbone_dropout = run.train.backbone_dropout
+        model.backbone_dropout = self.run.train.backbone_dropout
         examples = {task: rows.examples for task, rows in tasks.items()}
-        self.mixing = Mixing(model, examples, run=run) if has_gate(run) else None
-        domains = self.mixing is None and any(model.tasks[task].gated for task in tasks)
-        self.tasks = _keep_trunks(model, tasks, limit=run.train.trunk_memory * 2**20)
-        for parameter in self.group.parameters.values():
+        self.joint = JointRouting(model, examples, run=self.run) if has_gate(self.run) else None
+        split = self.joint is None and any(model.tasks[task].gated for task in tasks)
+        routing = FixedRouting(model, examples) if split else self.joint
+        self.tasks = _cache_trunks(model, tasks, limit=self.run.train.trunk_memory * 2**20)
+        for parameter in group.parameters.values():
             parameter.requires_grad_(True)
-        self.optimizer = accelerator.prepare(build_optimizer(self.group.parameters, run))
-        self.lengths = {
-            task: [sum(len(rows.examples[place].input_ids) for place in unit) for unit in rows.units]
-            for task, rows in tasks.items()
-        }
+        self.optimizer = build_optimizer(group.parameters, self.run)
         self.gradients = Gradients(
-            model,
-            self.tasks,
-            parameters=list(self.group.parameters.values()),
-            run=run,
-            accelerator=accelerator,
-            mixing=Domains(model, examples) if domains else self.mixing,
+            model, self.tasks, parameters=list(group.parameters.values()), run=self.run, routing=routing
         )
-        self.passes = 1
-        self.passes = math.ceil(run.train.min_steps / _EPOCHS / len(self.plan(0))) or 1
-        steps_per_epoch = len(self.plan(0))
-        wanted = math.ceil(run.train.epochs / self.passes)
-        self.epochs = max(wanted, math.ceil(run.train.min_steps / steps_per_epoch))
-        self.total_steps = self.epochs * steps_per_epoch
+        self.lengths = {task: rows.num_tokens for task, rows in tasks.items()}
+        self._plan_epochs()
 
-    def run_epochs(self, *, title: str) -> None:
-        """Train to the end, and leave the model with the best state."""
-        progress, settings = self.progress, self.run.train
-        shown = {"desc": title, "unit": "step", "mininterval": 0.5, "disable": rank() > 0}
-        with tqdm(total=self.total_steps, initial=progress.step, **shown) as bar:
-            while progress.epoch < self.epochs and not self._patience_is_out():
-                self.model.train()
-                batches = self.plan(progress.epoch)
-                while progress.batch < len(batches):
-                    self.step(batches[progress.batch])
-                    bar.update()
-                    bar.set_postfix(_postfix(progress), refresh=False)
-                    if progress.step % settings.save_steps == 0 and progress.batch < len(batches):
-                        self.save()
-                self.end_epoch()
-                bar.set_postfix(_postfix(progress))
-                self.save()
-        with torch.no_grad():
-            for name, parameter in self.group.parameters.items():
-                parameter.copy_(self.state.best[name])
+    def _plan_epochs(self) -> None:
+        """Decide how many passes over the rows an epoch has, and how many epochs there are."""
+        settings = self.run.train
+        self.passes = 1
+        self.passes = math.ceil(settings.min_steps / _MAX_EVALUATIONS / len(self.plan(0))) or 1
+        steps = len(self.plan(0))
+        self.epochs = max(math.ceil(settings.epochs / self.passes), math.ceil(settings.min_steps / steps))
+        self.total_steps = self.epochs * steps
 
     def plan(self, epoch: int) -> list[list[tuple[str, int]]]:
-        """Return the batches between two evaluations: one pass over the rows, or several over few rows."""
+        """Return the batches of an epoch: one pass over the rows, or several passes over few rows."""
         return [
             batch
             for number in range(epoch * self.passes, (epoch + 1) * self.passes)
@@ -180,120 +132,120 @@ class _Loop:
             )
         ]
 
-    def step(self, pairs: Pairs) -> None:
-        """Take one optimizer step on a batch, computed in parts if ``train.accumulation`` asks for it."""
+    def run_epochs(self, *, title: str) -> None:
+        """Train to the end, and leave the model with the best state."""
+        progress = self.progress
+        shown = {"desc": title, "unit": "step", "mininterval": 0.5, "disable": rank() > 0}
+        with tqdm(total=self.total_steps, initial=progress.step, **shown) as bar:
+            while progress.epoch < self.epochs and not self._patience_is_out():
+                self.model.train()
+                batches = self.plan(progress.epoch)
+                while progress.batch < len(batches):
+                    self.step(batches[progress.batch])
+                    bar.update()
+                    bar.set_postfix(_postfix(progress), refresh=False)
+                    if progress.step % self.run.train.save_steps == 0 and progress.batch < len(batches):
+                        self.save()
+                self.end_epoch()
+                bar.set_postfix(_postfix(progress))
+                self.save()
+        with torch.no_grad():
+            for name, parameter in self.group.parameters.items():
+                parameter.copy_(self.state.best[name])
+
+    def step(self, batch: Rows) -> None:
+        """Take one optimizer step on a batch."""
         started = time.perf_counter()
         settings, progress = self.run.train, self.progress
         factor = _rate(progress.step, total=self.total_steps, warmup=settings.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        told = self.gradients.add(pairs, step=progress.step)
+        losses = self.gradients.add(batch, step=progress.step)
         self.group.sum_tied()
         if settings.clip:
-            self.accelerator.clip_grad_norm_(self.group.parameters.values(), settings.clip)
+            torch.nn.utils.clip_grad_norm_(self.group.parameters.values(), settings.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        for task, loss in told.losses.items():
-            if not math.isfinite(loss):
-                raise SparseFTError(
-                    f"The loss of task {task!r} became {loss} at step {progress.step + 1}. Lower train.learning_rate "
-                    f"(now {settings.learning_rate}), e.g. --set train.learning_rate={settings.learning_rate / 4:g}."
-                )
-            progress.losses[task] = progress.losses.get(task, 0.0) + loss
-            progress.counts[task] = progress.counts.get(task, 0) + 1
-        if self.mixing is not None and told.usage is not None:
-            shares = dict(zip(self.mixing.names, told.usage.tolist(), strict=True))
-            for sums, values in ((progress.auxiliary, told.auxiliary), (progress.usage, shares)):
-                for name, value in values.items():
-                    sums[name] = sums.get(name, 0.0) + value
+        self._check_finite(losses.tasks)
+        usage = {}
+        if self.joint is not None and losses.usage is not None:
+            usage = dict(zip(self.joint.names, losses.usage.tolist(), strict=True))
+        progress.add_losses(losses.tasks, auxiliary=losses.gate, usage=usage)
         progress.step += 1
         progress.batch += 1
-        progress.tokens += sum(self.lengths[task][row] for task, row in pairs)
+        progress.tokens += sum(self.lengths[task][group] for task, group in batch)
         progress.seconds += time.perf_counter() - started
 
+    def _check_finite(self, losses: Mapping[str, float]) -> None:
+        rate = self.run.train.learning_rate
+        for task, loss in losses.items():
+            if not math.isfinite(loss):
+                raise SparseFTError(
+                    f"The loss of task {task!r} became {loss} at step {self.progress.step + 1}. Lower "
+                    f"train.learning_rate (now {rate}), e.g. --set train.learning_rate={rate / 4:g}."
+                )
+
     def end_epoch(self) -> None:
-        """Score each task on its validation rows, keep its best state, and move on to the next epoch."""
+        """Score each task on its validation rows, keep the best state, and move to the next epoch."""
         self.model.eval()
         progress = self.progress
-        scores: dict[str, float] = {}
-        for name, task in self.tasks.items():
-            predictions = self._predicted(task)
-            scores[name] = score_rows(task.spec, task.validation, predictions).metrics[task.spec.metric]
+        scores = {name: self._validation_score(task) for name, task in self.tasks.items()}
         finite = [value if math.isfinite(value) else -1.0 for value in scores.values()]  # a correlation with a constant
         score = sum(finite) / len(finite)
         best = progress.best.get(self.name, -math.inf)
         progress.stale[self.name] = 0 if score > best else progress.stale.get(self.name, 0) + 1
-        if score >= best:  # of equals the one that has learnt longest: few validation rows tie early
+        if score >= best:  # of equal scores the latest: few validation rows tie early
             progress.best[self.name] = score
             progress.scores.update(scores)
             for name, parameter in self.group.parameters.items():
                 self.state.best[name] = parameter.detach().clone()
-        mixture = {}
-        if self.mixing is not None:
-            usage = _shares(progress)
-            mixture = {"auxiliary": _per_batch(progress, progress.auxiliary), "usage": usage}
-            rows = None if self.run.experts.pool else self._rows_of_experts(self.mixing.names)
-            for alarm in alarms(usage, settings=self.run.gate, rows=rows):
-                _LOG.warning("Epoch %d: %s", progress.epoch + 1, alarm)
-        progress.history.append(
-            {
-                "epoch": progress.epoch + 1,
-                "step": progress.step,
-                "loss": _mean_losses(progress),
-                "validation": scores,
-                **mixture,
-            }
-        )
-        progress.epoch, progress.batch = progress.epoch + 1, 0
-        progress.losses, progress.counts, progress.auxiliary, progress.usage = {}, {}, {}, {}
+        entry = {"epoch": progress.epoch + 1, "step": progress.step, "loss": progress.mean_losses()}
+        progress.history.append({**entry, "validation": scores, **self._gate_report()})
+        progress.next_epoch()
 
-    def _rows_of_experts(self, names: Sequence[str]) -> dict[str, float]:
-        """Return the share of the rows of an epoch that are of the task of each expert."""
+    def _validation_score(self, task: TrainingTask) -> float:
+        rows = task.validation
+        predictions = gather_rows(rows.num_rows, lambda part: predict_rows(self.model, task.spec, rows.take(part)))
+        return score_rows(task.spec, rows, predictions).metrics[task.spec.metric]
+
+    def _gate_report(self) -> dict[str, dict[str, float]]:
+        """Return the auxiliary losses and the use of the experts in this epoch, and warn of a collapse."""
+        if self.joint is None:
+            return {}
+        progress = self.progress
+        usage = progress.batch_means(progress.usage)
+        rows = None if self.run.experts.pool else self._row_shares(self.joint.names)
+        for alarm in alarms(usage, settings=self.run.gate, rows=rows):
+            _LOG.warning("Epoch %d: %s", progress.epoch + 1, alarm)
+        return {"auxiliary": progress.batch_means(progress.auxiliary), "usage": usage}
+
+    def _row_shares(self, names: Sequence[str]) -> dict[str, float]:
+        """Return, for each expert, the share of this epoch's rows whose task it serves."""
         drawn = Counter(task for batch in self.plan(self.progress.epoch) for task, _ in batch)
         experts = {task: self.model.tasks[task].experts for task in drawn}
         return {
             name: sum(count / drawn.total() for task, count in drawn.items() if name in experts[task]) for name in names
         }
 
-    def _predicted(self, task: TrainingTask) -> list[Any]:
-        """Predict the validation rows of a task."""
-        return gather_rows(
-            task.validation.num_rows, lambda rows: predict_rows(self.model, task.spec, task.validation.take(rows))
-        )
-
     def _patience_is_out(self) -> bool:
         patience = self.run.train.patience
         return patience > 0 and self.progress.stale.get(self.name, 0) >= patience
 
+    def save(self) -> None:
+        """Save the state of the run, in rank 0."""
+        if rank() == 0:
+            self.state.save(self.optimizer)
+
     def close(self) -> None:
-        """Let the threads end, nothing learn, and the optimizer go, which accelerate would keep to the end."""
+        """Freeze all parameters, and end the threads."""
         self.model.requires_grad_(False).eval()
-        self.accelerator.free_memory()
         self.gradients.close()
 
-    def save(self) -> None:
-        if rank() > 0:
-            return
-        save_resume(
-            self.state.output,
-            config=self.run,
-            data=self.state.data,
-            progress=self.progress,
-            parameters=self.state.parameters,
-            optimizer=self.optimizer,
-            best=self.state.best,
-        )
 
-    def load(self) -> None:
-        """Put back the tensors and the random numbers; the position was read before."""
-        best = load_resume(self.state.output, parameters=self.state.parameters, optimizer=self.optimizer)
-        self.state.best = {name: tensor.to(self.model.device) for name, tensor in best.items()}
-
-
-def _keep_trunks(
+def _cache_trunks(
     model: SparseExpertModel, tasks: Mapping[str, TrainingTask], *, limit: int
 ) -> Mapping[str, TrainingTask]:
-    """Run all rows through what lies below the experts, once, if the result fits into ``limit`` bytes."""
+    """Compute the states below the experts once for all rows, if they fit into ``limit`` bytes."""
     backbone, first_block = model.backbone, model.first_block
     if first_block == 0 or not backbone.family.keeps_trunk or model.backbone_dropout:
         return tasks
@@ -302,47 +254,34 @@ def _keep_trunks(
     if trunk_bytes(rows, hidden_size=backbone.hidden_size, dtype=dtype) > limit:
         return tasks
 
-    def keep(examples: list[Example]) -> list[Example]:
+    def cache(examples: list[Example]) -> list[Example]:
         return keep_trunk(backbone.model, backbone.blocks, examples, first_block=first_block, pad_id=backbone.pad_id)
 
     return {
         name: replace(
             task,
-            examples=keep(task.examples),
-            validation=replace(task.validation, examples=keep(task.validation.examples)),
+            examples=cache(task.examples),
+            validation=replace(task.validation, examples=cache(task.validation.examples)),
         )
         for name, task in tasks.items()
     }
 
 
 def _rate(step: int, *, total: int, warmup: float) -> float:
-    """Give the factor on the learning rate: rising linearly, then falling linearly towards 0."""
+    """Return the factor on the learning rate, which rises linearly, and then falls linearly towards 0."""
     rising = max(1, round(total * warmup))
     if step < rising:
         return (step + 1) / rising
     return (total - step) / max(1, total - rising)
 
 
-def _mean_losses(progress: Progress) -> dict[str, float]:
-    return {task: total / progress.counts[task] for task, total in progress.losses.items()}
-
-
-def _per_batch(progress: Progress, sums: Mapping[str, float]) -> dict[str, float]:
-    """Turn sums over the batches of this epoch into means."""
-    return {name: value / max(1, progress.batch) for name, value in sums.items()}
-
-
-def _shares(progress: Progress) -> dict[str, float]:
-    return _per_batch(progress, progress.usage)
-
-
 def _postfix(progress: Progress) -> dict[str, str]:
-    """Show the loss of each task over this epoch and its last validation score, and how a gate uses the experts."""
+    """Show the loss of each task in this epoch, its last validation score, and how a gate uses the experts."""
     last = progress.history[-1] if progress.history else {}
-    losses = _mean_losses(progress) or last.get("loss", {})
+    losses = progress.mean_losses() or last.get("loss", {})
     scores = last.get("validation", {})
     shown = {task: f"{loss:.3f}" + (f"/{scores[task]:.3f}" if task in scores else "") for task, loss in losses.items()}
-    usage = _shares(progress) or last.get("usage", {})
+    usage = progress.batch_means(progress.usage) or last.get("usage", {})
     if usage:
         shown["usage"] = " ".join(f"{share:.0%}" for share in usage.values())
     return shown

@@ -1,4 +1,4 @@
-"""What a training run needs to go on where it was killed: safetensors, JSON and YAML in ``<output>/resume``."""
+"""The state of a run that ``--resume`` continues: safetensors, JSON and YAML in ``<output>/resume``."""
 
 import hashlib
 import json
@@ -22,94 +22,168 @@ from sparse_ft.errors import CheckpointError, ConfigError
 
 @dataclass
 class Progress:
-    """Where a run stands; plain values only."""
+    """The position of a run and its scores so far; plain values only."""
 
     pooling: str
-    """How the run reads texts; a version that would read them otherwise cannot go on with it."""
+    """Pooling of texts; a version that pools them otherwise cannot continue the run."""
     group: int = 0
-    """Groups of tasks that are done; epoch, batch and step are counted anew for each."""
+    """Finished task groups; epoch, batch and step are counted anew for each."""
     epoch: int = 0
     batch: int = 0
-    """Batches of this epoch that are done."""
+    """Finished batches of this epoch."""
     step: int = 0
-    """Optimizer steps done."""
+    """Finished optimizer steps."""
     tokens: int = 0
-    """Real tokens trained on."""
+    """Tokens trained on, without padding."""
     seconds: float = 0.0
-    """Spent in training steps, over all sessions of the run."""
+    """Time in training steps, over all sessions of the run."""
     best: dict[str, float] = field(default_factory=dict)
-    """Best validation score of each group: of a task, or the mean over all in a joint run."""
+    """Best mean validation score of each task group."""
     scores: dict[str, float] = field(default_factory=dict)
-    """Validation score of each task where its group was best."""
+    """Validation score of each task in the best state of its group."""
     stale: dict[str, int] = field(default_factory=dict)
-    """Evaluations since the best one."""
+    """Evaluations of each task group since its best one."""
     history: list[dict[str, Any]] = field(default_factory=list)
-    """Loss and scores of each epoch."""
+    """Losses and scores of each epoch."""
     losses: dict[str, float] = field(default_factory=dict)
-    """Sum of the task losses of this epoch."""
+    """Sum of the losses of each task in this epoch."""
     counts: dict[str, int] = field(default_factory=dict)
-    """Number of batches in ``losses``."""
+    """Number of batches of each task in this epoch."""
     auxiliary: dict[str, float] = field(default_factory=dict)
-    """Sum of the gate's losses of this epoch, in a joint run."""
+    """Sum of each auxiliary loss in this epoch, in a joint run."""
     usage: dict[str, float] = field(default_factory=dict)
-    """Sum of each expert's share of the weights of a batch, in a joint run."""
+    """Sum of each expert's share of the weights of a batch in this epoch, in a joint run."""
+
+    def add_losses(
+        self, losses: Mapping[str, float], *, auxiliary: Mapping[str, float], usage: Mapping[str, float]
+    ) -> None:
+        """Add the losses of one batch to the sums of this epoch."""
+        for sums, values in ((self.losses, losses), (self.auxiliary, auxiliary), (self.usage, usage)):
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0.0) + value
+        for task in losses:
+            self.counts[task] = self.counts.get(task, 0) + 1
+
+    def mean_losses(self) -> dict[str, float]:
+        """Return the mean loss of each task in this epoch."""
+        return {task: total / self.counts[task] for task, total in self.losses.items()}
+
+    def batch_means(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Turn sums over the batches of this epoch into means."""
+        return {name: value / max(1, self.batch) for name, value in sums.items()}
+
+    def next_epoch(self) -> None:
+        """Move to the start of the next epoch."""
+        self.epoch, self.batch = self.epoch + 1, 0
+        self.losses, self.counts, self.auxiliary, self.usage = {}, {}, {}, {}
 
     def next_group(self) -> None:
-        """Stand at the beginning of the next group."""
+        """Move to the start of the next task group."""
         self.group += 1
         self.epoch = self.batch = self.step = 0
 
 
+@dataclass
+class RunState:
+    """Everything that a resumed run continues from, save the optimizer of the task group in training."""
+
+    run: RunConfig
+    output: Path
+    """Folder of the run; its state is in ``output/resume``."""
+    data: str
+    """``fingerprint`` of the training and validation rows."""
+    parameters: Mapping[str, nn.Parameter]
+    """All parameters in training, by name."""
+    best: dict[str, Tensor]
+    """Their values in the best state so far."""
+    progress: Progress
+
+    def save(self, optimizer: torch.optim.Optimizer) -> None:
+        """Write the state in place of the last one."""
+        tensors = {f"now/{name}": parameter.detach().cpu() for name, parameter in self.parameters.items()}
+        tensors.update({f"best/{name}": tensor.cpu() for name, tensor in self.best.items()})
+        for name, parameter in self.parameters.items():
+            for key, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"adam/{key}/{name}"] = value.detach().cpu()
+        tensors["rng/cpu"] = torch.get_rng_state()
+        if self._device.type == "cuda":
+            tensors["rng/cuda"] = torch.cuda.get_rng_state(self._device)
+        elif self._device.type == "mps":
+            tensors["rng/mps"] = torch.mps.get_rng_state()
+
+        def fill(folder: Path) -> None:
+            contiguous = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+            write_bytes(folder / "state.safetensors", safetensors.torch.save(contiguous))
+            write_bytes(folder / "config.yaml", yaml.safe_dump(self.run.model_dump(), sort_keys=False).encode())
+            write_json(folder / "progress.json", {"data": self.data, **asdict(self.progress)})
+
+        replace_folder(self.output / "resume", fill)
+
+    def load_progress(self) -> None:
+        """Continue at the position of the interrupted run.
+
+        Raises:
+            CheckpointError: If the state is damaged, or the training rows or the pooling have changed since.
+        """
+        values = _read_progress(self.output / "resume" / "progress.json")
+        if values.pop("data") != self.data:
+            raise CheckpointError(
+                f"The training rows are not those of the interrupted run in {str(self.output)!r}: the data or the "
+                "tokenizer has changed. Put the old data back (rows that were given in memory must be given again), "
+                "or start anew in another --output."
+            )
+        if values["pooling"] != self.progress.pooling:
+            raise CheckpointError(
+                f"The interrupted run in {str(self.output)!r} reads texts by {values['pooling']} pooling, this version "
+                f"by {self.progress.pooling}. Start anew in another --output."
+            )
+        self.progress = Progress(**values)
+
+    def load_tensors(self, optimizer: torch.optim.Optimizer) -> None:
+        """Restore parameters, best values, optimizer and random numbers.
+
+        Raises:
+            CheckpointError: If the state is damaged.
+        """
+        folder = self.output / "resume"
+        tensors = read_tensors(folder / "state.safetensors")
+        lacking = [name for name in self.parameters if f"now/{name}" not in tensors]
+        if lacking:
+            raise CheckpointError(
+                f"The state in {str(folder)!r} has no {lacking[0]!r}. It belongs to another run; start anew in another "
+                "--output."
+            )
+        for name, parameter in self.parameters.items():
+            with torch.no_grad():
+                parameter.copy_(tensors[f"now/{name}"])
+            moments = {
+                key: _like_adam(key, tensors[f"adam/{key}/{name}"], parameter)
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"adam/{key}/{name}" in tensors
+            }
+            if moments:
+                optimizer.state[parameter] = moments
+        torch.set_rng_state(tensors["rng/cpu"])
+        if self._device.type == "cuda" and "rng/cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["rng/cuda"], self._device)
+        elif self._device.type == "mps" and "rng/mps" in tensors:
+            torch.mps.set_rng_state(tensors["rng/mps"])
+        best = {name.removeprefix("best/"): tensor for name, tensor in tensors.items() if name.startswith("best/")}
+        self.best = {name: tensor.to(self._device) for name, tensor in best.items()}
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.parameters.values())).device
+
+
 def fingerprint(examples: Mapping[str, Sequence[Example]]) -> str:
-    """Hash what is trained on, so that a run is not continued on other data."""
+    """Hash the rows of each task, so that no run is continued on other data."""
     digest = hashlib.sha256()
     for task, rows in examples.items():
         digest.update(f"{task}:{len(rows)}".encode())
         for row in rows:
             digest.update(repr((row.input_ids, row.targets)).encode())
     return digest.hexdigest()
-
-
-def save_resume(
-    output: Path,
-    *,
-    config: RunConfig,
-    data: str,
-    progress: Progress,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    best: Mapping[str, Tensor],
-) -> None:
-    """Write the state of a run in place of the last one.
-
-    Args:
-        output: Folder of the run; the state goes to ``output/resume``.
-        config: The run's config, which --resume takes over.
-        data: ``fingerprint`` of the training rows.
-        progress: Where the run stands.
-        parameters: All trainable tensors by name.
-        optimizer: AdamW over those of the group in training.
-        best: The best tensors so far, by the same names.
-    """
-    tensors = {f"now/{name}": parameter.detach().cpu() for name, parameter in parameters.items()}
-    tensors.update({f"best/{name}": tensor.cpu() for name, tensor in best.items()})
-    for name, parameter in parameters.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"adam/{key}/{name}"] = value.detach().cpu()
-    tensors["rng/cpu"] = torch.get_rng_state()
-    device = _device_of(parameters)
-    if device.type == "cuda":
-        tensors["rng/cuda"] = torch.cuda.get_rng_state(device)
-    elif device.type == "mps":
-        tensors["rng/mps"] = torch.mps.get_rng_state()
-
-    def fill(folder: Path) -> None:
-        contiguous = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
-        write_bytes(folder / "state.safetensors", safetensors.torch.save(contiguous))
-        write_bytes(folder / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False).encode())
-        write_json(folder / "progress.json", {"data": data, **asdict(progress)})
-
-    replace_folder(output / "resume", fill)
 
 
 def find_resume(output: Path) -> RunConfig:
@@ -128,78 +202,6 @@ def find_resume(output: Path) -> RunConfig:
             "Give --output with the folder of the interrupted run, or leave --resume out."
         )
     return read_config(folder / "config.yaml")
-
-
-def read_progress(output: Path, *, data: str, pooling: str) -> Progress:
-    """Return where the run stood.
-
-    Args:
-        output: Folder of the run.
-        data: ``fingerprint`` of the training rows.
-        pooling: Of the model.
-
-    Raises:
-        CheckpointError: If the state is damaged, or the training rows or the pooling have changed since.
-    """
-    values = _read_progress(output / "resume" / "progress.json")
-    if values.pop("data") != data:
-        raise CheckpointError(
-            f"The training rows are not those of the interrupted run in {str(output)!r}: the data or the tokenizer has "
-            "changed. Put the old data back, or start anew in another --output."
-        )
-    if values["pooling"] != pooling:
-        raise CheckpointError(
-            f"The interrupted run in {str(output)!r} reads texts by {values['pooling']} pooling, this version by "
-            f"{pooling}. Start anew in another --output."
-        )
-    return Progress(**values)
-
-
-def load_resume(
-    output: Path, *, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> dict[str, Tensor]:
-    """Put parameters, optimizer and random numbers back to where the run was.
-
-    Args:
-        output: Folder of the run.
-        parameters: All trainable tensors by name.
-        optimizer: AdamW over those of the group in training.
-
-    Returns:
-        The best tensors so far, by the same names.
-
-    Raises:
-        CheckpointError: If the state is damaged.
-    """
-    folder = output / "resume"
-    tensors = read_tensors(folder / "state.safetensors")
-    lacking = [name for name in parameters if f"now/{name}" not in tensors]
-    if lacking:
-        raise CheckpointError(
-            f"The state in {str(folder)!r} has no {lacking[0]!r}. It belongs to another run; start anew in another "
-            "--output."
-        )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[f"now/{name}"])
-            state = {
-                key: _like_adam(key, tensors[f"adam/{key}/{name}"], parameter)
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"adam/{key}/{name}" in tensors
-            }
-            if state:
-                optimizer.state[parameter] = state
-    torch.set_rng_state(tensors["rng/cpu"])
-    device = _device_of(parameters)
-    if device.type == "cuda" and "rng/cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng/cuda"], device)
-    elif device.type == "mps" and "rng/mps" in tensors:
-        torch.mps.set_rng_state(tensors["rng/mps"])
-    return {name.removeprefix("best/"): tensor for name, tensor in tensors.items() if name.startswith("best/")}
-
-
-def _device_of(parameters: Mapping[str, nn.Parameter]) -> torch.device:
-    return next(iter(parameters.values())).device
 
 
 def _read_progress(file: Path) -> dict[str, Any]:

@@ -19,79 +19,99 @@ _LOG = logging.getLogger("sparse_ft")
 
 @dataclass(frozen=True)
 class TrainingTask:
-    """One task, ready to train on."""
+    """The encoded rows of a task in training."""
 
     spec: TaskSpec
-    """With all labels filled in."""
+    """The task with its labels."""
     examples: list[Example]
-    """Each with at least one target."""
-    whole: list[Example]
-    """One a row, as a gate for texts is shown it."""
+    """Training examples, one or several a row; each has at least one target."""
+    row_examples: list[Example]
+    """One example a training row, as a gate for texts reads it."""
     validation: EvalData
 
     @cached_property
-    def units(self) -> list[list[int]]:
-        """Places of the examples that are learnt together: those of a row if the kind goes by row, else each alone."""
+    def groups(self) -> list[list[int]]:
+        """Indices of examples that are learned together: those of a row if the kind goes by row, else each alone."""
         if not find_kind(self.spec.kind).by_row:
-            return [[place] for place in range(len(self.examples))]
-        units: dict[int, list[int]] = {}
-        for place, example in enumerate(self.examples):
-            units.setdefault(example.row, []).append(place)
-        return list(units.values())
+            return [[index] for index in range(len(self.examples))]
+        groups: dict[int, list[int]] = {}
+        for index, example in enumerate(self.examples):
+            groups.setdefault(example.row, []).append(index)
+        return list(groups.values())
+
+    @cached_property
+    def num_tokens(self) -> list[int]:
+        """Number of tokens of each group."""
+        return [sum(len(self.examples[index].input_ids) for index in group) for group in self.groups]
+
+    @cached_property
+    def num_targets(self) -> list[int]:
+        """Number of targets of each group that a mean loss counts: 1 if the kind goes by row."""
+        if find_kind(self.spec.kind).by_row:
+            return [1] * len(self.groups)
+        return [sum(target != IGNORED for target in example.targets) for example in self.examples]
 
 
-def prepare_task(spec: TaskSpec, *, run: RunConfig, encoder: Encoder, before: TaskSpec | None = None) -> TrainingTask:
+def prepare_task(
+    spec: TaskSpec,
+    *,
+    run: RunConfig,
+    encoder: Encoder,
+    before: TaskSpec | None = None,
+) -> TrainingTask:
     """Read and encode the training and validation rows of a task.
 
     Args:
         spec: The task.
-        run: Where its data is, and how much of it to use.
-        encoder: Of the backbone.
-        before: The task as a checkpoint has it; its head must know every label.
+        run: Names the data, and how much of it to use.
+        encoder: Encoder of the backbone.
+        before: The task in the checkpoint that the run starts from; its head must know every label.
 
     Raises:
-        DataError: If there are no rows, or a label is new to the head.
+        DataError: If there are no rows, or a label is unknown to the head.
     """
-    found = read(spec, data=run.sources.get(spec.name), splits=["train", "validation"])
-    if "train" not in found or len(found["train"]) == 0:
+    splits = read(spec, data=run.sources.get(spec.name), splits=["train", "validation"])
+    if "train" not in splits or len(splits["train"]) == 0:
         raise DataError(f"Task {spec.name!r} has no training rows. Name a folder or file that has some with --data.")
-    labels = label_names(spec, found["train"])
-    if before is not None:
-        if spec.kind != before.kind:
-            raise DataError(
-                f"Task {spec.name!r} is a {spec.kind}, but in {run.start!r} it is a {before.kind}. Rename the task to "
-                "train a new expert for it."
-            )
-        extra = sorted(set(labels) - set(before.label_names or []))
-        if extra:
-            raise DataError(
-                f"Task {spec.name!r} in {run.start!r} has no label {extra[0]!r}. Its head was trained on: "
-                f"{', '.join(before.label_names or [])}. Rename the task to train a new expert for other labels."
-            )
-        labels = before.label_names or labels
-    spec = spec.with_labels(labels)
+    spec = spec.with_labels(_labels(spec, label_names(spec, splits["train"]), before=before, start=run.start))
+    labels, kind = spec.label_names or [], find_kind(spec.kind)
     if spec.out_of_scope is not None and spec.out_of_scope not in labels:
         raise DataError(f"out_of_scope of task {spec.name!r}: {unknown_name('label', spec.out_of_scope, labels)}")
-    rows = found["train"]
-    if run.data.train_limit is not None and len(rows) > run.data.train_limit:
-        rows = rows.shuffle(seed=run.seed).select(range(run.data.train_limit))
-    kind = find_kind(spec.kind)
     if encoder.last_piece and kind.level == "word":
         _LOG.warning(
-            "Backbone %s is causal: a word sees only what stands left of it. Task %s will tag better on a BERT.",
+            "Backbone %s is causal: a word sees only the words to its left. Task %s will tag better on a BERT.",
             run.backbone,
             spec.name,
         )
+    rows = splits["train"]
+    if run.data.train_limit is not None and len(rows) > run.data.train_limit:
+        rows = rows.shuffle(seed=run.seed).select(range(run.data.train_limit))
     columns = rows.to_dict()
     examples = kind.encode(columns, encoder=encoder, labels=labels, language=spec.language)
-    whole = whole_rows(examples, columns, spec=spec, encoder=encoder)
+    row_examples = whole_rows(examples, columns, spec=spec, encoder=encoder)
     examples = [example for example in examples if any(target != IGNORED for target in example.targets)]
-    validation = prepare(found["validation"].to_dict(), spec=spec, encoder=encoder)
+    validation = prepare(splits["validation"].to_dict(), spec=spec, encoder=encoder)
     if not examples or validation.num_rows == 0:
         raise DataError(
             f"Task {spec.name!r} has {len(examples)} training and {validation.num_rows} validation rows with answers."
         )
-    score_rows(
-        spec, validation, kind.references(validation.columns)
-    )  # an impossible metric shows here, not after an epoch
-    return TrainingTask(spec, examples, whole, validation)
+    score_rows(spec, validation, kind.references(validation.columns))  # refuses an impossible metric before training
+    return TrainingTask(spec, examples, row_examples, validation)
+
+
+def _labels(spec: TaskSpec, labels: list[str], *, before: TaskSpec | None, start: str | None) -> list[str]:
+    """Return the labels of the training rows, in the order of the head that was trained before, if there is one."""
+    if before is None:
+        return labels
+    if spec.kind != before.kind:
+        raise DataError(
+            f"Task {spec.name!r} is a {spec.kind}, but in {start!r} it is a {before.kind}. Rename the task to train a "
+            "new expert for it."
+        )
+    extra = sorted(set(labels) - set(before.label_names or []))
+    if extra:
+        raise DataError(
+            f"Task {spec.name!r} in {start!r} has no label {extra[0]!r}. Its head was trained on: "
+            f"{', '.join(before.label_names or [])}. Rename the task to train a new expert for other labels."
+        )
+    return before.label_names or labels

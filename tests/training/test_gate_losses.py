@@ -8,7 +8,7 @@ import torch
 from sparse_ft.config import GateConfig
 from sparse_ft.experts.routing import Routing
 from sparse_ft.experts.selection import Selection
-from sparse_ft.training.gate_losses import alarms, auxiliary, load_balancing_loss, routing_cross_entropy, z_loss
+from sparse_ft.training.gate_losses import alarms, auxiliary_losses, load_balancing_loss, routing_cross_entropy, z_loss
 
 GATED, EXPERTS = 3, 5
 PLACES = [0, 2, 3]
@@ -31,9 +31,9 @@ def told(logits, *, mask=None, top_k=2, settings=SETTINGS, **choice):
     """Route by these logits, one tensor a block, and tell what the gate did."""
     choose = Selection(top_k=top_k, **choice)
     routings = [choose(each, mask=mask, training=True).reindexed(PLACES, num_experts=EXPERTS) for each in logits]
-    return auxiliary(
+    return auxiliary_losses(
         routings,
-        places=PLACES,
+        experts=PLACES,
         num_experts=EXPERTS,
         settings=settings,
         top_k=top_k,
@@ -94,9 +94,9 @@ def test_dropped_is_the_share_of_choices_that_found_their_expert_full():
 def test_rows_that_no_expert_belongs_to_have_no_routing_loss():
     logits = random_logits((4, GATED), seed=0)
     routings = [Selection(top_k=2)(logits)]
-    found = auxiliary(
+    found = auxiliary_losses(
         routings,
-        places=range(GATED),
+        experts=range(GATED),
         num_experts=GATED,
         settings=SETTINGS,
         top_k=2,
@@ -121,9 +121,9 @@ def test_the_gradient_of_each_loss_reaches_the_logits_by_its_weight(shape, weigh
 
 def test_usage_is_a_number_even_if_every_choice_was_dropped_or_turned_away():
     nothing = Routing(None, torch.zeros(2, 6, EXPERTS), torch.zeros(2, 6, GATED))
-    found = auxiliary(
+    found = auxiliary_losses(
         [nothing],
-        places=PLACES,
+        experts=PLACES,
         num_experts=EXPERTS,
         settings=SETTINGS,
         top_k=2,
@@ -176,8 +176,8 @@ def test_only_choices_from_the_shortlist_count_for_balance():
     inner = Selection(top_k=1)(among)
     routing = replace(inner, experts=shortlist, logits=logits).reindexed(PLACES, num_experts=EXPERTS)
     settings = GateConfig(temperature=2.0)
-    found = auxiliary(
-        [routing], places=PLACES, num_experts=EXPERTS, settings=settings, top_k=1, targets=TARGETS, mask=None
+    found = auxiliary_losses(
+        [routing], experts=PLACES, num_experts=EXPERTS, settings=settings, top_k=1, targets=TARGETS, mask=None
     )
     hits = torch.zeros(GATED)
     for row in range(4):

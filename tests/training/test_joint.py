@@ -23,7 +23,7 @@ from sparse_ft.experts.gates import SequenceGate, TokenGate
 from sparse_ft.experts.selection import Selection
 from sparse_ft.training import joint as mixing
 from sparse_ft.training.gradients import Gradients
-from sparse_ft.training.joint import Mixing, joint_selection
+from sparse_ft.training.joint import JointRouting, joint_selection
 from sparse_ft.training.new_experts import token_gate
 
 MIXED = ["mood", "about", "names"]
@@ -82,9 +82,9 @@ def test_the_history_tells_what_the_gate_did(tmp_path, tiny_bert):
 def test_parts_of_a_joint_batch_have_rows_enough_to_balance(tmp_path, tiny_bert, monkeypatch, workers, rows, parts):
     sizes, losses = [], Gradients._losses
 
-    def counting(self, pairs, generator, *, whole):
-        sizes.append(len(pairs))
-        return losses(self, pairs, generator, whole=whole)
+    def counting(self, part, generator, *, batch):
+        sizes.append(len(part))
+        return losses(self, part, generator, batch=batch)
 
     monkeypatch.setattr(Gradients, "_losses", counting)
     task = write_toy(tmp_path, "mood", sizes=(rows, 4, 4))
@@ -157,13 +157,13 @@ def test_evaluate_scores_mixed_tasks_as_the_gate_mixes_them_and_otherwise_if_it_
 @GATES
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_the_task_loss_alone_teaches_the_gate(tmp_path, tiny_bert, monkeypatch, gate, top_k):
-    started, start = [], mixing.Mixing.__init__
+    started, start = [], mixing.JointRouting.__init__
 
     def watch(self, model, *arguments, **options):
         started.append({name: value.clone() for name, value in model.gate.state_dict().items()})
         start(self, model, *arguments, **options)
 
-    monkeypatch.setattr(mixing.Mixing, "__init__", watch)
+    monkeypatch.setattr(mixing.JointRouting, "__init__", watch)
     alone = {f"gate__{name}_loss": 0.0 for name in ("balance", "z", "routing")}
     tasks = small(tmp_path, "mood", "about")
     options = {"gate__type": gate, "gate__top_k": top_k, "train__weight_decay": 0.0, "train__epochs": 1}
@@ -202,7 +202,7 @@ def mixing_of(model, gate, config):
     examples = rows_of(model)
     pairs = [(task, row) for task in examples for row in range(3)]
     batch = collate([(task, examples[task][row]) for task, row in pairs], pad_id=model.backbone.pad_id)
-    return Mixing(model, examples, run=load_config(values={"gate": config.model_dump()})), batch, pairs
+    return JointRouting(model, examples, run=load_config(values={"gate": config.model_dump()})), batch, pairs
 
 
 @GATES
@@ -213,7 +213,7 @@ def test_with_one_expert_a_row_the_probability_is_its_weight_or_the_gate_would_l
     for normalise in (False, True):
         ours, batch, pairs = mixing_of(mixed, gate, GateConfig(top_k=1))
         ours.gate.selection = replace(choice, normalise=normalise)
-        logits, _ = ours.run(mixed, batch, pairs, generator=None)
+        logits, _ = ours.forward(mixed, batch, pairs, generator=None)
         sum(value.square().sum() for value in logits.values()).backward()
         found = [value.grad for value in ours.gate.parameters() if value.grad is not None]
         gradients.append(max((gradient.abs().max().item() for gradient in found), default=0.0))
@@ -229,12 +229,12 @@ def test_two_experts_are_mixed_by_default_at_weights_that_sum_to_one():
 @GATES
 def test_a_batch_in_parts_gives_the_same_answers_and_auxiliary_losses_on_average(mixed, gate):
     ours, batch, pairs = mixing_of(mixed, gate, GateConfig())
-    whole, told = ours.run(mixed, batch, pairs, generator=None)
+    whole, told = ours.forward(mixed, batch, pairs, generator=None)
     examples = rows_of(mixed)
     answers, z, tokens = {"mood": [], "names": []}, 0.0, 0
     for pair in pairs:
         part = collate([(pair[0], examples[pair[0]][pair[1]])], pad_id=mixed.backbone.pad_id)
-        logits, alone = ours.run(mixed, part, [pair], generator=None)
+        logits, alone = ours.forward(mixed, part, [pair], generator=None)
         answers[pair[0]].append(logits[pair[0]])
         count = int(part.attention_mask.sum()) if gate == "token" else 1
         z, tokens = z + count * alone.losses["z"], tokens + count
@@ -255,7 +255,7 @@ def test_capacity_drops_and_jitter_shakes_in_training_only(mixed):
         ours, batch, pairs = mixing_of(mixed, "sequence", gate)
         mixed.train()
         torch.manual_seed(0)
-        first, told = ours.run(mixed, batch, pairs, generator=None)
+        first, told = ours.forward(mixed, batch, pairs, generator=None)
         mixed.eval()
         plain = mixed(
             batch, routing=mixed.reindexed(ours.gate.decide(torch.stack([ours.means[t][r] for t, r in pairs])))

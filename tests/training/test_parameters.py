@@ -8,7 +8,7 @@ import torch
 from sparse_ft.config import load_config
 from sparse_ft.experts.gates import SequenceGate, TokenGate
 from sparse_ft.experts.selection import Selection
-from sparse_ft.training.parameters import build_optimizer, find_groups
+from sparse_ft.training.parameters import build_optimizer, task_groups
 
 HEADS = {"mood": ("text", 2), "names": ("word", 5), "kept": ("text", 3)}
 TRAINED = ["mood", "names"]
@@ -30,7 +30,7 @@ def joint(model, *, gate="token", pool=(), shared=None, **settings):
     else:
         model.gate = SequenceGate(names, 32, block=1, selection=Selection(top_k=2))
     overrides = [f"{key.replace('__', '.')}={value}" for key, value in settings.items()]
-    return find_groups(model, TRAINED, run=load_config(overrides=overrides, values={"stage": "joint"}))["joint"]
+    return task_groups(model, TRAINED, run=load_config(overrides=overrides, values={"stage": "joint"}))["joint"]
 
 
 def owners(parameters):
@@ -38,7 +38,7 @@ def owners(parameters):
 
 
 def test_experts_alone_are_a_group_for_each_task(model):
-    groups = find_groups(model, TRAINED, run=load_config())
+    groups = task_groups(model, TRAINED, run=load_config())
     assert {name: (group.tasks, owners(group.parameters)) for name, group in groups.items()} == {
         "mood": (["mood"], {"mood"}),
         "names": (["names"], {"names"}),
@@ -48,7 +48,7 @@ def test_experts_alone_are_a_group_for_each_task(model):
 
 def test_tasks_that_share_an_expert_are_one_group_that_learns_once(model):
     model.tasks["kept"] = replace(model.tasks["kept"], experts=("mood",))
-    groups = find_groups(model, ["mood", "names", "kept"], run=load_config())
+    groups = task_groups(model, ["mood", "names", "kept"], run=load_config())
     assert {name: group.tasks for name, group in groups.items()} == {"names": ["names"], "mood+kept": ["mood", "kept"]}
     learnt = [id(value) for group in groups.values() for value in group.parameters.values()]
     assert len(set(learnt)) == len(learnt)

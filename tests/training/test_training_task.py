@@ -85,19 +85,19 @@ def prepared(path, tiny_bert, *overrides):
     return prepare_task(load_task(path), run=config, encoder=encoder)
 
 
-def test_choices_and_windows_of_a_row_are_one_unit(tmp_path, tiny_bert):
+def test_choices_and_windows_of_a_row_are_one_group(tmp_path, tiny_bert):
     spans, picks = write_reading(tmp_path)
     mood = prepared(write_toy(tmp_path, "mood"), tiny_bert)
-    assert mood.units == [[place] for place in range(len(mood.examples))]
+    assert mood.groups == [[place] for place in range(len(mood.examples))]
     for path in (spans, picks):
         task = prepared(path, tiny_bert)
-        assert [place for unit in task.units for place in unit] == list(range(len(task.examples)))
-        rows = [{task.examples[place].row for place in unit} for unit in task.units]
+        assert [place for group in task.groups for place in group] == list(range(len(task.examples)))
+        rows = [{task.examples[place].row for place in group} for group in task.groups]
         assert [len(found) for found in rows] == [1] * 60
-        assert max(map(len, task.units)) > 2
-        for unit in task.units:  # what is right is among what is learnt together
-            assert any(target > 0 for place in unit for target in task.examples[place].targets)
-    assert len(prepared(picks, tiny_bert, "data.train_limit=7").units) == 7
+        assert max(map(len, task.groups)) > 2
+        for group in task.groups:  # what is right is among what is learnt together
+            assert any(target > 0 for place in group for target in task.examples[place].targets)
+    assert len(prepared(picks, tiny_bert, "data.train_limit=7").groups) == 7
 
 
 def test_a_batch_in_parts_learns_what_it_learns_whole(tmp_path, tiny_bert):
