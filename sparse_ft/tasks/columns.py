@@ -85,6 +85,27 @@ def wanted_columns(spec: TaskSpec, columns: dict[str, Column]) -> dict[str, Colu
     return {name: columns.get(name, name) for name in ours}
 
 
+def fitting_columns(columns: dict[str, Column], record: Record) -> dict[str, Column]:
+    """Take our own names where a source does not have the task's, and spans or tokens as the source has them."""
+    if not isinstance(record.values, dict):
+        return columns
+    there = record.values
+    if "tokens" in columns and "tokens" not in there and "spans" in there:
+        columns = {"text": "text", "spans": "spans"}
+    if "spans" in columns and "spans" not in there and "tokens" in there:
+        columns = {"tokens": "tokens", "tags": "tags"}
+    fitting: dict[str, Column] = {}
+    for name, column in columns.items():
+        parts = column if isinstance(column, list) else [column]
+        fitting[name] = name if name in there and not all(part in there for part in parts) else column
+    return fitting
+
+
+def text_column(columns: dict[str, Column]) -> Column | None:
+    """Return the column of the source that holds the text, or its words."""
+    return columns.get("text", columns.get("tokens"))
+
+
 def to_dataset(records: Sequence[Record], reading: Reading) -> datasets.Dataset:
     """Build the Dataset of one split.
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from sparse_ft.errors import DataError
 from sparse_ft.tasks.records import Record, pick, plain_text
-from sparse_ft.tasks.spec import Column, Split, TaskSpec
+from sparse_ft.tasks.spec import SPLITS, Column, Split, TaskSpec
 
 logger = logging.getLogger("sparse_ft")
 
@@ -15,7 +15,7 @@ SPLIT_SEED = 13
 """Fixed, so that every run holds out the same rows."""
 
 
-def _cut_validation(spec: TaskSpec, records: dict[Split, list[Record]], *, column: Column | None) -> None:
+def cut_validation(spec: TaskSpec, records: dict[Split, list[Record]], *, column: Column | None) -> None:
     """Move a fixed tenth of train to validation; ``column`` is that of the text in the source."""
     if "train" not in records:
         return
@@ -30,9 +30,17 @@ def _cut_validation(spec: TaskSpec, records: dict[Split, list[Record]], *, colum
     )
 
 
-def _read_of(columns: dict[str, Column]) -> Column | None:
-    """Return the column of the source that is read: the text, or the words."""
-    return columns.get("text", columns.get("tokens"))
+def divide_rows(records: Sequence[Record], *, column: Column | None) -> dict[Split, list[Record]]:
+    """Divide rows without splits 80/10/10; ``column`` is that of the text in the source."""
+    parts = dict(zip(SPLITS, _divide(records, tenths=(8, 1, 1), column=column), strict=True))
+    logger.info(
+        "%s has no splits: its %d rows are divided into %d for train, %d for validation and %d for test (seed %d).",
+        records[0].path,
+        len(records),
+        *(len(part) for part in parts.values()),
+        SPLIT_SEED,
+    )
+    return parts
 
 
 def _divide(records: Sequence[Record], *, tenths: Sequence[int], column: Column | None = None) -> list[list[Record]]:

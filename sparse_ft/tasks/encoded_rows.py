@@ -3,10 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
+
+import datasets
 
 from sparse_ft.backbone.encoding import Encoder, Example
 from sparse_ft.errors import ConfigError, unknown_name
+from sparse_ft.tasks.in_memory import TaskData
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.reading import read
 from sparse_ft.tasks.spec import Split, TaskSpec
@@ -82,12 +85,12 @@ def whole_rows(
     return encoder.texts(list(columns["text"]), [second or "" for second in seconds])
 
 
-def scored_splits(specs: Mapping[str, TaskSpec], sources: Mapping[str, str]) -> dict[str, Split]:
+def scored_splits(specs: Mapping[str, TaskSpec], sources: Mapping[str, TaskData]) -> dict[str, Split]:
     """Return the ``scored_split`` of each task; all data is read, so what is wrong with it shows here."""
     return {name: scored_split(spec, sources.get(name)) for name, spec in specs.items()}
 
 
-def scored_split(spec: TaskSpec, source: str | None) -> Split:
+def scored_split(spec: TaskSpec, source: TaskData | None) -> Split:
     """Return ``test``, or ``validation`` for a task without a test split or with hidden answers in it."""
     found = read(spec, data=source, splits=["test"])
     if "test" not in found:
@@ -96,26 +99,43 @@ def scored_split(spec: TaskSpec, source: str | None) -> Split:
     return "test" if any(answer is not None for answer in answers) else "validation"
 
 
-def name_sources(data: str | Path | Mapping[str, str] | None, tasks: Sequence[str]) -> dict[str, str]:
+@overload
+def name_sources(data: str | Path | Mapping[str, str] | None, tasks: Sequence[str]) -> dict[str, str]: ...
+
+
+@overload
+def name_sources(data: TaskData | Mapping[str, TaskData] | None, tasks: Sequence[str]) -> dict[str, TaskData]: ...
+
+
+def name_sources(data: TaskData | Mapping[str, TaskData] | None, tasks: Sequence[str]) -> Mapping[str, TaskData]:
     """Say which data belongs to which task.
 
     Args:
-        data: One path, for the one task; or task name to path.
+        data: The data of the one task; or task name to data.
         tasks: Names of the tasks of this call.
 
+    Returns:
+        Task name to data; paths are absolute.
+
     Raises:
-        ConfigError: If one path is given for several tasks, or a name is not among the tasks.
+        ConfigError: If one value is given for several tasks, or a name is not among the tasks.
     """
     if data is None:
         return {}
-    if isinstance(data, Mapping):
+    if isinstance(data, Mapping) and not isinstance(data, datasets.DatasetDict):
         for task in data:
             if task not in tasks:
                 raise ConfigError(unknown_name("task in --data", task, tasks))
-        return {task: str(Path(path).expanduser().absolute()) for task, path in data.items()}
+        return {task: _from_anywhere(source) for task, source in data.items()}
     if len(tasks) != 1:
+        shown = f"--data {str(data)!r}" if isinstance(data, str | Path) else f"data in memory ({type(data).__name__})"
         raise ConfigError(
-            f"--data {str(data)!r} names no task, but there are {len(tasks)}: {', '.join(tasks)}. "
-            "Write --data TASK=PATH."
+            f"{shown} names no task, but there are {len(tasks)}: {', '.join(tasks)}. "
+            "Write --data TASK=PATH, or in Python data={task: value}."
         )
-    return {tasks[0]: str(Path(data).expanduser().absolute())}
+    return {tasks[0]: _from_anywhere(data)}
+
+
+def _from_anywhere(source: TaskData) -> TaskData:
+    """Make a path absolute, so that it holds in every working directory."""
+    return str(Path(source).expanduser().absolute()) if isinstance(source, str | Path) else source

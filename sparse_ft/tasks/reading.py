@@ -17,8 +17,8 @@ import datasets
 
 from sparse_ft.errors import DataError
 from sparse_ft.tasks.clue_formats import _read_c3, _read_chid, _read_cluener, _read_cluewsc, mark_pronoun
-from sparse_ft.tasks.columns import Reading, to_dataset, wanted_columns
-from sparse_ft.tasks.dividing import SPLIT_SEED, _cut_validation, _divide, _read_of
+from sparse_ft.tasks.columns import Reading, fitting_columns, text_column, to_dataset, wanted_columns
+from sparse_ft.tasks.dividing import cut_validation, divide_rows
 from sparse_ft.tasks.formats import (
     FileOptions,
     _read_conll,
@@ -31,6 +31,7 @@ from sparse_ft.tasks.formats import (
     _read_tsv,
     named_records,
 )
+from sparse_ft.tasks.in_memory import InMemory, TaskData, to_splits
 from sparse_ft.tasks.records import Record, locate, read_text
 from sparse_ft.tasks.schemes import split_tag
 from sparse_ft.tasks.spec import SPLITS, Column, FileSource, HubSource, Split, TaskSpec
@@ -53,14 +54,14 @@ SUFFIXES: dict[str, tuple[str, ...]] = {
 
 
 def read(
-    spec: TaskSpec, *, data: str | Path | None = None, splits: Sequence[Split] = SPLITS
+    spec: TaskSpec, *, data: TaskData | None = None, splits: Sequence[Split] = SPLITS
 ) -> dict[Split, datasets.Dataset]:
     """Read splits of a task.
 
     Args:
         spec: The task.
-        data: A folder with the files that the task names; or one file, which is divided 80/10/10 by a fixed seed; or
-            None for the bundled files, else the hub.
+        data: A folder with the files that the task names; one file, which is divided 80/10/10 by a fixed seed; data in
+            memory (see ``in_memory.to_splits``); or None for the bundled files, else the hub.
         splits: Which splits to return.
 
     Returns:
@@ -70,6 +71,8 @@ def read(
         DataError: If a file is missing or malformed, with its path and line; if the hub cannot be reached; or if there
             is no source at all.
     """
+    if data is not None and not isinstance(data, str | Path):
+        return _read_memory(spec, data, splits)
     if data is not None and not Path(data).expanduser().is_dir():
         return _read_single(spec, Path(data).expanduser(), splits)
     root = _root(spec, data)
@@ -113,18 +116,20 @@ def _found_labels(spec: TaskSpec, dataset: datasets.Dataset) -> set[str]:
     return {split_tag(tag)[1] for tags in dataset["tags"] for tag in tags or [] if tag != "O"}
 
 
-def rows_seen_in_train(spec: TaskSpec, split: Split, *, data: str | Path | None = None) -> set[int]:
+def rows_seen_in_train(spec: TaskSpec, split: Split, *, data: TaskData | None = None) -> set[int]:
     """Name the rows of an evaluation split whose text also occurs in train, as the task file lists them.
 
     Args:
         spec: The task.
         split: An evaluation split.
-        data: As for ``read``. The list is made from the published files: for a single file and for the hub, whose order
-            may differ, nothing is known.
+        data: As for ``read``. The list is made from the published files: for a single file, for data in memory and for
+            the hub, whose order may differ, nothing is known.
 
     Returns:
         Values of the column ``row``.
     """
+    if data is not None and not isinstance(data, str | Path):
+        return set()
     from_folder = data is not None and Path(data).expanduser().is_dir()
     if from_folder or (data is None and spec.files is not None and spec.files.root is not None):
         return set(spec.leaks.get(split, []))
@@ -163,7 +168,7 @@ def _read_folder(
             records[split] = rows
     columns = _record_columns(files.format, columns)
     if named["validation"] is None:
-        _cut_validation(spec, records, column=_read_of(columns))
+        cut_validation(spec, records, column=text_column(columns))
     reading = Reading(spec, columns, _source_labels(spec), spec.label_scheme)
     return _datasets(records, reading, splits=splits, unlabelled=files.unlabelled)
 
@@ -218,17 +223,15 @@ def _read_single(spec: TaskSpec, path: Path, splits: Sequence[Split]) -> dict[Sp
     found = read_file(
         path.parent, path.name, format=format, options=FileOptions(columns, separator=separator, header=header)
     )
-    fitting = _fitting_columns(_record_columns(format, columns), found[0])
-    divided = _divide(found, tenths=(8, 1, 1), column=_read_of(fitting))
-    parts: dict[Split, list[Record]] = dict(zip(SPLITS, divided, strict=True))
-    logger.info(
-        "%s is one file: its %d rows are divided into %d for train, %d for validation and %d for test (seed %d).",
-        path,
-        len(found),
-        *(len(parts[split]) for split in SPLITS),
-        SPLIT_SEED,
-    )
+    fitting = fitting_columns(_record_columns(format, columns), found[0])
+    parts = divide_rows(found, column=text_column(fitting))
     return _datasets(parts, Reading(spec, fitting, _source_labels(spec), spec.label_scheme), splits=splits)
+
+
+def _read_memory(spec: TaskSpec, data: InMemory, splits: Sequence[Split]) -> dict[Split, datasets.Dataset]:
+    records = to_splits(spec, data)
+    columns = fitting_columns(wanted_columns(spec, spec.columns), next(iter(records.values()))[0])
+    return _datasets(records, Reading(spec, columns, _source_labels(spec), spec.label_scheme), splits=splits)
 
 
 def _single_format(spec: TaskSpec, file: Path) -> str:
@@ -263,22 +266,6 @@ def _separator(spec: TaskSpec, file: Path) -> str | None:
     return next((separator for separator in (own, "\t") if separator is not None and separator in first_line), None)
 
 
-def _fitting_columns(columns: dict[str, Column], record: Record) -> dict[str, Column]:
-    """Take our own names where the file does not have the task's, and spans or tokens as the file has them."""
-    if not isinstance(record.values, dict):
-        return columns
-    there = record.values
-    if "tokens" in columns and "tokens" not in there and "spans" in there:
-        columns = {"text": "text", "spans": "spans"}
-    if "spans" in columns and "spans" not in there and "tokens" in there:
-        columns = {"tokens": "tokens", "tags": "tags"}
-    fitting: dict[str, Column] = {}
-    for name, column in columns.items():
-        parts = column if isinstance(column, list) else [column]
-        fitting[name] = name if name in there and not all(part in there for part in parts) else column
-    return fitting
-
-
 def _read_hub(spec: TaskSpec, folder: str | None, splits: Sequence[Split]) -> dict[Split, datasets.Dataset]:
     """Read from the hub, or from a local folder in hub layout."""
     hub = spec.hub or HubSource(path=str(folder))
@@ -299,7 +286,7 @@ def _read_hub(spec: TaskSpec, folder: str | None, splits: Sequence[Split]) -> di
             f"Data set {hub.path!r} has the splits {', '.join(loaded)}, not {', '.join(splits)}. Set `hub.splits`."
         )
     if not has_validation:
-        _cut_validation(spec, records, column=_read_of(columns))
+        cut_validation(spec, records, column=text_column(columns))
     labels = _source_labels(spec) if hub.labels is None else hub.labels
     reading = Reading(spec, columns, labels, hub.label_scheme or spec.label_scheme)
     return _datasets(records, reading, splits=splits)
