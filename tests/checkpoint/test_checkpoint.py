@@ -178,8 +178,8 @@ def not_finite(name, value):
 
 
 def other_head(folder):
-    (folder / "heads/mood.safetensors").write_bytes((folder / "heads/names.safetensors").read_bytes())
     sizes = read_manifest(folder)["bytes"]
+    (folder / "heads/mood.safetensors").write_bytes((folder / "heads/names.safetensors").read_bytes())
     change_manifest(folder, bytes={**sizes, "heads/mood.safetensors": sizes["heads/names.safetensors"]})
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from toy_checkpoints import assert_same
-from toys import JOINT, SINGLE, varied_texts
+from toys import JOINT, ODD_TEXTS, SINGLE, varied_texts
 
 import sparse_ft
 
@@ -26,7 +26,9 @@ def tasks(model):
 
 
 @pytest.fixture(scope="module")
-def texts():
+def texts(model):
+    if model.checkpoint.model.backbone.name == "minilm":  # which is a hundred times as large
+        return [*ODD_TEXTS[:6], "the table loved", "the table boring", "Ada met Mozart " * 30]
     return [*varied_texts(12), "the table loved", "the table boring"]
 
 

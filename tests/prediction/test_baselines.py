@@ -108,7 +108,8 @@ def test_round_robin_goes_on_where_the_batch_before_ended():
 
 def test_a_hash_is_the_same_in_another_process():
     code = (
-        "import torch; from sparse_ft.baseline_gates import HashGate; from sparse_ft.gates import GateInput\n"
+        "import torch\nfrom sparse_ft.prediction.baselines import HashGate\n"
+        "from sparse_ft.experts.gates import GateInput\n"
         "texts = [f'text number {index} 你好' for index in range(20)]\n"
         f"inputs = GateInput(torch.zeros(20, 1, 1), torch.ones(20, 1), 0, texts=texts)\n"
         f"print(HashGate({NAMES!r}).route(inputs).experts.flatten().tolist())"
