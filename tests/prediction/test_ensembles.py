@@ -141,14 +141,14 @@ def pair(tmp_path_factory, tiny_bert):
     """Two experts of moods and two of names, each with a head of its own, the labels of the second in another order."""
     folder = tmp_path_factory.mktemp("pair")
     tasks = [
-        write_toy(folder, "mood", sizes=(96, 16, 24)),
-        write_toy(folder, "mood", as_name="mood2", sizes=(64, 16, 24), labels=["good", "bad"]),
-        write_toy(folder, "names", sizes=(96, 16, 24)),
-        write_toy(folder, "names", as_name="names2", sizes=(64, 16, 24), labels=["PER", "LOC"]),
-        write_toy(folder, "about", sizes=(32, 8, 8)),
+        write_toy(folder, "mood", sizes=(48, 8, 24)),
+        write_toy(folder, "mood", as_name="mood2", sizes=(32, 8, 24), labels=["good", "bad"]),
+        write_toy(folder, "names", sizes=(48, 8, 24)),
+        write_toy(folder, "names", as_name="names2", sizes=(32, 8, 24), labels=["PER", "LOC"]),
+        write_toy(folder, "about", sizes=(16, 8, 8)),
     ]
     return run(
-        tasks, tiny_bert, folder / "checkpoint", train__epochs=3, train__batch_size=8, train__learning_rate=0.005
+        tasks, tiny_bert, folder / "checkpoint", train__epochs=2, train__batch_size=8, train__learning_rate=0.005
     ).path
 
 
