@@ -51,51 +51,84 @@ def message(spec, data, split="test") -> str:
     return text
 
 
-# CSV and TSV
+# What one file of a split becomes
 
 
-def test_csv_fields_may_hold_commas_quotes_and_line_breaks(tmp_path):
-    write(tmp_path, test__csv='text,label\r\n"a, ""b""\nc",x\r\nd,y\r\n')
-    assert one(classification(), tmp_path).to_dict() == {"text": ['a, "b"\nc', "d"], "label": ["x", "y"], "row": [0, 1]}
+def jsonl(kind, columns=None, **changes):
+    """A task of one JSONL file, t.jsonl."""
+    make = tagging if kind == "tagging" else classification
+    changes = changes if kind in ("tagging", "classification") else {"kind": kind, **changes}
+    return make(columns=columns or {}, files={"format": "jsonl", "test": "t.jsonl"}, **changes)
 
 
-def test_tsv_knows_no_quotes(tmp_path):
-    spec = classification(files={"format": "tsv", "test": "test.tsv"})
-    write(tmp_path, test__tsv='text\tlabel\n"open\tx\nsays "hi"\ty\n')
-    assert one(spec, tmp_path)["text"] == ['"open', 'says "hi"']
+NO_HEADER = {**CSV, "header": False}
+LINES = {"format": "lines", "test": "."}
+SLOTS = tagging(files=LINES, columns={"tokens": "seq.in", "tags": "seq.out"})
+TSV = classification(files={"format": "tsv", "test": "test.tsv"})
+CLUENER = tagging(columns={}, language="zh", files={"format": "cluener", "test": "t.json", "unlabelled": ["test"]})
+CLUEWSC = classification(files={"format": "cluewsc", "test": "t.json"})
+XY = {"tags": [["B-X", "B-X", "I-X", "O"]]}
 
 
-def test_columns_by_position_list_and_rest(tmp_path):
-    files = {**CSV, "header": False}
-    write(tmp_path, test__csv="1,title,body\n2,t,b\n", dev__csv="1,both\n")
-    rest = classification(files=files, columns={"text": "1..", "label": 0})
-    assert one(rest, tmp_path)["text"] == ["title body", "t b"]
-    assert one(rest, tmp_path, "validation")["text"] == ["both"]
-    listed = classification(files=files, columns={"text": [2, 1], "label": -3})
-    assert one(listed, tmp_path)["text"] == ["body title", "b t"]
-    assert one(listed, tmp_path)["label"] == ["1", "2"]
+def wsc(*places):
+    """A row of CLUEWSC whose first and second span are (text, index)."""
+    named = {f"span{n}_{key}": value for n, place in enumerate(places, 1)
+             for key, value in zip(("text", "index"), place, strict=True)}  # fmt: skip
+    return json.dumps({"text": "小王走了，他累", "label": "true", "target": named})
 
 
-# Files
+READS = [
+    # task, files, columns of the outcome
+    (classification(), {"test.csv": 'text,label\r\n"a, ""b""\nc",x\r\nd,y\r\n'},
+     {"text": ['a, "b"\nc', "d"], "label": ["x", "y"], "row": [0, 1]}),
+    (TSV, {"test.tsv": 'text\tlabel\n"open\tx\nsays "hi"\ty\n'}, {"text": ['"open', 'says "hi"']}),  # knows no quotes
+    (classification(files=NO_HEADER, columns={"text": "1..", "label": 0}), {"test.csv": "1,title,body\n2,t,b\n"},
+     {"text": ["title body", "t b"], "label": ["1", "2"]}),
+    (classification(files=NO_HEADER, columns={"text": "1..", "label": 0}), {"test.csv": "1,both\n"},
+     {"text": ["both"]}),
+    (classification(files=NO_HEADER, columns={"text": [2, 1], "label": -3}), {"test.csv": "1,title,body\n2,t,b\n"},
+     {"text": ["body title", "b t"], "label": ["1", "2"]}),
+    (classification(), {"test.csv.gz": gzip.compress(b"text,label\na,x\n")}, {"text": ["a"]}),
+    (classification(), {"test.csv": b"\xef\xbb\xbftext,label\na,x\n"}, {"text": ["a"]}),  # a byte order mark
+    (classification(columns={"text": "q1", "text_pair": "q2"}), {"test.csv": "q1,q2,label\na,b,x\n"},
+     {"text": ["a"], "text_pair": ["b"], "label": ["x"], "row": [0]}),
+    (classification(labels={"0": "bad", "1": "good"}), {"test.csv": "text,label\na,0\nb,good\nc,7\n"},
+     {"label": ["bad", "good", "7"]}),
+    (classification(labels=["x", "y"]), {"test.csv": "text,label\na,x\nb,\nc,unknown\n"}, {"label": ["x", None,
+     "unknown"]}),
+    (classification(files={**CSV, "unlabelled": ["test"]}), {"test.csv": "text\na\n"}, {"label": [None]}),
+    (jsonl("classification"),
+     {"t.jsonl": '{"text": "a\u2028b\u0085c", "label": 1}\r\n\n{"text": ["k", "l"], "label": true}\n'},
+     {"text": ["a\u2028b\u0085c", "k l"], "label": ["1", "true"], "row": [0, 1]}),
+    (jsonl("classification", {"text": ["a", "b"], "label": "c"}), {"t.jsonl": '{"a": "x", "b": null, "c": 1}\n'},
+     {"text": ["x"]}),
+    (tagging(),
+     {"test.txt": "-DOCSTART- -X- O\n\nAda NN B-PER\nsings VB O\n\n\nBo  NN\tB-PER\r\n\r\n-DOCSTART- O O\nx X O"},
+     {"tokens": [["Ada", "sings"], ["Bo"], ["x"]], "tags": [["B-PER", "O"], ["B-PER"], ["O"]], "row": [0, 1, 2]}),
+    (tagging(label_scheme="iob1"), {"test.txt": "a I-X\nb B-X\nc I-X\nd O\n"}, XY),
+    (tagging(label_scheme="iob2"), {"test.txt": "a B-X\nb B-X\nc I-X\nd O\n"}, XY),
+    (tagging(label_scheme="bioes"), {"test.txt": "a S-X\nb B-X\nc E-X\nd O\n"}, XY),
+    (tagging(label_scheme="bmes"), {"test.txt": "a S-X\nb B-X\nc E-X\nd O\n"}, XY),
+    (tagging(files={**CONLL, "unlabelled": ["test"]}), {"test.txt": "a\nb\n"}, {"tokens": [["a", "b"]], "tags": [None],
+     "row": [0]}),
+    (SLOTS, {"seq.in": "to rome\nhi\n", "seq.out": "O B-city\nO\n"},
+     {"tokens": [["to", "rome"], ["hi"]], "tags": [["O", "B-city"], ["O"]], "row": [0, 1]}),
+    (classification(files=LINES, columns={"text": "seq.in"}), {"seq.in": "a b\nc\n", "label": "go\ngreet\n"},
+     {"text": ["a b", "c"], "label": ["go", "greet"]}),
+    (CLUENER, {"t.json": '{"text": "去罗马玩", "label": {"city": {"罗马": [[1, 2]]}}}\n{"text": "好"}'},
+     {"tags": [["O", "B-city", "I-city", "O"], None]}),  # both offsets count
+    (CLUEWSC, {"t.json": wsc(("小王", 0), ("他", 5)) + "\n" + wsc(("他", 5), ("小王", 0))},
+     {"text": ["_小王_走了，[他]累", "[小王]走了，_他_累"]}),
+]  # fmt: skip
 
 
-def test_gz_is_found_by_itself(tmp_path):
-    write(tmp_path, test__csv__gz=gzip.compress(b"text,label\na,x\n"))
-    assert one(classification(), tmp_path)["text"] == ["a"]
-
-
-def test_byte_order_mark_is_accepted(tmp_path):
-    write(tmp_path, test__csv=b"\xef\xbb\xbftext,label\na,x\n")
-    assert one(classification(), tmp_path)["text"] == ["a"]
+@pytest.mark.parametrize(("spec", "files", "expected"), READS)
+def test_a_file_becomes_rows(tmp_path, spec, files, expected):
+    columns = one(spec, write(tmp_path, **files)).to_dict()
+    assert {name: columns[name] for name in expected} == expected
 
 
 # JSON
-
-
-def test_json_lines_end_at_newlines_only(tmp_path):
-    spec = classification(files={"format": "jsonl", "test": "t.jsonl"})
-    write(tmp_path, t__jsonl='{"text": "a\u2028b\u0085c", "label": 1}\r\n\n{"text": ["k", "l"], "label": true}\n')
-    assert one(spec, tmp_path).to_dict() == {"text": ["a\u2028b\u0085c", "k l"], "label": ["1", "true"], "row": [0, 1]}
 
 
 def test_json_key_selects_a_list_of_lists(tmp_path):
@@ -107,12 +140,6 @@ def test_json_key_selects_a_list_of_lists(tmp_path):
     assert sorted([*both["train"]["row"], *both["validation"]["row"]]) == list(range(10))
     assert "has no key 'nothing'. Its keys: train, extra" in message(spec, tmp_path)
     assert "Choose one: d.json#KEY" in message(spec, tmp_path / "d.json")
-
-
-def test_joined_columns_leave_out_what_is_null(tmp_path):
-    spec = classification(columns={"text": ["a", "b"], "label": "c"}, files={"format": "jsonl", "test": "t.jsonl"})
-    write(tmp_path, t__jsonl='{"a": "x", "b": null, "c": 1}\n')
-    assert one(spec, tmp_path)["text"] == ["x"]
 
 
 def test_rows_with_the_same_text_are_on_one_side(tmp_path):
@@ -133,12 +160,6 @@ def test_a_table_of_positions_may_have_a_header(tmp_path):
 # Labels
 
 
-def test_mapping_gives_names_and_accepts_them(tmp_path):
-    write(tmp_path, test__csv="text,label\na,0\nb,good\nc,7\n")
-    spec = classification(labels={"0": "bad", "1": "good"})
-    assert one(spec, tmp_path)["label"] == ["bad", "good", "7"]
-
-
 def test_sentences_of_the_same_words_stay_together(tmp_path):
     sentences = [f"w{index % 10} O\nend O\n" for index in range(60)]
     write(tmp_path, mine__conll="\n".join(sentences))
@@ -157,28 +178,11 @@ def test_dropped_labels_keep_the_row_numbers(tmp_path):
     assert rows_seen_in_train(spec, "test") == set()
 
 
-def test_hidden_labels(tmp_path):
-    spec = classification(files={**CSV, "unlabelled": ["test"]})
-    write(tmp_path, test__csv="text\na\n")
-    assert one(spec, tmp_path)["label"] == [None]
-    write(tmp_path, test__csv="text,label\na,x\nb,\n", dev__csv="text,label\nc,unknown\n")
-    assert one(classification(), tmp_path)["label"] == ["x", None]
-    assert one(classification(labels=["x", "y"]), tmp_path, "validation")["label"] == [
-        "unknown"
-    ]  # only train is closed
-
-
 def test_label_names_of_the_task_come_first(tmp_path):
     write(tmp_path, train__csv="text,label\na,z\nb,y\n")
     train = one(classification(), tmp_path, "train")
     assert label_names(classification(), train) == ["y", "z"]
     assert label_names(classification(labels=["z", "y", "x"]), train) == ["z", "y", "x"]
-
-
-def test_pairs(tmp_path):
-    spec = classification(columns={"text": "q1", "text_pair": "q2"})
-    write(tmp_path, test__csv="q1,q2,label\na,b,x\n")
-    assert one(spec, tmp_path).to_dict() == {"text": ["a"], "text_pair": ["b"], "label": ["x"], "row": [0]}
 
 
 def test_multi_label(tmp_path):
@@ -194,40 +198,6 @@ def test_multi_label(tmp_path):
     assert one(listed, tmp_path)["labels"] == [["sport"], None]
 
 
-# CoNLL columns
-
-
-def test_conll_sentences_docstart_and_negative_columns(tmp_path):
-    write(
-        tmp_path,
-        test__txt="-DOCSTART- -X- O\n\nAda NN B-PER\nsings VB O\n\n\nBo  NN\tB-PER\r\n\r\n-DOCSTART- O O\nx X O",
-    )
-    assert one(tagging(), tmp_path).to_dict() == {
-        "tokens": [["Ada", "sings"], ["Bo"], ["x"]],
-        "tags": [["B-PER", "O"], ["B-PER"], ["O"]],
-        "row": [0, 1, 2],
-    }
-
-
-def test_conll_schemes_agree(tmp_path):
-    words = ["a", "b", "c", "d"]
-    written = {
-        "iob1": ["I-X", "B-X", "I-X", "O"],
-        "iob2": ["B-X", "B-X", "I-X", "O"],
-        "bioes": ["S-X", "B-X", "E-X", "O"],
-        "bmes": ["S-X", "B-X", "E-X", "O"],
-    }
-    for scheme, tags in written.items():
-        write(tmp_path, test__txt="".join(f"{word} {tag}\n" for word, tag in zip(words, tags, strict=True)))
-        assert one(tagging(label_scheme=scheme), tmp_path)["tags"] == [["B-X", "B-X", "I-X", "O"]], scheme
-
-
-def test_hidden_tags(tmp_path):
-    write(tmp_path, test__txt="a\nb\n")
-    spec = tagging(files={**CONLL, "unlabelled": ["test"]})
-    assert one(spec, tmp_path).to_dict() == {"tokens": [["a", "b"]], "tags": [None], "row": [0]}
-
-
 def test_entity_types_are_mapped_and_checked(tmp_path):
     write(tmp_path, train__txt="a B-NAME\nb I-NAME\n", test__txt="a B-CITY\n")
     spec = tagging(labels={"NAME": "PER"})
@@ -236,21 +206,6 @@ def test_entity_types_are_mapped_and_checked(tmp_path):
     assert label_names(spec, train) == ["PER"]
     assert label_names(spec.model_copy(update={"labels": None}), train) == ["PER"]
     assert one(spec, tmp_path)["tags"] == [["B-CITY"]]
-
-
-# Line-parallel files
-
-
-def test_line_parallel_files(tmp_path):
-    write(tmp_path / "test", seq__in="to rome\nhi\n", seq__out="O B-city\nO\n", label="go\ngreet\n")
-    slots = tagging(files={"format": "lines", "test": "test"}, columns={"tokens": "seq.in", "tags": "seq.out"})
-    intent = classification(files={"format": "lines", "test": "test"}, columns={"text": "seq.in"})
-    assert one(slots, tmp_path).to_dict() == {
-        "tokens": [["to", "rome"], ["hi"]],
-        "tags": [["O", "B-city"], ["O"]],
-        "row": [0, 1],
-    }
-    assert one(intent, tmp_path)["label"] == ["go", "greet"]
 
 
 # Character spans
@@ -314,26 +269,6 @@ def test_where_a_model_is_scored_words_do_not_end_where_the_gold_does(tmp_path):
     assert kind.predictions(inside, columns={"parents": [[0, 1, 1]]}, labels=types) == [
         ["B-JOB-TITLE", "I-JOB-TITLE", "I-JOB-TITLE"]
     ]
-
-
-def test_cluener_offsets_are_inclusive(tmp_path):
-    rows = [{"text": "去罗马玩", "label": {"city": {"罗马": [[1, 2]]}}}, {"text": "好"}]
-    write(tmp_path, t__json="\n".join(json.dumps(row) for row in rows))
-    spec = tagging(columns={}, language="zh", files={"format": "cluener", "test": "t.json", "unlabelled": ["test"]})
-    dataset = one(spec, tmp_path)
-    assert dataset["tags"] == [["O", "B-city", "I-city", "O"], None]
-
-
-def test_cluewsc_marks_candidate_and_pronoun(tmp_path):
-    spec = classification(files={"format": "cluewsc", "test": "t.json"})
-    row = {
-        "text": "小王走了，他累",
-        "label": "true",
-        "target": {"span1_text": "小王", "span1_index": 0, "span2_text": "他", "span2_index": 5},
-    }
-    turned = {**row, "target": {"span1_text": "他", "span1_index": 5, "span2_text": "小王", "span2_index": 0}}
-    write(tmp_path, t__json=json.dumps(row) + "\n" + json.dumps(turned))
-    assert one(spec, tmp_path)["text"] == ["_小王_走了，[他]累", "[小王]走了，_他_累"]
 
 
 # Splits
@@ -569,13 +504,6 @@ def test_every_format_of_the_task_schema_has_a_reader():
 # What is refused, and in which words
 
 
-def jsonl(kind, columns=None, **changes):
-    """A task of one JSONL file, t.jsonl."""
-    make = tagging if kind == "tagging" else classification
-    changes = changes if kind in ("tagging", "classification") else {"kind": kind, **changes}
-    return make(columns=columns or {}, files={"format": "jsonl", "test": "t.jsonl"}, **changes)
-
-
 def row(**values):
     return {"t.jsonl": json.dumps(values) + "\n"}
 
@@ -584,17 +512,11 @@ def spans(*entries):
     return row(text="a b", spans=list(entries))
 
 
-BY_POSITION = classification(files={**CSV, "header": False}, columns={"text": 0, "label": 2})
+BY_POSITION = classification(files=NO_HEADER, columns={"text": 0, "label": 2})
 AB = {"text": "a", "label": "b"}
 TAGS = {"tokens": "a", "tags": "b"}
 SPANS = jsonl("tagging", {"text": "text", "spans": "spans"})
-LINES = {"format": "lines", "test": "."}
-SLOTS = tagging(files=LINES, columns={"tokens": "seq.in", "tags": "seq.out"})
 GZIP = gzip.compress(b"text,label\na,x\n" * 100)
-CLUENER = tagging(columns={}, language="zh", files={"format": "cluener", "test": "t.json"})
-CLUEWSC = classification(files={"format": "cluewsc", "test": "t.json"})
-WSC_ROW = {"text": "小王走了，他累", "label": "true", "target": {
-    "span1_text": "小王", "span1_index": 1, "span2_text": "他", "span2_index": 5}}  # fmt: skip
 
 REFUSALS = [
     # the table as such: task, files, words of the message
@@ -650,7 +572,7 @@ REFUSALS = [
     (SLOTS, {"seq.in": "a b\nc\n", "seq.out": "O\nO\n"}, "line 1: 2 tokens but 1 tags"),
     (CLUENER, {"t.json": json.dumps({"text": "去罗马玩", "label": {"city": {"罗马": [[0, 1]]}}})},
      "'罗马' should stand at character 0, but '去罗' does"),
-    (CLUEWSC, {"t.json": json.dumps(WSC_ROW)}, "should stand at character 1"),
+    (CLUEWSC, {"t.json": wsc(("小王", 1), ("他", 5))}, "should stand at character 1"),
 ]  # fmt: skip
 
 
@@ -695,7 +617,8 @@ def test_labels_that_tell_nothing_apart_are_refused(tmp_path, spec, content, sai
     ("nowhere", None, "nowhere' does not exist"),
     ("mine.csv", "text,label\na,x\nb,y\n", "has 2 rows, too few"),
     ("same.csv", "text,label\na,x\nA,y\n a,x\nb,y\n", "has 2 rows with different texts, too few"),
-    ("mine.xlsx", b"PK\x03\x04\x00\x00", "mine.xlsx' cannot be told by its suffix '.xlsx'. Expected one of .csv, .tsv"),
+    ("mine.xlsx", b"PK\x03\x04\x00\x00",
+     "mine.xlsx' cannot be told by its suffix '.xlsx'. Expected one of .csv, .tsv"),
 ])  # fmt: skip
 def test_one_file_that_cannot_be_divided_is_refused(tmp_path, name, content, said):
     if content is not None:
