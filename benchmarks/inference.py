@@ -31,7 +31,6 @@ from transformers import (
 from sparse_ft.backbone.backbone import load_backbone
 from sparse_ft.backbone.batching import length_batches, token_limit
 from sparse_ft.cli.text_lines import read_texts
-from sparse_ft.experts.gates import SequenceGate
 from sparse_ft.integrations.export import export
 from sparse_ft.prediction.loaded_model import LoadedModel, load
 from sparse_ft.tasks.kinds import find_kind
@@ -106,7 +105,7 @@ def main() -> None:
         }
         for name, model in models.items():
             variants[f"{name}, all tasks"] = lambda model=model: model.predict(texts, "all")
-            if isinstance(model.checkpoint.model.gate, SequenceGate):
+            if model.checkpoint.model.sequence_gate is not None:
                 variants[f"{name}, gate's choice"] = lambda model=model: model.predict(texts)
         seconds = measure(variants, rounds=options.rounds)
     print(

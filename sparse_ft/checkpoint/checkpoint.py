@@ -24,9 +24,8 @@ from sparse_ft.checkpoint.manifest import (
 )
 from sparse_ft.config import RunConfig
 from sparse_ft.errors import CheckpointError
-from sparse_ft.experts.gates import GATES, SequenceGate, TokenGate
+from sparse_ft.experts.gates import SequenceGate, TokenGate, build_gate, describe_gate
 from sparse_ft.experts.model import SparseExpertModel, TaskSlot
-from sparse_ft.experts.selection import Selection
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.spec import TaskSpec, parse_task
 from sparse_ft.version import __version__
@@ -35,7 +34,6 @@ MODEL_TYPE = "sparse-ft"
 """What config.json calls a checkpoint, so that transformers' pipelines find our module."""
 
 _GATE = "gate.safetensors"
-_SELECTION = ("top_k", "top_p", "temperature", "normalise", "min_confidence")
 
 
 @dataclass
@@ -107,7 +105,7 @@ def _manifest(folder: Path, *, model: SparseExpertModel, tasks: Mapping[str, Tas
         "pooling": model.pooling,
         "experts": experts,
         "tasks": {task: {**_describe_slot(model.tasks[task]), "kind": spec.kind} for task, spec in tasks.items()},
-        "gate": None if model.gate is None else _describe_gate(model.gate),
+        "gate": None if model.gate is None else describe_gate(model.gate),
         "bytes": {file.relative_to(folder).as_posix(): file.stat().st_size for file in files},
     }
 
@@ -136,35 +134,12 @@ def _describe_slot(slot: TaskSlot) -> dict[str, Any]:
     return {**experts, **({"mixed": True} if slot.joint else {}), **({"shared": slot.shared} if slot.shared else {})}
 
 
-def _describe_gate(gate: SequenceGate | TokenGate) -> dict[str, Any]:
-    kind = next(name for name, known in GATES.items() if type(gate) is known)
-    reads = (
-        {"block": gate.block, "pairs": len(gate.familiarity.pairs)}
-        if isinstance(gate, SequenceGate)
-        else {"blocks": gate.blocks, "shortlist": gate.shortlist}
-    )
-    return {
-        "type": kind,
-        "experts": gate.names,
-        **reads,
-        **{key: getattr(gate.selection, key) for key in _SELECTION},
-    }
-
-
 def _load_gate(path: Path, manifest: Mapping[str, Any], hidden_size: int) -> SequenceGate | TokenGate | None:
     described = manifest.get("gate")
     if described is None:
         return None
-    gate: SequenceGate | TokenGate
     try:
-        selection = Selection(**{key: described[key] for key in _SELECTION})
-        kind, names = GATES[described["type"]], described["experts"]
-        if issubclass(kind, TokenGate):
-            blocks, shortlist = described["blocks"], described["shortlist"]
-            gate = kind(names, hidden_size, blocks=blocks, selection=selection, shortlist=shortlist)
-        else:
-            block, num_pairs = described["block"], described["pairs"]
-            gate = kind(names, hidden_size, block=block, selection=selection, num_pairs=num_pairs)
+        gate = build_gate(described, hidden_size)
     except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{str(path / MANIFEST)!r} describes a gate that this version does not know: {error!r}. Update "

@@ -121,7 +121,7 @@ def evaluate_task(
         routing = equal_routing(model, ensemble.experts, number=len(data.examples))
         title = f"{title} · {ensemble.combine} of {', '.join(ensemble.experts)}"
     elif gate is not None:
-        blocks = model.blocks_asked(gate)
+        blocks = model.gated_blocks(gate)
         usage = torch.zeros(len(data.examples), len(blocks), len(model.experts.names))
         predictions = predict_rows(model, spec, data, gate=gate, usage=usage)
         routing = Routing(None, usage.mean(1))

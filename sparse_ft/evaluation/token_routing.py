@@ -169,7 +169,7 @@ def _token_weights(model: SparseExpertModel, example: Example, gate: Gate) -> tu
     seen: dict[int, Routing] = {}
     mixed = [task for task, slot in model.tasks.items() if slot.joint]  # whose rows may use a shared expert besides
     batch = collate([(mixed[0] if mixed else "", example)], pad_id=model.backbone.pad_id, device=model.device)
-    model.hidden_states(batch if mixed else replace(batch, tasks=[]), gate=gate, seen=seen)
+    model.hidden_states(batch if mixed else replace(batch, tasks=[]), gate=gate, block_routings=seen)
     chosen = [seen[block].dense_weights(len(model.experts.names))[0] for block in sorted(seen)]  # [S, E] each
     return sorted(seen), torch.stack([weights.expand(len(example.input_ids), -1) for weights in chosen]).float().cpu()
 

@@ -1,6 +1,11 @@
-"""How the LoRAs of many experts lie in one tensor."""
+"""The layout of the expert bank: where the LoRAs of many experts stand in one tensor.
+
+Shapes: N rows, S tokens a row, K experts a row, E experts of the model, I inputs, C columns (rank by rank) that one row
+uses, M sets of experts: N, or 1 for all rows.
+"""
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -10,43 +15,36 @@ from torch.nn import functional
 from sparse_ft.experts.routing import Routing
 
 _FEW = 2
-"""Times the experts a row uses: up to so many experts in a batch, all rows are multiplied by all of them."""
+"""All rows are multiplied by all experts of a batch if these are at most this many times the experts of one row."""
 
 
-class _Layout:
-    """Where each expert stands in the banks; made once per combination of ranks and scales."""
+class BankLayout:
+    """The position of each expert in the banks, made once per combination of ranks, scales and experts.
 
-    def __init__(self, ranks: tuple[int, ...], scales: tuple[float, ...], starts: tuple[int, ...]) -> None:
-        self.ranks, self.scales, self.starts = ranks, scales, starts
+    Args:
+        ranks: Rank of every expert, 0 for one that does not change the layer.
+        scales: alpha / r of every expert.
+        present: Indices of the experts that stand in the banks, one after another.
+    """
+
+    def __init__(self, ranks: tuple[int, ...], scales: tuple[float, ...], present: Sequence[int]) -> None:
+        self.ranks, self.scales = ranks, scales
         self.piece = math.gcd(*ranks) or 1
-        """Columns of A that always stand side by side."""
-        self._packed: dict[tuple[int, ...], _Layout] = {}
+        """Number of columns of A that always stand side by side."""
+        self.starts, total = [0] * len(ranks), 0
+        for index in present:
+            self.starts[index] = total
+            total += ranks[index]
         self._tensors: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
     @staticmethod
     @lru_cache(maxsize=256)
-    def of(ranks: tuple[int, ...], scales: tuple[float, ...]) -> "_Layout":
-        """Return the layout of experts that stand one after another."""
-        starts, total = [], 0
-        for rank in ranks:
-            starts.append(total)
-            total += rank
-        return _Layout(ranks, scales, tuple(starts))
+    def of(ranks: tuple[int, ...], scales: tuple[float, ...], present: tuple[int, ...] | None = None) -> "BankLayout":
+        """Return the layout of banks with the experts ``present``; None: all."""
+        return BankLayout(ranks, scales, range(len(ranks)) if present is None else present)
 
-    def packed(self, needed: tuple[int, ...]) -> "_Layout":
-        """Return the layout of banks that hold only the experts ``needed``; indices stay those of all experts."""
-        if needed not in self._packed:
-            if len(self._packed) > 64:
-                self._packed.clear()
-            starts, total = [0] * len(self.ranks), 0
-            for index in needed:
-                starts[index] = total
-                total += self.ranks[index]
-            self._packed[needed] = _Layout(self.ranks, self.scales, tuple(starts))
-        return self._packed[needed]
-
-    def places(self, index: int, in_features: int) -> tuple[slice, slice]:
-        """Return where an expert's A and B stand in the banks."""
+    def slices(self, index: int, in_features: int) -> tuple[slice, slice]:
+        """Return the slices of an expert's A and B in the banks."""
         start, stop = self.starts[index], self.starts[index] + self.ranks[index]
         return slice(start * in_features, stop * in_features), slice(1 + start, 1 + stop)
 
@@ -60,74 +58,74 @@ class _Layout:
             )
         return self._tensors[device]
 
-    def columns(self, routing: Routing, needed: tuple[int, ...]) -> "_Columns":
-        """Find the columns of a routing's experts; layers of one layout share the answer.
+    def columns(self, routing: Routing, needed: tuple[int, ...]) -> "BankColumns":
+        """Return the columns of a routing's experts, which layers of one layout share.
 
         Args:
-            routing: Of the rows.
-            needed: The experts that it names and that have a rank here.
+            routing: Routing of the rows.
+            needed: The routing's experts that have a rank in this layout.
         """
-        found: _Columns | None = routing.kept.get(self)
-        if found is None:
-            found = routing.kept[self] = _Columns(self, routing, needed)
-        return found
+        if self not in routing.cache:
+            routing.cache[self] = BankColumns(self, routing, needed)
+        columns: BankColumns = routing.cache[self]
+        return columns
 
 
-class _Columns:
-    """Where the columns of the experts that a routing names stand in the banks, as M sets.
+class BankColumns:
+    """The positions in the banks of the columns of a routing's experts, as M sets.
 
     Args:
-        layout: Of the banks.
-        routing: Of the rows.
-        needed: The experts that it names and that have a rank in the layout.
+        layout: Layout of the banks.
+        routing: Routing of the rows.
+        needed: The routing's experts that have a rank in the layout.
     """
 
-    def __init__(self, layout: _Layout, routing: Routing, needed: tuple[int, ...]) -> None:
+    def __init__(self, layout: BankLayout, routing: Routing, needed: tuple[int, ...]) -> None:
         device = routing.weights.device
         starts, ranks, scales = layout.tensors(device)
-        experts, self._together = routing.experts, None
-        if experts is None or len(needed) <= _FEW * experts.shape[1]:
-            self._together = torch.tensor(needed, device=device)
-            experts = self._together.unsqueeze(0)
-        self.sets, chosen = experts.shape
+        experts, self._common = routing.experts, None
+        if experts is None or len(needed) <= _FEW * experts.shape[1]:  # one set for all rows
+            self._common = torch.tensor(needed, device=device)
+            experts = self._common.unsqueeze(0)
+        self.sets, num_experts = experts.shape
         # As wide as the largest rank present, not of all experts: an expert outside the batch changes nothing in it.
         width = max(layout.ranks[index] for index in needed)
         owners = experts.repeat_interleave(width, -1)  # [M, C]
-        places = torch.arange(chosen, device=device).repeat_interleave(width)
-        steps = torch.arange(width, device=device).repeat(chosen)
-        real = steps < ranks[owners]
-        if self._together is not None:  # all rows use the same columns, so none is padding
-            owners, places, steps = owners[real].unsqueeze(0), places[real[0]], steps[real[0]]
+        indices = torch.arange(num_experts, device=device).repeat_interleave(width)  # [C]
+        steps = torch.arange(width, device=device).repeat(num_experts)  # [C]
+        real = steps < ranks[owners]  # [M, C]
+        if self._common is not None:  # all rows use the same columns, so none is padding
+            owners, indices, steps = owners[real].unsqueeze(0), indices[real[0]], steps[real[0]]
             real = torch.ones_like(owners, dtype=torch.bool)
-        self._places = places
+        self._indices = indices
         self._scales = torch.where(real, scales[owners], 0.0).unsqueeze(1)  # [M, 1, C]
-        starts, ranks, steps = starts[owners] * real, ranks[owners] * real, steps * real
+        starts, ranks, steps = starts[owners] * real, ranks[owners] * real, steps * real  # [M, C]
         self.rows = functional.pad(1 + starts + steps, (0, 1)).flatten()
-        """In the bank of B, [M * (C + 1)]; the last of each set is the bias."""
+        """Rows of the bank of B, [M * (C + 1)]; the last of each set is the bias."""
         self._first, self._step, self._rank = (
             part[:, :: layout.piece].unsqueeze(1) // layout.piece for part in (starts, steps, ranks)
         )
         self._pieces: dict[int, Tensor] = {}
-        self._gate: Tensor | None = None
+        self._weights: Tensor | None = None
 
     def pieces(self, in_features: int) -> Tensor:
-        """Return the places of the pieces of A in their bank, [M * I * C / piece]."""
+        """Return the indices of the pieces of A in their bank, [M * I * C / piece]."""
         if in_features not in self._pieces:
-            lines = torch.arange(in_features, device=self._rank.device).view(1, -1, 1)
-            self._pieces[in_features] = (self._first * in_features + self._step + lines * self._rank).flatten()
+            inputs = torch.arange(in_features, device=self._rank.device).view(1, -1, 1)
+            self._pieces[in_features] = (self._first * in_features + self._step + inputs * self._rank).flatten()
         return self._pieces[in_features]
 
-    def gate(self, routing: Routing) -> Tensor:
+    def weights(self, routing: Routing) -> Tensor:
         """Return the weights on the columns, times the scales of their experts: [N, 1 or S, C]."""
         learns = torch.is_grad_enabled() and routing.weights.requires_grad
-        if self._gate is not None and not learns:
-            return self._gate
+        if self._weights is not None and not learns:
+            return self._weights
         weights = routing.weights if routing.by_token else routing.weights.unsqueeze(1)  # [N, 1 or S, K]
         if routing.experts is None:
-            weights = weights[..., self._together]
-        elif self._together is not None:
-            named = routing.experts.unsqueeze(-1) == self._together  # [N, K, M]
+            weights = weights[..., self._common]
+        elif self._common is not None:
+            named = routing.experts.unsqueeze(-1) == self._common  # [N, K, experts of the set]
             weights = (weights.unsqueeze(-1) * named.unsqueeze(1)).sum(-2)
-        gate = weights.index_select(-1, self._places) * self._scales
-        self._gate = None if learns else gate
-        return gate
+        scaled = weights.index_select(-1, self._indices) * self._scales
+        self._weights = None if learns else scaled
+        return scaled

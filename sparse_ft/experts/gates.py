@@ -1,13 +1,13 @@
-"""Gates: which experts serve a row or a token.
+"""Gates: they read the hidden states that enter a block and return a routing.
 
-A gate sees the hidden states that enter a block and answers with a routing. Logits and weights are float32 whatever the
-backbone computes in. Shapes: N rows, S tokens a row, H hidden size, E experts, K chosen.
+Logits and weights are float32 whatever the backbone computes in. Shapes: N rows, S tokens a row, H hidden size,
+E experts of the gate.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,15 @@ from sparse_ft.experts.familiarity import Familiarity
 from sparse_ft.experts.routing import Routing
 from sparse_ft.experts.selection import Selection
 
-_UNITS = 128
-"""Of the perceptron's hidden layer."""
+_SAVED_SELECTION = ("top_k", "top_p", "temperature", "normalise", "min_confidence")
+"""Fields of ``Selection`` that a manifest holds; the others matter in training only."""
+_PERCEPTRON_SIZE = 128
+"""Width of the perceptron's hidden layer."""
 
 
 @dataclass(frozen=True)
 class GateInput:
-    """What a gate may look at."""
+    """What a gate may read of the rows of a batch."""
 
     hidden: Tensor
     """[N, S, H], entering ``block``."""
@@ -32,38 +34,40 @@ class GateInput:
     block: int
     """0-based block that the hidden states enter."""
     texts: Sequence[str] = ()
-    """The rows as they were given, if they are known."""
+    """The texts of the rows, if they are known."""
     metadata: Sequence[Mapping[str, Any]] = ()
-    """What else the caller says of each row, e.g. its language."""
+    """Further fields of each row, e.g. its language."""
     generator: torch.Generator | None = None
-    """Of what a gate in training draws; None takes the global one."""
+    """Source of random numbers for a gate in training; None takes the global one."""
 
 
 class Gate(Protocol):
-    """Chooses among the experts ``names``, whose order is that of the model."""
+    """Chooses among the experts ``names`` anew in each of the 0-based blocks ``blocks``."""
 
     names: list[str]
-    every_block: bool
-    """Whether it is asked at every block with experts, or once where they begin."""
+    blocks: list[int]
 
     def route(self, inputs: GateInput) -> Routing:
-        """Choose experts for each row, or for each token."""
+        """Choose experts for each row, or for each token, of one block."""
         ...
 
 
 class SequenceGate(nn.Module):
-    """A perceptron over the means of what enters the lower blocks: one decision a text, before the model runs on it.
+    """A perceptron over mean hidden states of the lower blocks, which decides once a text, before the experts run.
 
-    All states are those of the bare backbone, so they are the same whichever expert is chosen, and all of them are
-    there once the highest block that is read is reached.
+    It reads states of the bare backbone, which do not depend on the experts.
 
     Args:
         names: Experts to choose among.
         hidden_size: H.
-        block: 0-based; it reads what enters this block and each below it.
+        block: 0-based; the gate reads the states that enter this block and each block below it.
         selection: How the logits become a routing.
-        num_pairs: Of the familiarity, if it is to be loaded.
+        num_pairs: Number of token pairs of a familiarity whose weights will be loaded.
     """
+
+    every_block: Literal[False] = False
+    saved: ClassVar = {"block": "block", "pairs": "num_pairs"}
+    """Key in a manifest to argument of the constructor and attribute."""
 
     center: Tensor
     scale: Tensor
@@ -81,11 +85,21 @@ class SequenceGate(nn.Module):
         self.classifier = self._classifier(num_features)
         self.familiarity = Familiarity(len(self.names), hidden_size, num_pairs=num_pairs)
 
+    @property
+    def num_pairs(self) -> int:
+        """Number of token pairs that the familiarity knows."""
+        return len(self.familiarity.pairs)
+
+    @property
+    def learned(self) -> nn.Module:
+        """The part that a joint run trains."""
+        return self.classifier
+
     def _classifier(self, num_features: int) -> nn.Module:
-        last = nn.Linear(_UNITS, len(self.names))
+        last = nn.Linear(_PERCEPTRON_SIZE, len(self.names))
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
-        return nn.Sequential(nn.Linear(num_features, _UNITS), nn.GELU(), last)
+        return nn.Sequential(nn.Linear(num_features, _PERCEPTRON_SIZE), nn.GELU(), last)
 
     def initialise(self, generator: torch.Generator) -> None:
         """Fill the classifier as ``nn.Linear`` does, with a bias of 0."""
@@ -96,13 +110,13 @@ class SequenceGate(nn.Module):
                 nn.init.zeros_(parameter)
 
     def standardise(self, means: Tensor) -> None:
-        """Centre and scale the features by what ``means`` [rows, block + 1, H] show."""
+        """Take centre and scale of the features from ``means`` [rows, block + 1, H]."""
         self.center.copy_(means.flatten(1).mean(0))
         spread = means.flatten(1).std(0, correction=0)
         self.scale.copy_(torch.where(spread > 1e-6, 1 / spread, 1.0))
 
     def features(self, means: Tensor) -> Tensor:
-        """Return what the classifier reads: [N, block + 1, H] to [N, (block + 1) * H]."""
+        """Return the classifier's input: [N, block + 1, H] to [N, (block + 1) * H]."""
         return (means.float().flatten(1) - self.center) * self.scale
 
     def decide(
@@ -117,11 +131,12 @@ class SequenceGate(nn.Module):
         """Choose experts for texts.
 
         Args:
-            means: Of what enters the blocks 0 to ``block``, over the real tokens of each text, [N, block + 1, H].
-            tokens: Ids of each text, for its familiarity; None takes the probability of the best expert in its place.
-            excluded: Experts that may not be chosen.
+            means: Mean over each text's real tokens of the states that enter the blocks 0 to ``block``,
+                [N, block + 1, H].
+            tokens: Token ids of each text, for its familiarity; None takes the probability of the best expert instead.
+            excluded: Indices of experts that may not be chosen.
             abstains: Whether ``selection.min_confidence`` holds.
-            training: Whether the capacity of experts holds.
+            training: Whether ``selection.capacity`` holds.
         """
         with _float32(means):
             features = self.features(means)
@@ -135,15 +150,15 @@ class SequenceGate(nn.Module):
             return selection(logits, confidence=confidence, training=training)
 
     def top_block_features(self, features: Tensor) -> Tensor:
-        """Return the features of the highest block that is read, [N, H]."""
+        """Return the features of ``block``, the highest one that the gate reads, [N, H]."""
         return features[:, -features.shape[1] // (self.block + 1) :]
 
 
 class PrototypeGate(SequenceGate):
-    """The nearest mean of each expert's training texts, by Mahalanobis distance; learns nothing by gradient.
+    """The nearest mean of each expert's training texts, by Mahalanobis distance; needs no gradient.
 
     With one covariance for all experts this is linear discriminant analysis: Hastie, Tibshirani and Friedman 2009,
-    section 4.3, https://hastie.su.domains/ElemStatLearn/. Every expert counts the same, however many texts it has.
+    section 4.3, https://hastie.su.domains/ElemStatLearn/. Every expert has the same weight, however many texts it has.
     """
 
     def _classifier(self, num_features: int) -> nn.Module:
@@ -153,7 +168,11 @@ class PrototypeGate(SequenceGate):
         return linear
 
     def fit(self, features: Sequence[Tensor]) -> None:
-        """Take the mean of each expert's texts and the covariance around them, from [rows, features] of each."""
+        """Estimate the mean of each expert's texts and their common covariance.
+
+        Args:
+            features: Texts of each expert, [rows, features].
+        """
         from sklearn.covariance import ledoit_wolf_shrinkage
 
         means = torch.stack([rows.double().mean(0) for rows in features])  # [E, F]
@@ -170,24 +189,26 @@ class PrototypeGate(SequenceGate):
 
 
 TEXT_GATES: dict[str, type[SequenceGate]] = {"sequence": SequenceGate, "prototype": PrototypeGate}
-"""The gates that decide once a text and are kept in checkpoints, by the name that configs use."""
+"""Gates that decide once a text, by their name in configs and manifests."""
 
 
 class TokenGate(nn.Module):
-    """A linear layer per block: each token chooses its experts anew in every block.
+    """A linear layer per block, which chooses the experts of each token anew in every block.
 
-    With a shortlist, the tokens of one text choose among the experts that its tokens want most on average, so that
-    only these are computed, however many there are.
+    With a shortlist, the tokens of one text choose among the experts with the highest mean probability over the text,
+    so only these are computed, whatever the number of experts.
 
     Args:
         names: Experts to choose among.
         hidden_size: H.
         blocks: 0-based blocks with experts.
         selection: How the logits become a routing.
-        shortlist: Experts a text and block, at least ``selection.top_k``; None takes all.
+        shortlist: Number of experts a text and block, at least ``selection.top_k``; None takes all.
     """
 
-    every_block = True
+    every_block: Literal[True] = True
+    saved: ClassVar = {"blocks": "blocks", "shortlist": "shortlist"}
+    """Key in a manifest to argument of the constructor and attribute."""
 
     def __init__(
         self,
@@ -205,6 +226,11 @@ class TokenGate(nn.Module):
         self.shortlist = shortlist
         self.linears = nn.ModuleList(nn.Linear(hidden_size, len(self.names), bias=False) for _ in self.blocks)
 
+    @property
+    def learned(self) -> nn.Module:
+        """The part that a joint run trains."""
+        return self.linears
+
     def initialise(self, generator: torch.Generator) -> None:
         """Fill the weights with a standard deviation of 0.02."""
         with torch.no_grad():
@@ -220,17 +246,39 @@ class TokenGate(nn.Module):
             logits = linear(self.selection.jittered(hidden, inputs.generator) if self.training else hidden)  # [N, S, E]
         if self.shortlist is None or self.shortlist >= len(self.names):
             return self.selection(logits, mask=mask, training=self.training)
-        wanted = pool(logits.softmax(-1), mask, "mean")  # [N, E]
-        experts = wanted.topk(self.shortlist, dim=-1).indices  # [N, m]
+        mean_probabilities = pool(logits.softmax(-1), mask, "mean")  # [N, E]
+        experts = mean_probabilities.topk(self.shortlist, dim=-1).indices  # [N, m]
         among = logits.gather(-1, experts.unsqueeze(1).expand(-1, logits.shape[1], -1))  # [N, S, m]
         inner = self.selection(among, mask=mask, training=self.training)
         return replace(inner, experts=experts, logits=logits)
 
 
 GATES: dict[str, type[SequenceGate] | type[TokenGate]] = {**TEXT_GATES, "token": TokenGate}
-"""The gates that are kept in checkpoints, by the name that configs use."""
+"""All gates that checkpoints hold, by their name in configs and manifests."""
+
+
+def describe_gate(gate: SequenceGate | TokenGate) -> dict[str, Any]:
+    """Return the entry of a gate in a manifest, from which ``build_gate`` makes one of the same shape."""
+    return {
+        "type": next(name for name, known in GATES.items() if type(gate) is known),
+        "experts": gate.names,
+        **{key: getattr(gate, attribute) for key, attribute in gate.saved.items()},
+        **{key: getattr(gate.selection, key) for key in _SAVED_SELECTION},
+    }
+
+
+def build_gate(described: Mapping[str, Any], hidden_size: int) -> SequenceGate | TokenGate:
+    """Build a gate without weights from its entry in a manifest.
+
+    Raises:
+        KeyError, TypeError: If the entry lacks a key, or names an unknown type.
+    """
+    kind = GATES[described["type"]]
+    selection = Selection(**{key: described[key] for key in _SAVED_SELECTION})
+    arguments = {argument: described[key] for key, argument in kind.saved.items()}
+    return kind(described["experts"], hidden_size, selection=selection, **arguments)
 
 
 def _float32(tensor: Tensor) -> torch.autocast:
-    """Keep autocast from a gate's matrix products: near ties would fall to another expert."""
+    """Disable autocast in a gate: in lower precision, near ties would be decided for another expert."""
     return torch.autocast(tensor.device.type, enabled=False)

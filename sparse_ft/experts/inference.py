@@ -1,4 +1,4 @@
-"""Run examples through the model and sort the logits back to the texts they came from."""
+"""Run examples through the model in batches of similar length, and return the results by text or example."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -7,17 +7,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_ft.backbone.batching import collate, length_batches, token_limit
+from sparse_ft.backbone.batching import Batch, collate, length_batches, token_limit
 from sparse_ft.backbone.encoding import NEVER, Example
 from sparse_ft.backbone.trunk import keep_trunk
 from sparse_ft.errors import ConfigError
-from sparse_ft.experts.gates import Gate, SequenceGate, TokenGate
+from sparse_ft.experts.gates import Gate
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.routing import ForwardPass, Routing
 
 
 class EncodedTexts(NamedTuple):
-    """Texts as one task reads them."""
+    """Texts encoded for one task."""
 
     examples: Sequence[Example]
     """Rows of model input; windows of one text share a ``row``."""
@@ -28,31 +28,24 @@ class EncodedTexts(NamedTuple):
 
 
 @torch.no_grad()
-def logits_by_task(model: SparseExpertModel, asked: Mapping[str, EncodedTexts]) -> dict[str, list[Tensor]]:
+def logits_by_task(model: SparseExpertModel, texts: Mapping[str, EncodedTexts]) -> dict[str, list[Tensor]]:
     """Compute the logits of several tasks, each for its own texts, in batches that hold rows of all of them.
 
     Args:
         model: In evaluation mode.
-        asked: Task to its texts; tasks that one expert serves.
+        texts: Task to its texts; each task has one expert.
 
     Returns:
-        Task to one float32 CPU tensor a text, as ``row_logits`` gives them.
+        Task to one float32 CPU tensor a text, see ``row_logits``.
     """
-    found = {task: _blank(model, task, own) for task, own in asked.items()}
-    pairs = [(task, example) for task, own in asked.items() for example in own.examples]
-    for members in _batches([example for _, example in pairs], model.device):
-        chosen = [pairs[member] for member in sorted(members)]  # the rows of a task side by side
-        batch = collate(chosen, pad_id=model.backbone.pad_id, device=model.device)
+    results = {task: _blank_logits(model, task, encoded) for task, encoded in texts.items()}
+    pairs = [(task, example) for task, encoded in texts.items() for example in encoded.examples]
+    for members, batch in _batches(model, pairs):
         logits = model(batch)
         for rows in batch.tasks:
-            own = [example for _, example in chosen[rows.start : rows.stop]]
-            _sort_back(
-                logits[rows.task].float().cpu(),
-                own,
-                by_part=asked[rows.task].num_parts is not None,
-                into=found[rows.task],
-            )
-    return found
+            examples = [pairs[member][1] for member in members[rows.start : rows.stop]]
+            _scatter(logits[rows.task], examples, texts[rows.task].num_parts, into=results[rows.task])
+    return results
 
 
 @torch.no_grad()
@@ -75,89 +68,98 @@ def row_logits(
         examples: Rows of model input; windows of one text share a ``row``.
         num_rows: Number of texts.
         num_parts: Words or choices of each text, for tasks that give logits for these; see ``TaskKind.parts``.
-        routing: Of the examples; None takes the task's expert, or asks the model's gate if the task was trained so.
-        gate: Asked at every block in place of ``routing``.
+        routing: Routing of the examples; None takes the task's expert, or the model's gate if the task was trained so.
+        gate: Decides at every block instead of ``routing``.
         usage: [examples, blocks, experts], filled with the mean weight that ``gate`` gave each expert over the tokens;
             blocks from ``model.first_block`` on.
 
     Returns:
         One float32 CPU tensor a text: (labels,), or (words, tags), or (choices, 1).
     """
-    asked = routing is None and gate is None and model.tasks[task].gated and not isinstance(model.gate, TokenGate)
-    if asked and any(example.hidden is None for example in examples):
+    by_text = routing is None and gate is None and model.tasks[task].gated and model.token_gate is None
+    if by_text and any(example.hidden is None for example in examples):
         routing = text_routing(model, examples, task=task)
-    rows = _blank(model, task, EncodedTexts(examples, num_rows, num_parts))
-    for members in _batches(examples, model.device):
-        chosen = [examples[member] for member in members]
-        batch = collate([(task, example) for example in chosen], pad_id=model.backbone.pad_id, device=model.device)
-        own = None if routing is None else routing.take(members)
-        seen: dict[int, Routing] = {}
-        logits = model(batch, routing=own, gate=gate, seen=seen)[task].float().cpu()
+    results = _blank_logits(model, task, EncodedTexts(examples, num_rows, num_parts))
+    for members, batch in _batches(model, [(task, example) for example in examples]):
+        taken = None if routing is None else routing.take(members)
+        block_routings: dict[int, Routing] = {}
+        logits = model(batch, routing=taken, gate=gate, block_routings=block_routings)
         if usage is not None:
-            usage[members] = _mean_weights(seen, batch.attention_mask, len(model.experts.names)).cpu()
-        _sort_back(logits, chosen, by_part=num_parts is not None, into=rows)
-    return rows
+            usage[members] = _mean_weights(block_routings, batch, len(model.experts.names)).cpu()
+        _scatter(logits[task], [examples[member] for member in members], num_parts, into=results)
+    return results
 
 
-def _blank(model: SparseExpertModel, task: str, asked: EncodedTexts) -> list[Tensor]:
-    """Return the logits of texts of which nothing was computed: words that the backbone does not see are untagged."""
+def _blank_logits(model: SparseExpertModel, task: str, texts: EncodedTexts) -> list[Tensor]:
+    """Return the logits of texts without any token: words that the backbone does not see are untagged."""
     num_outputs = model.head(task).linear.out_features
-    if asked.num_parts is None:
-        return [torch.zeros(num_outputs) for _ in range(asked.num_rows)]
+    if texts.num_parts is None:
+        return [torch.zeros(num_outputs) for _ in range(texts.num_rows)]
     untagged = torch.full((num_outputs,), NEVER)
     untagged[0] = 0.0
-    return [untagged.repeat(parts, 1) for parts in asked.num_parts]
+    return [untagged.repeat(parts, 1) for parts in texts.num_parts]
 
 
-def _sort_back(logits: Tensor, examples: Sequence[Example], *, by_part: bool, into: list[Tensor]) -> None:
-    """Put the logits of one task in a batch, one a row or one a word, where their texts are."""
-    if not by_part:
+def _scatter(
+    logits: Tensor, examples: Sequence[Example], num_parts: Sequence[int] | None, *, into: list[Tensor]
+) -> None:
+    """Write the logits of one task in a batch, one a row or one a word, to the texts of its examples."""
+    logits = logits.float().cpu()
+    if num_parts is None:
         for example, row in zip(examples, logits, strict=True):
             into[example.row] = row
         return
-    start = 0
-    for example in examples:
-        stop = start + len(example.word_indices)
-        into[example.row][example.word_indices] = logits[start:stop]
-        start = stop
+    parts = logits.split([len(example.word_indices) for example in examples])
+    for example, part in zip(examples, parts, strict=True):
+        into[example.row][example.word_indices] = part
 
 
-def _mean_weights(seen: Mapping[int, Routing], attention_mask: Tensor, num_experts: int) -> Tensor:
+def _mean_weights(block_routings: Mapping[int, Routing], batch: Batch, num_experts: int) -> Tensor:
     """Average the weights that each block was given over real tokens: [N, blocks, E]."""
-    real = attention_mask.unsqueeze(-1).float()  # [N, S, 1]
-    blocks = [(seen[block].dense_weights(num_experts) * real).sum(1) / real.sum(1) for block in sorted(seen)]
-    return torch.stack(blocks, dim=1)
+    real = batch.attention_mask.unsqueeze(-1).float()  # [N, S, 1]
+    weights = [block_routings[block].dense_weights(num_experts) for block in sorted(block_routings)]
+    return torch.stack([(block * real).sum(1) / real.sum(1) for block in weights], dim=1)
 
 
-def _batches(examples: Sequence[Example], device: torch.device) -> Iterator[list[int]]:
-    """Group examples of similar length; those with a kept trunk among themselves, for it helps only if all have it."""
-    for kept in (True, False):
-        group = [place for place, example in enumerate(examples) if (example.trunk is not None) is kept]
-        for members in length_batches(
-            [len(examples[place].input_ids) for place in group], max_tokens=token_limit(device)
-        ):
-            yield [group[member] for member in members]
+def _batches(model: SparseExpertModel, pairs: Sequence[tuple[str, Example]]) -> Iterator[tuple[list[int], Batch]]:
+    """Collate (task, example) pairs of similar length; yield the indices of the pairs and their batch.
+
+    Examples with a cached trunk have batches of their own, because a trunk saves time only if all rows have one.
+    """
+    several = len({task for task, _ in pairs}) > 1
+    for cached in (True, False):
+        group = [index for index, (_, example) in enumerate(pairs) if (example.trunk is not None) is cached]
+        lengths = [len(pairs[index][1].input_ids) for index in group]
+        for batch in length_batches(lengths, max_tokens=token_limit(model.device)):
+            members = [group[member] for member in batch]
+            if several:
+                members.sort()  # the rows of a task must be adjacent
+            rows = [pairs[member] for member in members]
+            yield members, collate(rows, pad_id=model.backbone.pad_id, device=model.device)
 
 
 @torch.no_grad()
 def text_routing(model: SparseExpertModel, examples: Sequence[Example], *, task: str | None = None) -> Routing:
-    """Let the gate choose experts for each example.
+    """Let the model's gate choose experts for each example.
 
     Args:
         model: In evaluation mode.
         examples: Rows of model input.
-        task: That they belong to, if it is known; the gate then chooses among its experts if it was not trained to mix
-            all of them.
+        task: Task of the examples, None if unknown; the gate chooses among the task's experts, or among all if it was
+            trained together with the task.
+
+    Raises:
+        ConfigError: If the model has no gate that decides once a text.
     """
-    gate = model.text_gate() if task is None else model.gate
-    if not isinstance(gate, SequenceGate):
+    gate = model.text_gate() if task is None else model.sequence_gate
+    if gate is None:
         raise ConfigError(f"Task {task!r} needs a gate that chooses among its experts, and this model has none.")
     excluded: list[int] = []
     if task is not None and not model.tasks[task].joint:
-        excluded = [place for place, name in enumerate(gate.names) if name not in model.tasks[task].experts]
+        excluded = [index for index, name in enumerate(gate.names) if name not in model.tasks[task].experts]
     means = mean_states(model, examples, block=gate.block).to(model.device)
     tokens = [example.input_ids for example in examples] if task is None else None  # a known task is never unknown
-    return model.reindexed(gate.decide(means, tokens, excluded=excluded, abstains=task is None))
+    return model.reindexed(gate.decide(means, tokens, excluded=excluded, abstains=task is None), gate.names)
 
 
 @torch.no_grad()
@@ -170,28 +172,26 @@ def with_hidden_states(
         model: In evaluation mode.
         task: One of the tasks; the others must use the same shared expert.
         examples: Rows of model input.
-        routing: Of the examples; None lets the gate mix, for tasks that were trained so.
+        routing: Routing of the examples; None lets the model's gate decide, for joint tasks.
 
     Returns:
         The examples with ``hidden`` filled, and the mean weight of each expert, [examples, experts].
     """
-    kept = list(examples)
+    results = list(examples)
     usage = torch.zeros(len(examples), len(model.experts.names))
-    if routing is None and not isinstance(model.gate, TokenGate):
+    if routing is None and model.token_gate is None:
         routing = text_routing(model, examples, task=task)
     if routing is not None:
         usage.copy_(routing.dense_weights(usage.shape[1]))
-    for members in _batches(examples, model.device):
-        chosen = [examples[member] for member in members]
-        batch = collate([(task, example) for example in chosen], pad_id=model.backbone.pad_id, device=model.device)
-        seen: dict[int, Routing] = {}
-        own = None if routing is None else routing.take(members)
-        hidden = model.hidden_states(batch, routing=own, seen=seen)
+    for members, batch in _batches(model, [(task, example) for example in examples]):
+        block_routings: dict[int, Routing] = {}
+        taken = None if routing is None else routing.take(members)
+        hidden = model.hidden_states(batch, routing=taken, block_routings=block_routings)
         if routing is None:
-            usage[members] = _mean_weights(seen, batch.attention_mask, usage.shape[1]).mean(1).cpu()
+            usage[members] = _mean_weights(block_routings, batch, usage.shape[1]).mean(1).cpu()
         for member, row in zip(members, hidden, strict=True):
-            kept[member] = replace(examples[member], hidden=row[: len(examples[member].input_ids)].clone())
-    return kept, usage
+            results[member] = replace(examples[member], hidden=row[: len(examples[member].input_ids)].clone())
+    return results, usage
 
 
 def with_trunks(
@@ -202,24 +202,23 @@ def with_trunks(
     hidden: bool = True,
     means: bool = False,
 ) -> list[Example]:
-    """Run the bare backbone up to a block, and keep what enters it in each example's ``trunk``.
+    """Run the bare backbone up to a block, and return the examples with the states that enter it as their ``trunk``.
 
     Args:
         model: In evaluation mode.
         examples: Rows of model input.
         block: 0-based; None takes the lowest with experts, below which all experts share the blocks.
-        hidden: Whether to keep the hidden states; without, only the means are.
-        means: Whether to keep the mean of what enters each block up to there, too.
+        hidden: Whether to store the hidden states; if not, only the means are stored.
+        means: Whether to store the mean of the states that enter each block up to there, too.
     """
     backbone = model.backbone
-    last = backbone.num_blocks - 1
-    wanted = min(model.first_block, last) if block is None else block  # a model without experts has none to enter
+    lowest = min(model.first_block, backbone.num_blocks - 1)  # a model without experts has no block with experts
     with model.slot.filled(ForwardPass(None)):
         return keep_trunk(
             backbone.model,
             backbone.blocks,
             examples,
-            first_block=wanted,
+            first_block=lowest if block is None else block,
             pad_id=backbone.pad_id,
             hidden=hidden,
             means=means,
@@ -227,17 +226,17 @@ def with_trunks(
 
 
 def stacked_means(examples: Sequence[Example]) -> Tensor:
-    """Return the ``means`` that the examples carry, [examples, blocks, hidden] float32."""
+    """Return the ``means`` of examples, [examples, blocks, hidden] float32."""
     return torch.stack([example.means for example in examples if example.means is not None])
 
 
 def mean_states(model: SparseExpertModel, examples: Sequence[Example], *, block: int) -> Tensor:
-    """Return the mean over the tokens of what enters each block from the lowest to this one.
+    """Return the mean over the tokens of the bare backbone's states that enter each block.
 
     Args:
         model: In evaluation mode.
         examples: Rows of model input, at least one.
-        block: 0-based; the last that is read.
+        block: The last block, 0-based.
 
     Returns:
         [examples, block + 1, hidden] float32, on the CPU.

@@ -1,9 +1,12 @@
-"""The model: a frozen backbone, experts on its linears, and one head per task."""
+"""The model: a frozen backbone, experts on its linears, and one head per task.
+
+Shapes: N rows, S tokens a row, H hidden size, E experts of the model.
+"""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,38 +23,41 @@ from sparse_ft.experts.routing import ForwardPass, Routing, RoutingSlot
 
 @dataclass(frozen=True)
 class TaskSlot:
-    """What the model knows of a task: which experts serve it, and how its head reads."""
+    """A task in the model: the experts that serve it, and the input of its head."""
 
     experts: tuple[str, ...]
-    """Those that learn from its rows: one as a rule; several are domains of the task, or a pool, and the gate picks."""
+    """Experts that learn from the task's rows: usually one; a gate chooses among several (domains, or a pool)."""
     level: str
     """``text`` or ``word``."""
     joint: bool = False
-    """Whether the task was trained jointly with the gate, which then mixes for it all the experts that it knows."""
+    """Whether the task was trained together with the gate, which then mixes all its experts for the task's rows."""
     shared: str | None = None
-    """The expert that each of its rows uses besides those that the gate chooses."""
+    """The expert that each of the task's rows uses in addition to those that the gate chooses."""
 
     @property
     def used(self) -> list[str]:
-        """All experts that learn from its rows."""
+        """All experts that learn from the task's rows."""
         return [*self.experts, *([] if self.shared is None else [self.shared])]
 
     @property
     def gated(self) -> bool:
-        """Whether the gate is asked even though the task is known."""
+        """Whether a gate decides even though the task is known."""
         return self.joint or len(self.experts) > 1
 
 
-def _knows(gate: Gate, block: int) -> bool:
-    return not isinstance(gate, TokenGate) or block in gate.blocks
+class _Shared(NamedTuple):
+    """The shared expert of a batch, by index, and the rows that use it: [N], 1 or 0."""
+
+    expert: int
+    rows: Tensor
 
 
 class SparseExpertModel(nn.Module):
     """One frozen backbone that answers every task through the task's expert and head.
 
     Args:
-        backbone: Loaded by ``load_backbone``; its linears are replaced in place, so it belongs to this model then.
-        pooling: ``unit``, ``mean``, ``first`` or ``last``, see ``heads.pool``; ``auto`` is ``last`` for causal
+        backbone: Loaded by ``load_backbone``; the model replaces its linears in place and takes possession of it.
+        pooling: ``unit``, ``mean``, ``first`` or ``last``, see ``pooling.pool``; ``auto`` is ``last`` for causal
             backbones, else ``unit``.
     """
 
@@ -77,19 +83,29 @@ class SparseExpertModel(nn.Module):
 
     @property
     def first_block(self) -> int:
-        """The lowest block with an expert layer; what lies below is the same for all tasks."""
+        """The lowest block with an expert layer; all tasks share the blocks below."""
         return min((self.backbone.block_of(name) for name in self.experts.layers), default=self.backbone.num_blocks)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return next(self.encoder.parameters()).device
 
     @property
     def routed(self) -> list[str]:
-        """The experts that a gate may choose: all but those that rows use anyway."""
+        """The experts that a gate may choose: all but the shared ones, which rows use in any case."""
         shared = {slot.shared for slot in self.tasks.values()}
         return [name for name in self.experts.names if name not in shared]
+
+    @property
+    def token_gate(self) -> TokenGate | None:
+        """The model's gate if it decides at every block."""
+        return self.gate if self.gate is not None and self.gate.every_block else None
+
+    @property
+    def sequence_gate(self) -> SequenceGate | None:
+        """The model's gate if it decides once a text."""
+        return None if self.gate is None or self.gate.every_block else self.gate
 
     def add_task(
         self,
@@ -128,16 +144,16 @@ class SparseExpertModel(nn.Module):
         del self.heads[_head_key(name)], self.tasks[name]
 
     def text_gate(self) -> SequenceGate:
-        """Return the gate that decides which expert a text goes to.
+        """Return the gate that chooses an expert for a text of no known task.
 
         Raises:
-            ConfigError: If there is none, or the experts are no longer those that it was fitted on.
+            ConfigError: If there is none, or the experts are not those that it was fitted on.
         """
-        advice = "Fit one with `sparse-ft train --stage gate --from CHECKPOINT`, or name the tasks with --task."
+        fit = "Fit one with `sparse-ft train --stage gate --from CHECKPOINT`, or name the tasks with --task."
         gate, names = self.gate, self.routed
         if gate is None:
-            raise ConfigError(f"This model has no gate to choose among its experts. {advice}")
-        if isinstance(gate, TokenGate):
+            raise ConfigError(f"This model has no gate to choose among its experts. {fit}")
+        if gate.every_block:
             raise ConfigError(
                 "The gate of this model decides for every token, not for whole texts. Name the tasks with --task."
             )
@@ -148,23 +164,24 @@ class SparseExpertModel(nn.Module):
                 "with --task."
             )
         if unknown:
-            raise ConfigError(f"The gate does not know the expert {unknown[0]!r}, which came later. {advice}")
+            raise ConfigError(f"The gate does not know the expert {unknown[0]!r}, which came later. {fit}")
         if set(gate.names) != set(names):
             raise ConfigError(
-                f"The gate chooses among {', '.join(gate.names)}, the model has {', '.join(names)}. {advice}"
+                f"The gate chooses among {', '.join(gate.names)}, the model has {', '.join(names)}. {fit}"
             )
         return gate
 
-    def reindexed(self, routing: Routing, *, names: Sequence[str] | None = None) -> Routing:
-        """Turn what a gate says of its experts, by default this model's, into a routing among those of the model.
+    def reindexed(self, routing: Routing, names: Sequence[str]) -> Routing:
+        """Return a routing among a gate's experts ``names`` as one among all experts of the model.
 
-        A gate may know experts that were removed since, which it gives no weight.
+        A gate may name experts that were removed since; it gives them no weight.
         """
-        if names is None:
-            assert self.gate is not None
-            names = self.gate.names
-        places = [self.experts.index(name) if name in self.experts.names else 0 for name in names]
-        return routing.reindexed(places, num_experts=len(self.experts.names))
+        indices = [self.experts.index(name) if name in self.experts.names else 0 for name in names]
+        return routing.reindexed(indices, num_experts=len(self.experts.names))
+
+    def gated_blocks(self, gate: Gate) -> list[int]:
+        """Return the 0-based blocks at which a gate decides: those with experts that the gate was made for."""
+        return [block for block in range(self.first_block, self.backbone.num_blocks) if block in gate.blocks]
 
     def train(self, mode: bool = True) -> "SparseExpertModel":
         """Switch experts and heads to training, and the backbone's own dropout on if ``backbone_dropout`` says so."""
@@ -180,25 +197,27 @@ class SparseExpertModel(nn.Module):
         *,
         routing: Routing | None = None,
         gate: Gate | None = None,
-        seen: dict[int, Routing] | None = None,
+        block_routings: dict[int, Routing] | None = None,
         generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
         """Answer every task of a batch.
 
         Args:
             batch: Rows of one or several tasks.
-            routing: Of the rows; None routes each row to the expert of its task, or asks the model's own gate at every
-                block if the tasks were trained so.
-            gate: Asked at every block with experts in place of ``routing``.
-            seen: Filled with the routing of each block that the gate was asked at.
-            generator: Of the dropout on experts and heads; None takes the global one.
+            routing: Experts of the rows; None routes each row to the expert of its task, or lets the model's own gate
+                decide at every block if the tasks were trained so.
+            gate: Decides at every block with experts, instead of ``routing``.
+            block_routings: Filled with the gate's routing in each block.
+            generator: Source of dropout's random numbers on experts and heads; None takes the global one.
 
         Returns:
             Logits per task in float32, (rows, labels), or (words, tags) for tasks that read words.
         """
         hidden = batch.hidden
         if hidden is None:
-            hidden = self.hidden_states(batch, routing=routing, gate=gate, seen=seen, generator=generator)
+            hidden = self.hidden_states(
+                batch, routing=routing, gate=gate, block_routings=block_routings, generator=generator
+            )
         with self.slot.filled(ForwardPass(None, generator=generator)):  # for the dropout of the heads
             return {rows.task: self._head_logits(rows, hidden, batch) for rows in batch.tasks}
 
@@ -208,138 +227,125 @@ class SparseExpertModel(nn.Module):
         *,
         routing: Routing | None = None,
         gate: Gate | None = None,
-        seen: dict[int, Routing] | None = None,
+        block_routings: dict[int, Routing] | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Run a batch through backbone and experts, [N, S, H]; the arguments are those of ``forward``."""
         if routing is None and gate is None:
             routing, gate = self._default_routing(batch)
         shared = self._shared_rows(batch)
-        if gate is not None:  # which will say; until then no expert is chosen
+        if gate is not None:  # it replaces this routing before the first expert layer
             routing = Routing(None, torch.zeros(len(batch.input_ids), len(self.experts.names), device=self.device))
         assert routing is not None
         if gate is None and shared is not None:
             routing = routing.with_expert(*shared)
+        segments = [slice(None)]
         # Some layers of other families see more than one entry a row: one expert a pass, or one row.
-        whole = self.backbone.family.routes_rows or (gate is None and routing.only is not None)
+        if not (self.backbone.family.routes_rows or (gate is None and routing.only is not None)):
+            segments = routing.segments(single_rows=gate is not None)
         parts = []
-        for rows in [slice(None)] if whole else routing.segments(single_rows=gate is not None):
-            running = ForwardPass(routing if whole else routing.take(rows), generator=generator)
-            asked = None
+        for rows in segments:
+            running = ForwardPass(routing.take(rows), generator=generator)
             if gate is not None:
-                added = None if shared is None else (shared[0], shared[1][rows])
+                added = None if shared is None else shared._replace(rows=shared.rows[rows])
                 mask = batch.attention_mask[rows]
-                asked = functools.partial(self._ask, gate, attention_mask=mask, seen=seen, shared=added)
-            parts.append(self._through(batch, rows, running, asked=asked))
+                decide = functools.partial(self._decide, gate, running, mask=mask, shared=added, seen=block_routings)
+                running.changes = {block: [functools.partial(decide, block)] for block in self.gated_blocks(gate)}
+            parts.append(self._run(batch, rows, running))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def bare_states(self, batch: Batch) -> Tensor:
         """Run a batch of texts through the backbone without any expert, [N, S, H]."""
-        return self._through(batch, slice(None), ForwardPass(None), asked=None)
+        return self._run(batch, slice(None), ForwardPass(None))
 
-    def _default_routing(self, batch: Batch) -> tuple[Routing | None, Gate | None]:
-        """Route rows by their tasks: each to its expert, or all by the gate that their tasks were trained with."""
+    def _default_routing(self, batch: Batch) -> tuple[Routing | None, TokenGate | None]:
+        """Route each row to the expert of its task, or all rows by the token gate of joint tasks."""
         slots = {rows.task: self.tasks[rows.task] for rows in batch.tasks}
         gated = [task for task, slot in slots.items() if slot.gated]
         if not gated:
-            experts = [self.experts.index(slots[rows.task].experts[0]) for rows in batch.tasks]
-            spread = [
-                expert for expert, rows in zip(experts, batch.tasks, strict=True) for _ in range(rows.start, rows.stop)
-            ]
-            return Routing.one_hot(spread, device=self.device), None
-        if not isinstance(self.gate, TokenGate) or len(gated) < len(slots):
+            experts: list[int] = []
+            for rows in batch.tasks:
+                experts += [self.experts.index(slots[rows.task].experts[0])] * (rows.stop - rows.start)
+            return Routing.one_hot(experts, device=self.device), None
+        if self.token_gate is None or len(gated) < len(slots):
             raise ValueError(f"The rows of task {gated[0]!r} must be routed first; see inference.text_routing.")
-        return None, self.gate
+        return None, self.token_gate
 
-    def _shared_rows(self, batch: Batch) -> tuple[int, Tensor] | None:
-        """Return the index of the expert that rows use besides those chosen, and which rows do, [N]."""
+    def _shared_rows(self, batch: Batch) -> _Shared | None:
+        """Return which rows use a shared expert, None without any."""
         names = [self.tasks[rows.task].shared for rows in batch.tasks]
         used = sorted({name for name in names if name is not None})
         if not used:
             return None
         if len(used) > 1:
             raise ValueError(f"The tasks of one batch use several shared experts: {', '.join(used)}.")
-        rows = torch.zeros(len(batch.input_ids), device=self.device)
-        for name, place in zip(names, batch.tasks, strict=True):
-            rows[place.start : place.stop] = float(name is not None)
-        return self.experts.index(used[0]), rows
+        uses = torch.zeros(len(batch.input_ids), device=self.device)
+        for name, rows in zip(names, batch.tasks, strict=True):
+            uses[rows.start : rows.stop] = float(name is not None)
+        return _Shared(self.experts.index(used[0]), uses)
 
-    def _through(
-        self, batch: Batch, rows: slice, running: ForwardPass, *, asked: Callable[..., Tensor] | None
+    def _decide(
+        self,
+        gate: Gate,
+        running: ForwardPass,
+        block: int,
+        hidden: Tensor,
+        *,
+        mask: Tensor,
+        shared: _Shared | None,
+        seen: dict[int, Routing] | None,
     ) -> Tensor:
-        """Run some rows through the backbone, asking a gate at every block with experts if there is one: [N, S, H]."""
+        """Let a gate replace the routing of a pass at one block; the hidden states [N, S, H] stay as they are."""
+        routing = gate.route(GateInput(hidden, mask, block, generator=running.generator))
+        routing = self.reindexed(routing, gate.names)
+        if seen is not None:
+            seen[block] = routing
+        running.routing = routing if shared is None else routing.with_expert(*shared)
+        return hidden
+
+    def _run(self, batch: Batch, rows: slice, running: ForwardPass) -> Tensor:
+        """Run some rows through the backbone, [N, S, H]."""
         inputs: dict[str, Any] = {"input_ids": batch.input_ids[rows], "attention_mask": batch.attention_mask[rows]}
         if batch.token_type_ids is not None:
             inputs["token_type_ids"] = batch.token_type_ids[rows]
         if self.backbone.family.causal:
             inputs["use_cache"] = False
-        if asked is not None:
-            for block in range(self.first_block, self.backbone.num_blocks):
-                running.changes.setdefault(block, []).append(functools.partial(asked, block=block))
-        if batch.word_shapes is not None:
-            assert running.routing is not None
-            present = running.routing.present if asked is None else None
-            for block, chosen in self.word_shapes.blocks_of(present).items():
-                add = functools.partial(self._add_word_shapes, shapes=batch.word_shapes[rows], chosen=chosen)
+        if batch.word_shapes is not None and running.routing is not None:
+            for block, experts in self.word_shapes.blocks_of(running.routing.present).items():
+                add = functools.partial(self._add_word_shapes, shapes=batch.word_shapes[rows], experts=experts)
                 running.changes.setdefault(block, []).append(add)
         if batch.trunk is not None:
             running.trunk, running.first_block = batch.trunk[rows], self.first_block
         with self.slot.filled(running):
             return self.encoder(**inputs).last_hidden_state
 
-    def blocks_asked(self, gate: Gate) -> list[int]:
-        """Return the 0-based blocks at which a gate decides: a token gate knows none of an expert that came later."""
-        return [block for block in range(self.first_block, self.backbone.num_blocks) if _knows(gate, block)]
-
-    def _ask(
-        self,
-        gate: Gate,
-        hidden: Tensor,
-        *,
-        attention_mask: Tensor,
-        block: int,
-        seen: dict[int, Routing] | None,
-        shared: tuple[int, Tensor] | None,
-    ) -> Tensor:
-        """Let a gate decide for one block; the hidden states stay as they are."""
-        if not _knows(gate, block):
-            return hidden
-        running = self.slot.running
-        assert running is not None
-        routing = gate.route(GateInput(hidden, attention_mask, block, generator=running.generator))
-        routing = self.reindexed(routing, names=gate.names)
-        if seen is not None:
-            seen[block] = routing
-        self.slot.replace(routing if shared is None else routing.with_expert(*shared))
-        return hidden
-
-    def _add_word_shapes(self, hidden: Tensor, *, shapes: Tensor, chosen: Sequence[int]) -> Tensor:
+    def _add_word_shapes(self, hidden: Tensor, *, shapes: Tensor, experts: Sequence[int]) -> Tensor:
         routing = self.slot.read()
         assert routing is not None
-        return self.word_shapes.added(hidden, shapes, routing=routing, chosen=chosen)
+        return self.word_shapes.added(hidden, shapes, routing=routing, experts=experts)
 
     def _head_logits(self, rows: TaskRows, hidden: Tensor, batch: Batch) -> Tensor:
-        """Apply a task's head to its rows."""
+        """Apply a task's head to its rows: [rows, labels], or [words, tags]."""
         head = self.head(rows.task)
         if self.tasks[rows.task].level == "word":
             if rows.words is None:  # a batch of texts without a single word
                 return head(hidden.new_zeros(0, hidden.shape[-1]))
             in_rows, in_tokens = rows.words
             return head(hidden[in_rows, in_tokens])
-        own = slice(rows.start, rows.stop)
-        return head(pool(hidden[own], batch.attention_mask[own], self.pooling))
+        selected = slice(rows.start, rows.stop)
+        return head(pool(hidden[selected], batch.attention_mask[selected], self.pooling))
 
 
 def _head_key(task: str) -> str:
-    """Name a head's module so that no task name meets an attribute of ``nn.ModuleDict``."""
+    """Name a head's module so that no task name collides with an attribute of ``nn.ModuleDict``."""
     return f"task_{task}"
 
 
 def check_token_routing(model: SparseExpertModel) -> None:
-    """Refuse an architecture that cannot route tokens.
+    """Refuse a model whose architecture cannot route tokens.
 
     Raises:
-        ConfigError: If it cannot.
+        ConfigError: If its attention shares layers between rows.
     """
     if not model.backbone.family.routes_rows:
         raise ConfigError(

@@ -1,6 +1,6 @@
-"""Which experts serve a row or a token, with which weights, and how the layers learn of it.
+"""Which experts serve a row or a token, with which weights, and how the layers read it.
 
-Shapes: N rows, S tokens a row, E experts of the model, K experts chosen per row.
+Shapes: N rows, S tokens a row, E experts of the model, K experts selected per row.
 """
 
 import contextlib
@@ -28,11 +28,11 @@ class Routing:
     weights: Tensor
     """[N, K] per row or [N, S, K] per token, float32."""
     logits: Tensor | None = None
-    """What the gate said of every expert, [N, E] or [N, S, E], float32; None if it was not learned."""
+    """Logits of the gate's experts, [N, E] or [N, S, E], float32; None if no learned gate decided."""
     confidence: Tensor | None = None
     """[N] or [N, S], 0 to 1; where it was too low all weights are 0."""
     dropped: Tensor | None = None
-    """[N] or [N, S], the choices that were lost because an expert was full; None without a capacity."""
+    """[N] or [N, S], number of selected experts that were full; None without a capacity."""
 
     @classmethod
     def one_hot(cls, experts: Sequence[int], *, device: torch.device | str = "cpu") -> "Routing":
@@ -40,11 +40,11 @@ class Routing:
 
         Args:
             experts: Index of each row's expert, (N,).
-            device: Of the hidden states.
+            device: Device of the hidden states.
         """
         indices = torch.tensor(list(experts), dtype=torch.long, device=device).unsqueeze(1)
         routing = cls(indices, torch.ones(indices.shape, device=device))
-        routing.__dict__["only"] = experts[0] if len(set(experts)) == 1 else None  # known without asking a tensor
+        routing.__dict__["only"] = experts[0] if len(set(experts)) == 1 else None  # spares reading the tensor back
         return routing
 
     @property
@@ -64,22 +64,24 @@ class Routing:
 
     @cached_property
     def present(self) -> list[int] | None:
-        """The experts that any row names, in order; None if that is all of the model."""
+        """The experts that any row names, in ascending order; None if any expert of the model may serve."""
         return None if self.experts is None else sorted(set(self.experts.flatten().tolist()))
 
     @cached_property
-    def kept(self) -> dict[Any, Any]:
-        """What one layer made of this routing and others can use again."""
+    def cache(self) -> dict[Any, Any]:
+        """Results that depend on this routing only and that several layers use."""
         return {}
 
-    def weights_of(self, index: int) -> Tensor:
-        """Return the weight of one expert, [N, 1] per row or [N, S] per token; 0 where it is not chosen."""
-        if self.experts is None:
-            chosen = self.weights[..., index]
-        else:
-            named = self.experts == index  # [N, K]
-            chosen = (self.weights * (named.unsqueeze(1) if self.by_token else named)).sum(-1)
-        return chosen if self.by_token else chosen.unsqueeze(-1)
+    def _named(self, expert: int) -> Tensor:
+        """Return where rows name an expert, [N, K], or [N, 1, K] for weights per token."""
+        assert self.experts is not None
+        named = self.experts == expert
+        return named.unsqueeze(1) if self.by_token else named
+
+    def weights_of(self, expert: int) -> Tensor:
+        """Return the weight of one expert, [N, 1] per row or [N, S] per token; 0 where it is not selected."""
+        weights = self.weights[..., expert] if self.experts is None else (self.weights * self._named(expert)).sum(-1)
+        return weights if self.by_token else weights.unsqueeze(-1)
 
     def dense_weights(self, num_experts: int) -> Tensor:
         """Return the weight of every expert of the model: [N, E] per row or [N, S, E] per token."""
@@ -89,23 +91,23 @@ class Routing:
         zeros = self.weights.new_zeros(*self.weights.shape[:-1], num_experts)
         return zeros.scatter_add(-1, experts, self.weights)
 
-    def reindexed(self, places: Sequence[int], *, num_experts: int) -> "Routing":
-        """Return this routing, made by a gate over some experts, for a model with others besides.
+    def reindexed(self, indices: Sequence[int], *, num_experts: int) -> "Routing":
+        """Return this routing among a gate's G experts as a routing among all experts of the model.
 
         Args:
-            places: Of the gate's experts among those of the model, (G,).
+            indices: Index in the model of each of the gate's experts, (G,).
             num_experts: E of the model; ``logits`` stay those of the G experts.
         """
-        if list(places) == list(range(num_experts)):
+        if list(indices) == list(range(num_experts)):
             return self
-        where = torch.tensor(list(places), device=self.weights.device)
+        in_model = torch.tensor(list(indices), device=self.weights.device)
         if self.experts is not None:
-            return replace(self, experts=where[self.experts])
+            return replace(self, experts=in_model[self.experts])
         every = self.weights.new_zeros(*self.weights.shape[:-1], num_experts)
-        return replace(self, weights=every.index_copy(-1, where, self.weights))
+        return replace(self, weights=every.index_copy(-1, in_model, self.weights))
 
     def with_expert(self, expert: int, rows: Tensor) -> "Routing":
-        """Return this routing with one expert in some rows at a weight of 1, whatever they choose.
+        """Return this routing with one expert in some rows at a weight of 1, in addition to the selected ones.
 
         Args:
             expert: Its index.
@@ -115,58 +117,57 @@ class Routing:
         if self.experts is None:
             named = torch.arange(self.weights.shape[-1], device=self.weights.device) == expert
             return replace(self, weights=torch.where(named & (added > 0), 1.0, self.weights))
-        named = self.experts == expert
-        weights = torch.where((named.unsqueeze(1) if self.by_token else named) & (added > 0), 0.0, self.weights)
+        weights = torch.where(self._named(expert) & (added > 0), 0.0, self.weights)
         experts = torch.cat([self.experts, torch.full_like(self.experts[:, :1], expert)], -1)
         return replace(self, experts=experts, weights=torch.cat([weights, added.expand_as(weights[..., :1])], -1))
 
     def segments(self, *, single_rows: bool = False) -> list[slice]:
-        """Cut the rows into stretches that one expert serves alone; all other rows stand for themselves."""
-        known = not single_rows and self.experts is not None and not self.by_token and self.experts.shape[1] == 1
-        keys: list[Any] = [None] * len(self.weights)
-        if known:
-            assert self.experts is not None
-            keys = list(zip(self.experts[:, 0].tolist(), self.weights[:, 0].tolist(), strict=True))
-        found: list[slice] = []
-        for row, key in enumerate(keys):
-            if found and key is not None and key[1] == 1 and keys[row - 1] == key:
-                found[-1] = slice(found[-1].start, row + 1)
-            else:
-                found.append(slice(row, row + 1))
-        return found
+        """Cut the rows into runs of neighbours that one expert serves alone; any other row is a segment by itself."""
+        if single_rows or self.experts is None or self.by_token or self.experts.shape[1] != 1:
+            return [slice(row, row + 1) for row in range(len(self.weights))]
+        segments: list[slice] = []
+        before = None
+        for row, served in enumerate(zip(self.experts[:, 0].tolist(), self.weights[:, 0].tolist(), strict=True)):
+            start = segments.pop().start if served == before and served[1] == 1 else row
+            segments.append(slice(start, row + 1))
+            before = served
+        return segments
 
     def take(self, rows: Sequence[int] | slice) -> "Routing":
         """Return the routing of some rows."""
-        chosen = rows if isinstance(rows, slice) else list(rows)
+        if rows == slice(None):
+            return self
+        selected = rows if isinstance(rows, slice) else list(rows)
         return replace(
             self,
-            experts=None if self.experts is None else self.experts[chosen],
-            weights=self.weights[chosen],
-            logits=None if self.logits is None else self.logits[chosen],
-            confidence=None if self.confidence is None else self.confidence[chosen],
-            dropped=None if self.dropped is None else self.dropped[chosen],
+            experts=None if self.experts is None else self.experts[selected],
+            weights=self.weights[selected],
+            logits=None if self.logits is None else self.logits[selected],
+            confidence=None if self.confidence is None else self.confidence[selected],
+            dropped=None if self.dropped is None else self.dropped[selected],
         )
 
 
 @dataclass
 class ForwardPass:
-    """What the layers need to know of a running forward pass."""
+    """State of a running forward pass that layers and blocks read."""
 
     routing: Routing | None
-    """None leaves all layers as the backbone has them."""
+    """Experts of the rows; None leaves all layers as the backbone has them."""
     changes: dict[int, list[Callable[[Tensor], Tensor]]] = field(default_factory=dict)
-    """Block to functions on the hidden states [N, S, hidden] that enter it, in order."""
+    """Block to functions that are applied in order to the hidden states [N, S, H] that enter it."""
     trunk: Tensor | None = None
-    """[N, S, hidden] that enter ``first_block``; the blocks below hand it on in place of computing it."""
+    """[N, S, H] that enter ``first_block``; the blocks below return it and compute nothing."""
     first_block: int = 0
+    """0-based block that ``trunk`` enters."""
     generator: torch.Generator | None = None
-    """Of dropout; None takes the global one."""
+    """Source of dropout's random numbers; None takes the global one."""
 
 
 class RoutingSlot:
-    """Hands what a forward pass knows to the layers and blocks, which transformers' blocks cannot pass on.
+    """Hands the state of a forward pass to layers and blocks, because transformers' blocks pass no extra arguments on.
 
-    Every thread has a slot of its own, so that several may run the same model; in each, one pass at a time.
+    Every thread has its own state, so several threads may run the same model, each one forward pass at a time.
     """
 
     def __init__(self) -> None:
@@ -175,12 +176,12 @@ class RoutingSlot:
     @property
     def running(self) -> ForwardPass | None:
         """The pass that runs in this thread, if one does."""
-        found: ForwardPass | None = getattr(self._local, "running", None)
-        return found
+        running: ForwardPass | None = getattr(self._local, "running", None)
+        return running
 
     @contextlib.contextmanager
     def filled(self, routing: Routing | ForwardPass) -> Iterator[ForwardPass]:
-        """Hold a routing, or all that there is to know of a pass, while it runs."""
+        """Hold a routing, or the whole state of a pass, while it runs."""
         if self.running is not None:
             raise RuntimeError("This model is already in a forward pass in this thread; one cannot start another.")
         running = routing if isinstance(routing, ForwardPass) else ForwardPass(routing)
@@ -190,11 +191,6 @@ class RoutingSlot:
         finally:
             self._local.running = None
 
-    def replace(self, routing: Routing) -> None:
-        """Change the routing in the middle of a forward pass, for the layers that come next."""
-        self.read()
-        self._local.running.routing = routing
-
     def read(self) -> Routing | None:
         """Return the routing of the running forward pass, None for the bare backbone."""
         if self.running is None:
@@ -202,15 +198,15 @@ class RoutingSlot:
         return self.running.routing
 
     def dropout(self, x: Tensor, probability: float) -> Tensor:
-        """Drop entries of a tensor as in training, with the numbers of the running pass."""
+        """Apply dropout to a tensor with the running pass's generator."""
         generator = None if self.running is None else self.running.generator
         if generator is None:
             return functional.dropout(x, probability)
-        kept = torch.empty_like(x).bernoulli_(1 - probability, generator=generator)
-        return x * kept.div_(1 - probability)
+        remaining = torch.empty_like(x).bernoulli_(1 - probability, generator=generator)
+        return x * remaining.div_(1 - probability)
 
     def listen(self, blocks: Iterable[nn.Module]) -> None:
-        """Let the blocks of a backbone heed the running pass: its changes to their input, and its kept trunk."""
+        """Make the blocks of a backbone apply the running pass's changes to their input, and its cached trunk."""
         for index, block in enumerate(blocks):
             block.forward = functools.partial(self._run_block, index, block.forward)
 

@@ -1,8 +1,8 @@
 """Word shapes: how a word is written, for backbones whose tokenizer drops case.
 
-An uncased backbone reads "china" and "China" as the same token. An expert that tags words may own one vector per shape;
-it is added to the hidden state of each piece of a word where that expert's lowest block begins. The shapes are named in
-words.py.
+An uncased backbone reads "china" and "China" as the same token. An expert that tags words may therefore have one vector
+per shape, added to the hidden state of each piece of a word before the expert's lowest block. words.py lists the
+shapes. Shapes of tensors: N rows, S tokens a row, H hidden size.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from sparse_ft.experts.routing import Routing
 
 
 class WordShapes(nn.Module):
-    """The shape vectors of all experts; most experts have none.
+    """The vectors of all experts, one per word shape; most experts have none.
 
     Args:
         hidden_size: Width of the hidden states.
@@ -24,46 +24,46 @@ class WordShapes(nn.Module):
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.hidden_size = hidden_size
-        self.tables = nn.ParameterList()  # per expert [shapes, hidden], or [0, hidden]
+        self.tables = nn.ParameterList()  # per expert [shapes, H], or [0, H]
         self.blocks: list[int] = []
 
     def add(self, table: Tensor | None, *, block: int, device: torch.device) -> None:
         """Append an expert.
 
         Args:
-            table: [shapes, hidden], or None for an expert that does not look at shapes.
-            block: Before which the vectors are added.
-            device: Where the hidden states are.
+            table: [shapes, H], or None for an expert that does not use shapes.
+            block: 0-based block before which the vectors are added.
+            device: Device of the hidden states.
         """
         values = torch.zeros(0, self.hidden_size) if table is None else table
         self.tables.append(nn.Parameter(values.to(device, torch.float32)))
         self.blocks.append(block)
 
     def remove(self, index: int) -> None:
-        """Take one expert out; those behind it move up by one."""
-        self.tables = nn.ParameterList(table for place, table in enumerate(self.tables) if place != index)
+        """Remove one expert; the indices of those behind it fall by one."""
+        self.tables = nn.ParameterList(table for other, table in enumerate(self.tables) if other != index)
         del self.blocks[index]
 
     def blocks_of(self, present: Sequence[int] | None) -> dict[int, list[int]]:
-        """Return the experts among ``present`` (None: all) that have vectors, by the block where these are added."""
-        found: dict[int, list[int]] = {}
+        """Return block to the experts among ``present`` (None: all) whose vectors are added before it."""
+        experts: dict[int, list[int]] = {}
         for index in range(len(self.tables)) if present is None else present:
             if len(self.tables[index]):
-                found.setdefault(self.blocks[index], []).append(index)
-        return found
+                experts.setdefault(self.blocks[index], []).append(index)
+        return experts
 
-    def added(self, hidden: Tensor, shapes: Tensor, *, routing: Routing, chosen: Sequence[int]) -> Tensor:
-        """Add the vectors of the experts ``chosen``, by the weight that they have in each row or token.
+    def added(self, hidden: Tensor, shapes: Tensor, *, routing: Routing, experts: Sequence[int]) -> Tensor:
+        """Add the vectors of experts to hidden states, weighted by the routing.
 
         Args:
-            hidden: [N, S, hidden].
+            hidden: [N, S, H].
             shapes: [N, S], indices in SHAPES.
-            routing: Of these rows.
-            chosen: Experts with vectors.
+            routing: Routing of these rows.
+            experts: Indices of experts with vectors.
         """
         known = (shapes > 0).to(hidden.dtype)  # [N, S]
-        for index in chosen:
+        for index in experts:
             weights = routing.weights_of(index).to(hidden.dtype)  # [N, 1] or [N, S]
-            vectors = functional.embedding(shapes, self.tables[index]).to(hidden.dtype)  # [N, S, hidden]
+            vectors = functional.embedding(shapes, self.tables[index]).to(hidden.dtype)  # [N, S, H]
             hidden = hidden + (known * weights).unsqueeze(-1) * vectors
         return hidden

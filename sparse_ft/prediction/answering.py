@@ -231,7 +231,7 @@ class Answering:
             shared.update(dict.fromkeys(group, self._mixed(texts, group[0])[0]))
         assert decided.logits is not None
         assert decided.experts is not None
-        routing = model.reindexed(decided)
+        routing = model.reindexed(decided, gate.names)
         probabilities = decided.logits.softmax(-1).tolist()
         best = [
             None if not weights[0] else gate.names[experts[0]]

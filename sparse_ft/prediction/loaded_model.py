@@ -11,7 +11,6 @@ from sparse_ft.backbone.devices import find_device
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.checkpoint.checkpoint import Checkpoint, load_checkpoint
 from sparse_ft.errors import ConfigError
-from sparse_ft.experts.gates import SequenceGate
 from sparse_ft.prediction.answering import Answering
 from sparse_ft.prediction.ensembles import Ensemble, find_ensembles
 from sparse_ft.prediction.requests import Request, RequestLike, Text, read_request
@@ -114,7 +113,7 @@ class LoadedModel:
         texts = [row.text for row in rows]
         if self.rules is not None:
             return self._answering.by_rules(rows, self.rules)
-        if isinstance(self.checkpoint.model.gate, SequenceGate):
+        if self.checkpoint.model.sequence_gate is not None:
             return self._answering.by_gate(texts)
         return self._answering.by_task(texts, list(self.tasks), {})
 

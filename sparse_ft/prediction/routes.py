@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from sparse_ft.backbone.encoding import Example
 from sparse_ft.errors import ConfigError, unknown_name
-from sparse_ft.experts.gates import Gate, GateInput, TokenGate
+from sparse_ft.experts.gates import Gate, GateInput
 from sparse_ft.experts.inference import text_routing
 from sparse_ft.experts.model import SparseExpertModel, check_token_routing
 from sparse_ft.experts.routing import Routing
@@ -24,8 +25,17 @@ from sparse_ft.prediction.baselines import (
 )
 from sparse_ft.prediction.rules import Rules, load_rules
 
+
+class _RowGate(Protocol):
+    """Chooses among the experts ``names`` once a row."""
+
+    names: list[str]
+
+    def route(self, inputs: GateInput) -> Routing: ...
+
+
 # Built with the experts' names and a seed.
-BASELINES: dict[str, Callable[[Sequence[str], int], Gate]] = {
+BASELINES: dict[str, Callable[[Sequence[str], int], _RowGate]] = {
     "uniform": lambda names, seed: UniformGate(names),
     "random": lambda names, seed: RandomGate(names, seed=seed),
     "round_robin": lambda names, seed: RoundRobinGate(names),
@@ -56,10 +66,10 @@ class Route:
 
     def __init__(self, name: str, model: SparseExpertModel, *, seed: int) -> None:
         self.name, self.model = name, model
-        self.gate: Gate | None = None
+        self.gate: _RowGate | None = None
         names = model.routed
         if name == "gate":
-            if not isinstance(model.gate, TokenGate):
+            if model.token_gate is None:
                 model.text_gate()
         elif name in BASELINES:
             self.gate = BASELINES[name](names, seed)
@@ -74,9 +84,9 @@ class Route:
     def token_gate(self, task: str | None = None) -> Gate | None:
         """Return the gate that is asked at every block while the rows of a task go through the model, if one is."""
         if self.gate is not None:
-            return self.gate if self.gate.every_block else None
+            return self.gate if isinstance(self.gate, ArrowGate) else None
         asked = self.name == "gate" or (self.name == "task" and task is not None and self.model.tasks[task].gated)
-        return self.model.gate if asked and isinstance(self.model.gate, TokenGate) else None
+        return self.model.token_gate if asked else None
 
     def rows(
         self, examples: Sequence[Example], texts: Sequence[str], *, task: str | None = None, language: str | None = None

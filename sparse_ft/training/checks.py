@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from sparse_ft.config import RunConfig
 from sparse_ft.errors import ConfigError
 from sparse_ft.experts.model import SparseExpertModel, check_token_routing
-from sparse_ft.training.joint import has_gate, joint_selection
+from sparse_ft.experts.selection import Selection
+from sparse_ft.training.joint import has_gate
 
 
 def check_kept_experts(model: SparseExpertModel, tasks: Sequence[str], *, run: RunConfig) -> None:
@@ -56,11 +57,10 @@ def check_joint(run: RunConfig, *, num_experts: int) -> None:
             "A joint run mixes at least 2 experts, and here is 1. Name more tasks, start --from a checkpoint with "
             "other experts, or set experts.pool."
         )
-    shortlist = settings.shortlist
-    if shortlist is not None and shortlist < joint_selection(settings).top_k:
+    shortlist, top_k = settings.shortlist, Selection.from_settings(settings, joint=True).top_k
+    if shortlist is not None and shortlist < top_k:
         raise ConfigError(
-            f"gate.shortlist is {shortlist}, but each token goes through gate.top_k={joint_selection(settings).top_k} "
-            "experts of it. Raise it."
+            f"gate.shortlist is {shortlist}, but each token goes through gate.top_k={top_k} experts of it. Raise it."
         )
     if shortlist is not None and settings.capacity is not None:
         raise ConfigError("gate.capacity counts over all experts, so it cannot be set with gate.shortlist.")

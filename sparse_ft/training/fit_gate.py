@@ -75,12 +75,7 @@ def fit_on_means(
     """
     names = list(means)
     _, num_blocks, hidden_size = means[names[0]].shape
-    selection = Selection(
-        top_k=settings.top_k or 1,
-        top_p=settings.top_p,
-        temperature=settings.temperature,
-        min_confidence=settings.min_confidence,
-    )
+    selection = Selection.from_settings(settings, joint=False)
     gate = TEXT_GATES[settings.type](names, hidden_size, block=num_blocks - 1, selection=selection)
     gate.standardise(torch.cat([means[name] for name in names]))
     features = [gate.features(means[name]) for name in names]

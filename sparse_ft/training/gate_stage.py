@@ -12,7 +12,6 @@ from sparse_ft.checkpoint.outputs import free_output, next_output
 from sparse_ft.config import RunConfig, changed_config
 from sparse_ft.errors import ConfigError, SparseFTError
 from sparse_ft.evaluation.evaluate import Evaluation, evaluate
-from sparse_ft.experts.gates import SequenceGate
 from sparse_ft.experts.inference import text_routing
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.tasks.encoded_rows import name_sources, scored_splits
@@ -107,8 +106,8 @@ def note_accuracy(model: SparseExpertModel, ready: Mapping[str, TrainingTask], *
     """Note how many validation rows of each task a gate for texts sends to the task's expert; drop what was noted."""
     _forget_accuracy(metrics)
     for name, task in ready.items():
-        experts, gate = model.tasks[name].experts, model.gate
-        if isinstance(gate, SequenceGate) and set(experts) < set(gate.names):
+        experts, gate = model.tasks[name].experts, model.sequence_gate
+        if gate is not None and set(experts) < set(gate.names):
             accuracy = routing_accuracy(model, task.validation.whole, experts=experts)
             metrics.setdefault(name, {})["routing_accuracy"] = accuracy
             _LOG.info("The gate sends %.1f %% of the validation rows of %s to its expert", 100 * accuracy, name)

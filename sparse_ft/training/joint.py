@@ -7,12 +7,10 @@ from torch import Tensor
 
 from sparse_ft.backbone.batching import Batch
 from sparse_ft.backbone.encoding import Example
-from sparse_ft.config import GateConfig, RunConfig
-from sparse_ft.experts.gates import SequenceGate, TokenGate
+from sparse_ft.config import RunConfig
 from sparse_ft.experts.inference import mean_states, text_routing
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.routing import Routing
-from sparse_ft.experts.selection import Selection
 from sparse_ft.training.gate_losses import AuxiliaryLosses, auxiliary_losses
 
 SHARED = "shared"
@@ -38,7 +36,7 @@ class JointRouting:
         self.experts = [model.experts.index(name) for name in gate.names]
         self.targets = {task: self._target(model, task) for task in examples}
         self.means: dict[str, Tensor] = {}
-        if isinstance(gate, SequenceGate):  # it reads the bare backbone, whose states never change
+        if not gate.every_block:  # it reads the bare backbone, whose states never change
             self.means = {task: mean_states(model, rows, block=gate.block) for task, rows in examples.items()}
 
     def _target(self, model: SparseExpertModel, task: str) -> int:
@@ -57,14 +55,14 @@ class JointRouting:
             generator: Source of dropout and jitter; None takes the global one.
         """
         gate = self.gate
-        if isinstance(gate, TokenGate):
+        if gate.every_block:
             seen: dict[int, Routing] = {}
-            logits = model(batch, gate=gate, seen=seen, generator=generator)
+            logits = model(batch, gate=gate, block_routings=seen, generator=generator)
             routings, mask = list(seen.values()), batch.attention_mask
         else:
             means = torch.stack([self.means[task][index] for task, index in rows]).to(model.device)
             decision = gate.decide(gate.selection.jittered(means, generator), abstains=False, training=True)
-            routing = model.reindexed(decision)
+            routing = model.reindexed(decision, gate.names)
             logits = model(batch, routing=routing, generator=generator)
             routings, mask = [routing], None
         return logits, auxiliary_losses(
@@ -108,20 +106,6 @@ class FixedRouting:
 def pool_names(number: int) -> list[str]:
     """Name the experts of a pool."""
     return [f"pool-{index}" for index in range(number)]
-
-
-def joint_selection(settings: GateConfig) -> Selection:
-    """Return how the gate of a joint run selects experts: two by default, and with Switch's weights for one."""
-    top_k = settings.top_k or 2
-    return Selection(
-        top_k=top_k,
-        top_p=settings.top_p,
-        temperature=settings.temperature,
-        normalise=top_k > 1,
-        min_confidence=settings.min_confidence,
-        jitter=settings.jitter,
-        capacity=settings.capacity,
-    )
 
 
 def has_gate(run: RunConfig) -> bool:

@@ -12,10 +12,11 @@ from sparse_ft.experts.gates import SequenceGate, TokenGate
 from sparse_ft.experts.inference import mean_states
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.named_experts import named_generator
+from sparse_ft.experts.selection import Selection
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.spec import TaskSpec
 from sparse_ft.training.fit_gate import fit_gate, gate_block
-from sparse_ft.training.joint import SHARED, has_gate, joint_selection, pool_names
+from sparse_ft.training.joint import SHARED, has_gate, pool_names
 from sparse_ft.training.training_task import TrainingTask
 
 _MANY = 16
@@ -164,20 +165,20 @@ def start_gate(
         gate = fit_gate(model, examples, names=names, settings=run.gate, seed=run.seed)
     else:
         gate = _random_gate(model, names, ready, run=run)
-    gate.selection = joint_selection(run.gate)
+    gate.selection = Selection.from_settings(run.gate, joint=True)
     return gate
 
 
 def token_gate(model: SparseExpertModel, names: Sequence[str], *, settings: GateConfig, seed: int) -> TokenGate:
     """Build a token gate, or go on with the one that the model has for the same experts."""
-    before = model.gate
-    selection = joint_selection(settings)
+    before = model.token_gate
+    selection = Selection.from_settings(settings, joint=True)
     shortlist = settings.shortlist
     if shortlist is None and len(names) > _MANY and settings.capacity is None:
         shortlist = max(_SHORT, selection.top_k)
     blocks = range(model.first_block, model.backbone.num_blocks)
     gate = TokenGate(names, model.backbone.hidden_size, blocks=blocks, selection=selection, shortlist=shortlist)
-    if isinstance(before, TokenGate) and before.names == gate.names and before.blocks == gate.blocks:
+    if before is not None and before.names == gate.names and before.blocks == gate.blocks:
         gate.load_state_dict(before.state_dict())
     else:
         gate.initialise(named_generator(seed, "gate"))
@@ -188,7 +189,8 @@ def _random_gate(
     model: SparseExpertModel, names: list[str], ready: Mapping[str, TrainingTask], *, run: RunConfig
 ) -> SequenceGate:
     block = gate_block(model, run.gate)
-    gate = SequenceGate(names, model.backbone.hidden_size, block=block, selection=joint_selection(run.gate))
+    selection = Selection.from_settings(run.gate, joint=True)
+    gate = SequenceGate(names, model.backbone.hidden_size, block=block, selection=selection)
     rows = [example for task in ready.values() for example in task.examples[: run.gate.rows]]
     gate.standardise(mean_states(model, rows, block=block))
     gate.initialise(named_generator(run.seed, "gate"))

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from sparse_ft.config import RunConfig
-from sparse_ft.experts.gates import TokenGate
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.training.joint import has_gate
 
@@ -50,8 +49,7 @@ def task_groups(model: SparseExpertModel, tasks: Sequence[str], *, run: RunConfi
     parameters = _trainable(model, tasks, frozen=run.experts.frozen)
     if has_gate(run):
         assert model.gate is not None
-        classifier = model.gate.linears if isinstance(model.gate, TokenGate) else model.gate.classifier
-        parameters.update({f"gate/gate.{name}": value for name, value in classifier.named_parameters()})
+        parameters.update({f"gate/gate.{name}": value for name, value in model.gate.learned.named_parameters()})
     return {"joint": TaskGroup(list(tasks), parameters, _tied(model, tasks) if run.experts.shared_a else [])}
 
 

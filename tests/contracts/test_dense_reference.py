@@ -58,7 +58,7 @@ def test_every_layer_is_the_sum_over_its_experts_in_float64(gated, shortlist):
         )
         for module, layer in gated.experts.layers.items()
     ]
-    gated(batch, gate=gated.gate, seen=seen)
+    gated(batch, gate=gated.gate, block_routings=seen)
     for handle in handles:
         handle.remove()
     assert passed.keys() == gated.experts.layers.keys()

@@ -40,7 +40,7 @@ def seen_by(checkpoint, text, gate):
     model, seen = checkpoint.model, {}
     (example,) = Encoder(model.backbone, max_length=checkpoint.config.data.max_length).texts([text])
     with torch.no_grad():
-        model(collate([("mood", example)], pad_id=model.backbone.pad_id), gate=gate, seen=seen)
+        model(collate([("mood", example)], pad_id=model.backbone.pad_id), gate=gate, block_routings=seen)
     return {block: routing.dense_weights(len(model.experts.names))[0] for block, routing in seen.items()}
 
 

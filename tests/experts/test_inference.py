@@ -120,11 +120,9 @@ def test_mean_states_are_those_of_the_bare_backbone(model):
 class Shortlist(torch.nn.Module):
     """Routes tokens like another gate, but names the experts of each row."""
 
-    every_block = True
-
     def __init__(self, gate):
         super().__init__()
-        self.gate, self.names = gate, gate.names
+        self.gate, self.names, self.blocks = gate, gate.names, gate.blocks
 
     def route(self, inputs):
         weights = self.gate.route(inputs).weights.flip(-1)
@@ -142,7 +140,7 @@ def test_usage_is_the_mean_over_the_tokens_of_each_text_in_each_block(model, wra
     for example, mean in zip(examples, usage, strict=True):
         seen = {}
         with torch.no_grad():
-            model(collate([("mood", example)], pad_id=model.backbone.pad_id), gate=gate, seen=seen)
+            model(collate([("mood", example)], pad_id=model.backbone.pad_id), gate=gate, block_routings=seen)
         for block, routing in seen.items():
             torch.testing.assert_close(mean[block], routing.dense_weights(2)[0].mean(0), atol=1e-5, rtol=1e-5)
     assert usage.sum(-1) == pytest.approx(1.0, abs=1e-5)

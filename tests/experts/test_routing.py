@@ -36,17 +36,6 @@ def test_the_slot_is_empty_again_after_a_forward_pass_that_failed():
         assert slot.read().only == 1
 
 
-def test_replace_changes_the_routing_of_the_running_pass_only():
-    slot = RoutingSlot()
-    with pytest.raises(RuntimeError, match="no routing is set"):
-        slot.replace(Routing.one_hot([0]))
-    with slot.filled(Routing.one_hot([0])):
-        slot.replace(Routing.one_hot([1]))
-        assert slot.read().only == 1
-    with slot.filled(Routing.one_hot([0])):
-        assert slot.read().only == 0
-
-
 def test_only_is_the_expert_of_all_rows_if_they_agree():
     assert Routing.one_hot([2, 2, 2]).only == 2
     assert Routing.one_hot([2, 1, 2]).only is None

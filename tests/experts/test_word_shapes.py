@@ -93,10 +93,10 @@ def test_special_tokens_get_nothing_even_if_their_row_is_not_zero(shaped):
     model = load_checkpoint(shaped).model
     index = model.experts.index("names")
     hidden, routing = torch.zeros(1, 3, HIDDEN), Routing.one_hot([index])
-    before = model.word_shapes.added(hidden, torch.tensor([[0, 7, 0]]), routing=routing, chosen=[index])
+    before = model.word_shapes.added(hidden, torch.tensor([[0, 7, 0]]), routing=routing, experts=[index])
     with torch.no_grad():
         model.word_shapes.tables[index][0] += 5.0
-    after = model.word_shapes.added(hidden, torch.tensor([[0, 7, 0]]), routing=routing, chosen=[index])
+    after = model.word_shapes.added(hidden, torch.tensor([[0, 7, 0]]), routing=routing, experts=[index])
     assert torch.equal(before, after)
     assert before[0, 1].abs().max() > 0
 

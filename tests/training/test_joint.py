@@ -23,7 +23,7 @@ from sparse_ft.experts.gates import SequenceGate, TokenGate
 from sparse_ft.experts.selection import Selection
 from sparse_ft.training import joint as mixing
 from sparse_ft.training.gradients import Gradients
-from sparse_ft.training.joint import JointRouting, joint_selection
+from sparse_ft.training.joint import JointRouting
 from sparse_ft.training.new_experts import token_gate
 
 MIXED = ["mood", "about", "names"]
@@ -193,10 +193,14 @@ def rows_of(model):
 def mixing_of(model, gate, config):
     """What a joint run would route with, over rows of both tasks in one batch."""
     if gate == "token":
-        model.gate = TokenGate(model.experts.names, 32, blocks=[0, 1, 2], selection=joint_selection(config))
+        model.gate = TokenGate(
+            model.experts.names, 32, blocks=[0, 1, 2], selection=Selection.from_settings(config, joint=True)
+        )
         model.gate.initialise(torch.Generator().manual_seed(0))
     else:
-        model.gate = SequenceGate(model.experts.names, 32, block=1, selection=joint_selection(config))
+        model.gate = SequenceGate(
+            model.experts.names, 32, block=1, selection=Selection.from_settings(config, joint=True)
+        )
         model.gate.initialise(torch.Generator().manual_seed(0))
     model.gate.requires_grad_(True)
     examples = rows_of(model)
@@ -207,7 +211,7 @@ def mixing_of(model, gate, config):
 
 @GATES
 def test_with_one_expert_a_row_the_probability_is_its_weight_or_the_gate_would_learn_nothing(mixed, gate):
-    choice = joint_selection(GateConfig(top_k=1))
+    choice = Selection.from_settings(GateConfig(top_k=1), joint=True)
     assert (choice.top_k, choice.normalise) == (1, False)
     gradients = []
     for normalise in (False, True):
@@ -222,7 +226,7 @@ def test_with_one_expert_a_row_the_probability_is_its_weight_or_the_gate_would_l
 
 
 def test_two_experts_are_mixed_by_default_at_weights_that_sum_to_one():
-    choice = joint_selection(GateConfig(jitter=0.1, capacity=2.0, top_p=0.9))
+    choice = Selection.from_settings(GateConfig(jitter=0.1, capacity=2.0, top_p=0.9), joint=True)
     assert choice == Selection(top_k=2, normalise=True, jitter=0.1, capacity=2.0, top_p=0.9)
 
 
@@ -258,7 +262,10 @@ def test_capacity_drops_and_jitter_shakes_in_training_only(mixed):
         first, told = ours.forward(mixed, batch, pairs, generator=None)
         mixed.eval()
         plain = mixed(
-            batch, routing=mixed.reindexed(ours.gate.decide(torch.stack([ours.means[t][r] for t, r in pairs])))
+            batch,
+            routing=mixed.reindexed(
+                ours.gate.decide(torch.stack([ours.means[t][r] for t, r in pairs])), ours.gate.names
+            ),
         )
         assert (told.losses["dropped"] > 0) == (gate.capacity is not None)
         assert (not torch.allclose(first["mood"], plain["mood"], atol=1e-5)) == changes
@@ -274,7 +281,7 @@ def test_a_gate_that_collapses_raises_the_alarm(tmp_path, tiny_bert, monkeypatch
             for linear in self.linears:
                 linear.weight.zero_()  # all logits are equal, so every token chooses the same one
 
-    monkeypatch.setattr(mixing.TokenGate, "initialise", same_for_all)
+    monkeypatch.setattr(TokenGate, "initialise", same_for_all)
     options = {"gate__type": "token", "gate__top_k": 1, "gate__learning_rate": 1e-12, "train__epochs": 1}
     result = train_joint(small(tmp_path, "mood", "about", "names"), tiny_bert, tmp_path / "out", **options, **pool)
     assert sorted(result.history[0]["usage"].values()) == pytest.approx([0, 0, 1], abs=1e-6)
