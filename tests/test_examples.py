@@ -26,7 +26,7 @@ def checkpoint(tmp_path_factory, tiny_bert):
         ["sentiment", "topic", "intent", "ner"],
         output=output,
         backbone=str(tiny_bert),
-        overrides=settings(train__epochs=1, data__train_limit=48, experts__word_shapes=False),
+        overrides=settings(train__epochs=1, data__train_limit=16, experts__word_shapes=False),
         device="cpu",
     )
     return output
@@ -60,20 +60,14 @@ def test_every_script_says_how_it_is_run_and_is_run_here():
 
 
 def test_customer_service(script, checkpoint):
+    names = runpy.run_path(str(EXAMPLES / "customer_service/assistant.py"))
+    assert names["REPLIES"].keys() | names["FOR_A_HUMAN"] == set(load_task("intent").labels)
     messages = (EXAMPLES / "customer_service/messages.txt").read_text(encoding="utf-8").splitlines()
     out = script("customer_service/assistant.py", "--checkpoint", checkpoint, "--least", 0)
     answers = sparse_ft.load(checkpoint).predict(messages, "intent")
     human = [answer.tasks["intent"]["label"] in {"oos", "speak_to_human"} for answer in answers]
     assert out.rstrip().endswith(f"{len(messages)} messages, {sum(human)} handed to a human.")
     assert all(message in out for message in messages)
-    out = script("customer_service/assistant.py", "--checkpoint", checkpoint, "--least", 1.1)
-    assert out.rstrip().endswith(f"{len(messages)} messages, {len(messages)} handed to a human.")
-
-
-def test_customer_service_has_a_reply_for_every_intent():
-    names = runpy.run_path(str(EXAMPLES / "customer_service/assistant.py"))
-    labels = set(load_task("intent").labels)
-    assert names["REPLIES"].keys() | names["FOR_A_HUMAN"] == labels
 
 
 def test_opinion_monitor(script, checkpoint, tmp_path):
@@ -81,10 +75,6 @@ def test_opinion_monitor(script, checkpoint, tmp_path):
     out = script("opinion_monitor/monitor.py", "--checkpoint", checkpoint, "--output", "trend.png", "--jump", 0)
     assert "48 posts read." in out
     assert (tmp_path / "trend.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_opinion_monitor_alerts_when_the_share_jumps():
-    pytest.importorskip("matplotlib", reason="the extra `plots` is not installed")
     find_alerts = runpy.run_path(str(EXAMPLES / "opinion_monitor/monitor.py"))["find_alerts"]
     weeks = {1: [True, False, False, False], 2: [False] * 4, 3: [True, True, True, False], 4: [True, True]}
     assert find_alerts(weeks, jump=0.3, least=3) == [(3, 0.75, 0.125)]
@@ -107,9 +97,8 @@ def test_news_desk(script, checkpoint, tmp_path):
     texts = [article.read_text(encoding="utf-8") for article in articles]
     for line, answer in zip(lines, sparse_ft.load(checkpoint).predict(texts, ["topic", "ner"]), strict=True):
         assert line["topic"] == answer.tasks["topic"]["label"]
-        found = {(kind, text) for kind in ("PER", "ORG", "LOC", "MISC") for text in line.get(kind, [])}
-        assert found == {(entity["type"], entity["text"]) for entity in answer.tasks["ner"]["entities"]}
-    assert len(script("news_desk/desk.py", "--checkpoint", checkpoint).splitlines()) == len(lines)
+        names = {(kind, text) for kind in ("PER", "ORG", "LOC", "MISC") for text in line.get(kind, [])}
+        assert names == {(entity["type"], entity["text"]) for entity in answer.tasks["ner"]["entities"]}
 
 
 def test_domain_experts(script, tiny_bert):

@@ -15,6 +15,7 @@ from toys import JOINT, KINDS, SINGLE, run, train_joint, write_toy
 import sparse_ft
 from sparse_ft.backbone.batching import collate
 from sparse_ft.backbone.encoding import Encoder
+from sparse_ft.backbone.words import split_words
 from sparse_ft.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from sparse_ft.config import RunConfig
 from sparse_ft.evaluation.token_routing import Token, TokenRouting
@@ -144,7 +145,7 @@ def save_model(folder, model, *, config=None) -> Path:
     """Write a checkpoint of a model in memory, with toy tasks of a few rows."""
     heads = list(model.tasks)
     folder.mkdir(parents=True, exist_ok=True)
-    specs = {name: load_task(write_toy(folder, name, sizes=(2, 2, 2), labels=LABELS[name])) for name in heads}
+    specs = {name: load_task(write_toy(folder, name, sizes=(4, 2, 2), labels=LABELS[name])) for name in heads}
     metrics = {name: {"validation": 0.5 + index / 10} for index, name in enumerate(heads)}
     if model.gate is not None:
         metrics["names"]["routing_accuracy"] = 0.99
@@ -281,3 +282,22 @@ def without_shapes(folder, make_model, family, **settings):
     loaded.model.experts.replace(Expert("names", tagger.alpha, tagger.deltas))
     save_checkpoint(path, model=loaded.model, tasks=loaded.tasks, config=loaded.config, metrics=loaded.metrics)
     return path
+
+
+def word_logits(logits, encoded, rows, *, last):
+    """The logits that stand for each word of each row."""
+    chosen = []
+    for index, row in enumerate(rows):
+        ids = encoded.word_ids(index)
+        pieces = [[at for at, word in enumerate(ids) if word == number] for number in range(len(row))]
+        chosen.append(logits[index, [piece[-1 if last else 0] for piece in pieces]])
+    return chosen
+
+
+def words_of(texts):
+    return [[word.text for word in split_words(text)] for text in texts]
+
+
+def assert_close(ours, theirs):
+    for left, right in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(torch.as_tensor(right), left, atol=5e-5, rtol=1e-5)

@@ -138,10 +138,10 @@ def marked(folder, name, *, sizes=(60, 16, 16), **changes):
 POOL = {"experts__pool": 4, "experts__shared": True, "experts__shared_a": True}
 
 
-# Three epochs of 5 steps, then three of 3 for the second task, and a save every second step; dropout makes every step
+# Two epochs of 5 steps, then two of 3 for the second task, and a save every second step; dropout makes every step
 # depend on the random state.
 OPTIONS = {
-    "train__epochs": 3,
+    "train__epochs": 2,
     "train__batch_size": 8,
     "train__save_steps": 2,
     "train__head_dropout": 0.2,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
-from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils import estimator_checks
@@ -30,10 +30,10 @@ TEST_TEXTS, TEST_MOODS = [row["text"] for row in TEST], [row["label"] for row in
 
 @pytest.fixture(scope="module")
 def make(tiny_bert):
-    """Return ``make(**parameters)``: an estimator whose fit takes a second."""
+    """Return ``make(**parameters)``: an estimator whose fit takes a moment."""
 
     def build(**parameters):
-        options = settings(train__epochs=1, train__batch_size=8, train__learning_rate=0.005)
+        options = settings(train__epochs=1, experts__first_block=2)
         return SparseFTClassifier(
             **{"backbone": str(tiny_bert), "overrides": options, "device": "cpu", "random_state": 0, **parameters}
         )
@@ -43,6 +43,7 @@ def make(tiny_bert):
 
 @pytest.fixture(scope="module")
 def fitted(make):
+    """An estimator that has learnt the task; nobody may change it."""
     return make(overrides=settings(train__epochs=6, train__batch_size=8, train__learning_rate=0.005)).fit(TEXTS, MOODS)
 
 
@@ -51,7 +52,7 @@ def test_it_learns_and_its_methods_agree(fitted):
     probabilities, answers = fitted.predict_proba(TEST_TEXTS), fitted.predict(TEST_TEXTS)
     assert probabilities.shape == (60, 2)
     np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-6)
-    assert list(answers) == [fitted.classes_[place] for place in probabilities.argmax(1)]
+    assert list(answers) == [fitted.classes_[best] for best in probabilities.argmax(1)]
     assert fitted.score(TEST_TEXTS, TEST_MOODS) == np.mean(answers == np.array(TEST_MOODS)) > 0.85
 
 
@@ -60,7 +61,7 @@ def test_it_learns_and_its_methods_agree(fitted):
     copy.deepcopy,
     lambda model: joblib.load(io.BytesIO(dumped(model))),
 ])  # fmt: skip
-def test_what_was_fitted_survives_a_copy(fitted, copied):
+def test_a_fitted_estimator_survives_a_copy(fitted, copied):
     again = copied(fitted)
     assert again.get_params() == fitted.get_params()
     np.testing.assert_array_equal(again.predict_proba(TEST_TEXTS), fitted.predict_proba(TEST_TEXTS))
@@ -72,33 +73,28 @@ def dumped(model) -> bytes:
     return stream.getvalue()
 
 
-def test_a_fit_that_fails_leaves_what_was_fitted(make, monkeypatch):
-    classifier = make().fit(TEXTS, MOODS)
-    before = classifier.predict(TEST_TEXTS[:4])
-    fresh = make()
+def test_a_fit_that_fails_leaves_the_fitted_state(make, fitted, monkeypatch):
+    again, fresh = pickle.loads(pickle.dumps(fitted)), make()
     monkeypatch.setattr("sparse_ft.integrations.sklearn_estimator.train", lambda *_, **__: 1 / 0)
-    for one in (classifier, fresh):
+    for one in (again, fresh):
         with pytest.raises(ZeroDivisionError):
             one.fit(TEXTS, ["dog" if mood == "bad" else "cat" for mood in MOODS])
-    assert list(classifier.classes_) == ["bad", "good"]
-    assert list(classifier.predict(TEST_TEXTS[:4])) == list(before)
+    assert list(again.classes_) == ["bad", "good"]
+    assert list(again.predict(TEST_TEXTS[:4])) == list(fitted.predict(TEST_TEXTS[:4]))
     with pytest.raises(NotFittedError):
         fresh.predict(TEST_TEXTS)
 
 
-def test_the_state_does_not_say_where_the_rows_were(fitted):
-    for name, content in fitted.checkpoint_.items():
-        assert b"train.jsonl" not in content, name
-        assert b"task.yaml" not in content, name
-
-
-def test_the_state_has_no_backbone_in_it(fitted, tiny_bert):
+def test_the_state_has_neither_backbone_nor_rows_in_it(fitted, tiny_bert):
     backbone = (tiny_bert / "model.safetensors").stat().st_size
     assert set(fitted.__getstate__()) == {*fitted.get_params(), "classes_", "checkpoint_", "backbone_"}
-    assert not any(len(content) >= backbone for content in fitted.checkpoint_.values())
+    for name, content in fitted.checkpoint_.items():
+        assert len(content) < backbone, name
+        assert b"train.jsonl" not in content, name
+        assert TEXTS[0].encode() not in content, name
 
 
-def test_what_was_fitted_can_be_saved_as_a_checkpoint(fitted, tmp_path):
+def test_the_fitted_state_can_be_saved_as_a_checkpoint(fitted, tmp_path):
     path = fitted.save(tmp_path / "saved")
     answers = sparse_ft.load(path, device="cpu").predict(TEST_TEXTS, "classifier")
     assert [answer.tasks["classifier"]["label"] for answer in answers] == list(fitted.predict(TEST_TEXTS))
@@ -107,29 +103,23 @@ def test_what_was_fitted_can_be_saved_as_a_checkpoint(fitted, tmp_path):
 
 
 def test_rows_are_held_out_from_every_class_and_none_is_held_out_whole():
-    texts = [*(f"a{place}" for place in range(40)), *["b"] * 12, *(f"c{place}" for place in range(9)), "d", "d"]
-    places = [0] * 40 + [1] * 12 + [2] * 9 + [3] * 2
-    held = _held_out(texts, places)
-    assert [sum(out for out, place in zip(held, places, strict=True) if place == one) for one in range(4)] == [
-        4,  # a tenth
-        0,  # all of one text
-        0,  # too few
-        0,
-    ]
-    assert held == _held_out(texts, places)
+    texts = [*(f"a{row}" for row in range(40)), *["b"] * 12, *(f"c{row}" for row in range(9)), "d", "d"]
+    classes = [0] * 40 + [1] * 12 + [2] * 9 + [3] * 2
+    held = _held_out(texts, classes)
+    # A tenth; none where all rows have one text, or where there are too few.
+    assert [sum(np.array(held)[np.array(classes) == one]) for one in range(4)] == [4, 0, 0, 0]
+    assert held == _held_out(texts, classes)
 
 
-@pytest.mark.parametrize(("texts", "labels"), [(["a", "b"], [0, 1]), (["yes", "no", "stop"] * 15, [0, 1, 2] * 15)])
-def test_few_rows_teach_every_class(make, texts, labels):
-    options = settings(train__epochs=12, train__batch_size=4, train__learning_rate=0.01)
-    fitted = make(overrides=options).fit(texts, labels)
-    assert list(fitted.predict(texts[:3])) == labels[:3]
+def test_two_rows_teach_two_classes(make):
+    options = settings(train__epochs=12, train__batch_size=4)
+    assert list(make(overrides=options).fit(["a", "b"], [0, 1]).predict(["a", "b"])) == [0, 1]
 
 
 def test_the_backbone_may_move_after_the_fit(make, tmp_path, tiny_bert, monkeypatch):
     shutil.copytree(tiny_bert, tmp_path / "here")
     monkeypatch.chdir(tmp_path)
-    content = pickle.dumps(make(backbone="./here").fit(TEXTS[:40], MOODS[:40]))
+    content = pickle.dumps(make(backbone="./here").fit(TEXTS[:8], MOODS[:8]))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert len(pickle.loads(content).predict(TEXTS[:2])) == 2  # the checkpoint knows the whole path
@@ -140,7 +130,7 @@ def test_the_backbone_may_move_after_the_fit(make, tmp_path, tiny_bert, monkeypa
 
 
 def test_the_same_random_state_gives_the_same_model(make):
-    one, other, third = (make(random_state=seed).fit(TEXTS[:32], MOODS[:32]) for seed in (3, 3, 4))
+    one, other, third = (make(random_state=seed).fit(TEXTS[:16], MOODS[:16]) for seed in (3, 3, 4))
     np.testing.assert_array_equal(one.predict_proba(TEST_TEXTS), other.predict_proba(TEST_TEXTS))
     assert (one.predict_proba(TEST_TEXTS) != third.predict_proba(TEST_TEXTS)).any()
 
@@ -148,48 +138,50 @@ def test_the_same_random_state_gives_the_same_model(make):
 def test_parameters_reach_the_run(make):
     few = ["train.min_steps=0", "train.precision=fp32"]
     model = clone(make(rank=3, epochs=2, learning_rate=0.004, overrides=few)).set_params(rank=5)
-    config = model.fit(TEXTS[:16], MOODS[:16]).model.checkpoint.config
+    config = model.fit(TEXTS[:8], MOODS[:8]).model.checkpoint.config
     assert (config.experts.rank, config.train.epochs, config.train.learning_rate) == (5, 2, 0.004)
 
 
-def test_it_works_in_a_pipeline_a_search_and_cross_validation(make):
-    shorter = make_pipeline(FunctionTransformer(lambda texts: [text.lower() for text in texts]), make())
-    scores = cross_val_score(shorter, TEXTS[:24], MOODS[:24], cv=2, error_score="raise")
-    assert scores.shape == (2,)
-    search = GridSearchCV(make(), {"rank": [1, 4]}, cv=2, error_score="raise").fit(np.array(TEXTS[:24]), MOODS[:24])
-    assert search.best_params_["rank"] in (1, 4)
+def test_it_works_in_a_search_over_a_pipeline(make):
+    lower = FunctionTransformer(lambda texts: [text.lower() for text in texts])
+    search = GridSearchCV(
+        make_pipeline(lower, make()), {"sparseftclassifier__rank": [1, 4]}, cv=2, error_score="raise"
+    ).fit(np.array(TEXTS[:12]), MOODS[:12])
+    assert search.best_params_["sparseftclassifier__rank"] in (1, 4)
     assert search.predict(TEST_TEXTS[:3]).shape == (3,)
 
 
-@pytest.mark.parametrize("labels", [[0, 1], [True, False], ["yes", " "]])
+@pytest.mark.parametrize("labels", [[True, False], ["yes", " "]])
 def test_labels_come_back_as_they_are(make, labels):
-    given = np.array([labels[mood == "good"] for mood in MOODS[:24]])
-    model = make().fit(TEXTS[:24], given)
+    given = np.array([labels[mood == "good"] for mood in MOODS[:12]])
+    model = make().fit(TEXTS[:12], given)
     assert model.classes_.dtype == given.dtype
     assert set(model.predict(TEST_TEXTS)) <= set(labels)
 
 
 @pytest.mark.parametrize(("texts", "labels", "message"), [
     ("one text", ["a"], "got a single str"),
-    ([1, 2], ["a", "b"], "Expected texts, got int: 1"),
-    ([["a"], ["b"]], ["a", "b"], "Expected texts, got list"),
-    (np.array([["a"], ["b"]]), ["a", "b"], r"Expected 1-D texts, got 2-D data of shape \(2, 1\)"),
+    ([1, 2], ["a", "b"], "got int: 1"),
+    ([["a"], ["b"]], ["a", "b"], "got list"),
+    (np.array([["a"], ["b"]]), ["a", "b"], r"\(2, 1\)"),
     ([], [], "0 samples"),
     (["a", "b"], ["a"], "inconsistent numbers of samples"),
     (["a", "b"], ["a", "a"], "one class"),
     (["a", "b"], [0.1, 0.2], "continuous"),
     (["a", "b"], None, "requires y to be passed"),
 ])  # fmt: skip
-def test_what_cannot_be_fitted_is_refused(make, texts, labels, message):
+def test_rows_that_cannot_be_fitted_are_refused(make, texts, labels, message):
     with pytest.raises(ValueError, match=message):
         make().fit(texts, labels)
 
 
-def test_wrong_settings_are_explained_when_fitting(make):
-    with pytest.raises(BackboneError, match=r"'\./nowhere' does not exist"):
-        make(backbone="./nowhere").fit(TEXTS[:8], MOODS[:8])
-    with pytest.raises(ConfigError, match="experts"):
-        make(rank=-1).fit(TEXTS[:8], MOODS[:8])
+@pytest.mark.parametrize(("parameters", "error", "message"), [
+    ({"backbone": "./nowhere"}, BackboneError, "'./nowhere' does not exist"),
+    ({"rank": -1}, ConfigError, "experts"),
+])  # fmt: skip
+def test_wrong_settings_are_explained_when_fitting(make, parameters, error, message):
+    with pytest.raises(error, match=message):
+        make(**parameters).fit(TEXTS[:8], MOODS[:8])
 
 
 # scikit-learn's own checks. Nearly all of them feed numbers, so they skip an estimator for texts; here each number
@@ -249,8 +241,8 @@ CHECKS = [
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", CHECKS)
 def test_a_check_of_scikit_learn_passes(tiny_bert, name):
-    options = settings(train__epochs=1, train__batch_size=64)
-    model = OnNumbers(backbone=str(tiny_bert), rank=2, overrides=options, device="cpu", random_state=0)
+    options = settings(train__epochs=1, train__batch_size=64, experts__first_block=2)
+    model = OnNumbers(backbone=str(tiny_bert), rank=1, overrides=options, device="cpu", random_state=0)
     getattr(estimator_checks, name)("OnNumbers", model)
 
 

@@ -47,8 +47,8 @@ def test_a_text_gives_an_answer_and_a_list_a_list(pipe, model):
     assert pipe([]) == []
 
 
-@pytest.mark.parametrize("tasks", ["mood", ["names", "about"]])
-def test_tasks_are_those_of_the_call_or_else_of_the_pipeline(toys, pipe, model, tasks):
+def test_tasks_are_those_of_the_call_or_else_of_the_pipeline(pipe, model):
+    tasks = ["names", "about"]
     assert pipe(TEXTS, tasks=tasks) == lines(model, TEXTS, tasks)
     own = pipeline("sparse-ft", model=model, device=-1, tasks=tasks)
     assert own(TEXTS) == lines(model, TEXTS, tasks)
@@ -61,7 +61,7 @@ def test_a_pair_is_one_input(pipe, model):
     assert pipe([pair, pair[::-1]], tasks="reply") == lines(model, [pair, pair[::-1]], "reply")
 
 
-@pytest.mark.parametrize("size", [1, 2, 16])
+@pytest.mark.parametrize("size", [1, 16])
 def test_a_generator_is_read_a_batch_at_a_time(pipe, model, size):
     read = 0
 
@@ -75,31 +75,18 @@ def test_a_generator_is_read_a_batch_at_a_time(pipe, model, size):
     assert read == 0
     first = next(answers)
     assert read == size
-    found = [first, *answers]
-    expected = lines(model, TEXTS * 4, "mood")
-    assert [line["text"] for line in found] == TEXTS * 4
-    for one, other in zip(found, expected, strict=True):  # in other batches scores differ in the last bits
+    rest = [first, *answers]
+    assert [line["text"] for line in rest] == TEXTS * 4
+    for one, other in zip(rest, lines(model, TEXTS * 4, "mood"), strict=True):  # scores differ in the last bits
         assert one["tasks"]["mood"]["label"] == other["tasks"]["mood"]["label"]
         assert one["tasks"]["mood"]["score"] == pytest.approx(other["tasks"]["mood"]["score"], abs=1e-5)
-
-
-def test_a_data_set_is_streamed(pipe, model):
-    class Rows(torch.utils.data.Dataset):
-        def __len__(self):
-            return len(TEXTS)
-
-        def __getitem__(self, place):
-            if place >= len(TEXTS):
-                raise IndexError(place)
-            return TEXTS[place]
-
-    assert list(pipe(Rows(), tasks="mood")) == lines(model, TEXTS, "mood")
 
 
 def test_a_loaded_model_stays_where_it_is(toys, monkeypatch):
     model = sparse_ft.load(toys, device="cpu")
     monkeypatch.setattr(model, "to", lambda device: pytest.fail(f"moved to {device}"))
     assert sparse_ft.pipeline.SparseFTPipeline(model).device == torch.device("cpu")
+    assert pipeline("sparse-ft", model=model, device=-1).device == torch.device("cpu")
 
 
 def test_the_backbone_may_have_moved(toys, tmp_path, tiny_bert):
@@ -108,15 +95,11 @@ def test_the_backbone_may_have_moved(toys, tmp_path, tiny_bert):
     assert pipe.model.checkpoint.model.backbone.name == str(tmp_path / "moved")
 
 
-def test_a_device_is_a_number_or_a_name(toys, model):
-    assert pipeline("sparse-ft", model=model, device=-1).device == torch.device("cpu")
+def test_mistakes_are_explained_by_us(pipe, toys, tmp_path):
+    with pytest.raises(ConfigError, match=r"'moood'\. Did you mean 'mood'\?"):
+        pipe("a", tasks="moood")
     with pytest.raises(ConfigError, match="'tpu'"):
         pipeline("sparse-ft", model=str(toys), device="tpu")
-
-
-def test_mistakes_are_explained_by_us(pipe, tmp_path):
-    with pytest.raises(ConfigError, match=r"Unknown task in this model 'moood'\. Did you mean 'mood'\?"):
-        pipe("a", tasks="moood")
     (tmp_path / "config.json").write_text('{"model_type": "sparse-ft"}')
-    with pytest.raises(CheckpointError, match=r"holds no manifest\.json"):
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
         pipeline("sparse-ft", model=str(tmp_path))

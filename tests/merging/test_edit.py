@@ -17,7 +17,7 @@ from toy_checkpoints import (
     saved,
     saved_joint,
 )
-from toys import call
+from toys import call, toy_rows, write_rows
 
 import sparse_ft
 from sparse_ft.checkpoint import checkpoint as checkpoint_module
@@ -28,7 +28,7 @@ from sparse_ft.config import RunConfig
 from sparse_ft.errors import CheckpointError, ConfigError
 from sparse_ft.experts.named_experts import Expert
 from sparse_ft.merging.edit import add_from, copy_expert, edit, prune_expert, remove_expert, rename_expert
-from sparse_ft.merging.low_rank import prune, truncate
+from sparse_ft.merging.low_rank import prune
 
 # Checkpoints that no test changes.
 
@@ -217,12 +217,6 @@ def test_prune_is_the_best_approximation_of_its_rank(rank):
     assert pruned.error == pytest.approx((lost / total) ** 0.5, abs=1e-12)
 
 
-def test_a_fresh_expert_can_still_learn_after_pruning():
-    fresh = truncate(torch.randn(8, 20), torch.zeros(30, 8), 4)
-    assert (fresh.norm, fresh.lost) == (0, 0)
-    torch.testing.assert_close(fresh.lora_a @ fresh.lora_a.t(), torch.eye(4), atol=1e-5, rtol=0)
-
-
 # The command
 
 
@@ -255,7 +249,6 @@ def test_the_command_says_what_it_did_and_what_to_type_next(monkeypatch, capsys,
     ("--split moody=x", "'moody'. Did you mean 'mood'?"),
     ("--rename mood=about", "There is an expert named 'about' already: mood, about, names."),
     ("--copy mood=names", "There is an expert named 'names' already"),
-    ("--split mood=tone", "The 2 training rows"),
     ("--split mood=about", "There is an expert named 'about' already"),
     ("--rename mood=tone --copy about=mood", "There is a task named 'mood' already: mood, about"),
     ("--rename mood=a/b", "'a/b'"),
@@ -301,6 +294,13 @@ def test_what_does_not_fit_is_not_added(bert, tmp_path, tiny_folder, make_model)
     assert_bit_identical(before, logits(loaded, *HEADS))
     assert loaded.model.experts.names == list(HEADS)
     add_from(loaded, pooled / "experts/names", as_name="x")  # a tagger does not pool
+
+
+def test_an_expert_with_too_few_rows_is_not_split(tmp_path, make_model):
+    path = saved(tmp_path / "first", make_model, "bert", heads={"mood": HEADS["mood"]})
+    write_rows(tmp_path / "first/mood/train.jsonl", toy_rows("mood", 2))
+    with pytest.raises(ConfigError, match="2 training rows"):
+        edit(path, split=[("mood", "mood-2")], output=tmp_path / "out")
 
 
 def test_scores_at_another_length_are_not_taken_over(bert, tmp_path, make_model):

@@ -138,16 +138,6 @@ def test_deltas_that_cancel_are_refused(pair):
         merge_experts([pair[0], pair[0]], settings("task_arithmetic", weights=[1, -1]), name="merged")
 
 
-def test_factors_of_a_delta_are_its_truncated_svd():
-    delta = torch.randn(9, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found = factor(delta, rank=3)
-    values = torch.linalg.svdvals(delta)
-    assert found.lora_a.shape == (3, 7)
-    assert float((delta - found.lora_b @ found.lora_a).norm()) == pytest.approx(float(values[3:].norm()))
-    assert (found.norm, found.lost) == pytest.approx((float(delta.norm()), float(values[3:].norm())))
-    assert len(factor(torch.zeros(9, 7, dtype=torch.float64)).lora_a) == 0
-
-
 @pytest.mark.parametrize("cut", [{}, {"rank": 2}, {"energy": 0.9}])
 @pytest.mark.parametrize("rank", [4, 12])  # below and above the width
 def test_a_product_is_factored_as_its_dense_delta_is(cut, rank):

@@ -1,5 +1,6 @@
-"""What a gate did in a pass: losses as in losses.py, use of the experts against loops, and when an alarm sounds."""
+"""Losses of a gate against loops, transformers' own and finite differences; use of the experts; alarms."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -18,11 +19,15 @@ TARGETS = torch.tensor([2, 0, -100, 1])
 SHAPES = pytest.mark.parametrize("shape", [(4, GATED), (4, 6, GATED)], ids=["row", "token"])
 
 
-def random_logits(shape, *, seed):
-    return 2 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+LOSS_SHAPES = pytest.mark.parametrize("shape", [(7, EXPERTS), (3, 6, EXPERTS)], ids=["row", "token"])
+LOSSES = pytest.mark.parametrize("name", ["load_balancing", "z", "cross_entropy"])
 
 
-def random_mask(shape):
+def random_logits(shape, *, seed=0, dtype=torch.float32):
+    return 2 * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def token_mask(shape):
     """[N, S] padding on the right, for logits per token."""
     return (torch.arange(6) < torch.tensor([[6], [1], [4], [3]])).long() if len(shape) == 3 else None
 
@@ -43,8 +48,8 @@ def told(logits, *, mask=None, top_k=2, settings=SETTINGS, **choice):
 
 
 @SHAPES
-def test_the_losses_are_those_of_losses_py_averaged_over_blocks(shape):
-    blocks, mask = [random_logits(shape, seed=seed) for seed in range(3)], random_mask(shape)
+def test_the_losses_of_a_pass_are_averaged_over_its_blocks(shape):
+    blocks, mask = [random_logits(shape, seed=seed) for seed in range(3)], token_mask(shape)
     found = told(blocks, mask=mask)
     expected = {
         "balance": [load_balancing_loss(logits, top_k=2, mask=mask) for logits in blocks],
@@ -60,7 +65,7 @@ def test_the_losses_are_those_of_losses_py_averaged_over_blocks(shape):
 
 @SHAPES
 def test_usage_is_the_share_of_the_weight_of_real_tokens_and_sums_to_one(shape):
-    blocks, mask = [random_logits(shape, seed=seed) for seed in range(2)], random_mask(shape)
+    blocks, mask = [random_logits(shape, seed=seed) for seed in range(2)], token_mask(shape)
     shares = torch.zeros(2, GATED, dtype=torch.float64)
     for block, logits in enumerate(blocks):
         weights = Selection(top_k=2)(logits)
@@ -74,7 +79,7 @@ def test_usage_is_the_share_of_the_weight_of_real_tokens_and_sums_to_one(shape):
 
 
 def test_padding_never_counts():
-    mask, shape = random_mask((4, 6, GATED)), (4, 6, GATED)
+    mask, shape = token_mask((4, 6, GATED)), (4, 6, GATED)
     logits = random_logits(shape, seed=0)
     other = torch.where(mask.unsqueeze(-1).bool(), logits, 10 * random_logits(shape, seed=1))
     one, same = told([logits], mask=mask, capacity=0.5), told([other], mask=mask, capacity=0.5)
@@ -85,24 +90,10 @@ def test_padding_never_counts():
 
 def test_dropped_is_the_share_of_choices_that_found_their_expert_full():
     logits = torch.tensor([5.0, 0.0, -5.0]).expand(4, 6, GATED)
-    mask = random_mask((4, 6, GATED))  # 14 real tokens, so 14 choices and 14 * 1.5 / 3 = 7 places
+    mask = token_mask((4, 6, GATED))  # 14 real tokens, so 14 choices and 14 * 1.5 / 3 = 7 places
     found = told([logits], mask=mask, top_k=1, capacity=1.5)
     assert found.losses["dropped"] == pytest.approx(7 / 14)
     assert told([logits], mask=mask, top_k=1).losses["dropped"] == 0
-
-
-def test_rows_that_no_expert_belongs_to_have_no_routing_loss():
-    logits = random_logits((4, GATED), seed=0)
-    routings = [Selection(top_k=2)(logits)]
-    found = auxiliary_losses(
-        routings,
-        experts=range(GATED),
-        num_experts=GATED,
-        settings=SETTINGS,
-        top_k=2,
-        targets=torch.full((4,), -100),
-    )
-    assert found.losses["routing"] == 0
 
 
 @SHAPES
@@ -112,7 +103,7 @@ def test_the_gradient_of_each_loss_reaches_the_logits_by_its_weight(shape, weigh
     logits, gradients = random_logits(shape, seed=0).requires_grad_(), []
     for value in (0.0, 1.0, 3.0):
         logits.grad = None
-        told([logits], mask=random_mask(shape), settings=GateConfig(**{**nothing, weight: value})).total.backward()
+        told([logits], mask=token_mask(shape), settings=GateConfig(**{**nothing, weight: value})).total.backward()
         gradients.append(logits.grad)
     assert not gradients[0].any()
     assert gradients[1].abs().max() > 1e-3
@@ -137,37 +128,24 @@ def test_usage_is_a_number_even_if_every_choice_was_dropped_or_turned_away():
 # Alarms
 
 
-def said(*shares, rows=None):
-    names = [f"pool-{place}" for place in range(len(shares))]
+@pytest.mark.parametrize(("shares", "rows", "alarming"), [
+    ((0.25, 0.25, 0.25, 0.25), None, {}),
+    ((0.4, 0.3, 0.2, 0.1), None, {}),
+    ((0.85, 0.15), None, {}),
+    ((0.33, 0.33, 0.33, 0.01), None, {3: ["1.0%", "25.0%", "hardly used", "gate.balance_loss", "experts.pool"]}),
+    ((0.8, 0.1, 0.06, 0.04), None, {0: ["80.0%", "25.0%", "collapses"]}),
+    ((0.96, 0.04), None, {0: ["collapses"], 1: ["hardly used"]}),
+    ((0.8, 0.1, 0.06, 0.04), (0.8, 0.1, 0.06, 0.04), {}),  # as much of its own expert as a task has rows
+    ((0.98, 0.01, 0.01), (0.99, 0.01), {}),  # the third is not trained
+    ((0.98, 0.02), (0.7, 0.3), {1: ["2.0%", "30.0% of the rows", "hardly"]}),
+])  # fmt: skip
+def test_extreme_use_raises_an_alarm_with_its_numbers(shares, rows, alarming):
+    names = [f"pool-{index}" for index in range(len(shares))]
     due = None if rows is None else dict(zip(names, rows, strict=False))
-    return alarms(dict(zip(names, shares, strict=True)), rows=due, settings=GateConfig())
-
-
-@pytest.mark.parametrize("shares", [(0.25, 0.25, 0.25, 0.25), (0.4, 0.3, 0.2, 0.1), (0.5, 0.5), (0.85, 0.15)])
-def test_an_even_use_raises_no_alarm_and_an_uneven_one_only_if_it_is_extreme(shares):
-    assert said(*shares) == []
-
-
-def test_an_expert_that_is_hardly_used_is_named():
-    (message,) = said(0.33, 0.33, 0.33, 0.01)
-    assert message == (
-        "Expert 'pool-3' got 1.0% of the weight, an even share is 25.0%: it is hardly used. Raise gate.balance_loss "
-        "(now 0.01) or gate.jitter (now 0), or lower experts.pool."
-    )
-
-
-def test_an_expert_of_a_pool_that_takes_over_is_named():
-    (message,) = said(0.8, 0.1, 0.06, 0.04)
-    assert message.startswith("Expert 'pool-0' got 80.0% of the weight, an even share is 25.0%: the gate collapses.")
-    assert len(said(0.96, 0.04)) == 2  # the one too much, the other hardly used
-
-
-def test_a_task_may_use_its_own_expert_as_much_and_as_little_as_it_has_rows():
-    assert said(0.8, 0.1, 0.06, 0.04, rows=(0.8, 0.1, 0.06, 0.04)) == []
-    assert said(0.98, 0.01, 0.01, rows=(0.99, 0.01)) == []  # the third is not trained
-    (message,) = said(0.98, 0.02, rows=(0.7, 0.3))
-    assert message.startswith("Expert 'pool-1' got 2.0% of the weight, its task has 30.0% of the rows: it is hardly")
-    assert "experts.pool" not in message
+    messages = alarms(dict(zip(names, shares, strict=True)), rows=due, settings=GateConfig())
+    assert len(messages) == len(alarming)
+    for message, (index, parts) in zip(messages, alarming.items(), strict=True):
+        assert all(part in message for part in (f"'pool-{index}'", *parts))
 
 
 def test_only_choices_from_the_shortlist_count_for_balance():
@@ -186,3 +164,190 @@ def test_only_choices_from_the_shortlist_count_for_balance():
             hits[max(listed, key=lambda expert: logits[row, token, expert].item())] += 1 / 24
     expected = GATED * (hits * (logits / 2.0).softmax(-1).mean((0, 1))).sum()
     assert found.losses["balance"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+# Each loss
+
+
+def random_mask(shape, *, seed=0):
+    """[N, S] padding on the right; for logits per row some rows are nothing but padding."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = shape[1] if len(shape) == 3 else 4
+    lengths = torch.randint(0, tokens + 1, (shape[0],), generator=generator)
+    lengths[:2] = torch.tensor([0, tokens])
+    return (torch.arange(tokens) < lengths.unsqueeze(1)).long()
+
+
+def compute(name, logits, *, mask=None):
+    if name == "load_balancing":
+        return load_balancing_loss(logits, top_k=2, mask=mask)
+    if name == "z":
+        return z_loss(logits, mask=mask)
+    targets = torch.arange(len(logits)) % EXPERTS
+    return routing_cross_entropy(logits, targets, mask=mask)
+
+
+def real_decisions(logits, mask):
+    """The logits that count, as lists of floats."""
+    if mask is None:
+        return logits.flatten(0, -2).tolist()
+    kept = mask.bool() if logits.dim() == 3 else mask.bool().any(-1)
+    return logits[kept].tolist()
+
+
+def softmax(logits):
+    exponentials = [math.exp(value) for value in logits]
+    return [value / sum(exponentials) for value in exponentials]
+
+
+# Against loops.
+
+
+@LOSS_SHAPES
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("top_k", [1, 2, EXPERTS])
+def test_load_balancing_is_the_share_of_choices_times_the_mean_probability(shape, masked, top_k):
+    logits = random_logits(shape)
+    mask = random_mask(shape) if masked else None
+    rows = real_decisions(logits, mask)
+    share, probability = [0.0] * EXPERTS, [0.0] * EXPERTS
+    for row in rows:
+        for index in sorted(range(EXPERTS), key=lambda index: -row[index])[:top_k]:
+            share[index] += 1 / (top_k * len(rows))
+        for index, value in enumerate(softmax(row)):
+            probability[index] += value / len(rows)
+    expected = EXPERTS * sum(left * right for left, right in zip(share, probability, strict=True))
+    assert load_balancing_loss(logits, top_k=top_k, mask=mask).item() == pytest.approx(expected, rel=1e-5)
+
+
+@LOSS_SHAPES
+@pytest.mark.parametrize("masked", [False, True])
+def test_z_loss_is_the_mean_square_of_the_log_of_the_sum(shape, masked):
+    logits = random_logits(shape)
+    mask = random_mask(shape) if masked else None
+    squares = [math.log(sum(math.exp(value) for value in row)) ** 2 for row in real_decisions(logits, mask)]
+    assert z_loss(logits, mask=mask).item() == pytest.approx(sum(squares) / len(squares), rel=1e-5)
+
+
+@LOSS_SHAPES
+@pytest.mark.parametrize("masked", [False, True])
+def test_cross_entropy_is_the_mean_surprise_at_the_right_expert(shape, masked):
+    logits = random_logits(shape)
+    mask = random_mask(shape) if masked else None
+    targets = torch.randint(0, EXPERTS, shape[:-1], generator=torch.Generator().manual_seed(3))
+    targets.view(-1)[-2] = -100
+    kept = torch.ones(shape[:-1], dtype=torch.bool)
+    if masked:
+        kept = mask.bool() if len(shape) == 3 else mask.bool().any(-1)
+    kept &= targets != -100
+    surprises = [
+        -math.log(softmax(row)[target])
+        for row, target in zip(logits[kept].tolist(), targets[kept].tolist(), strict=True)
+    ]
+    expected = sum(surprises) / len(surprises)
+    assert routing_cross_entropy(logits, targets, mask=mask).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_one_target_a_row_holds_for_each_of_its_tokens():
+    logits = random_logits((3, 6, EXPERTS))
+    mask, targets = random_mask((3, 6, EXPERTS)), torch.tensor([1, 4, -100])
+    each = targets.unsqueeze(1).expand(3, 6)
+    assert torch.equal(
+        routing_cross_entropy(logits, targets, mask=mask), routing_cross_entropy(logits, each, mask=mask)
+    )
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("masked", [False, True])
+def test_load_balancing_is_mixtrals_divided_by_the_number_of_choices(top_k, masked):
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    logits = random_logits((3, 6, EXPERTS))
+    mask = random_mask(logits.shape) if masked else None
+    theirs = load_balancing_loss_func((logits.view(-1, EXPERTS),), EXPERTS, top_k, mask) / top_k
+    torch.testing.assert_close(load_balancing_loss(logits, top_k=top_k, mask=mask), theirs)
+
+
+def test_the_switch_losses_of_transformers_are_the_same():
+    from transformers.models.switch_transformers.modeling_switch_transformers import (
+        load_balancing_loss_func,
+        router_z_loss_func,
+    )
+
+    logits = random_logits((1, 12, EXPERTS))  # theirs takes the shares of each text alone
+    best = logits.argmax(-1)
+    theirs = load_balancing_loss_func(logits.softmax(-1), best)
+    torch.testing.assert_close(load_balancing_loss(logits), theirs)
+    torch.testing.assert_close(load_balancing_loss(logits, experts=best.unsqueeze(-1)), theirs)
+    torch.testing.assert_close(z_loss(logits), router_z_loss_func(logits))
+
+
+# What the scores mean.
+
+
+def test_uniform_routing_scores_one_and_specialised_routing_by_the_tasks_of_the_batch():
+    for top_k in (1, 2, 4):
+        assert load_balancing_loss(torch.zeros(8, 4), top_k=top_k).item() == pytest.approx(1)
+    sure = 30 * torch.eye(4)
+    assert load_balancing_loss(sure[[2] * 8]).item() == pytest.approx(4)
+    assert load_balancing_loss(sure.repeat(2, 1)).item() == pytest.approx(1)
+    tokens, mask = sure[[0, 1, 2, 3, 3, 3]].view(1, 6, 4), torch.tensor([[1, 1, 1, 1, 0, 0]])
+    assert load_balancing_loss(tokens, mask=mask).item() == pytest.approx(1)
+    assert load_balancing_loss(tokens).item() == pytest.approx(4 * (3 / 36 + 9 / 36))
+
+
+def test_given_experts_count_in_place_of_the_largest_logits():
+    logits = random_logits((7, EXPERTS))
+    best = logits.topk(2, -1).indices
+    assert torch.equal(load_balancing_loss(logits, experts=best), load_balancing_loss(logits, top_k=2))
+    everyone_the_last = load_balancing_loss(logits, experts=torch.full((7, 1), EXPERTS - 1))
+    torch.testing.assert_close(everyone_the_last, EXPERTS * logits.softmax(-1)[:, -1].mean())
+
+
+# Padding, precision, gradients.
+
+
+@LOSSES
+@LOSS_SHAPES
+@pytest.mark.parametrize("filling", [1e4, math.inf, math.nan])
+def test_padding_does_not_count_whatever_it_holds(name, shape, filling):
+    logits, mask = random_logits(shape), random_mask(shape)
+    real = (mask.bool() if len(shape) == 3 else mask.bool().any(-1)).unsqueeze(-1)
+    dirty = torch.where(real, logits, filling).requires_grad_()
+    clean = logits.clone().requires_grad_()
+    got, expected = compute(name, dirty, mask=mask), compute(name, clean, mask=mask)
+    assert torch.equal(got, expected)
+    got.backward()
+    expected.backward()
+    assert torch.equal(dirty.grad, clean.grad)
+    assert not torch.where(real, 0.0, dirty.grad).any()
+
+
+@LOSSES
+@LOSS_SHAPES
+def test_a_batch_without_any_real_token_gives_zero(name, shape):
+    logits = random_logits(shape).requires_grad_()
+    loss = compute(name, logits, mask=torch.zeros_like(random_mask(shape)))
+    loss.backward()
+    assert loss.item() == 0
+    assert not logits.grad.any()
+
+
+@LOSSES
+@LOSS_SHAPES
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_are_those_of_finite_differences(name, shape, masked):
+    logits = random_logits(shape, dtype=torch.float64).requires_grad_()
+    mask = random_mask(shape) if masked else None
+    assert compute(name, logits, mask=mask).dtype == torch.float64
+    assert torch.autograd.gradcheck(lambda values: compute(name, values, mask=mask), [logits])
+
+
+@LOSSES
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bf16_logits_are_computed_in_float32(name, autocast):
+    logits = random_logits((3, 6, EXPERTS)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        got = compute(name, logits)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, compute(name, logits.float()))

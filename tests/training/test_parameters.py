@@ -69,30 +69,26 @@ def test_a_joint_run_is_one_group_with_the_gate_and_without_what_is_not_trained(
     assert len({id(parameter) for parameter in group.parameters.values()}) == len(group.parameters)
 
 
-def pooled(model, *, shared=False, same_a=True):
-    """Add three experts that begin with the same A, or not, and one that all share."""
+def pooled(model, *, shared=False):
+    """Add three experts that begin with the same A, and one that all share."""
     modules = model.backbone.select_linears(first_block=0, targets=["query"])
     names = ["pool-0", "pool-1", "pool-2"]
     for name in [*names, *(["shared"] if shared else [])]:
-        drawn_as = "pool" if same_a and name != "shared" else None
+        drawn_as = "pool" if name != "shared" else None
         model.experts.create(name, modules=modules, rank=2, alpha=4, seed=1, drawn_as=drawn_as)
     return names
 
 
-def test_the_experts_of_a_pool_and_the_shared_one_learn_once_for_all_tasks(model):
-    group = joint(model, pool=pooled(model, shared=True), shared="shared")
+def test_experts_of_a_pool_learn_once_for_all_tasks_with_an_a_that_is_tied_layer_by_layer(model):
+    names = pooled(model, shared=True)
+    group = joint(model, pool=names, shared="shared", experts__shared_a=True, experts__pool=3)
     assert owners(group.parameters) == {"mood", "names", "gate", "pool-0", "pool-1", "pool-2", "shared"}
     assert not any(name.startswith("mood/expert.") for name in group.parameters)
     assert len({id(parameter) for parameter in group.parameters.values()}) == len(group.parameters)
-
-
-def test_the_a_of_a_pool_is_tied_layer_by_layer_and_the_shared_expert_is_not(model):
-    names = pooled(model, shared=True)
-    group = joint(model, pool=names, shared="shared", experts__shared_a=True, experts__pool=3)
     expected = [
         {id(group.parameters[f"{name}/expert.{module}.lora_A"]) for name in names} for module in model.experts.layers
     ]
-    assert [{id(parameter) for parameter in tied} for tied in group.tied] == expected
+    assert [{id(parameter) for parameter in tied} for tied in group.tied] == expected  # not that of the shared expert
     assert all(torch.equal(tied[0], other) for tied in group.tied for other in tied[1:])
 
 

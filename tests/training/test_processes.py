@@ -20,7 +20,7 @@ from sparse_ft.tasks.spec import load_task
 from sparse_ft.training import processes
 
 
-def in_processes(number, work, *arguments, exitcode=0):
+def in_processes(work, *arguments, world_size=2, exitcode=0):
     """Call a function in several processes at once, with the environment that a launcher gives them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -28,21 +28,22 @@ def in_processes(number, work, *arguments, exitcode=0):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["sparse_ft.training.train", "sklearn.metrics", "peft", "transformers.models.bert"])
     started = [
-        context.Process(target=as_launched, args=(place, number, port, work, arguments)) for place in range(number)
+        context.Process(target=as_launched, args=(rank, world_size, port, work, arguments))
+        for rank in range(world_size)
     ]
     for process in started:
         process.start()
     for process in started:
         process.join(timeout=300)
-    assert [process.exitcode for process in started] == [exitcode] * number
+    assert [process.exitcode for process in started] == [exitcode] * world_size
 
 
-def as_launched(place, number, port, work, arguments):
+def as_launched(rank, world_size, port, work, arguments):
     os.environ.update(
-        RANK=str(place),
-        LOCAL_RANK=str(place),
-        WORLD_SIZE=str(number),
-        LOCAL_WORLD_SIZE=str(number),
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
@@ -66,8 +67,8 @@ def train(tasks, backbone, output, overrides, die_at):
         fitting._Loop.step = mortal
     options = {"resume": True} if tasks is None else {"backbone": str(backbone), "device": "cpu"}
     result = sparse_ft.train(tasks or (), output=output, overrides=overrides, **options)
-    told = {"history": result.history, "scores": result.scores}
-    (output.parent / f"told-{processes.rank()}.json").write_text(json.dumps(told))
+    report = {"history": result.history, "scores": result.scores}
+    (output.parent / f"report-{processes.rank()}.json").write_text(json.dumps(report))
 
 
 @pytest.fixture(scope="module")
@@ -77,16 +78,24 @@ def tasks(tmp_path_factory):
     return [write_toy(folder, name, sizes=(size, 9, 8)) for name, size in (("mood", 37), ("names", 20))]
 
 
+@pytest.fixture(scope="module")
+def by_workers(tmp_path_factory, tiny_bert, tasks):
+    """The run of one process with two workers."""
+    return run(tasks, tiny_bert, tmp_path_factory.mktemp("workers") / "out", **OPTIONS, train__workers=2)
+
+
 @pytest.mark.parametrize("joint", [{}, {"gate__type": "token", **POOL}], ids=["experts", "joint"])
-def test_two_processes_train_what_two_workers_train(tmp_path, tiny_bert, tasks, joint):
+def test_two_processes_train_what_two_workers_train(tmp_path, tiny_bert, tasks, by_workers, joint):
     """Bit for bit: the parts of a batch, their random numbers and the order of their sum are the same."""
-    expected = run(tasks, tiny_bert, tmp_path / "expected", **OPTIONS, train__workers=2, **joint)
+    expected = by_workers
+    if joint:
+        expected = run(tasks, tiny_bert, tmp_path / "expected", **OPTIONS, train__workers=2, **joint)
     output = tmp_path / "both" / "out"
-    in_processes(2, train, tasks, tiny_bert, output, settings(**OPTIONS, train__workers=1, **joint), 0)
+    in_processes(train, tasks, tiny_bert, output, settings(**OPTIONS, train__workers=1, **joint), 0)
     for file in sorted(expected.path.rglob("*.safetensors")):
         name = file.relative_to(expected.path)
         assert (output / name).read_bytes() == file.read_bytes(), name
-    first, second = (json.loads((output.parent / f"told-{place}.json").read_text()) for place in (0, 1))
+    first, second = (json.loads((output.parent / f"report-{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     assert first["scores"] == expected.scores
     for ours, theirs in zip(first["history"], expected.history, strict=True):
@@ -96,14 +105,12 @@ def test_two_processes_train_what_two_workers_train(tmp_path, tiny_bert, tasks, 
         assert ours.get("usage", {}) == pytest.approx(theirs.get("usage", {}), rel=1e-5)
 
 
-def test_killed_processes_resume_and_end_where_the_uninterrupted_ones_end(tmp_path, tiny_bert, tasks):
-    overrides = settings(**OPTIONS, train__workers=1)
-    whole, output = tmp_path / "whole" / "out", tmp_path / "killed" / "out"
-    in_processes(2, train, tasks, tiny_bert, whole, overrides, 0)
-    in_processes(2, train, tasks, tiny_bert, output, overrides, 11, exitcode=-signal.SIGKILL)
+def test_killed_processes_resume_and_end_where_the_uninterrupted_run_ends(tmp_path, tiny_bert, tasks, by_workers):
+    overrides, output = settings(**OPTIONS, train__workers=1), tmp_path / "killed" / "out"
+    in_processes(train, tasks, tiny_bert, output, overrides, 7, exitcode=-signal.SIGKILL)
     assert not (output / "manifest.json").exists()
-    in_processes(2, train, None, tiny_bert, output, [], 0)
-    assert_same_end(output, whole)
+    in_processes(train, None, tiny_bert, output, [], 0)
+    assert_same_end(output, by_workers.path)
 
 
 def check_collectives():
@@ -142,15 +149,15 @@ def refuse():
     raise ConfigError("no such thing")
 
 
-def test_what_processes_tell_each_other():
-    in_processes(2, check_collectives)
+def test_collectives_reach_every_process():
+    in_processes(check_collectives)
 
 
-def test_a_mistake_is_told_by_every_process_and_nothing_is_written(tmp_path, tiny_bert, tasks):
+def test_every_process_raises_the_mistake_and_nothing_is_written(tmp_path, tiny_bert, tasks):
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "notes.txt").write_text("mine")
-    in_processes(2, expect_refusal, tasks, tiny_bert, taken)
+    in_processes(expect_refusal, tasks, tiny_bert, taken)
     assert [entry.name for entry in taken.iterdir()] == ["notes.txt"]
 
 
@@ -159,7 +166,7 @@ def expect_refusal(tasks, backbone, output):
         sparse_ft.train(tasks, output=output, backbone=str(backbone), device="cpu")
 
 
-def test_one_process_asks_nobody():
+def test_one_process_needs_no_group():
     assert not processes.is_distributed()
     assert (processes.world_size(), processes.rank()) == (1, 0)
     assert processes.gather("own") == ["own"]
@@ -167,7 +174,7 @@ def test_one_process_asks_nobody():
     assert processes.rank_device(find_device("cpu")) == torch.device("cpu")
 
 
-def test_rows_that_are_shared_out_are_rows_of_their_own(tiny_bert, tmp_path, make_model):
+def test_rows_taken_for_one_process_keep_their_windows(tmp_path, make_model):
     spec = load_task(write_toy(tmp_path, "names", labels=["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]))
     model = make_model("bert", {"names": ("word", 5)})
     columns = {
