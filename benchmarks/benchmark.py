@@ -47,7 +47,7 @@ import sparse_ft
 from sparse_ft.errors import DataError, SparseFTError
 from sparse_ft.evaluation.evaluate import evaluate
 from sparse_ft.prediction.loaded_model import LoadedModel, load
-from sparse_ft.tasks.encoded_rows import scored_splits
+from sparse_ft.tasks.sources import scored_splits
 from sparse_ft.tasks.spec import load_task
 
 SUITES = {

@@ -13,7 +13,7 @@ import yaml
 
 from sparse_ft.evaluation.scoring import predict_rows
 from sparse_ft.prediction.loaded_model import LoadedModel
-from sparse_ft.tasks.encoded_rows import prepare
+from sparse_ft.tasks.encoded_rows import encode_rows
 from sparse_ft.tasks.kinds.scores import Score
 from sparse_ft.tasks.reading import read
 from sparse_ft.tasks.schemes import spans_from_tags
@@ -112,7 +112,7 @@ def scores_of_texts(model: LoadedModel, split: str, source: Path) -> dict[str, f
     sets, and CLUE averages F1 over the types.
     """
     spec = model.tasks["cluener"]
-    data = prepare(read(spec, data=source, splits=[split])[split].to_dict(), spec=spec, encoder=model.encoder)
+    data = encode_rows(read(spec, data=source, splits=[split])[split].to_dict(), spec=spec, encoder=model.encoder)
     predicted: Counter[str] = Counter()
     gold: Counter[str] = Counter()
     both: Counter[str] = Counter()

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 from sparse_ft.checkpoint.folders import explain_os_errors, write_bytes
 from sparse_ft.errors import ConfigError, DataError, unknown_name
 from sparse_ft.prediction.loaded_model import LoadedModel
-from sparse_ft.tasks.formats import FileOptions
-from sparse_ft.tasks.reading import read, read_file
+from sparse_ft.tasks.formats import read_file
+from sparse_ft.tasks.reading import read
+from sparse_ft.tasks.records import FileOptions
 from sparse_ft.tasks.spec import TaskSpec
 
 

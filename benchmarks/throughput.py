@@ -28,7 +28,7 @@ from sparse_ft.backbone.devices import find_device, find_dtype
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.config import load_config
 from sparse_ft.experts.model import SparseExpertModel
-from sparse_ft.tasks.encoded_rows import prepare
+from sparse_ft.tasks.encoded_rows import encode_rows
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.reading import label_names, read
 from sparse_ft.tasks.spec import load_task
@@ -95,7 +95,7 @@ def main() -> None:
     encoder = Encoder(load_backbone("minilm"), max_length=256)
     columns = results["train"].to_dict()
     every = find_kind(spec.kind).encode(columns, encoder=encoder, labels=spec.label_names, language="en")
-    one_row = prepare(results["validation"].select([0]).to_dict(), spec=spec, encoder=encoder)
+    one_row = encode_rows(results["validation"].select([0]).to_dict(), spec=spec, encoder=encoder)
     ratios, ours, peft = [], [], []
     for number in range(options.rounds):
         rows = random.Random(number).sample(every, options.rows)

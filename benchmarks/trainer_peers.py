@@ -33,11 +33,12 @@ from sparse_ft.backbone.encoding import Encoder, Example
 from sparse_ft.backbone.pooling import pool
 from sparse_ft.config import load_config
 from sparse_ft.evaluation.scoring import score_rows
-from sparse_ft.tasks.encoded_rows import EvalData, prepare, scored_split
+from sparse_ft.tasks.encoded_rows import EncodedRows, encode_rows
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.kinds.kind import IGNORED
 from sparse_ft.tasks.kinds.scores import Score
 from sparse_ft.tasks.reading import label_names, read
+from sparse_ft.tasks.sources import scored_split
 from sparse_ft.tasks.spec import TaskSpec, load_task
 
 RECIPES = {
@@ -93,7 +94,7 @@ def run_trainer(
     kind = find_kind(spec.kind)
     train = kind.encode(rows.to_dict(), encoder=encoder, labels=spec.label_names, language=spec.language)
     evaluated = {
-        name: prepare(results[name].to_dict(), spec=spec, encoder=encoder)
+        name: encode_rows(results[name].to_dict(), spec=spec, encoder=encoder)
         for name in dict.fromkeys(("validation", split))
     }
     torch.manual_seed(seed)
@@ -222,7 +223,7 @@ class Classifier:
         }
 
     @torch.no_grad()
-    def score(self, data: EvalData) -> Score:
+    def score(self, data: EncodedRows) -> Score:
         self.model.eval()
         sizes = data.num_parts or [1] * data.num_rows
         logits = [torch.zeros(size, len(self.outputs)) for size in sizes]
@@ -245,7 +246,7 @@ class Classifier:
         return scored
 
     def train(
-        self, examples: Sequence[Example], validation: EvalData, *, settings: dict[str, Any], seed: int, device: str
+        self, examples: Sequence[Example], validation: EncodedRows, *, settings: dict[str, Any], seed: int, device: str
     ) -> tuple[float, float]:
         """Train, keep the weights of the best epoch, and return its validation score and the seconds of training."""
         rows = datasets.Dataset.from_list(self.features(examples))

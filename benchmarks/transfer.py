@@ -15,7 +15,7 @@ from script import chosen, numbers, run
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.checkpoint.checkpoint import load_checkpoint
 from sparse_ft.evaluation.scoring import predict_rows, score_rows
-from sparse_ft.tasks.encoded_rows import prepare
+from sparse_ft.tasks.encoded_rows import encode_rows
 from sparse_ft.tasks.reading import read
 from sparse_ft.tasks.spec import load_task
 from sparse_ft.training.train import train
@@ -40,7 +40,7 @@ def main() -> None:
                 checkpoint = load_checkpoint(output)
             spec = checkpoint.tasks[task]
             encoder = Encoder(checkpoint.model.backbone, max_length=checkpoint.config.data.max_length)
-            data = prepare(rows.to_dict(), spec=spec, encoder=encoder)
+            data = encode_rows(rows.to_dict(), spec=spec, encoder=encoder)
             score = score_rows(spec, data, predict_rows(checkpoint.model, spec, data))
             own = result.scores[task][spec.metric]
             best = max(entry["validation"][task] for entry in result.history)

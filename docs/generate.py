@@ -136,7 +136,7 @@ def backbone_families() -> str:
     for name, family in FAMILIES.items():
         kind = "causal" if family.causal else "reads both ways"
         together = "yes" if family.routes_rows else "no: one expert at a time"
-        rows.append((f"`{name}`", kind, together, "yes" if family.keeps_trunk else "no"))
+        rows.append((f"`{name}`", kind, together, "yes" if family.caches_trunk else "no"))
     return table(("`model_type`", "attention", "rows of several experts in one batch", "trunk computed once"), rows)
 
 

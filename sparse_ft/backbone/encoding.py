@@ -1,4 +1,4 @@
-"""From text to token ids: single texts, pairs, and windows over words."""
+"""Encode texts as token ids: single texts, pairs, and windows over words."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -14,41 +14,41 @@ _NO_WORD = SHAPES.index("none")
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row of model input; a long tagged text gives several, one a window."""
+    """One row of model input; a text gives several examples if it is read in windows or has choices."""
 
     row: int
-    """Position of the text in the list that was encoded."""
+    """Index of the text in the encoded list."""
     input_ids: list[int]
     token_type_ids: list[int] | None = None
     word_positions: list[int] = field(default_factory=list)
-    """Tokens whose hidden states are classified; empty where the pooled text is."""
+    """Positions of the tokens whose hidden states are classified; empty if the pooled text is classified."""
     word_indices: list[int] = field(default_factory=list)
-    """The words of the text that ``word_positions`` stand for; or the one choice of the text that stands here."""
+    """Index in the text of the word at each of the ``word_positions``; in multiple choice, the index of the choice."""
     word_shapes: list[int] = field(default_factory=list)
-    """How the word of each token is written, an index in ``words.SHAPES``; empty where no words are given."""
+    """Shape of the word of each token, an index in ``words.SHAPES``; empty if the text is not given as words."""
     targets: list[Any] = field(default_factory=list)
-    """Class indices (one, or one a word; -100 is ignored), or 0/1 per label. Empty in prediction."""
+    """Class indices (one, or one per word; -100 is ignored), or 0/1 per label. Empty in prediction."""
     trunk: Tensor | None = None
-    """Hidden states (tokens, hidden) that enter the lowest block with experts, if they are kept; see trunk.py."""
+    """Cached hidden states (tokens, hidden) that enter the lowest block with experts; see trunk.py."""
     hidden: Tensor | None = None
-    """Hidden states (tokens, hidden) that leave the backbone, if several heads read them; see inference.py."""
+    """Cached hidden states (tokens, hidden) that leave the backbone, for several heads; see inference.py."""
     means: Tensor | None = None
-    """Mean over the tokens of what enters each block up to the gate's, (blocks, hidden) float32, if it was asked."""
+    """Cached means over the tokens of the states that enter each block up to the gate's, (blocks, hidden) float32."""
 
 
 class Encoder:
     """Turns texts and words into examples for one backbone.
 
     Args:
-        backbone: Whose tokenizer is used.
-        max_length: Longest row in tokens, special tokens included; cut to what the backbone can take.
+        backbone: Gives the tokenizer.
+        max_length: Most tokens of a row, special tokens included; lowered to the limit of the backbone.
     """
 
     def __init__(self, backbone: Backbone, *, max_length: int) -> None:
         self.tokenizer = backbone.tokenizer
         self.max_length = min(max_length, backbone.max_length)
         self.empty_id = backbone.pad_id
-        # The first piece of a word has seen the whole word only if the model looks to the right, too.
+        # In a causal model only the last piece of a word sees all of the word.
         self.last_piece = backbone.family.causal
         probe = self.tokenizer("a", return_special_tokens_mask=True)
         ids, special = probe["input_ids"], probe["special_tokens_mask"]
@@ -59,15 +59,15 @@ class Encoder:
         marks = "".join(map(str, pair["special_tokens_mask"])).strip("1")  # of BERT: 0 1 0
         start = pair["special_tokens_mask"].index(0) + marks.find("1") if "1" in marks else 0
         self.between = pair["input_ids"][start : start + marks.count("1")]
-        """Special tokens between the two texts of a pair; those before and after it are those of a text."""
+        """Special tokens between the two texts of a pair; before and after the pair stand those of a text."""
         # Some tokenizers give token types to models that have none; GPT-2 would add word embeddings for them.
         self.has_types = "token_type_ids" in probe and getattr(backbone.config, "type_vocab_size", 0) > 1
 
     def texts(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[Example]:
-        """Encode one example a text (or pair); what exceeds ``max_length`` tokens is cut, from the longer of a pair.
+        """Encode one example per text or pair; tokens above ``max_length`` are cut, from the longer text of a pair.
 
         Args:
-            texts: Any texts, also empty.
+            texts: Any texts, also empty ones.
             pairs: As many second texts.
         """
         if not texts:
@@ -83,13 +83,13 @@ class Encoder:
     def words(self, rows: Sequence[Sequence[str]], *, questions: Sequence[str] | None = None) -> list[Example]:
         """Encode lists of words; a row that exceeds ``max_length`` becomes overlapping windows.
 
-        Every word belongs to exactly one window, the one that shows most of what surrounds it. A word that the
-        tokenizer drops (a lone control character, say) belongs to none.
+        Every word belongs to exactly one window, the one that shows most of its context. A word that the tokenizer
+        drops (a lone control character, say) belongs to none.
 
         Args:
             rows: Words of each text; a text may have none.
-            questions: As many texts, each of which stands before its row as the first of a pair, in all its windows;
-                at most half of ``max_length`` is for it.
+            questions: As many texts. Each stands before its row as the first of a pair, in all windows of the row, and
+                takes at most half of ``max_length``.
         """
         befores = [self.prefix] * len(rows) if questions is None else self._befores(questions)
         filled = [row for row, words in enumerate(rows) if len(words)]
@@ -98,24 +98,24 @@ class Encoder:
             encoded = self.tokenizer(
                 [list(rows[row]) for row in filled], is_split_into_words=True, add_special_tokens=False
             )
-            for place, row in enumerate(filled):
+            for index, row in enumerate(filled):
                 shapes = [word_shape(word) for word in rows[row]]
-                ids, word_ids = encoded["input_ids"][place], encoded.word_ids(place)
+                ids, word_ids = encoded["input_ids"][index], encoded.word_ids(index)
                 examples.extend(self._windows(row, ids, word_ids, shapes, before=befores[row]))
-        return sorted(examples, key=_by_row)
+        return sorted(examples, key=_row_of)
 
-    def around(self, text: str, place: int, *, tokens: int) -> str:
-        """Cut a text to so many tokens, evenly on both sides of a character as far as the text goes.
+    def around(self, text: str, position: int, *, tokens: int) -> str:
+        """Cut a text to a number of tokens, evenly on both sides of a character as far as the text allows.
 
         Args:
             text: Any text.
-            place: Of the character that must stay.
-            tokens: At least 1.
+            position: Index of the character, which is never cut off.
+            tokens: Most tokens, at least 1.
         """
         spans = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        middle = next((token for token, (_, end) in enumerate(spans) if end > place), len(spans) - 1)
+        middle = next((token for token, (_, end) in enumerate(spans) if end > position), len(spans) - 1)
         cut = text
-        for room in range(min(tokens, len(spans)), 0, -1):  # half a character at an edge comes back as a whole one
+        for room in range(min(tokens, len(spans)), 0, -1):  # byte-level: half a character at an edge is encoded whole
             first = min(max(0, middle - room // 2), len(spans) - room)
             cut = text[spans[first][0] : spans[first + room - 1][1]] if room < len(spans) else text
             if len(self.tokenizer(cut, add_special_tokens=False)["input_ids"]) <= tokens:
@@ -123,13 +123,13 @@ class Encoder:
         return cut
 
     def _befores(self, questions: Sequence[str]) -> list[list[int]]:
-        """Encode what stands before the windows of each row."""
+        """Encode the question, with special tokens, that stands before the windows of each row."""
         room = self.max_length // 2 - len(self.prefix) - len(self.between)
         encoded = self.tokenizer(list(questions), add_special_tokens=False)["input_ids"] if questions else []
         return [[*self.prefix, *ids[: max(0, room)], *self.between] for ids in encoded]
 
     def _window(self, row: int, ids: Sequence[int], before: list[int]) -> Example:
-        """Put special tokens, and the question if there is one, around a piece of a row."""
+        """Put special tokens, and the question if there is one, around a part of a row."""
         paired = self.has_types and before is not self.prefix
         types = [0] * len(before) + [1] * (len(ids) + len(self.suffix)) if paired else None
         return Example(row, [*before, *ids, *self.suffix] or [self.empty_id], token_type_ids=types)
@@ -137,22 +137,23 @@ class Encoder:
     def _windows(
         self, row: int, ids: list[int], word_ids: list[int], shapes: list[int], *, before: list[int]
     ) -> list[Example]:
-        marks: dict[int, int] = {}  # word -> the piece that stands for it
+        """Cut a row of tokens into windows, and assign each word to the window that shows most of its context."""
+        marks: dict[int, int] = {}  # word -> position of the piece that represents it
         for position, word in enumerate(word_ids):
             if self.last_piece or word not in marks:
                 marks[word] = position
         capacity = self.max_length - len(before) - len(self.suffix)
-        owned: dict[int, list[int]] = {}  # start of window -> its words
+        members: dict[int, list[int]] = {}  # start of window -> its words
         starts = _window_starts(len(ids), capacity)
         for word, position in marks.items():
-            seen = [start for start in starts if start <= position < start + capacity]
-            best = max(seen, key=lambda start: min(position - start, start + capacity - 1 - position))
-            owned.setdefault(best, []).append(word)
+            showing = [start for start in starts if start <= position < start + capacity]
+            best = max(showing, key=lambda start: min(position - start, start + capacity - 1 - position))
+            members.setdefault(best, []).append(word)
         return [
             replace(
                 self._window(row, ids[start : start + capacity], before),
-                word_positions=[len(before) + marks[word] - start for word in owned.get(start, [])],
-                word_indices=owned.get(start, []),
+                word_positions=[len(before) + marks[word] - start for word in members.get(start, [])],
+                word_indices=members.get(start, []),
                 word_shapes=[
                     *(_NO_WORD for _ in before),
                     *(shapes[word] for word in word_ids[start : start + capacity]),
@@ -164,12 +165,12 @@ class Encoder:
         ]
 
 
-def _by_row(example: Example) -> int:
+def _row_of(example: Example) -> int:
     return example.row
 
 
 def _window_starts(length: int, capacity: int) -> list[int]:
-    """Place windows of ``capacity`` tokens so that neighbours share a quarter at least and the last ends at the end."""
+    """Return the starts of windows that overlap by a quarter of ``capacity`` or more; the last ends with the row."""
     if length <= capacity:
         return [0]
     stride = max(1, capacity - capacity // 4)
@@ -177,12 +178,12 @@ def _window_starts(length: int, capacity: int) -> list[int]:
     return [*starts, length - capacity]
 
 
-NEVER = -1e4
-"""Logit of every output but the first for a word that no token stands for: it is O with certainty, and ends no span."""
+NO_TOKEN_LOGIT = -1e4
+"""Logit of all outputs except the first for a word without a token: such a word is tagged O and ends no span."""
 
-
-ODD_TEXTS = (
+PROBE_TEXTS = (
     "", " ", "!", "a", "🙂", "Great 👍🏽 – déjà vu?! 😀😀", "I love it\tbut\nnot twice.", "上海的天气很好。",
     "NATO and the U.S. met in Geneva on 1996-08-22 at 7.30 p.m.", "word " * 40,
     "https://example.org/?q=1&r=2 @you #tag",
 )  # fmt: skip
+"""Unusual texts, on which two tokenizers or models are compared."""

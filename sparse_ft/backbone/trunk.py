@@ -1,6 +1,6 @@
-"""The trunk: what lies below the lowest expert layer.
+"""The trunk: the blocks below the lowest expert layer.
 
-It is the same for all tasks and never changes in training, so it is computed once, and later passes start from there.
+Its output is the same for all tasks and never changes in training, so it is computed once and cached.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from sparse_ft.backbone.pooling import pool
 
 
 class _Reached(Exception):
-    """Carries the hidden states out of a forward pass that need not go on."""
+    """Ends a forward pass early and carries its hidden states out."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
@@ -25,12 +25,12 @@ class _Reached(Exception):
 
 
 def trunk_bytes(examples: Sequence[Example], *, hidden_size: int, dtype: torch.dtype) -> int:
-    """Say how much memory the kept hidden states of these rows take."""
+    """Return the bytes of the cached hidden states of these rows."""
     return sum(len(example.input_ids) for example in examples) * hidden_size * dtype.itemsize
 
 
 @torch.no_grad()
-def keep_trunk(
+def cache_trunk(
     encoder: nn.Module,
     blocks: nn.ModuleList,
     examples: Sequence[Example],
@@ -40,7 +40,7 @@ def keep_trunk(
     hidden: bool = True,
     means: bool = False,
 ) -> list[Example]:
-    """Run the trunk over rows and keep what enters block ``first_block``.
+    """Run the trunk over rows and cache the states that enter block ``first_block``.
 
     The batches depend on the rows only, so that a resumed run gets the same numbers bit for bit.
 
@@ -48,20 +48,20 @@ def keep_trunk(
         encoder: The backbone's model, in evaluation mode.
         blocks: Its blocks.
         examples: Rows of model input.
-        first_block: Lowest block with expert layers; 0 keeps the embeddings.
-        pad_id: Token id for padding.
-        hidden: Whether to keep the hidden states; without, only the means are.
-        means: Whether to note the mean over the tokens of what enters each block up to there, too.
+        first_block: 0-based index of the lowest block with expert layers; 0 caches the embeddings.
+        pad_id: Token id of the padding.
+        hidden: Whether to cache the hidden states; False caches the means only.
+        means: Whether to cache the means over the tokens of the states that enter each block up to ``first_block``.
 
     Returns:
-        The same rows with ``trunk`` filled, and ``means`` on the CPU if asked.
+        The same rows with ``trunk``, and on the CPU ``means``, filled in.
     """
     device = next(encoder.parameters()).device
-    kept = list(examples)
-    passed: list[Tensor] = []  # what entered the blocks before, [N, S, hidden] each
-    with _stopping_before(blocks[first_block]), _noting(blocks[:first_block] if means else [], passed):
+    cached = list(examples)
+    entering: list[Tensor] = []  # states that enter the blocks of the trunk, [N, S, hidden] each
+    with _stopping_before(blocks[first_block]), _recording(blocks[:first_block] if means else [], entering):
         for members in length_batches([len(example.input_ids) for example in examples], max_tokens=token_limit(device)):
-            rows = [("", replace(examples[member], targets=[])) for member in members]  # of any tasks, so no answers
+            rows = [("", replace(examples[member], targets=[])) for member in members]  # of several tasks, no targets
             batch = collate(rows, pad_id=pad_id, device=device)
             inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
             if batch.token_type_ids is not None:
@@ -71,21 +71,23 @@ def keep_trunk(
             except _Reached as reached:
                 for member, states in zip(members, reached.hidden, strict=True) if hidden else ():
                     size = len(examples[member].input_ids)
-                    kept[member] = replace(examples[member], trunk=states[:size].clone())
+                    cached[member] = replace(examples[member], trunk=states[:size].clone())
                 if means:
-                    pooled = [pool(states, batch.attention_mask, "mean") for states in (*passed, reached.hidden)]
+                    pooled = [pool(states, batch.attention_mask, "mean") for states in (*entering, reached.hidden)]
                     for member, row in zip(members, torch.stack(pooled, 1).cpu(), strict=True):
-                        kept[member] = replace(kept[member], means=row)
-                passed.clear()
-    return kept
+                        cached[member] = replace(cached[member], means=row)
+                entering.clear()
+    return cached
 
 
 @contextlib.contextmanager
-def _noting(blocks: Iterable[nn.Module], into: list[Tensor]) -> Iterator[None]:
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _recording(blocks: Iterable[nn.Module], into: list[Tensor]) -> Iterator[None]:
+    """Append the states that enter each of the blocks to a list."""
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         into.append(args[0] if args else kwargs["hidden_states"])
 
-    handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]
+    handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
     try:
         yield
     finally:
@@ -95,6 +97,8 @@ def _noting(blocks: Iterable[nn.Module], into: list[Tensor]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stopping_before(block: nn.Module) -> Iterator[None]:
+    """Raise _Reached with the states that enter a block."""
+
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _Reached(args[0] if args else kwargs["hidden_states"])
 

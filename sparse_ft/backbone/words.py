@@ -1,4 +1,4 @@
-"""Words of a raw text, with character offsets, split as the annotated corpora were; and how a word is written."""
+"""Split raw text into words as annotated corpora do, with character offsets, and classify how a word is written."""
 
 import re
 import unicodedata
@@ -30,17 +30,17 @@ _WORD = re.compile(
 )
 
 SHAPES = ("none", "number", "punctuation", "code", "lower", "upper", "letter", "title", "mixed")
-"""``none`` is no word (special tokens, padding) and always adds 0.
+"""How a word is written. ``none`` stands for special tokens and padding, whose vector is always 0.
 
-The others, in order: 12, "!", 5km, house, NATO, J., London, McDonald.
+Examples of the others, in order: 12, "!", 5km, house, NATO, J., London, McDonald.
 """
 
 BLANK = "____"
-"""Where a word is left out of a text that is to be filled."""
+"""The blank in a text, to be filled with one of several words."""
 
 
 class Word(NamedTuple):
-    """A word and its place: ``start`` inclusive, ``end`` exclusive, in characters of the text as given."""
+    """A word with its first character ``start`` and ``end``, one past its last, in the text as given."""
 
     text: str
     start: int
@@ -51,48 +51,47 @@ def split_words(text: str, language: str = "en") -> list[Word]:
     """Split text into words.
 
     Args:
-        text: Any text, also empty.
-        language: ``zh``, also ``zh-CN`` and the like, makes every character that is not white space a word, as Chinese
-            corpora do.
+        text: Any text, also an empty one.
+        language: ``zh``, ``zh-CN`` and the like make every character except white space a word, as in Chinese corpora.
 
     Returns:
         Words in order; ``text[word.start:word.end] == word.text`` holds for each.
     """
     if language.lower().partition("-")[0] == "zh":
-        return [Word(character, place, place + 1) for place, character in enumerate(text) if not character.isspace()]
+        return [Word(character, start, start + 1) for start, character in enumerate(text) if not character.isspace()]
     words: list[Word] = []
     for chunk in _CHUNK.finditer(text):
         for match in _WORD.finditer(chunk.group()):
             start, end = chunk.start() + match.start(), chunk.start() + match.end()
-            if words and words[-1].end == start and _goes_on(words[-1].text[-1], text[start]):
+            if words and words[-1].end == start and _continues(words[-1].text[-1], text[start]):
                 start = words.pop().start
             words.append(Word(text[start:end], start, end))
     return words
 
 
 def join_words(words: Sequence[str]) -> str:
-    """Put words together as a text: with spaces, but for the scripts that are written without."""
+    """Join words to a text, with spaces except in scripts that are written without spaces."""
     return re.sub(rf"(?<=[{_SINGLE}]) (?=[{_SINGLE}])", "", " ".join(words))
 
 
-def _goes_on(before: str, after: str) -> bool:
-    """Say whether a word does not end between two characters: at a vowel sign or a soft hyphen, say, or behind one."""
+def _continues(before: str, after: str) -> bool:
+    """Tell whether two adjacent characters belong to one word because of a vowel sign, a soft hyphen or the like."""
     if _combines(after):
         return before.isalnum() or _combines(before)
     return _combines(before) and after.isalnum() and _ALONE.match(after) is None
 
 
 def _combines(character: str) -> bool:
-    """Whether a character is part of the one before it, or is not seen: a tokenizer may drop what is not."""
+    """Tell whether a character modifies the one before it, or is invisible, so that a tokenizer may drop it."""
     return character == "\u00ad" or (character > "\u02ff" and unicodedata.category(character) in _COMBINING)
 
 
 def cut_words(words: Sequence[Word], boundaries: set[int]) -> list[Word]:
-    """Cut words at character positions that fall inside them, so that no annotated span ends within a word.
+    """Cut words at the character positions inside them, so that no annotated span ends within a word.
 
     Args:
         words: Words in order.
-        boundaries: Character positions.
+        boundaries: Character positions in the text.
     """
     cut: list[Word] = []
     for word in words:
@@ -103,7 +102,7 @@ def cut_words(words: Sequence[Word], boundaries: set[int]) -> list[Word]:
 
 
 def word_shape(word: str) -> int:
-    """Return the index in SHAPES of how a word is written; letters without case count as lower."""
+    """Return the shape of a word, an index in SHAPES; letters without case count as lower."""
     letters = [character for character in word if character.isalpha()]
     digits = any(character.isdigit() for character in word)
     if not letters:

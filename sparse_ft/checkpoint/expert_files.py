@@ -17,7 +17,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from sparse_ft.backbone.backbone import MINILM_ID, Backbone
+from sparse_ft.backbone.backbone import Backbone
+from sparse_ft.backbone.model_folder import MINILM_ID
 from sparse_ft.checkpoint.folders import write_bytes
 from sparse_ft.errors import CheckpointError
 from sparse_ft.experts.model import SparseExpertModel

@@ -23,9 +23,10 @@ from sparse_ft.prediction.ensembles import Ensemble, ensemble_logits, equal_rout
 from sparse_ft.prediction.loaded_model import LoadedModel
 from sparse_ft.prediction.routes import Route
 from sparse_ft.prediction.rules import joined
-from sparse_ft.tasks.encoded_rows import EvalData, name_sources, prepare
+from sparse_ft.tasks.encoded_rows import EncodedRows, encode_rows
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.reading import read, rows_seen_in_train
+from sparse_ft.tasks.sources import name_sources
 from sparse_ft.tasks.spec import SPLITS, Split, TaskSpec
 
 _LOG = logging.getLogger("sparse_ft")
@@ -106,7 +107,7 @@ def evaluate_task(
     found = read(spec, data=source, splits=[split])
     if split not in found:
         raise DataError(f"Task {spec.name!r} has no {split} split in its data. Choose another with --split.")
-    data = prepare(found[split].to_dict(), spec=spec, encoder=encoder)
+    data = encode_rows(found[split].to_dict(), spec=spec, encoder=encoder)
     if data.num_rows == 0:
         raise DataError(
             f"The {split} split of task {spec.name!r} has no answers; its publisher hides them. Use --split validation."
@@ -128,7 +129,9 @@ def evaluate_task(
     else:
         stated = spec.language if spec.language != "en" else None  # which is also what files say nothing of
         by_row = route.name == "gate"
-        routing = route.rows(data.whole if by_row else data.examples, _texts(data), task=spec.name, language=stated)
+        routing = route.rows(
+            data.row_examples if by_row else data.examples, _texts(data), task=spec.name, language=stated
+        )
         own = routing.take([example.row for example in data.examples]) if by_row else routing
         predictions = predict_rows(model, spec, data, routing=own)
     score = score_rows(spec, data, predictions)
@@ -149,7 +152,7 @@ def _own_experts(model: SparseExpertModel, task: str, ensemble: Ensemble | None)
     return model.tasks[task].experts if ensemble is None else tuple(ensemble.experts)
 
 
-def _texts(data: EvalData) -> list[str]:
+def _texts(data: EncodedRows) -> list[str]:
     """Return the rows as text, as prediction shows them to rules."""
     if "text" not in data.columns:
         return [join_words(tokens) for tokens in data.columns["tokens"]]

@@ -10,7 +10,7 @@ from sparse_ft.experts.gates import Gate
 from sparse_ft.experts.inference import row_logits
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.routing import Routing
-from sparse_ft.tasks.encoded_rows import EvalData
+from sparse_ft.tasks.encoded_rows import EncodedRows
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.kinds.scores import Score
 from sparse_ft.tasks.spec import TaskSpec
@@ -19,7 +19,7 @@ from sparse_ft.tasks.spec import TaskSpec
 def predict_rows(
     model: SparseExpertModel,
     spec: TaskSpec,
-    data: EvalData,
+    data: EncodedRows,
     *,
     routing: Routing | None = None,
     gate: Gate | None = None,
@@ -49,11 +49,11 @@ def predict_rows(
 
 
 def score_rows(
-    spec: TaskSpec, data: EvalData, predictions: Sequence[Any], *, rows: Sequence[int] | None = None
+    spec: TaskSpec, data: EncodedRows, predictions: Sequence[Any], *, rows: Sequence[int] | None = None
 ) -> Score:
     """Score predictions, on all rows or on some places."""
     kind = find_kind(spec.kind)
-    references = kind.references(data.columns)
+    references = data.columns[kind.answer_column]
     places = range(data.num_rows) if rows is None else rows
     chosen, guessed = [references[place] for place in places], [predictions[place] for place in places]
     score = kind.score(chosen, guessed, labels=spec.label_names or [], out_of_scope=spec.out_of_scope)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sparse_ft.backbone.batching import Batch, collate, length_batches, token_limit
-from sparse_ft.backbone.encoding import NEVER, Example
-from sparse_ft.backbone.trunk import keep_trunk
+from sparse_ft.backbone.encoding import NO_TOKEN_LOGIT, Example
+from sparse_ft.backbone.trunk import cache_trunk
 from sparse_ft.errors import ConfigError
 from sparse_ft.experts.gates import Gate
 from sparse_ft.experts.model import SparseExpertModel
@@ -95,7 +95,7 @@ def _blank_logits(model: SparseExpertModel, task: str, texts: EncodedTexts) -> l
     num_outputs = model.head(task).linear.out_features
     if texts.num_parts is None:
         return [torch.zeros(num_outputs) for _ in range(texts.num_rows)]
-    untagged = torch.full((num_outputs,), NEVER)
+    untagged = torch.full((num_outputs,), NO_TOKEN_LOGIT)
     untagged[0] = 0.0
     return [untagged.repeat(parts, 1) for parts in texts.num_parts]
 
@@ -214,7 +214,7 @@ def with_trunks(
     backbone = model.backbone
     lowest = min(model.first_block, backbone.num_blocks - 1)  # a model without experts has no block with experts
     with model.slot.filled(ForwardPass(None)):
-        return keep_trunk(
+        return cache_trunk(
             backbone.model,
             backbone.blocks,
             examples,

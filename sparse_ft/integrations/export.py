@@ -14,7 +14,7 @@ from sparse_ft.integrations.exporters.int8 import int8_scores, quantise
 from sparse_ft.integrations.model_card import model_card
 from sparse_ft.integrations.round_trip import TOLERANCE, Difference
 from sparse_ft.prediction.loaded_model import LoadedModel, load
-from sparse_ft.tasks.encoded_rows import name_sources
+from sparse_ft.tasks.sources import name_sources
 
 RECORD = "export.json"
 """What an export says of itself; also what ``import`` reads."""

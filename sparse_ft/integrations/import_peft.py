@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_ft.backbone.backbone import MINILM_ID, Backbone, load_backbone
+from sparse_ft.backbone.backbone import Backbone, load_backbone
+from sparse_ft.backbone.model_folder import MINILM_ID
 from sparse_ft.checkpoint.checkpoint import save_checkpoint
 from sparse_ft.checkpoint.expert_files import ADAPTER_CONFIG, read_adapter, read_adapter_config, read_head
 from sparse_ft.checkpoint.manifest import MANIFEST, check_name

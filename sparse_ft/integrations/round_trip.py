@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_ft.backbone.encoding import ODD_TEXTS, Encoder
+from sparse_ft.backbone.encoding import PROBE_TEXTS, Encoder
 from sparse_ft.backbone.words import SHAPES, split_words, word_shape
 from sparse_ft.errors import ExportError, SparseFTError
 from sparse_ft.prediction.loaded_model import LoadedModel
@@ -75,10 +75,10 @@ def sample_texts(model: LoadedModel, task: str) -> list[Text]:
         rows = [row for name in _BUNDLED for row in _rows(load_task(name), None)[: ROWS // len(_BUNDLED)]]
     example = [spec.example] if spec.example and not pairs else []
     if pairs:
-        odd: list[Text] = list(zip(ODD_TEXTS, reversed(ODD_TEXTS), strict=True))
+        odd: list[Text] = list(zip(PROBE_TEXTS, reversed(PROBE_TEXTS), strict=True))
         texts = odd + [row if isinstance(row, tuple) else (row, row[::-1]) for row in rows]
     else:
-        texts = [*ODD_TEXTS, *example, *rows]
+        texts = [*PROBE_TEXTS, *example, *rows]
     tokenizer = model.checkpoint.model.backbone.tokenizer
     return [text for text in texts if tokenizer(*([text] if isinstance(text, str) else text))["input_ids"]]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sparse_ft.backbone.encoding import ODD_TEXTS
+from sparse_ft.backbone.encoding import PROBE_TEXTS
 from sparse_ft.checkpoint.checkpoint import Checkpoint, load_checkpoint, load_task_into, save_checkpoint
 from sparse_ft.checkpoint.expert_files import ADAPTER_CONFIG, load_expert, read_adapter
 from sparse_ft.checkpoint.folders import recover_folder
@@ -312,7 +312,7 @@ def _check_tokenizer(checkpoint: Checkpoint, path: Path) -> None:
     for tokenizer in pair:
         tokenizer.no_truncation()
         tokenizer.no_padding()
-    theirs, ours = ([(row.ids, row.offsets) for row in tokenizer.encode_batch(list(ODD_TEXTS))] for tokenizer in pair)
+    theirs, ours = ([(row.ids, row.offsets) for row in tokenizer.encode_batch(list(PROBE_TEXTS))] for tokenizer in pair)
     if theirs != ours:
         raise CheckpointError(
             f"The experts of {str(path)!r} were trained on the same backbone, but with another tokenizer than those of "

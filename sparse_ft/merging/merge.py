@@ -21,7 +21,7 @@ from sparse_ft.merging.merged_tasks import AVERAGE, MergedTask, group_tasks, ins
 from sparse_ft.merging.methods import MERGE_METHODS
 from sparse_ft.merging.search import BUDGET, ROWS, Search, require_optuna, search_settings
 from sparse_ft.prediction.routes import Route
-from sparse_ft.tasks.encoded_rows import name_sources
+from sparse_ft.tasks.sources import name_sources
 from sparse_ft.tasks.spec import SPLITS, Split, TaskSpec
 from sparse_ft.training.gate_stage import add_gate, kept_rows
 

@@ -15,7 +15,7 @@ from sparse_ft.experts.named_experts import Expert
 from sparse_ft.merging.merged_expert import MergeSettings, merge_experts
 from sparse_ft.merging.merged_tasks import MergedTask, install
 from sparse_ft.merging.methods import MERGE_METHODS
-from sparse_ft.tasks.encoded_rows import EvalData, prepare
+from sparse_ft.tasks.encoded_rows import EncodedRows, encode_rows
 from sparse_ft.tasks.reading import read
 from sparse_ft.tasks.spec import TaskSpec
 
@@ -129,7 +129,7 @@ def _candidate(trial: Any, start: MergeSettings, *, names: Sequence[str]) -> Mer
 
 def _validation_rows(
     checkpoint: Checkpoint, tasks: Sequence[MergedTask], *, rows: int, seed: int
-) -> list[tuple[TaskSpec, EvalData]]:
+) -> list[tuple[TaskSpec, EncodedRows]]:
     """Read and encode validation rows of all tasks that go into a merge."""
     encoder = Encoder(checkpoint.model.backbone, max_length=checkpoint.config.data.max_length)
     found = []
@@ -139,7 +139,7 @@ def _validation_rows(
             split = read(spec, data=part.source, splits=["validation"]).get("validation")
             if split is not None and len(split) > rows:
                 split = split.shuffle(seed=seed).select(range(rows))
-            data = None if split is None else prepare(split.to_dict(), spec=spec, encoder=encoder)
+            data = None if split is None else encode_rows(split.to_dict(), spec=spec, encoder=encoder)
             if data is None or data.num_rows == 0:
                 raise DataError(f"Task {part.name!r} has no validation rows with answers, which --search needs.")
             found.append((spec, data))

@@ -254,7 +254,7 @@ class Answering:
     def _keeps_trunk(self) -> bool:
         """Whether what lies below the experts can be computed once for several tasks."""
         model = self.checkpoint.model
-        return model.first_block > 0 and model.backbone.family.keeps_trunk
+        return model.first_block > 0 and model.backbone.family.caches_trunk
 
     def _plain(self, texts: Sequence[Text]) -> list[Example]:
         """Encode texts or pairs without regard to a task; choices are not seen."""
@@ -322,7 +322,7 @@ class Answering:
     def _examples(self, task: str, texts: Sequence[Text], *, shared: Mapping[_Key, Example]) -> EncodedTexts:
         """Encode texts for a task, with what has been computed of them."""
         spec = self.tasks[task]
-        num_parts = find_kind(spec.kind).parts(columns_of(spec, texts), language=spec.language)
+        num_parts = find_kind(spec.kind).num_parts(columns_of(spec, texts), language=spec.language)
         with self.lock:  # a tokenizer keeps its truncation settings in itself
             examples: Sequence[Example] = self._encoded(task, texts)
         if shared:

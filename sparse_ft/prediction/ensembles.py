@@ -18,7 +18,8 @@ from sparse_ft.experts.inference import row_logits, with_hidden_states
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.routing import Routing
 from sparse_ft.tasks.kinds import find_kind
-from sparse_ft.tasks.kinds.decoding import best_legal_tags
+from sparse_ft.tasks.kinds.constrained_decoding import best_legal_tags
+from sparse_ft.tasks.kinds.kind import logits_of, probabilities_of
 from sparse_ft.tasks.kinds.multi_label import THRESHOLD
 from sparse_ft.tasks.schemes import Span, spans_from_tags
 from sparse_ft.tasks.spec import TaskSpec
@@ -60,7 +61,7 @@ def average(rows: Tensor, *, kind: str) -> Tensor:
         Logits whose probabilities are the mean of those of the members, [L] or [N, L].
     """
     own = find_kind(kind)
-    return own.logits(own.probabilities(rows).mean(0))
+    return logits_of(own, probabilities_of(own, rows).mean(0))
 
 
 def vote(rows: Tensor, *, kind: str, outputs: Sequence[str]) -> Tensor:
@@ -76,7 +77,7 @@ def vote(rows: Tensor, *, kind: str, outputs: Sequence[str]) -> Tensor:
         but no less than a little more than an even share.
     """
     own = find_kind(kind)
-    return own.logits(_VOTES[kind](own.probabilities(rows), outputs))
+    return logits_of(own, _VOTES[kind](probabilities_of(own, rows), outputs))
 
 
 def _vote_label(probabilities: Tensor, outputs: Sequence[str]) -> Tensor:
@@ -107,7 +108,7 @@ class _Candidate(NamedTuple):
 
 def _vote_spans(probabilities: Tensor, outputs: Sequence[str]) -> Tensor:
     """Keep the spans that over half of the experts found, and those of half who are surer there than the others."""
-    logits = find_kind("token_classification").logits(probabilities)
+    logits = logits_of(find_kind("token_classification"), probabilities)
     paths = [best_legal_tags(member, outputs) for member in logits]
     places = torch.tensor(paths, dtype=torch.long).view(*probabilities.shape[:2], 1)
     confidence = probabilities.gather(2, places).squeeze(2)  # [M, N]

@@ -17,6 +17,7 @@ from sparse_ft.prediction.requests import Request, RequestLike, Text, read_reque
 from sparse_ft.prediction.rules import Rules, load_rules
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.kinds.answers import Prediction
+from sparse_ft.tasks.kinds.kind import probabilities_of
 from sparse_ft.tasks.spec import TaskSpec
 
 CHUNK = 256
@@ -140,7 +141,7 @@ class LoadedModel:
         (name,) = self._answering.task_names([task])
         rows = self._answering.row_logits(name, [texts] if isinstance(texts, str) else list(texts))
         kind = find_kind(self.tasks[name].kind)
-        if kind.level == "word" or kind.by_row:
+        if kind.level == "word" or kind.grouped:
             return rows
         return torch.stack(rows) if rows else torch.zeros(0, self.checkpoint.model.head(name).linear.out_features)
 
@@ -158,7 +159,7 @@ class LoadedModel:
             raise ConfigError(
                 f"Task {name!r} is about {parts} and has no probabilities of a text. Ask logits for those of {parts}."
             )
-        return kind.probabilities(logits)
+        return probabilities_of(kind, logits)
 
 
 def load(

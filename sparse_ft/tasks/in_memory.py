@@ -11,9 +11,9 @@ import pandas
 from sparse_ft.errors import DataError
 from sparse_ft.tasks.columns import fitting_columns, text_column, wanted_columns
 from sparse_ft.tasks.dividing import cut_validation, divide_rows
-from sparse_ft.tasks.formats import named_records
 from sparse_ft.tasks.records import Record
 from sparse_ft.tasks.spec import SPLITS, Split, TaskSpec
+from sparse_ft.tasks.table_formats import named_records
 
 InMemory: TypeAlias = datasets.Dataset | datasets.DatasetDict | pandas.DataFrame | tuple[Sequence[Any], Sequence[Any]]
 """A DatasetDict with the splits train, validation and test; or rows without splits, also as ``(texts, labels)``."""
@@ -25,7 +25,7 @@ def to_splits(spec: TaskSpec, data: InMemory) -> dict[Split, list[Record]]:
     """Turn data in memory into the records of each split.
 
     Args:
-        spec: The task, whose ``columns`` name the columns of the data; its columns may also bear our names.
+        spec: The task, whose ``columns`` name the columns of the data; a column may also have our name.
         data: A DatasetDict keeps its splits; a missing validation split is a fixed tenth of train, taken out of train.
             Rows without splits are divided 80/10/10 by a fixed seed, as the rows of one file are. The second part of a
             tuple holds labels, lists of labels (``multi_label``), or tags or spans (``token_classification``).
@@ -121,7 +121,7 @@ def _record(values: Mapping[str, Any], name: str, row: int) -> Record:
 
 
 def _plain(value: Any) -> Any:
-    """Turn numpy's values into Python's, and what pandas holds for a missing value into None."""
+    """Convert numpy's values to Python's, and missing values of pandas to None."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, list | tuple):

@@ -1,6 +1,6 @@
-r"""A row of any source, and how files are found and read.
+r"""Records: rows of any source. How data files are located and decoded, and how values become text.
 
-Text is split into lines at ``\n`` only: U+2028, U+0085 and the like occur inside texts and as tokens.
+Lines end at ``\n`` only: U+2028, U+0085 and the like occur inside texts and as tokens.
 """
 
 import difflib
@@ -17,27 +17,41 @@ from sparse_ft.tasks.spec import Column
 _BOM = b"\xef\xbb\xbf"
 _REST = re.compile(r"(\d+)\.\.")
 QUESTION = "question"
-"""Unit of a record that is one of several questions on a text; they are counted through the file."""
+"""Noun of a record that is one of several questions about a text; questions are counted through the file."""
 SENTENCE = "sentence at line"
-"""Unit of a record whose words stand one a line, from line ``number`` on."""
+"""Noun of a record whose words stand on separate lines, from line ``number`` on."""
 
 
 class Record(NamedTuple):
-    """One row of a source, and where it stands for messages."""
+    """One row of a source, and its location for messages."""
 
     values: dict[str, Any] | list[Any]
     """Values by column name, or by position where the source has no names."""
     path: str
     number: int
-    """1-based line, record or row, as ``unit`` says."""
-    unit: str = "line"
+    """1-based number of the line, record, row …"""
+    noun: str = "line"
+    """Noun that ``number`` counts."""
     row: int = 0
-    """0-based position among the rows of its split, before anything is left out."""
+    """0-based index of the row in its split, before any row is left out."""
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """The file and the line, for messages."""
-        return f"{self.path!r}, {self.unit} {self.number}"
+        return f"{self.path!r}, {self.noun} {self.number}"
+
+
+class FileOptions(NamedTuple):
+    """The layout of a file, as far as its format leaves it open."""
+
+    columns: dict[str, Column]
+    """Our column to the source's; readers of ``conll`` and ``lines`` read no other columns."""
+    separator: str | None = None
+    """Column separator of ``conll``; None is any run of spaces and tabs."""
+    header: bool | None = True
+    """Whether the first row of a ``csv`` or ``tsv`` is a header; None: if it holds the name of a wanted column."""
+    key: str | None = None
+    """Key of a ``json`` object that holds the list of rows."""
 
 
 def locate(folder: Path, name: str) -> Path:
@@ -56,7 +70,7 @@ def locate(folder: Path, name: str) -> Path:
 
 
 def read_text(path: Path) -> str:
-    """Read a whole UTF-8 file, unzipping ``.gz``; a byte-order mark is removed.
+    """Read a UTF-8 file; decompress ``.gz`` and drop a byte-order mark.
 
     Raises:
         DataError: If the file cannot be read, is a broken gzip or is not UTF-8.
@@ -71,7 +85,7 @@ def read_text(path: Path) -> str:
         ) from error
     except OSError as error:
         raise DataError(
-            f"Data file {str(path)!r} cannot be read: {error.strerror}. Check the path and its rights."
+            f"Data file {str(path)!r} cannot be read: {error.strerror}. Check the path and its permissions."
         ) from error
     offset = len(_BOM) if data.startswith(_BOM) else 0
     try:
@@ -84,8 +98,15 @@ def read_text(path: Path) -> str:
         ) from error
 
 
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield 1-based line numbers and lines without their end."""
+    lines = read_text(path).split("\n")
+    for number, line in enumerate(lines[:-1] if not lines[-1] else lines, start=1):
+        yield number, line.removesuffix("\r")
+
+
 def pick(record: Record, column: Column) -> Any:
-    """Take the value of a column.
+    """Return the value of a column.
 
     Args:
         record: A record.
@@ -93,7 +114,7 @@ def pick(record: Record, column: Column) -> Any:
             space; or a list of columns, joined by a space, without those that are null.
 
     Raises:
-        DataError: If there is no such column; names those there are.
+        DataError: If there is no such column; lists the columns that exist.
     """
     if isinstance(column, list):
         parts = [value for value in (pick(record, part) for part in column) if value is not None]
@@ -117,7 +138,8 @@ def _missing_column(record: Record, column: str | int) -> str:
         there = "The columns are: " + ", ".join(record.values) + "."
     else:
         hint, there = "", f"There are {len(record.values)} columns, without names."
-    return f"No column {column!r} in {record.place}.{hint} {there} Name the columns in the task file under `columns`."
+    advice = "Name the columns in the task file under `columns`."
+    return f"No column {column!r} in {record.location}.{hint} {there} {advice}"
 
 
 def plain_text(value: Any) -> str:
@@ -126,7 +148,7 @@ def plain_text(value: Any) -> str:
 
 
 def label_text(value: Any) -> str:
-    """Write a single value as the text that a YAML file would give for it: ``true``, ``1``, ``news``."""
+    """Write a label as the text that a YAML file would hold: ``true``, ``1``, ``news``."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():
@@ -137,10 +159,3 @@ def label_text(value: Any) -> str:
 def split_tokens(line: str, separator: str | None = None) -> list[str]:
     """Split at the separator, by default at runs of spaces and tabs; other Unicode white space may be a token."""
     return line.split(separator) if separator else re.split(r"[ \t]+", line.strip(" \t"))
-
-
-def text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield 1-based line numbers and lines without their end."""
-    lines = read_text(path).split("\n")
-    for number, line in enumerate(lines[:-1] if not lines[-1] else lines, start=1):
-        yield number, line.removesuffix("\r")

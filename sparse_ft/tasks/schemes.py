@@ -1,7 +1,7 @@
-"""Tagging schemes: IOB1, IOB2, BIOES and BMES to IOB2, and entity spans out of tags.
+"""Tagging schemes: convert IOB1, IOB2, BIOES and BMES to IOB2, and tags to entity spans.
 
-A span is found as conlleval finds it: an entity ends where the type changes, at ``O`` and before ``B-``; an ``I-`` that
-follows no entity of its type starts one. https://www.clips.uantwerpen.be/conll2003/ner/
+Spans are those of conlleval: an entity ends where the type changes, at ``O`` and before ``B-``. An ``I-`` that follows
+no entity of its type starts one. https://www.clips.uantwerpen.be/conll2003/ner/
 """
 
 from collections.abc import Sequence
@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 from sparse_ft.errors import DataError, unknown_name
 
-# Prefixes of each scheme: those that begin an entity, those that continue one.
 SCHEMES: dict[str, tuple[str, str]] = {
     "iob1": ("B", "I"),
     "iob2": ("B", "I"),
     "bioes": ("BS", "IE"),
     "bmes": ("BS", "ME"),
 }
+"""Prefixes of each scheme: those that begin an entity, and those that continue one."""
 
 
 class Span(NamedTuple):
@@ -32,37 +32,17 @@ def split_tag(tag: str) -> tuple[str, str]:
     return prefix, entity_type
 
 
-def check_scheme(scheme: str) -> None:
-    """Refuse an unknown scheme name.
-
-    Raises:
-        DataError: With the accepted names.
-    """
-    if scheme not in SCHEMES:
-        raise DataError(unknown_name("label_scheme", scheme, SCHEMES))
-
-
 def to_iob2(tags: Sequence[str], scheme: str = "iob2") -> list[str]:
     """Convert the tags of one sentence to IOB2.
 
     Args:
-        tags: One tag a word, written in ``scheme``.
+        tags: One tag per word, all valid (see ``first_invalid``) in ``scheme``.
         scheme: A key of SCHEMES.
 
     Returns:
-        As many IOB2 tags. A continuation without a beginning starts an entity, so the entities stay those of conlleval.
-
-    Raises:
-        DataError: If a tag is not valid in the scheme.
+        As many IOB2 tags. A continuation without a beginning starts an entity, so conlleval finds the same entities.
     """
-    invalid = first_invalid(tags, scheme)
-    begins, continues = SCHEMES[scheme]
-    if invalid is not None:
-        accepted = ", ".join(f"{letter}-TYPE" for letter in begins + continues)
-        raise DataError(
-            f"Tag {tags[invalid]!r} at word {invalid + 1} is not valid in label scheme {scheme!r}. "
-            f"Expected O, {accepted}. Set label_scheme in the task file to the scheme of the data, or correct the tag."
-        )
+    _, continues = SCHEMES[scheme]
     converted: list[str] = []
     open_type = ""
     for tag in tags:
@@ -78,46 +58,40 @@ def to_iob2(tags: Sequence[str], scheme: str = "iob2") -> list[str]:
 
 
 def first_invalid(tags: Sequence[str], scheme: str) -> int | None:
-    """Find the first tag that the scheme does not have.
+    """Find the first tag that is not valid in the scheme.
 
     Returns:
-        Its position, or None if all are valid.
+        The index of the tag, or None if all are valid.
 
     Raises:
         DataError: If the scheme is unknown.
     """
-    check_scheme(scheme)
+    if scheme not in SCHEMES:
+        raise DataError(unknown_name("label_scheme", scheme, SCHEMES))
     prefixes = set("".join(SCHEMES[scheme]))
-    for position, tag in enumerate(tags):
+    for index, tag in enumerate(tags):
         prefix, entity_type = split_tag(tag)
         if tag != "O" and not (entity_type and prefix in prefixes):
-            return position
+            return index
     return None
 
 
 def spans_from_tags(tags: Sequence[str]) -> list[Span]:
-    """Read the entity spans out of IOB1 or IOB2 tags, as conlleval does.
-
-    Args:
-        tags: One tag a word.
-
-    Returns:
-        Spans in order, over word positions.
-    """
+    """Convert IOB1 or IOB2 tags, one per word, to the entity spans of conlleval, in order."""
     spans: list[Span] = []
     open_type, start = "", 0
-    for position, tag in enumerate([*tags, "O"]):
+    for index, tag in enumerate([*tags, "O"]):
         prefix, entity_type = split_tag(tag)
         if open_type and (prefix != "I" or entity_type != open_type):
-            spans.append(Span(open_type, start, position))
+            spans.append(Span(open_type, start, index))
             open_type = ""
         if prefix != "O" and not open_type:
-            open_type, start = entity_type, position
+            open_type, start = entity_type, index
     return spans
 
 
 def tags_from_spans(spans: Sequence[Span], length: int) -> list[str]:
-    """Write spans over word positions as IOB2 tags; of overlapping spans the first given wins."""
+    """Convert spans over words to IOB2 tags; of overlapping spans the first one counts."""
     tags = ["O"] * length
     for span in spans:
         if all(tag == "O" for tag in tags[span.start : span.end]):

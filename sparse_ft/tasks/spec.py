@@ -1,4 +1,4 @@
-"""What a task is: data, labels and metric, declared in one YAML file. Knows nothing of tensors."""
+"""Tasks: data, labels and metric, declared in one YAML file. Knows nothing of tensors."""
 
 import re
 from collections.abc import Sequence
@@ -24,44 +24,48 @@ class HubSource(_Section):
     """A data set that the ``datasets`` library loads: a hub id, or a local folder in hub layout."""
 
     path: str
-    """Hub id or folder."""
+    """Hub id, or path of a folder."""
     name: str | None = None
-    """Configuration of the data set."""
+    """Configuration of the data set; null is its default."""
     revision: str | None = None
+    """Commit, tag or branch on the hub; null is the main branch."""
     splits: dict[Split, str] = Field(default_factory=dict)
-    """Our split name to the hub's, where they differ; ``validation`` may be missing on the hub."""
+    """Our split name to the hub's, where they differ. Without a validation split, a tenth of train is held out."""
     columns: dict[str, Column] | None = None
-    """Columns on the hub, where they differ from the task's ``columns``."""
+    """Our column to the hub's; null takes ``columns`` of the task."""
     labels: dict[str, str] | None = None
-    """Label values on the hub to names, where they differ from the task's ``labels``."""
+    """Label values on the hub to names; null takes ``labels`` of the task."""
     label_scheme: str | None = None
+    """Tagging scheme on the hub; null takes ``label_scheme`` of the task."""
 
 
 class FileSource(_Section):
-    """Local files, as published. A name may be that of the file without ``.gz``."""
+    """Local files as published. The ``.gz`` of a compressed file may be left out of its name."""
 
     format: Literal[
         "conll", "csv", "tsv", "jsonl", "json", "cluener", "cluewsc", "squad", "c3", "chid", "parquet", "lines"
     ]
+    """Format of all files."""
     root: str | None = None
-    """Folder of the files, relative to the task file; used when no ``--data`` is given."""
+    """Folder of the files, relative to the task file; used without ``--data``."""
     separator: str | None = None
-    """Column separator of ``conll`` (default: any white space)."""
+    """Column separator of ``conll``; null is any run of spaces and tabs."""
     header: bool = True
     """Whether the first line of a ``csv`` or ``tsv`` names the columns."""
     train: str | list[str] | None = None
-    """File, or several; ``file.json#key`` takes one key of a JSON object; a folder for ``lines``."""
+    """One file or several; ``file.json#key`` selects one key of a JSON object; a folder for ``lines``."""
     validation: str | list[str] | None = None
-    """Missing: one tenth of train is cut off by a fixed seed."""
+    """As ``train``; null holds out a tenth of train by a fixed seed."""
     test: str | list[str] | None = None
+    """As ``train``."""
     unlabelled: list[Split] = Field(default_factory=list)
-    """Splits whose labels are hidden by the publisher."""
+    """Splits whose labels the publisher hides."""
 
 
 def _all_different(names: list[str]) -> list[str]:
-    twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
+    twice = next((name for index, name in enumerate(names) if name in names[:index]), None)
     if twice is not None:
-        raise ValueError(f"{twice!r} stands there twice")
+        raise ValueError(f"{twice!r} is listed twice")
     return names
 
 
@@ -69,57 +73,65 @@ class TaskSpec(_Section):
     """A task as its YAML file declares it."""
 
     name: str
+    """Name of the task and of its expert and head."""
     kind: str
+    """classification, multi_label, token_classification, span_extraction or multiple_choice."""
     description: str = ""
+    """One line for ``sparse-ft tasks``."""
     language: str = Field(default="en", pattern=r"^[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*$")
-    """As in BCP 47, e.g. en, zh or pt-BR."""
+    """Language tag of BCP 47, e.g. en, zh or pt-BR; decides how raw text is split into words."""
     hub: HubSource | None = None
+    """Data set on the hub, used without ``--data`` unless the folder ``files.root`` exists."""
     files: FileSource | None = None
+    """Data in files."""
     columns: dict[str, Column] = Field(default_factory=dict)
     """Our column (``text``, ``text_pair``, ``label``, ``labels``, ``tokens``, ``tags``, ``spans``, ``choices``,
-    ``answer``, ``answers``) to the source's."""
+    ``answer``, ``answers``) to the source's name or 0-based position, where they differ."""
     labels: Annotated[list[str], AfterValidator(_all_different)] | dict[str, str] | None = None
-    """All label names in order, or source values mapped to names. None: the names found in train, sorted."""
+    """All label names in order, or source values mapped to names; null takes the names that occur in train, sorted."""
     drop_labels: list[str] = Field(default_factory=list)
-    """Rows with these source labels are left out, e.g. ``-`` where annotators disagreed."""
+    """Source labels whose rows are left out, e.g. ``-`` where annotators disagreed."""
     out_of_scope: str | None = None
     """The label that means "none of the others"."""
     label_scheme: str = "iob2"
-    """How tags are written in the source: iob1, iob2, bioes, bmes."""
+    """Tagging scheme of the source: iob1, iob2, bioes or bmes."""
     metric: str
-    """Name in METRICS, or ``evaluate:<id>``; decides early stopping and the headline. Higher is better."""
+    """Metric for early stopping and headlines, higher is better: a name in METRICS, or ``evaluate:<id>``."""
     leaks: dict[Split, list[int]] = Field(default_factory=dict)
-    """0-based rows of an evaluation split whose text also occurs in train."""
+    """0-based rows of an evaluation split whose text also occurs in train; scores are also given without them."""
     example: str = ""
+    """One row, for ``sparse-ft tasks NAME``."""
     license: str = ""
+    """License of the data."""
     source: str = ""
+    """Publication or address of the data."""
 
     @model_validator(mode="before")
     @classmethod
     def _text_labels(cls, values: Any) -> Any:
-        """Read YAML's numbers and booleans used as labels as the text that stands in the file."""
-        if isinstance(values, dict):
-            labels = values.get("labels")
-            if isinstance(labels, dict):
-                values = {**values, "labels": {_as_text(key): _as_text(name) for key, name in labels.items()}}
-            elif isinstance(labels, list):
-                values = {**values, "labels": [_as_text(name) for name in labels]}
-            if isinstance(values.get("drop_labels"), list):
-                values = {**values, "drop_labels": [_as_text(name) for name in values["drop_labels"]]}
-            if isinstance(values.get("out_of_scope"), int):
-                values = {**values, "out_of_scope": _as_text(values["out_of_scope"])}
+        """Turn labels that YAML reads as numbers or booleans into the text that stands in the file."""
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        if isinstance(values.get("labels"), dict):
+            values["labels"] = {_as_text(key): _as_text(name) for key, name in values["labels"].items()}
+        for key in ("labels", "drop_labels"):
+            if isinstance(values.get(key), list):
+                values[key] = [_as_text(name) for name in values[key]]
+        if isinstance(values.get("out_of_scope"), int):
+            values["out_of_scope"] = _as_text(values["out_of_scope"])
         return values
 
     @property
     def reads(self) -> Literal["text", "pair", "choices"]:
-        """What a row asks: about one text, about two, or to choose among choices beside one or two texts."""
+        """What a row consists of: one text, a pair of texts, or choices beside one or two texts."""
         if self.kind == "multiple_choice":
             return "choices"
         return "pair" if "text_pair" in self.columns or self.kind == "span_extraction" else "text"
 
     @property
     def has_labels(self) -> bool:
-        """Whether all rows have the same labels to choose from; else the answers are each row's own."""
+        """Whether all rows have the same labels; otherwise every row has answers of its own."""
         return self.kind not in {"span_extraction", "multiple_choice"}
 
     @property
@@ -130,10 +142,10 @@ class TaskSpec(_Section):
         return self.labels
 
     def with_labels(self, names: Sequence[str]) -> "TaskSpec":
-        """Return the task with these labels in this order; what a mapping says of the source stays.
+        """Return the task with these labels in this order; source values stay mapped to their names.
 
         Args:
-            names: All that a head decides between; for tags, the entity types.
+            names: All labels of the head; for tags, the entity types.
         """
         labels: list[str] | dict[str, str] = list(names)
         if isinstance(self.labels, dict):
@@ -144,7 +156,7 @@ class TaskSpec(_Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """Takes yes, no, on and off for words, as YAML 1.2 does: they are labels of many a task."""
+    """Reads yes, no, on and off as words, as YAML 1.2 does, because many tasks have such labels."""
 
 
 _BOOL = "tag:yaml.org,2002:bool"
@@ -165,17 +177,17 @@ def list_tasks() -> list[str]:
 
 
 def task_path(name_or_path: str | Path) -> Path:
-    """Find the YAML file of a bundled task name, or of a path to one.
+    """Find a task file by the name of a bundled task, or by its path.
 
     Raises:
         ConfigError: If there is neither such a bundled task nor such a file.
     """
-    given = Path(name_or_path)
-    if given.suffix in {".yaml", ".yml"}:
-        if not given.is_file():
+    path = Path(name_or_path)
+    if path.suffix in {".yaml", ".yml"}:
+        if not path.is_file():
             advice = "Give the path of a YAML file, or a bundled name."
-            raise ConfigError(f"Task file {str(given)!r} does not exist. {advice}")
-        return given
+            raise ConfigError(f"Task file {str(path)!r} does not exist. {advice}")
+        return path
     if str(name_or_path) not in list_tasks():
         advice = " See `sparse-ft tasks`, or give the path of a YAML file."
         raise ConfigError(unknown_name("task", str(name_or_path), list_tasks()) + advice)
@@ -206,9 +218,9 @@ def parse_task(values: Any, *, where: str, root: Path | None = None) -> TaskSpec
     """Check the content of a task file.
 
     Args:
-        values: What YAML or JSON gave; a mapping if all is well.
+        values: The parsed YAML or JSON; anything but a mapping is refused.
         where: The file, for messages.
-        root: Folder that a relative ``files.root`` refers to.
+        root: Folder that a relative ``files.root`` starts from.
 
     Raises:
         ConfigError: With the field path of every problem.

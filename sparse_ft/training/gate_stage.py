@@ -14,7 +14,7 @@ from sparse_ft.errors import ConfigError, SparseFTError
 from sparse_ft.evaluation.evaluate import Evaluation, evaluate
 from sparse_ft.experts.inference import text_routing
 from sparse_ft.experts.model import SparseExpertModel
-from sparse_ft.tasks.encoded_rows import name_sources, scored_splits
+from sparse_ft.tasks.sources import name_sources, scored_splits
 from sparse_ft.tasks.spec import TaskSpec
 from sparse_ft.training.checks import check_gate
 from sparse_ft.training.fit_gate import fit_gate, routing_accuracy
@@ -108,7 +108,7 @@ def note_accuracy(model: SparseExpertModel, ready: Mapping[str, TrainingTask], *
     for name, task in ready.items():
         experts, gate = model.tasks[name].experts, model.sequence_gate
         if gate is not None and set(experts) < set(gate.names):
-            accuracy = routing_accuracy(model, task.validation.whole, experts=experts)
+            accuracy = routing_accuracy(model, task.validation.row_examples, experts=experts)
             metrics.setdefault(name, {})["routing_accuracy"] = accuracy
             _LOG.info("The gate sends %.1f %% of the validation rows of %s to its expert", 100 * accuracy, name)
 

@@ -184,7 +184,7 @@ class Gradients:
     def _mean_loss(self, task: TrainingTask, groups: Sequence[int], logits: Tensor, targets: Tensor) -> Tensor:
         """Average the loss over the rows of one task; logits and targets are in the order of ``groups``."""
         kind, smoothing = find_kind(task.spec.kind), self.run.train.label_smoothing
-        if not kind.by_row:
+        if not kind.grouped:
             return kind.loss(logits, targets, label_smoothing=smoothing)
         sizes = [sum(len(task.examples[index].targets) for index in task.groups[group]) for group in groups]
         parts = zip(logits.split(sizes), targets.split(sizes), strict=True)

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from sparse_ft.backbone.batching import epoch_batches
 from sparse_ft.backbone.encoding import Example
-from sparse_ft.backbone.trunk import keep_trunk, trunk_bytes
+from sparse_ft.backbone.trunk import cache_trunk, trunk_bytes
 from sparse_ft.config import RunConfig
 from sparse_ft.errors import SparseFTError
 from sparse_ft.evaluation.scoring import predict_rows, score_rows
@@ -128,7 +128,7 @@ class _Loop:
                 mixture=self.run.train.mixture,
                 seed=self.run.seed,
                 epoch=number,
-                mix_tasks=self.model.backbone.family.routes_rows,
+                across_tasks=self.model.backbone.family.routes_rows,
             )
         ]
 
@@ -247,7 +247,7 @@ def _cache_trunks(
 ) -> Mapping[str, TrainingTask]:
     """Compute the states below the experts once for all rows, if they fit into ``limit`` bytes."""
     backbone, first_block = model.backbone, model.first_block
-    if first_block == 0 or not backbone.family.keeps_trunk or model.backbone_dropout:
+    if first_block == 0 or not backbone.family.caches_trunk or model.backbone_dropout:
         return tasks
     rows = [example for task in tasks.values() for example in (*task.examples, *task.validation.examples)]
     dtype = next(backbone.model.parameters()).dtype
@@ -255,7 +255,7 @@ def _cache_trunks(
         return tasks
 
     def cache(examples: list[Example]) -> list[Example]:
-        return keep_trunk(backbone.model, backbone.blocks, examples, first_block=first_block, pad_id=backbone.pad_id)
+        return cache_trunk(backbone.model, backbone.blocks, examples, first_block=first_block, pad_id=backbone.pad_id)
 
     return {
         name: replace(

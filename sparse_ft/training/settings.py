@@ -8,7 +8,7 @@ from sparse_ft.checkpoint.manifest import read_config, read_manifest
 from sparse_ft.checkpoint.outputs import default_output
 from sparse_ft.config import RunConfig, changed_config
 from sparse_ft.errors import ConfigError
-from sparse_ft.tasks.encoded_rows import name_sources
+from sparse_ft.tasks.sources import name_sources
 from sparse_ft.tasks.spec import load_task
 from sparse_ft.training.resume import find_resume
 

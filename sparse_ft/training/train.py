@@ -20,7 +20,7 @@ from sparse_ft.errors import ConfigError, SparseFTError
 from sparse_ft.evaluation.evaluate import Evaluation, evaluate
 from sparse_ft.evaluation.score_report import report_json
 from sparse_ft.experts.model import SparseExpertModel
-from sparse_ft.tasks.encoded_rows import name_sources, scored_splits
+from sparse_ft.tasks.sources import name_sources, scored_splits
 from sparse_ft.tasks.spec import Split, TaskSpec, load_task
 from sparse_ft.training.checks import check_gate, check_joint, check_kept_experts
 from sparse_ft.training.gate_stage import add_gate, kept_rows, note_accuracy, rows_by_expert, train_gate

@@ -8,7 +8,7 @@ from sparse_ft.backbone.encoding import Encoder, Example
 from sparse_ft.config import RunConfig
 from sparse_ft.errors import DataError, unknown_name
 from sparse_ft.evaluation.scoring import score_rows
-from sparse_ft.tasks.encoded_rows import EvalData, prepare, whole_rows
+from sparse_ft.tasks.encoded_rows import EncodedRows, encode_rows, examples_by_row
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.kinds.kind import IGNORED
 from sparse_ft.tasks.reading import label_names, read
@@ -27,12 +27,12 @@ class TrainingTask:
     """Training examples, one or several a row; each has at least one target."""
     row_examples: list[Example]
     """One example a training row, as a gate for texts reads it."""
-    validation: EvalData
+    validation: EncodedRows
 
     @cached_property
     def groups(self) -> list[list[int]]:
         """Indices of examples that are learned together: those of a row if the kind goes by row, else each alone."""
-        if not find_kind(self.spec.kind).by_row:
+        if not find_kind(self.spec.kind).grouped:
             return [[index] for index in range(len(self.examples))]
         groups: dict[int, list[int]] = {}
         for index, example in enumerate(self.examples):
@@ -47,7 +47,7 @@ class TrainingTask:
     @cached_property
     def num_targets(self) -> list[int]:
         """Number of targets of each group that a mean loss counts: 1 if the kind goes by row."""
-        if find_kind(self.spec.kind).by_row:
+        if find_kind(self.spec.kind).grouped:
             return [1] * len(self.groups)
         return [sum(target != IGNORED for target in example.targets) for example in self.examples]
 
@@ -88,14 +88,14 @@ def prepare_task(
         rows = rows.shuffle(seed=run.seed).select(range(run.data.train_limit))
     columns = rows.to_dict()
     examples = kind.encode(columns, encoder=encoder, labels=labels, language=spec.language)
-    row_examples = whole_rows(examples, columns, spec=spec, encoder=encoder)
+    row_examples = examples_by_row(examples, columns, spec=spec, encoder=encoder)
     examples = [example for example in examples if any(target != IGNORED for target in example.targets)]
-    validation = prepare(splits["validation"].to_dict(), spec=spec, encoder=encoder)
+    validation = encode_rows(splits["validation"].to_dict(), spec=spec, encoder=encoder)
     if not examples or validation.num_rows == 0:
         raise DataError(
             f"Task {spec.name!r} has {len(examples)} training and {validation.num_rows} validation rows with answers."
         )
-    score_rows(spec, validation, kind.references(validation.columns))  # refuses an impossible metric before training
+    score_rows(spec, validation, validation.columns[kind.answer_column])  # refuses an impossible metric before training
     return TrainingTask(spec, examples, row_examples, validation)
 
 

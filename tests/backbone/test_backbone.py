@@ -10,8 +10,9 @@ import torch
 from tiny_backbones import BLOCKS, HIDDEN
 from torch import nn
 
-from sparse_ft.backbone.backbone import MINILM_SHA256, load_backbone
+from sparse_ft.backbone.backbone import load_backbone
 from sparse_ft.backbone.encoding import Encoder
+from sparse_ft.backbone.model_folder import MINILM_SHA256
 from sparse_ft.errors import BackboneError
 from sparse_ft.resources import packaged_minilm_dir
 
@@ -230,7 +231,7 @@ def test_a_spoilt_folder_is_refused(copy_of, spoil, message):
     ("minilm", r"could not be fetched from the hub .*pip install \"sparse-ft\[offline\]\""),
 ])  # fmt: skip
 def test_a_name_without_a_backbone_is_refused(monkeypatch, name, message):
-    monkeypatch.setattr("sparse_ft.backbone.backbone.packaged_minilm_dir", lambda: None)
+    monkeypatch.setattr("sparse_ft.backbone.model_folder.packaged_minilm_dir", lambda: None)
     monkeypatch.setenv("HF_HOME", "/nothing/here")
     with pytest.raises(BackboneError, match=message):
         load_backbone(name)
@@ -241,7 +242,7 @@ def test_other_weights_than_the_published_or_those_of_the_checkpoint_are_refused
         BackboneError, match=rf"have sha256 [0-9a-f]{{64}}, which is not that of the checkpoint's .*: {'0' * 64}\."
     ):
         load_backbone(str(tiny_bert), expected_sha256="0" * 64)
-    monkeypatch.setattr("sparse_ft.backbone.backbone.packaged_minilm_dir", lambda: tiny_bert)
+    monkeypatch.setattr("sparse_ft.backbone.model_folder.packaged_minilm_dir", lambda: tiny_bert)
     with pytest.raises(
         BackboneError, match=rf"weights of backbone 'minilm' .* which is not the published one: {MINILM_SHA256}"
     ):

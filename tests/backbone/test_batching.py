@@ -87,14 +87,14 @@ def lengths():
     return {"names": conll_lengths(300), "mood": conll_lengths(170, seed=1), "topic": conll_lengths(9, seed=2)}
 
 
-@pytest.mark.parametrize("mix_tasks", [True, False])
+@pytest.mark.parametrize("across_tasks", [True, False])
 @pytest.mark.parametrize("batch_size", [1, 8, 32, 1000])
-def test_every_row_is_in_one_batch_and_batches_are_full(lengths, mix_tasks, batch_size):
-    plan = plan_of(lengths, mix_tasks=mix_tasks, batch_size=batch_size)
+def test_every_row_is_in_one_batch_and_batches_are_full(lengths, across_tasks, batch_size):
+    plan = plan_of(lengths, across_tasks=across_tasks, batch_size=batch_size)
     rows = sorted(pair for batch in plan for pair in batch)
     assert rows == sorted((task, row) for task, own in lengths.items() for row in range(len(own)))
     assert all(1 <= len(batch) <= batch_size for batch in plan)
-    groups = [sum(map(len, lengths.values()))] if mix_tasks else list(map(len, lengths.values()))
+    groups = [sum(map(len, lengths.values()))] if across_tasks else list(map(len, lengths.values()))
     assert len(plan) == sum(math.ceil(size / batch_size) for size in groups)
 
 
@@ -108,23 +108,23 @@ def test_rows_of_a_task_are_adjacent_in_a_batch(lengths):
 
 
 def test_without_mixing_a_batch_holds_one_task_and_tasks_take_turns(lengths):
-    plan = plan_of(lengths, mix_tasks=False)
+    plan = plan_of(lengths, across_tasks=False)
     assert all(len({task for task, _ in batch}) == 1 for batch in plan)
     order = [batch[0][0] for batch in plan]
     assert sum(left != right for left, right in pairwise(order)) > 10
 
 
 @pytest.mark.parametrize("mixture", MIXTURES)
-@pytest.mark.parametrize("mix_tasks", [True, False])
-def test_the_plan_depends_on_its_arguments_only(lengths, mixture, mix_tasks):
+@pytest.mark.parametrize("across_tasks", [True, False])
+def test_the_plan_depends_on_its_arguments_only(lengths, mixture, across_tasks):
     random.seed(0)
     torch.manual_seed(0)
-    first = plan_of(lengths, mixture=mixture, mix_tasks=mix_tasks, epoch=2)
+    first = plan_of(lengths, mixture=mixture, across_tasks=across_tasks, epoch=2)
     random.seed(1)
     torch.manual_seed(1)
-    assert plan_of(lengths, mixture=mixture, mix_tasks=mix_tasks, epoch=2) == first
-    assert plan_of(lengths, mixture=mixture, mix_tasks=mix_tasks, epoch=3) != first
-    assert plan_of(lengths, mixture=mixture, mix_tasks=mix_tasks, epoch=2, seed=4) != first
+    assert plan_of(lengths, mixture=mixture, across_tasks=across_tasks, epoch=2) == first
+    assert plan_of(lengths, mixture=mixture, across_tasks=across_tasks, epoch=3) != first
+    assert plan_of(lengths, mixture=mixture, across_tasks=across_tasks, epoch=2, seed=4) != first
 
 
 def test_seed_and_epoch_are_not_mixed_up(lengths):

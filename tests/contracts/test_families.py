@@ -20,7 +20,7 @@ from toy_models import (
 
 from sparse_ft.backbone.backbone import load_backbone, set_attention
 from sparse_ft.backbone.encoding import Encoder
-from sparse_ft.backbone.trunk import keep_trunk
+from sparse_ft.backbone.trunk import cache_trunk
 
 # Last parts of the names of a block's linears and how many there are, from the papers and transformers' sources.
 BLOCK_LINEARS = {
@@ -248,10 +248,10 @@ def test_gradient_flows_into_expert_and_head_only_and_reaches_all_of_both(model)
 
 def test_rows_with_a_cached_trunk_answer_and_learn_as_without(make_model, family):
     model = make_model(family, {"names": ("word", 5), "mood": ("text", 3)}, first_block=2)
-    if not model.backbone.family.keeps_trunk:
+    if not model.backbone.family.caches_trunk:
         pytest.skip(f"{family} caches none")
     rows = [*rows_of(model, "names"), *rows_of(model, "mood")]
-    examples = keep_trunk(
+    examples = cache_trunk(
         model.encoder,
         model.backbone.blocks,
         [example for _, example in rows],

@@ -15,7 +15,7 @@ from toys import toy_rows, write_rows
 
 import sparse_ft
 from sparse_ft.config import DataConfig, RunConfig
-from sparse_ft.tasks.kinds.decoding import best_legal_tags
+from sparse_ft.tasks.kinds.constrained_decoding import best_legal_tags
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from sparse_ft.backbone.backbone import load_backbone
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.checkpoint.checkpoint import load_checkpoint
 from sparse_ft.errors import ConfigError, DataError
-from sparse_ft.tasks.encoded_rows import whole_rows
+from sparse_ft.tasks.encoded_rows import examples_by_row
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.spec import TaskSpec
 
@@ -81,7 +81,7 @@ def test_a_gate_is_shown_what_prediction_shows_it(tiny_bert, kind):
     kinds = find_kind(kind)
     examples = kinds.encode(columns, encoder=encoder, labels=["PER"], language="en")
     assert [example.row for example in examples] != [0, 1, 2]  # windows, choices, or nothing
-    shown = whole_rows(examples, columns, spec=spec, encoder=encoder)
+    shown = examples_by_row(examples, columns, spec=spec, encoder=encoder)
     pairs = None if kind == "token_classification" else columns["text_pair"]
     expected = encoder.texts([long, "Ada", ""], pairs)
     assert [example.row for example in shown] == [0, 1, 2]

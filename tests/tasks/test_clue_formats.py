@@ -94,7 +94,7 @@ def test_hidden_answers_are_none_and_those_of_drcd_are_read(tmp_path):
     (squad(("谁？", ["Ada"])), r"question 1: answers must be \[\{\"text\", \"answer_start\"\}, …\]"),
     (squad(("谁？", [answer("Ada", 1)]), ("谁？", None)), "question 2: a row of train has no answers"),
     ("{", "broken JSON"),
-    ({"data": None}, "train.json': its beginning has not the shape of the format 'squad'"),
+    ({"data": None}, "train.json': its beginning does not have the shape of the format 'squad'"),
     ({"data": [{"paragraphs": [{"context": "c", "qas": ["who"]}]}]}, "'str' object is not a mapping"),
 ])  # fmt: skip
 def test_what_is_no_squad_is_named(tmp_path, content, message):
@@ -142,7 +142,7 @@ def test_the_answers_of_c3_may_be_hidden_in_test_only(tmp_path):
 
 
 @pytest.mark.parametrize(("question", "message"), [
-    ({**CLOCK, "answer": "9:00"}, r"the answer '9:00' is none of the choices, nor the place of one from 0 to 2: 7:45"),
+    ({**CLOCK, "answer": "9:00"}, r"the answer '9:00' is none of the choices, nor the index of one from 0 to 2: 7:45"),
     ({**CLOCK, "answer": 3}, "the answer 3 is none of the choices"),
     ({**CLOCK, "choice": []}, "choices must be a list of texts with one at least"),
     ({**CLOCK, "choice": "7:45"}, "choices must be a list of texts"),

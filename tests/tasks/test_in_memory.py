@@ -8,8 +8,8 @@ import pandas
 import pytest
 
 from sparse_ft.errors import ConfigError, DataError
-from sparse_ft.tasks.encoded_rows import name_sources, scored_split
 from sparse_ft.tasks.reading import read, rows_seen_in_train
+from sparse_ft.tasks.sources import name_sources, scored_split
 from sparse_ft.tasks.spec import TaskSpec
 
 TEXTS = [f"text {number}" for number in range(20)]

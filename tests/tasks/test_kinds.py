@@ -7,6 +7,7 @@ from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.backbone.words import split_words
 from sparse_ft.errors import ConfigError
 from sparse_ft.tasks.kinds import KINDS, find_kind
+from sparse_ft.tasks.kinds.kind import logits_of, probabilities_of
 
 CLASSES, TAGS = KINDS["classification"], KINDS["token_classification"]
 MANY = KINDS["multi_label"]
@@ -224,9 +225,9 @@ def test_the_score_of_an_entity_is_the_mean_probability_of_its_tags():
 @pytest.mark.parametrize("name", KINDS)
 def test_probabilities_and_logits_are_each_others_inverse(name):
     kind = KINDS[name]
-    found = kind.probabilities(torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(0)))
+    found = probabilities_of(kind, torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(0)))
     assert float(found.min()) > 0
     assert float(found.max()) < 1
-    torch.testing.assert_close(kind.probabilities(kind.logits(found)), found)
-    if kind.by_row:  # over the words or choices of a row
+    torch.testing.assert_close(probabilities_of(kind, logits_of(kind, found)), found)
+    if kind.grouped:  # over the words or choices of a row
         torch.testing.assert_close(found.sum(1), torch.ones(3, 2))

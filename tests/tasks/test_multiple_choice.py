@@ -41,7 +41,7 @@ def test_every_choice_is_an_example_that_ends_with_it(encoder):
     ]
     assert [example.targets for example in examples] == [[0], [1], [0], [0], [1], [0], [-100]]
     assert examples[1].input_ids == encoder.texts(["Ada met Charles"], ["Who ? Mozart and London"])[0].input_ids
-    assert CHOICES.parts(COLUMNS, language="en") == [2, 4, 1]
+    assert CHOICES.num_parts(COLUMNS, language="en") == [2, 4, 1]
     bare = {name: COLUMNS[name] for name in ("text", "text_pair", "choices")}
     assert all(example.targets == [] for example in encode(bare, encoder))
     without = encode({**bare, "text_pair": [None] * 3}, encoder)
@@ -90,7 +90,7 @@ def test_logits_do_not_depend_on_other_rows_nor_on_other_choices(make_model):
     encoder = Encoder(model.backbone, max_length=48)
 
     def logits(columns):
-        examples, parts = encode(columns, encoder), CHOICES.parts(columns, language="en")
+        examples, parts = encode(columns, encoder), CHOICES.num_parts(columns, language="en")
         return row_logits(model, "reading", examples, num_rows=len(columns["text"]), num_parts=parts)
 
     together = logits(COLUMNS)

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from sparse_ft.errors import ConfigError, DataError
+from sparse_ft.tasks.formats import FORMATS
 from sparse_ft.tasks.kinds import find_kind
-from sparse_ft.tasks.reading import FORMATS, label_names, read, rows_seen_in_train
+from sparse_ft.tasks.reading import label_names, read, rows_seen_in_train
 from sparse_ft.tasks.schemes import Span, spans_from_tags
 from sparse_ft.tasks.spec import TaskSpec
 
@@ -254,13 +255,13 @@ def test_where_a_model_is_scored_words_do_not_end_where_the_gold_does(tmp_path):
     assert "parents" not in train
     assert train["tokens"] == test["tokens"] == [["Berlin", "-based", "firm"]]
     assert test["parents"] == [[0, 0, 1]]
-    assert kind.parts(train, language="en") == [3]
-    assert kind.parts(test, language="en") == [2]
-    assert kind.references(test) == [["B-LOC", "O", "O"]]
+    assert kind.num_parts(train, language="en") == [3]
+    assert kind.num_parts(test, language="en") == [2]
+    assert test[kind.answer_column] == [["B-LOC", "O", "O"]]
     logits = [torch.tensor([[0.0, 9.0, 0.0], [9.0, 0.0, 0.0]])]  # O, B-LOC, I-LOC of two words
     predicted = kind.predictions(logits, columns=test, labels=labels)
     assert predicted == [["B-LOC", "I-LOC", "O"]]  # all of Berlin-based, which is not the gold
-    score = kind.score(kind.references(test), predicted, labels=labels, out_of_scope=None)
+    score = kind.score(test[kind.answer_column], predicted, labels=labels, out_of_scope=None)
     assert score.metrics["f1"] == 0
     types = ["JOB-TITLE"]  # a type may look as if a tag began in it
     predicted = kind.predictions(logits, columns=test, labels=types)

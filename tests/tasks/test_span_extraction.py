@@ -101,7 +101,7 @@ def test_without_answers_there_is_nothing_to_learn_and_an_empty_text_has_an_empt
     empty = {"text": [""], "text_pair": ["谁？"]}
     _, [example] = encoded(empty, "bert", tiny_folder)
     assert example.word_positions == []
-    assert SPANS.parts(empty, language="zh") == [0]
+    assert SPANS.num_parts(empty, language="zh") == [0]
     assert SPANS.answer(torch.zeros(0, 2), text="", labels=[], language="zh")["answer"] == ""
 
 
@@ -138,5 +138,5 @@ def test_logits_do_not_depend_on_other_texts(make_model):
 
 def answers(model, encoder, columns):
     examples = SPANS.encode(columns, encoder=encoder, labels=[], language="zh")
-    parts = SPANS.parts(columns, language="zh")
+    parts = SPANS.num_parts(columns, language="zh")
     return row_logits(model, "reading", examples, num_rows=len(columns["text"]), num_parts=parts)

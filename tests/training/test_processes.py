@@ -15,7 +15,7 @@ import sparse_ft
 from sparse_ft.backbone.devices import find_device
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.errors import ConfigError
-from sparse_ft.tasks.encoded_rows import prepare
+from sparse_ft.tasks.encoded_rows import encode_rows
 from sparse_ft.tasks.spec import load_task
 from sparse_ft.training import processes
 
@@ -182,7 +182,7 @@ def test_rows_taken_for_one_process_keep_their_windows(tmp_path, make_model):
         "tags": [["B-PER"], ["O"] * 60, [], ["B-LOC", "O", "B-LOC"]],
         "row": [0, 1, 2, 3],
     }
-    data = prepare(columns, spec=spec, encoder=Encoder(model.backbone, max_length=16))
+    data = encode_rows(columns, spec=spec, encoder=Encoder(model.backbone, max_length=16))
     taken = data.take([1, 3])
     assert taken.num_rows == 2
     assert taken.num_parts == [60, 3]

@@ -12,9 +12,10 @@ from sparse_ft.integrations.exporters.onnx_folder import GRAPH, load_session, re
 from sparse_ft.integrations.exporters.parts import load_tokenizer
 from sparse_ft.integrations.round_trip import foreign_logits, given_rows, rows_of
 from sparse_ft.prediction.loaded_model import LoadedModel
-from sparse_ft.tasks.encoded_rows import prepare, scored_split
+from sparse_ft.tasks.encoded_rows import encode_rows
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.reading import read
+from sparse_ft.tasks.sources import scored_split
 from sparse_ft.tasks.spec import TaskSpec
 
 INT8_GRAPH = "model.int8.onnx"
@@ -59,7 +60,7 @@ def int8_scores(
     for task in tasks:
         spec, source = model.tasks[task], sources.get(task)
         split = scored_split(spec, source)
-        data = prepare(read(spec, data=source, splits=[split])[split].to_dict(), spec=spec, encoder=model.encoder)
+        data = encode_rows(read(spec, data=source, splits=[split])[split].to_dict(), spec=spec, encoder=model.encoder)
         by_text = "parents" in data.columns  # words as split here, not as the annotation cuts them
         rows = rows_of(spec, data.columns["text"]) if by_text else given_rows(data.columns)
         values: dict[str, float] = {}

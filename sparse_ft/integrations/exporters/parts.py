@@ -38,7 +38,7 @@ def sole_expert(model: LoadedModel, task: str) -> Expert:
             the parts of a row with each other.
     """
     kind = model.tasks[task].kind
-    if find_kind(kind).by_row:
+    if find_kind(kind).grouped:
         raise ExportError(
             f"Task {task!r} is of the kind {kind}, whose answers are chosen among several logits of a row, which no "
             "export does. Serve the checkpoint with sparse_ft.load."

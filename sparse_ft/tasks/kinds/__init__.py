@@ -21,7 +21,7 @@ def find_kind(name: str) -> TaskKind:
     """Return the task kind of this name.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If no kind has this name.
     """
     if name not in KINDS:
         raise ConfigError(unknown_name("kind", name, KINDS))

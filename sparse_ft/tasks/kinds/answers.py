@@ -1,4 +1,7 @@
-"""The answers to one text: a form for each task kind, and all of them together, as ``predict --json`` writes them."""
+"""The answer of each task kind, and the prediction that collects the answers of all tasks to one text.
+
+``predict --json`` writes them as they are.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,26 +29,26 @@ class Entity(TypedDict):
 
 @final
 class LabelAnswer(LabelScore):
-    """Of a classification: the one label."""
+    """Answer of a classification: one label."""
 
 
 @final
 class LabelsAnswer(TypedDict):
-    """Of a multi-label classification: all labels that hold, the most probable first."""
+    """Answer of a multi-label classification: all predicted labels, the most probable first."""
 
     labels: list[LabelScore]
 
 
 @final
 class EntitiesAnswer(TypedDict):
-    """Of a token classification: entities in the order of the text."""
+    """Answer of a token classification: entities in the order of the text."""
 
     entities: list[Entity]
 
 
 @final
 class SpanAnswer(TypedDict):
-    """Of a span extraction: the part of the text that answers the question; empty in a text without words."""
+    """Answer of a span extraction: the part of the text that answers the question; empty in a text without words."""
 
     answer: str
     start: int
@@ -57,10 +60,10 @@ class SpanAnswer(TypedDict):
 
 @final
 class ChoiceAnswer(LabelScore):
-    """Of a multiple choice: the one choice."""
+    """Answer of a multiple choice: one choice."""
 
     choice: int
-    """Its place, from 0."""
+    """0-based index of the choice."""
 
 
 Answer = LabelAnswer | LabelsAnswer | EntitiesAnswer | SpanAnswer | ChoiceAnswer
@@ -72,19 +75,21 @@ class Prediction:
 
     text: str
     tasks: dict[str, Answer]
-    """Task to its answer, in the form of its kind."""
+    """Task to its answer."""
     routing: dict[str, float]
-    """Expert to weight: 1 where a task was named that one expert serves; the mean over tokens and blocks where the gate
-    mixes for it; else what the gate thinks of every expert."""
+    """Expert to weight: 1 for the expert of a named task; the mean over tokens and blocks if a gate mixes experts for
+    that task; without a named task, the probability that the gate gives each expert."""
     text_pair: str | None = None
     unknown: bool = False
-    """Whether the gate turned the text away as unlike anything the experts know; ``tasks`` is empty then."""
+    """Whether the gate rejected the text as unfamiliar to all experts; ``tasks`` is empty then."""
     choices: Sequence[str] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what a line of ``predict --json`` holds."""
-        pair: dict[str, Any] = {} if self.text_pair is None else {"text_pair": self.text_pair}
+        """Return the object that ``predict --json`` writes on one line."""
+        line: dict[str, Any] = {"text": self.text}
+        if self.text_pair is not None:
+            line["text_pair"] = self.text_pair
         if self.choices is not None:
-            pair["choices"] = list(self.choices)
-        unknown = {"unknown": True} if self.unknown else {}
-        return {"text": self.text, **pair, "tasks": self.tasks, "routing": self.routing, **unknown}
+            line["choices"] = list(self.choices)
+        line |= {"tasks": self.tasks, "routing": self.routing}
+        return {**line, "unknown": True} if self.unknown else line

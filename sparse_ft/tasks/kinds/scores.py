@@ -1,8 +1,8 @@
-"""Scores: what each task kind reports.
+"""The scores that each task kind reports.
 
-Entities are those of conlleval, token and label figures those of scikit-learn with ``zero_division=0``. All averages
-are over the labels that occur in the references or the predictions, as scikit-learn's are by default. Answers that are
-spans of a text are compared as in answer_scores.py.
+Entities are scored as by conlleval, tokens and labels as by scikit-learn with ``zero_division=0``. Averages are over
+the labels that occur in the references or the predictions, as in scikit-learn. Answers that are spans of a text are
+compared by answer_matching.py.
 """
 
 import warnings
@@ -13,13 +13,12 @@ from itertools import chain, product, starmap
 from typing import Any, NamedTuple
 
 import numpy as np
-from sklearn.metrics import classification_report
 
-from sparse_ft.tasks.kinds.answer_scores import answer_f1, exact_match
+from sparse_ft.tasks.kinds.answer_matching import answer_f1, exact_match
 from sparse_ft.tasks.schemes import Span, spans_from_tags
 
 Report = dict[str, Any]
-"""One ``{"precision", "recall", "f1-score", "support"}`` a label and average; ``accuracy`` is a plain number."""
+"""Label or average to ``{"precision", "recall", "f1-score", "support"}``; ``accuracy`` is a plain number."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Confusion:
     labels: list[str]
     """The labels that occur, in the order of rows and columns."""
     matrix: list[list[int]]
-    """Row: reference; column: prediction."""
+    """Counts; rows are references, columns predictions."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +38,15 @@ class Score:
     n: int
     """Number of rows; sentences for tagging."""
     metrics: dict[str, float]
-    """Headline figures by their name in METRICS, each in 0..1."""
+    """Figures by their name in METRICS, each 0 to 1."""
     report: Report
-    """Per label; per entity type for tagging; empty where a task has no labels."""
+    """Figures per label, or per entity type for tagging; empty where a task has no labels."""
     token_report: Report | None = None
-    """Per tag including ``O``; tagging only."""
+    """Figures per tag, including ``O``; only for tagging."""
     confusion: Confusion | None = None
-    """Single-label classification only."""
+    """Only for classification."""
     unseen_labels: list[str] = field(default_factory=list)
-    """Labels (tags) of the references that training never had; they count as errors."""
+    """Labels (tags) of the references that do not occur in training; they count as errors."""
     out_of_scope: str | None = None
     """The label that means "none of the others", if the task has one."""
 
@@ -59,11 +58,11 @@ def score_classification(
     labels: Sequence[str],
     out_of_scope: str | None = None,
 ) -> Score:
-    """Score one label a row.
+    """Score one label per row.
 
     Args:
-        references: The right label of each row; may hold labels that training never had.
-        predictions: The label given to each row.
+        references: The right label of each row; may hold labels that do not occur in training.
+        predictions: The predicted label of each row.
         labels: Labels of the task; gives the order of the report.
         out_of_scope: The label that means "none of the others"; adds ``oos_precision``, ``oos_recall`` and
             ``in_scope_accuracy``, the accuracy over rows whose reference is another label.
@@ -87,16 +86,16 @@ def score_classification(
 def score_multi_label(
     references: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]], *, labels: Sequence[str]
 ) -> Score:
-    """Score any number of labels a row.
+    """Score any number of labels per row.
 
     Args:
         references: The right labels of each row, in any order; none is allowed.
-        predictions: The labels given to each row.
+        predictions: The predicted labels of each row.
         labels: Labels of the task; gives the order of the report.
 
     Returns:
-        ``accuracy`` is that of whole rows (subset accuracy). A row without labels on either side has ``samples_f1`` 0,
-        as in scikit-learn.
+        ``accuracy`` counts rows with exactly the right labels (subset accuracy). A row without labels on either side
+        has ``samples_f1`` 0, as in scikit-learn.
     """
     _check_rows(references, predictions)
     rows, guesses = [set(row) for row in references], [set(row) for row in predictions]
@@ -111,16 +110,16 @@ def score_multi_label(
 def score_tagging(
     references: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]], *, labels: Sequence[str]
 ) -> Score:
-    """Score one IOB2 tag a word: entities as conlleval does, tags as scikit-learn does.
+    """Score one IOB2 tag per word: entities as conlleval does, tags as scikit-learn does.
 
     Args:
         references: The right tags of each sentence.
-        predictions: The tags given, as many; they may be ill-formed (``I-`` after ``O`` starts an entity).
+        predictions: As many predicted tags, which may be ill-formed (``I-`` after ``O`` starts an entity).
         labels: Tags of the task; gives the order of the token report.
 
     Returns:
         ``f1``, ``precision``, ``recall`` (micro, over entities), ``macro_f1`` (over entity types) and, over tags
-        including ``O``, ``token_accuracy`` and ``token_{macro,micro,weighted}_f1``; the micro one equals the accuracy.
+        including ``O``, ``token_accuracy`` and ``token_{macro,micro,weighted}_f1``; micro F1 equals the accuracy.
     """
     _check_rows(references, predictions)
     for row, (tags, guesses) in enumerate(zip(references, predictions, strict=True)):
@@ -138,17 +137,17 @@ def score_tagging(
 
 
 def score_answers(references: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]]) -> Score:
-    """Score one text a row, by the accepted answer that it is most like.
+    """Score one text per row by the most similar of the accepted answers.
 
     Args:
         references: The accepted answers of each row, at least one.
-        predictions: The answer given to each row, alone in a list; of several the best counts.
+        predictions: The predicted answer of each row, alone in a list; of several answers the best counts.
 
     Returns:
         ``exact_match`` and ``answer_f1``, means over the rows.
     """
     _check_rows(references, predictions)
-    pairs = [list(product(answers, given)) for answers, given in zip(references, predictions, strict=True)]
+    pairs = [list(product(answers, guesses)) for answers, guesses in zip(references, predictions, strict=True)]
     f1 = [max(starmap(answer_f1, row)) for row in pairs]
     metrics = {
         "exact_match": _share(any(starmap(exact_match, row)) for row in pairs),
@@ -158,7 +157,7 @@ def score_answers(references: Sequence[Sequence[str]], predictions: Sequence[Seq
 
 
 def score_choices(references: Sequence[int], predictions: Sequence[int]) -> Score:
-    """Score the place of one choice a row: ``accuracy``."""
+    """Compute the ``accuracy`` of the index of one choice per row."""
     _check_rows(references, predictions)
     right = (answer == guess for answer, guess in zip(references, predictions, strict=True))
     return Score(n=len(references), metrics={"accuracy": _share(right)}, report={})
@@ -186,19 +185,21 @@ def _occurring(references: Iterable[str], predictions: Iterable[str], *, labels:
 def _encode(
     references: Sequence[str], predictions: Sequence[str], *, labels: Sequence[str]
 ) -> tuple[list[str], np.ndarray]:
-    """Number the labels that occur, as scikit-learn is slow on strings.
+    """Encode the labels that occur as integers, because scikit-learn is slow on strings.
 
     Returns:
-        Names by number, and codes of shape (2, rows): references, predictions.
+        Names by code, and codes of shape (2, rows): references, predictions.
     """
     names = _occurring(references, predictions, labels=labels)
-    code_of = {name: number for number, name in enumerate(names)}
+    code_of = {name: code for code, name in enumerate(names)}
     codes = [[code_of[label] for label in column] for column in (references, predictions)]
     return names, np.array(codes, dtype=np.int64)
 
 
 def _label_report(names: Sequence[str], codes: np.ndarray) -> Report:
     """Compute scikit-learn's report for one label a row; ``codes`` as from `_encode`."""
+    from sklearn.metrics import classification_report  # takes seconds to import, and prediction does not need it
+
     if not names:
         return {"accuracy": 0.0, "macro avg": _figures(0, 0, 0), "weighted avg": _figures(0, 0, 0)}
     with warnings.catch_warnings():
@@ -207,19 +208,14 @@ def _label_report(names: Sequence[str], codes: np.ndarray) -> Report:
         report = classification_report(
             codes[0], codes[1], target_names=[str(name) for name in names], output_dict=True, zero_division=0
         )
-    return _whole_support(report)
-
-
-def _whole_support(report: Report) -> Report:
-    """Make the counts of a report integers."""
     for row in report.values():
         if isinstance(row, dict):
             row["support"] = int(row["support"])
-    return report
+    return dict(report)
 
 
 def _label_metrics(report: Report) -> dict[str, float]:
-    """Pick the headline figures; with one label a row the micro average is the accuracy."""
+    """Pick the metrics; with one label per row the micro average is the accuracy."""
     return {
         "accuracy": report["accuracy"],
         "macro_f1": report["macro avg"]["f1-score"],
@@ -230,12 +226,12 @@ def _label_metrics(report: Report) -> dict[str, float]:
 
 def _scope_metrics(references: Sequence[str], predictions: Sequence[str], *, out_of_scope: str) -> dict[str, float]:
     pairs = list(zip(references, predictions, strict=True))
-    found = sum(right == given == out_of_scope for right, given in pairs)
-    outside = _figures(found, list(predictions).count(out_of_scope), list(references).count(out_of_scope))
+    right_outside = sum(right == guess == out_of_scope for right, guess in pairs)
+    outside = _figures(right_outside, list(predictions).count(out_of_scope), list(references).count(out_of_scope))
     return {
         "oos_precision": outside["precision"],
         "oos_recall": outside["recall"],
-        "in_scope_accuracy": _share(right == given for right, given in pairs if right != out_of_scope),
+        "in_scope_accuracy": _share(right == guess for right, guess in pairs if right != out_of_scope),
     }
 
 
@@ -246,13 +242,13 @@ def _confusion(names: list[str], codes: np.ndarray) -> Confusion:
 
 
 def _share(outcomes: Iterable[bool]) -> float:
-    """Compute the share of true outcomes; 0 if there is none at all."""
-    found = list(outcomes)
-    return sum(found) / len(found) if found else 0.0
+    """Compute the share of true outcomes; 0 without outcomes."""
+    listed = list(outcomes)
+    return sum(listed) / len(listed) if listed else 0.0
 
 
 class _Counts(NamedTuple):
-    """How many labels (entities) of each name there are."""
+    """Number of labels (entities) by name."""
 
     support: Counter[str]
     predicted: Counter[str]
@@ -266,14 +262,14 @@ def _entities(sentences: Sequence[Sequence[str]]) -> Iterator[set[Span]]:
 def _count(references: Iterable[set[Any]], predictions: Iterable[set[Any]]) -> _Counts:
     """Count labels, or spans by their type, in two series of sets."""
     counts = _Counts(Counter(), Counter(), Counter())
-    for right, given in zip(references, predictions, strict=True):
-        for counter, items in zip(counts, (right, given, right & given), strict=True):
+    for right, guessed in zip(references, predictions, strict=True):
+        for counter, items in zip(counts, (right, guessed, right & guessed), strict=True):
             counter.update(item.type if isinstance(item, Span) else item for item in items)
     return counts
 
 
 def _figures(right: int, predicted: int, support: int) -> dict[str, float]:
-    """Compute a report row from counts; what is undefined is 0."""
+    """Compute a report row from counts; undefined figures are 0."""
     precision = right / predicted if predicted else 0.0
     recall = right / support if support else 0.0
     f1 = 2 * precision * recall / (precision + recall) if right else 0.0
@@ -281,16 +277,14 @@ def _figures(right: int, predicted: int, support: int) -> dict[str, float]:
 
 
 def _counted_report(counts: _Counts, *, names: Sequence[str]) -> Report:
-    """Compute a report as scikit-learn and seqeval lay it out, with 0 where they give NaN."""
-    rows = {name: _figures(counts.right[name], counts.predicted[name], counts.support[name]) for name in names}
+    """Compute a report in the layout of scikit-learn and seqeval, with 0 in place of NaN."""
+    rows = [_figures(counts.right[name], counts.predicted[name], counts.support[name]) for name in names]
     support = counts.support.total()
     return {
-        **{str(name): row for name, row in rows.items()},
+        **{str(name): row for name, row in zip(names, rows, strict=True)},
         "micro avg": _figures(counts.right.total(), counts.predicted.total(), support),
-        "macro avg": _mean_figures(list(rows.values()), weights=[1] * len(rows), support=support),
-        "weighted avg": _mean_figures(
-            list(rows.values()), weights=[counts.support[name] for name in rows], support=support
-        ),
+        "macro avg": _mean_figures(rows, weights=[1] * len(rows), support=support),
+        "weighted avg": _mean_figures(rows, weights=[counts.support[name] for name in names], support=support),
     }
 
 

@@ -1,8 +1,8 @@
-"""A span of a text that answers a question about it."""
+"""A span of a text that answers a question about the text."""
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,12 +11,10 @@ from torch.nn import functional
 from sparse_ft.backbone.encoding import Encoder, Example
 from sparse_ft.backbone.words import split_words
 from sparse_ft.tasks.kinds.answers import SpanAnswer
-from sparse_ft.tasks.kinds.decoding import best_span
+from sparse_ft.tasks.kinds.constrained_decoding import best_span
 from sparse_ft.tasks.kinds.kind import IGNORED, Columns
+from sparse_ft.tasks.kinds.scores import Score, score_answers
 from sparse_ft.tasks.kinds.token_classification import words_of
-
-if TYPE_CHECKING:
-    from sparse_ft.tasks.kinds.scores import Score
 
 _START, _END = 1, 2
 """Bits of the target of a word."""
@@ -26,53 +24,59 @@ class SpanExtraction:
     """The answer stands in the text, from one word to another.
 
     Long texts are read in windows, each behind the question. A word has one start and one end logit, from the window
-    that shows most of what surrounds it, and the softmax is over all words of the text, so that windows can be compared
+    that shows most of its context. The softmax is over all words of the text, so that windows can be compared
     (Clark and Gardner 2018, "shared normalization", https://aclanthology.org/P18-1078).
     """
 
     level: Literal["text", "word"] = "word"
-    by_row = True
+    grouped = True
+    exclusive = True
+    answer_column = "answers"
 
     def outputs(self, labels: Sequence[str]) -> list[str]:
-        """Whether the answer starts at a word, and whether it ends there."""
+        """Return two outputs: the answer starts at a word, and it ends there."""
         return ["start", "end"]
 
-    def parts(self, columns: Columns, *, language: str) -> list[int] | None:
-        """Number of words of each text."""
+    def num_parts(self, columns: Columns, *, language: str) -> list[int] | None:
+        """Return the number of words of each text."""
         return [len(words) for words in words_of(columns, language)]
 
     def encode(self, columns: Columns, *, encoder: Encoder, labels: Sequence[str], language: str) -> list[Example]:
-        """Encode the windows of each text; one target a word. Rows without an answer in the text have none to learn."""
+        """Encode the windows of each text with one target per word, IGNORED in rows without an answer in the text."""
         examples = encoder.words(words_of(columns, language), questions=columns["text_pair"])
         if "answers" not in columns:
             return examples
-        kept: dict[int, set[int]] = {}
+        encoded: dict[int, set[int]] = {}  # row -> its words that have a token
         for example in examples:
-            kept.setdefault(example.row, set()).update(example.word_indices)
-        targets = [self._targets(columns, row, kept[row]) for row in range(len(columns["text"]))]
+            encoded.setdefault(example.row, set()).update(example.word_indices)
+        targets = [self._targets(columns, row, encoded[row]) for row in range(len(columns["text"]))]
         return [
-            replace(example, targets=[targets[example.row].get(word, 0) for word in example.word_indices])
-            if targets[example.row]
-            else replace(example, targets=[IGNORED for _ in example.word_indices])
+            replace(
+                example,
+                targets=[targets[example.row].get(word, 0) for word in example.word_indices]
+                if targets[example.row]
+                else [IGNORED] * len(example.word_indices),
+            )
             for example in examples
         ]
 
-    def _targets(self, columns: Columns, row: int, kept: set[int]) -> dict[int, int]:
+    def _targets(self, columns: Columns, row: int, encoded: set[int]) -> dict[int, int]:
         """Return the targets of the first and the last word of a row's first answer that stands in the text."""
-        places = zip(columns["answers"][row] or [], columns["answer_starts"][row] or [], strict=True)
-        for answer, start in places:
+        for answer, start in zip(columns["answers"][row] or [], columns["answer_starts"][row] or [], strict=True):
             if start < 0:
                 continue
             words = enumerate(zip(columns["starts"][row], columns["ends"][row], strict=True))
             inside = [
-                word for word, (left, right) in words if word in kept and left < start + len(answer) and right > start
+                word
+                for word, (left, right) in words
+                if word in encoded and left < start + len(answer) and right > start
             ]
             if inside:
                 return {inside[0]: _START | _END} if len(inside) == 1 else {inside[0]: _START, inside[-1]: _END}
         return {}
 
     def loss(self, logits: Tensor, targets: Tensor, *, label_smoothing: float) -> Tensor:
-        """Mean of the cross-entropies of start and end over the words of one row.
+        """Return the mean of the cross-entropies of start and end over the words of one row.
 
         Args:
             logits: [words, 2].
@@ -83,37 +87,23 @@ class SpanExtraction:
         return functional.cross_entropy(logits.T, right, label_smoothing=label_smoothing)
 
     def predictions(self, logits: Sequence[Tensor], *, columns: Columns, labels: Sequence[str]) -> list[list[str]]:
-        """The text of the best span, alone in a list."""
-        found = []
+        """Return the text of the best span of each row, alone in a list."""
+        answers = []
         for row, (first, last) in enumerate(map(best_span, logits)):
             text, starts, ends = (columns[name][row] for name in ("text", "starts", "ends"))
-            found.append([text[starts[first] : ends[last]] if first >= 0 else ""])
-        return found
-
-    def references(self, columns: Columns) -> list[Any]:
-        """The ``answers`` column: all texts that are accepted."""
-        return list(columns["answers"])
+            answers.append([text[starts[first] : ends[last]] if first >= 0 else ""])
+        return answers
 
     def score(
         self, references: Sequence[Any], predictions: Sequence[Any], *, labels: Sequence[str], out_of_scope: str | None
-    ) -> "Score":
-        """Exact match and F1 as CMRC 2018 counts them."""
-        from sparse_ft.tasks.kinds.scores import score_answers  # seconds to import, and prediction does not need it
-
+    ) -> Score:
+        """Compute exact match and F1 as CMRC 2018 counts them."""
         return score_answers(references, predictions)
-
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """Softmax over the words of a row, [..., words, 2]."""
-        return logits.softmax(-2)
-
-    def logits(self, probabilities: Tensor) -> Tensor:
-        """Logarithms, which the softmax over the words turns back."""
-        return probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
 
     def answer(self, logits: Tensor, *, text: str, labels: Sequence[str], language: str) -> SpanAnswer:
         """Return ``{"answer", "start", "end", "score"}``.
 
-        ``start`` and ``end`` count characters of the text as given; the score is the product of the probabilities that
+        ``start`` and ``end`` count characters of the text as given. The score is the product of the probabilities that
         the answer starts and ends there.
         """
         first, last = best_span(logits)

@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from sparse_ft.tasks.kinds.answer_scores import answer_f1, exact_match, segments
+from sparse_ft.tasks.kinds.answer_matching import answer_f1, exact_match, segments
 from sparse_ft.tasks.kinds.scores import score_answers
 
 # An own implementation of CMRC 2018's figures, from their description: Chinese characters count one by one, other text

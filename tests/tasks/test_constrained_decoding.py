@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from sparse_ft.backbone.encoding import NEVER
-from sparse_ft.tasks.kinds.decoding import MAX_WORDS, best_legal_tags, best_span
+from sparse_ft.backbone.encoding import NO_TOKEN_LOGIT
+from sparse_ft.tasks.kinds.constrained_decoding import MAX_WORDS, best_legal_tags, best_span
 
 TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 
@@ -52,6 +52,6 @@ def test_a_span_is_not_longer_than_allowed_nor_ends_before_it_starts():
 
 def test_a_word_without_a_token_neither_starts_nor_ends_a_span():
     logits = torch.full((4, 2), -3.0)
-    logits[0, 0], logits[0, 1] = 0.0, NEVER  # as row_logits leaves it
+    logits[0, 0], logits[0, 1] = 0.0, NO_TOKEN_LOGIT  # as row_logits leaves it
     assert best_span(logits)[0] > 0
     assert best_span(torch.zeros(0, 2)) == (-1, -1)

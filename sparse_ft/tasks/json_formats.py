@@ -1,0 +1,83 @@
+"""Read JSON: one object a line, one list, or SQuAD's articles. Knows nothing of tasks."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sparse_ft.errors import DataError
+from sparse_ft.tasks.records import QUESTION, FileOptions, Record, read_text, text_lines
+
+
+def read_jsonl(path: Path, options: FileOptions) -> Iterator[Record]:
+    """Yield one record a line."""
+    for number, line in text_lines(path):
+        if line.strip():
+            row = _checked_row(_parse_json(line, f"{str(path)!r}, line {number}"), path, number)
+            yield Record(row, str(path), number)
+
+
+def read_json(path: Path, options: FileOptions) -> Iterator[Record]:
+    """Yield the items of a JSON list, or of the list under one key of an object."""
+    content = load_json(path)
+    if options.key is not None:
+        if not isinstance(content, dict) or options.key not in content:
+            keys = ", ".join(content) if isinstance(content, dict) else "none, it is a list"
+            raise DataError(
+                f"{str(path)!r} has no key {options.key!r}. Its keys: {keys}. Correct the part after # in the name."
+            )
+        content = content[options.key]
+    if isinstance(content, dict) and any(isinstance(value, list) for value in content.values()):
+        raise DataError(f"{str(path)!r} is an object with the keys {', '.join(content)}. Choose one: {path.name}#KEY.")
+    rows = content if isinstance(content, list) else [content]
+    for number, row in enumerate(rows, start=1):
+        yield Record(_checked_row(row, path, number), str(path), number, "record")
+
+
+def load_json(path: Path) -> Any:
+    """Parse a JSON file.
+
+    Raises:
+        DataError: If it is not JSON, with line and column.
+    """
+    return _parse_json(read_text(path), repr(str(path)))
+
+
+def _parse_json(text: str, location: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        within = f"line {error.lineno} column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+        raise DataError(
+            f"{location}: broken JSON at {within}: {error.msg}. Expected one object a line (jsonl) or one list (json)."
+        ) from error
+
+
+def _checked_row(row: Any, path: Path, number: int) -> dict[str, Any] | list[Any]:
+    if not isinstance(row, dict | list):
+        raise DataError(f"{str(path)!r}, row {number}: expected a JSON object or list, found {row!r}.")
+    return row
+
+
+def read_squad(path: Path, options: FileOptions) -> Iterator[Record]:
+    """Yield ``context``, ``question``, ``answers`` and ``id`` of each question of SQuAD, CMRC 2018 and DRCD.
+
+    Answers are ``{"text", "answer_start"}``, as in
+    https://github.com/ymcui/cmrc2018/tree/c0eb1b6ba219847457e6af3180da722bbeb656af/squad-style-data
+    """
+    number = 0
+    for article in _member(load_json(path), "data", path, "an object"):
+        for paragraph in _member(article, "paragraphs", path, f"the article after question {number}"):
+            for question in _member(paragraph, "qas", path, f"the paragraph after question {number}"):
+                number += 1
+                values = {**question, "context": _member(paragraph, "context", path, f"the paragraph of {number}")}
+                yield Record(values, str(path), number, QUESTION)
+
+
+def _member(values: Any, name: str, path: Path, where: str) -> Any:
+    if not isinstance(values, dict) or name not in values:
+        raise DataError(
+            f"{str(path)!r}: {where} has no {name!r}. Expected the shape of SQuAD: data, paragraphs, context, qas, "
+            "answers. Check that it is the right file."
+        )
+    return values[name]

@@ -1,0 +1,125 @@
+"""Rows of tagging tasks: words with IOB2 tags, from tags in any scheme or from character spans."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import Any
+
+from sparse_ft.backbone.words import Word, cut_words, split_words
+from sparse_ft.errors import DataError
+from sparse_ft.tasks.columns import Reading, check_declared, list_of, source_label, texts_of
+from sparse_ft.tasks.records import SENTENCE, Record, label_text, pick, split_tokens
+from sparse_ft.tasks.schemes import SCHEMES, Span, first_invalid, split_tag, tags_from_spans, to_iob2
+
+
+def tagged_row(record: Record, reading: Reading) -> dict[str, Any] | None:
+    """Return ``tokens`` and ``tags``; with spans also ``text``, ``starts``, ``ends`` and ``parents``.
+
+    Returns:
+        None for a record without words.
+    """
+    if "spans" in reading.columns:
+        return _span_row(record, reading)
+    value = pick(record, reading.columns["tokens"])
+    tokens = split_tokens(value) if isinstance(value, str) else list(map(str, list_of(value, "tokens", record)))
+    if not "".join(tokens):
+        return None
+    tags = source_label(record, reading, "tags")
+    if tags is None:
+        return {"tokens": tokens, "tags": None}
+    tags = split_tokens(tags) if isinstance(tags, str) else list_of(tags, "tags", record)
+    if len(tags) != len(tokens):
+        raise DataError(f"{record.location}: {len(tokens)} tokens but {len(tags)} tags. Give one tag a token.")
+    return {"tokens": tokens, "tags": _tags(tags, record, reading)}
+
+
+def _tags(source: Sequence[Any], record: Record, reading: Reading) -> list[str]:
+    """Name, check and convert the tags of one sentence to IOB2; ``labels`` of the task then map the entity types."""
+    tags = [reading.labels.get(label_text(tag), label_text(tag)) for tag in source]
+    invalid = first_invalid(tags, reading.label_scheme)
+    if invalid is not None:
+        location = f"{record.location}, word {invalid + 1}"
+        if record.noun == SENTENCE:
+            location = record._replace(number=record.number + invalid, noun="line").location
+        raise DataError(
+            f"{location}: tag {tags[invalid]!r} is not valid in label scheme {reading.label_scheme!r}. "
+            f"Correct it, or `label_scheme` in the task file ({', '.join(SCHEMES)})."
+        )
+    return [_typed(tag, record, reading) for tag in to_iob2(tags, reading.label_scheme)]
+
+
+def _typed(tag: str, record: Record, reading: Reading) -> str:
+    """Map the entity type of an IOB2 tag to its name."""
+    prefix, source_type = split_tag(tag)
+    if not source_type:
+        return tag
+    mapping = reading.spec.labels if isinstance(reading.spec.labels, dict) else {}
+    entity_type = mapping.get(source_type, source_type)
+    check_declared(entity_type, record, reading)
+    return f"{prefix}-{entity_type}"
+
+
+def _span_row(record: Record, reading: Reading) -> dict[str, Any] | None:
+    """Split a text into words whose edges include those of all its spans, so that no entity is lost.
+
+    These edges must be hidden from a model that is scored. So in evaluation splits ``parents`` gives, for each piece,
+    the index of its word in the plain text as ``predict`` would split it.
+    """
+    text = texts_of(record, reading)["text"]
+    spans = _source_spans(record, reading, text)
+    apart = _without_overlaps(spans or [])
+    edges = {edge for span in apart for edge in (span.start, span.end)}
+    plain = split_words(text, reading.spec.language)
+    words = cut_words(plain, edges)
+    if not words:
+        return None
+    starts = [word.start for word in plain]
+    parents = {} if reading.strict else {"parents": [bisect_right(starts, word.start) - 1 for word in words]}
+    tags = None
+    if spans is not None:
+        in_words = [_over_words(span, words, record) for span in apart]
+        tags = [_typed(tag, record, reading) for tag in tags_from_spans(in_words, len(words))]
+    return {
+        "tokens": [word.text for word in words],
+        "tags": tags,
+        "text": text,
+        "starts": [word.start for word in words],
+        "ends": [word.end for word in words],
+        **parents,
+        "overlapping": len(spans or []) - len(apart),
+    }
+
+
+def _source_spans(record: Record, reading: Reading, text: str) -> list[Span] | None:
+    value = source_label(record, reading, "spans")
+    if value is None:
+        return None
+    spans = []
+    for span in list_of(value, "spans", record):
+        if not isinstance(span, dict) or not {"start", "end", "type"} <= set(span):
+            raise DataError(f"{record.location}: a span must be {{start, end, type}} with end exclusive, not {span!r}.")
+        if not 0 <= span["start"] < span["end"] <= len(text):
+            raise DataError(
+                f"{record.location}: span {span['start']} to {span['end']} is not within the {len(text)} characters of "
+                "the text. Offsets count characters from 0, end exclusive."
+            )
+        spans.append(Span(span["type"], span["start"], span["end"]))
+    return spans
+
+
+def _without_overlaps(spans: Sequence[Span]) -> list[Span]:
+    """Drop overlapping spans: the longer span stays, or the earlier of two that are equally long."""
+    apart: list[Span] = []
+    for span in sorted(spans, key=lambda span: (span.start - span.end, span.start)):
+        if all(span.end <= other.start or other.end <= span.start for other in apart):
+            apart.append(span)
+    return sorted(apart, key=lambda span: span.start)
+
+
+def _over_words(span: Span, words: Sequence[Word], record: Record) -> Span:
+    """Convert a span over characters to one over words."""
+    inside = [index for index, word in enumerate(words) if span.start <= word.start and word.end <= span.end]
+    if not inside:
+        raise DataError(
+            f"{record.location}: the span {span.start} to {span.end} holds white space only. Correct its offsets."
+        )
+    return Span(span.type, inside[0], inside[-1] + 1)
