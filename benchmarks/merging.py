@@ -17,10 +17,11 @@ from script import numbers, run
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.checkpoint.checkpoint import Checkpoint, load_checkpoint
 from sparse_ft.evaluation.evaluate import evaluate_task
-from sparse_ft.merging.edit import add_from
-from sparse_ft.merging.merged_expert import MergeSettings, merge_experts, merge_settings
+from sparse_ft.merging.add import add_from
+from sparse_ft.merging.merged_expert import merge_experts
 from sparse_ft.merging.merged_tasks import group_tasks, install, part_tasks
 from sparse_ft.merging.methods import MERGE_METHODS
+from sparse_ft.merging.settings import MergeSettings, merge_settings
 from sparse_ft.prediction.routes import Route
 from sparse_ft.tasks.spec import TaskSpec, load_task
 from sparse_ft.training.train import train
@@ -72,7 +73,7 @@ def compare(checkpoint: Checkpoint, options: argparse.Namespace) -> None:
     show("single experts", "", "", [score(checkpoint, part.spec, part.source) for part in parts])
     wanted = {part.name: (task.spec_of(part), part.source) for task in tasks for part in task.parts}
     for label, settings in variants(len(experts), options):
-        merged = merge_experts(experts, settings, name="merged")
+        merged = merge_experts(experts, settings)
         weights = dict(zip([expert.name for expert in experts], settings.weights, strict=True))
         install(model, merged.expert, tasks, weights=weights, heads="average")
         scores = [score(checkpoint, *wanted[part.name]) for part in parts]
@@ -86,12 +87,13 @@ def variants(number: int, options: argparse.Namespace) -> list[tuple[str, MergeS
             continue
         extra = {"density": options.density} if "density" in row.heeds else {}
         extra |= {"rank": 8} if method == "svd" else {}
-        for seed in numbers(options.seeds) if "generator" in row.heeds else [13]:
-            label = f"{method}, seed {seed}" if "generator" in row.heeds else method
+        for seed in numbers(options.seeds) if "seed" in row.heeds else [13]:
+            label = f"{method}, seed {seed}" if "seed" in row.heeds else method
             label += ", rank 8" if method == "svd" else ""
-            results.append((label, merge_settings(method, num_experts=number, seed=seed, **extra)))
+            values = {"method": method, "seed": seed if "seed" in row.heeds else None, **extra}
+            results.append((label, merge_settings(values).for_experts(number)))
             if not row.averages and method not in ("cat", "svd"):
-                added = merge_settings(method, num_experts=number, seed=seed, weights=[1.0] * number, **extra)
+                added = merge_settings({**values, "weights": [1.0] * number}).for_experts(number)
                 results.append((f"{label}, weights 1", added))
     return results
 

@@ -1,4 +1,4 @@
-"""The nearest delta of lower rank: of a LoRA without building the dense matrix, and of a dense matrix.
+"""The nearest delta of lower rank, to a LoRA without building its dense matrix, and to a dense matrix.
 
 Shapes: I inputs, O outputs, r rank before, k rank after.
 """
@@ -13,32 +13,32 @@ from sparse_ft.errors import ConfigError
 from sparse_ft.experts.named_experts import Expert
 
 _NOTHING = 1e-12
-"""Times the largest singular value: what is smaller is rounding."""
+"""Share of the largest singular value below which a singular value is rounding."""
 
 
 @dataclass(frozen=True)
 class Truncation:
-    """A delta of lower rank, and what it lost."""
+    """A delta of lower rank, and its distance from the original."""
 
     lora_a: Tensor
     """[k, I], rows of length 1 at right angles."""
     lora_b: Tensor
     """[O, k]"""
     norm: float
-    """Frobenius norm of B A before."""
+    """Frobenius norm of the original."""
     lost: float
-    """Frobenius norm of the difference, the least there can be at this rank."""
+    """Frobenius norm of the difference from the original, the least possible at this rank."""
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """An expert of lower rank, and how far it is from what it was: relative Frobenius errors, 0 to 1."""
+    """An expert of lower rank, and its distance from the original: relative Frobenius errors, 0 to 1."""
 
     expert: Expert
     error: float
-    """Of all its deltas together."""
+    """Error of all deltas together."""
     errors: dict[str, float]
-    """Of each, by module; 0 where the rank was small enough already."""
+    """Error of each delta, by module; 0 where the rank was small enough already."""
 
 
 def prune(expert: Expert, rank: int) -> Pruned:
@@ -46,21 +46,21 @@ def prune(expert: Expert, rank: int) -> Pruned:
 
     Args:
         expert: Stays as it is.
-        rank: 1 to the largest that it has; layers of this rank or a lower one do not change.
+        rank: 1 to the largest rank of the expert; layers of this rank or a lower one do not change.
 
     Raises:
-        ConfigError: If the rank is outside of that.
+        ConfigError: If the rank is out of range.
     """
     present = max(expert.ranks.values(), default=0)
     if not 1 <= rank <= present:
-        raise ConfigError(f"Expert {expert.name!r} has rank {present}, and was to get {rank}. Choose 1 to {present}.")
+        raise ConfigError(f"Expert {expert.name!r} has rank {present}; {rank} is out of range. Choose 1 to {present}.")
     deltas, norms, losses = {}, {}, {}
     for module, (lora_a, lora_b) in expert.deltas.items():
         before = expert.ranks[module]
-        found = truncate(lora_a, lora_b, min(rank, before))
-        norms[module], losses[module] = found.norm / before, found.lost / before
+        cut = truncate(lora_a, lora_b, min(rank, before))
+        norms[module], losses[module] = cut.norm / before, cut.lost / before
         # B A is scaled by alpha / rank, and the rank has changed.
-        smaller = (found.lora_a, found.lora_b * (len(found.lora_a) / before))
+        smaller = (cut.lora_a, cut.lora_b * (len(cut.lora_a) / before))
         deltas[module] = smaller if before > rank else (lora_a, lora_b)
     return Pruned(
         replace(expert, deltas=deltas),
@@ -77,15 +77,15 @@ def truncate(lora_a: Tensor, lora_b: Tensor, rank: int) -> Truncation:
     """Approximate B A by the product of rank ``rank`` that is nearest to it.
 
     Eckart and Young 1936, https://doi.org/10.1007/BF02288367. With B = Q R and A' = P S, the singular values of B A are
-    those of R S', which is r x r; all of it in float64.
+    those of R S', which is r x r. Computed in float64.
 
     Args:
         lora_a: [r, I].
         lora_b: [O, r].
-        rank: 1 to r; the outcome has fewer rows where I or O is smaller.
+        rank: 1 to r; the factors have fewer rows where I or O is smaller.
     """
     left, values, right = _thin_svd(lora_a, lora_b)
-    # All of the size goes into B, as in a LoRA that was trained from B = 0: one that is still zero can learn on.
+    # The singular values go into B, as in a LoRA that started from B = 0, so that a delta of zeros can still learn.
     return Truncation(
         right[:rank].to(lora_a.dtype),
         (left[:, :rank] * values[:rank]).to(lora_b.dtype),
@@ -112,16 +112,16 @@ def factor(delta: Tensor, *, rank: int | None = None, energy: float | None = Non
 def factor_product(
     lora_a: Tensor, lora_b: Tensor, *, rank: int | None = None, energy: float | None = None
 ) -> Truncation:
-    """Do what ``factor`` does for the delta B A, without building it.
+    """Factor the delta B A as ``factor`` does, without building it.
 
     Args:
         lora_a: [r, I].
         lora_b: [O, r].
         rank: Largest rank.
-        energy: As of ``factor``.
+        energy: As for ``factor``.
     """
     left, values, right = _thin_svd(lora_a, lora_b)
-    # Parts that cancel leave rounding, in proportion to the parts.
+    # Deltas that cancel leave rounding, in proportion to their size.
     scale = float(lora_a.double().norm() * lora_b.double().norm())
     return _cut(left, values.where(values > _NOTHING * scale, 0.0), right, rank=rank, energy=energy)
 
@@ -135,12 +135,13 @@ def _thin_svd(lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _cut(left: Tensor, values: Tensor, right: Tensor, *, rank: int | None, energy: float | None) -> Truncation:
-    found = int((values > _NOTHING * values[0]).sum())
+    """Keep the singular values above rounding, at most ``rank``, and no more than ``energy`` asks for."""
+    size = int((values > _NOTHING * values[0]).sum())
     if rank is not None:
-        found = min(found, rank)
+        size = min(size, rank)
     if energy is not None:
         shares = values.square().cumsum(0) / values.square().sum()
-        found = min(found, 1 + int((shares < energy).sum()))
+        size = min(size, 1 + int((shares < energy).sum()))
     return Truncation(
-        right[:found], left[:, :found] * values[:found], norm=float(values.norm()), lost=float(values[found:].norm())
+        right[:size], left[:, :size] * values[:size], norm=float(values.norm()), lost=float(values[size:].norm())
     )

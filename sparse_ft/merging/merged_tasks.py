@@ -1,6 +1,6 @@
-"""The tasks of a merged expert: those with the same labels become one, whose head is made of theirs."""
+"""The tasks of a merged expert: tasks with the same labels become one, whose head is made of theirs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +10,9 @@ from sparse_ft.checkpoint.checkpoint import Checkpoint
 from sparse_ft.errors import ConfigError, unknown_name
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.named_experts import Expert
+from sparse_ft.merging.settings import AVERAGE, SEPARATE
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.spec import TaskSpec
-
-AVERAGE, SEPARATE = "average", "separate"
 
 
 @dataclass(frozen=True)
@@ -21,14 +20,14 @@ class PartTask:
     """A task of one of the experts that are merged."""
 
     name: str
-    """Unlike that of any other."""
+    """Name in the gathered checkpoint, unlike that of any other task."""
     called: str
-    """Its name where it comes from, which the outcome takes."""
+    """Name in the checkpoint that it comes from, which the merged task takes."""
     expert: str
     spec: TaskSpec
     head: dict[str, Tensor]
     source: str | None
-    """Where its data is, if not where its file says."""
+    """Where its data is, if not where its task file says."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +35,11 @@ class MergedTask:
     """A task of the merged expert."""
 
     spec: TaskSpec
-    """That of the first of ``parts``, named as in the outcome."""
+    """Spec of the first part, under the name of the merged task."""
     parts: tuple[PartTask, ...]
 
     def spec_of(self, part: PartTask) -> TaskSpec:
-        """Return the task that reads the rows of a part and is answered by this one: its labels are in this order."""
+        """Return the task that reads the rows of a part, with the name and the order of labels of this one."""
         return part.spec.with_labels(self.spec.label_names or []).model_copy(update={"name": self.spec.name})
 
 
@@ -49,7 +48,7 @@ def part_tasks(checkpoint: Checkpoint, *, called: Mapping[str, str]) -> list[Par
 
     Args:
         checkpoint: Each of its tasks has one expert.
-        called: Task to what its name shall be, where that is another.
+        called: Task to the name that the merged task takes, where that is another.
     """
     model, sources = checkpoint.model, checkpoint.config.sources
     return [
@@ -66,7 +65,7 @@ def part_tasks(checkpoint: Checkpoint, *, called: Mapping[str, str]) -> list[Par
 
 
 def group_tasks(parts: Sequence[PartTask], *, heads: str) -> list[MergedTask]:
-    """Say which tasks the merged expert will have.
+    """Group the tasks of the experts into the tasks of the merged expert.
 
     Args:
         parts: All tasks of the experts.
@@ -74,66 +73,81 @@ def group_tasks(parts: Sequence[PartTask], *, heads: str) -> list[MergedTask]:
             names; ``separate`` keeps all apart.
 
     Raises:
-        ConfigError: If two tasks that stay apart have the same name, or ``heads`` is unknown.
+        ConfigError: If two tasks that stay apart have the same name, or ``heads`` is unknown or names an expert that
+            does not serve every group.
     """
     experts = list(dict.fromkeys(part.expert for part in parts))
     if heads not in (AVERAGE, SEPARATE, *experts):
-        raise ConfigError(unknown_name("choice of --heads", heads, (AVERAGE, SEPARATE, *experts)))
+        raise ConfigError(unknown_name("value of --heads", heads, (AVERAGE, SEPARATE, *experts)))
     groups: dict[object, list[PartTask]] = {}
     for part in parts:
         labels = frozenset(part.spec.label_names or [])
         alike = (part.spec.kind, part.spec.reads, part.spec.language, labels)
         groups.setdefault(part.name if heads == SEPARATE or not labels else alike, []).append(part)
-    found: dict[str, MergedTask] = {}
-    for members in groups.values():
-        name = members[0].called
-        if name in found:
-            first, second = found[name].parts[0], members[0]
+    _check_groups(groups.values(), heads=heads)
+    return [
+        MergedTask(members[0].spec.model_copy(update={"name": members[0].called}), tuple(members))
+        for members in groups.values()
+    ]
+
+
+def _check_groups(groups: Iterable[list[PartTask]], *, heads: str) -> None:
+    """Refuse two groups of one name, and groups without the expert whose head they shall take."""
+    firsts: dict[str, PartTask] = {}
+    for members in groups:
+        first = firsts.setdefault(members[0].called, members[0])
+        if first is not members[0]:
             reason = "of another kind, language or labels" if heads != SEPARATE else "kept apart by --heads separate"
             raise ConfigError(
-                f"Two tasks are named {name!r}, {reason}: of the experts {first.expert!r} and {second.expert!r}. Give "
-                f"one another name: NAME=CHECKPOINT/experts/EXPERT, or `sparse-ft edit --copy`."
+                f"Two tasks are named {first.called!r}, {reason}: of the experts {first.expert!r} and "
+                f"{members[0].expert!r}. Give one another name: NAME=CHECKPOINT/experts/EXPERT, or `sparse-ft edit "
+                "--copy`."
             )
-        found[name] = MergedTask(members[0].spec.model_copy(update={"name": name}), tuple(members))
-    if heads not in (AVERAGE, SEPARATE):
-        for task in found.values():
-            if len(task.parts) > 1 and heads not in [part.expert for part in task.parts]:
-                others = ", ".join(repr(part.expert) for part in task.parts)
-                raise ConfigError(
-                    f"Task {task.spec.name!r} is made of those of {others}, and --heads {heads!r} is none of them. "
-                    "Leave it out to average their heads."
-                )
-    return list(found.values())
+        experts = [part.expert for part in members]
+        if heads not in (AVERAGE, SEPARATE, *experts) and len(members) > 1:
+            raise ConfigError(
+                f"Task {first.called!r} is made of those of {', '.join(map(repr, experts))}, and --heads {heads!r} is "
+                "none of them. Leave --heads out to average their heads."
+            )
 
 
 def merged_head(task: MergedTask, *, weights: Mapping[str, float], heads: str) -> dict[str, Tensor]:
-    """Return the weights of a task's head.
+    """Return the weights of a task's head, with the outputs in the order of the task's labels.
 
     Args:
-        task: Of ``group_tasks``.
-        weights: Of each expert; one that is taken out (below 0) has no say, and without any above 0 all count the same.
-        heads: ``average``, or the name of the expert whose head is taken where several have one.
+        task: From ``group_tasks``.
+        weights: Weight of each expert. Those below 0 count as 0; if none is above 0, all count the same.
+        heads: ``average``, or the name of the expert whose head is taken where there are several.
     """
     if len(task.parts) == 1:
         return task.parts[0].head
-    chosen = [part for part in task.parts if heads in (AVERAGE, part.expert)]
-    says = torch.tensor([max(0.0, weights[part.expert]) for part in chosen], dtype=torch.float64)
-    says = says / says.sum() if heads == AVERAGE and says.any() else torch.full_like(says, 1 / len(chosen))
-    kind, labels = find_kind(task.spec.kind), task.spec.label_names or []
-    found = {}
+    parts = [part for part in task.parts if heads in (AVERAGE, part.expert)]
+    shares = torch.tensor([max(0.0, weights[part.expert]) for part in parts], dtype=torch.float64)  # [N]
+    shares = shares / shares.sum() if heads == AVERAGE and shares.any() else torch.full_like(shares, 1 / len(parts))
+    kind = find_kind(task.spec.kind)
+    outputs = kind.outputs(task.spec.label_names or [])
+    merged = {}
     for key in task.parts[0].head:
-        rows = []
-        for part in chosen:
+        tensors = []
+        for part in parts:
             theirs = kind.outputs(part.spec.label_names or [])
-            rows.append(part.head[key].double()[[theirs.index(output) for output in kind.outputs(labels)]])
-        found[key] = torch.einsum("n,n...->...", says, torch.stack(rows)).float()
-    return found
+            tensors.append(part.head[key].double()[[theirs.index(output) for output in outputs]])
+        merged[key] = torch.einsum("n,n...->...", shares, torch.stack(tensors)).float()
+    return merged
 
 
 def install(
     model: SparseExpertModel, expert: Expert, tasks: Sequence[MergedTask], *, weights: Mapping[str, float], heads: str
 ) -> None:
-    """Make an expert with its tasks all that a model has; the backbone stays."""
+    """Replace all experts, tasks and heads of a model by one expert and its tasks; the gate goes, the backbone stays.
+
+    Args:
+        model: Changed in place.
+        expert: The merged expert.
+        tasks: Tasks of the merged expert.
+        weights: As for ``merged_head``.
+        heads: As for ``merged_head``.
+    """
     for name in list(model.tasks):
         model.remove_task(name)
     for name in list(model.experts.names):

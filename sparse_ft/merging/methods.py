@@ -1,7 +1,9 @@
 """Merge methods: the deltas of several experts on one layer become one delta.
 
-A delta is alpha / r * B A, the whole change of a weight: A and B are never mixed apart, which would add cross terms
-B1 A2. Shapes: N experts, O outputs, I inputs. Everything is float64.
+A delta is alpha / r * B A, the whole change of a weight: A and B are never merged apart, which would add cross terms
+B1 A2. Shapes: N experts, O outputs, I inputs. Every method takes ``deltas`` [N, O, I] and returns [O, I], in float64.
+``weights`` [N] may have any sign in methods that add up; in others only their proportions count, and none is negative.
+``density``, above 0 to 1, is the share of each delta's entries that stay. ``generator`` draws the entries that go.
 
 The definitions are those of the papers; where a paper leaves something open, mergekit's answer is taken
 (https://github.com/arcee-ai/mergekit/tree/a6e402884ba9bc30da7f23e8304a35f19485de95/mergekit/merge_methods), and said.
@@ -16,21 +18,13 @@ from torch import Tensor
 _OUTLIERS = 0.01
 """Share of the largest entries that breadcrumbs drops."""
 _WINDOW = 0.15
-"""DELLA keeps small entries by so much less, and large ones by so much more, than the density."""
+"""Distance of DELLA's lowest and highest probability to stay from the density."""
 _PARALLEL = 1e-6
 """Sine of the angle below which two deltas are interpolated on a straight line."""
 
 
 def linear(deltas: Tensor, *, weights: Tensor) -> Tensor:
-    """Average the deltas, weighted.
-
-    Args:
-        deltas: [N, O, I].
-        weights: [N]; only their proportions count.
-
-    Returns:
-        [O, I].
-    """
+    """Average the deltas with their weights."""
     return task_arithmetic(deltas, weights=weights / weights.sum())
 
 
@@ -38,30 +32,15 @@ def task_arithmetic(deltas: Tensor, *, weights: Tensor) -> Tensor:
     """Add up the deltas times their weights; a negative weight takes a task out.
 
     Ilharco et al. 2022, https://arxiv.org/abs/2212.04089.
-
-    Args:
-        deltas: [N, O, I].
-        weights: [N], of any sign.
-
-    Returns:
-        [O, I].
     """
     return torch.einsum("n,noi->oi", weights, deltas)
 
 
 def ties(deltas: Tensor, *, weights: Tensor, density: float) -> Tensor:
-    """Trim the deltas, elect a sign for each entry, and average what agrees with it.
+    """Trim the deltas, elect a sign for each entry, and average the entries of that sign.
 
     Yadav et al. 2023, https://arxiv.org/abs/2306.01708. The entries of a layer are trimmed among themselves, and a tie
     of signs is positive, as in mergekit.
-
-    Args:
-        deltas: [N, O, I].
-        weights: [N]; only their proportions count.
-        density: Share of each delta's entries that stay, above 0 to 1.
-
-    Returns:
-        [O, I].
     """
     return _agreeing(_trimmed(deltas, density), weights)
 
@@ -71,15 +50,6 @@ def dare(deltas: Tensor, *, weights: Tensor, density: float, generator: torch.Ge
 
     Yu et al. 2023, https://arxiv.org/abs/2311.03099; scaled by 1 / density as there. (mergekit scales to the same L1
     norm.)
-
-    Args:
-        deltas: [N, O, I].
-        weights: [N], of any sign.
-        density: Probability of each entry to stay, above 0 to 1.
-        generator: Of what is dropped.
-
-    Returns:
-        [O, I].
     """
     return task_arithmetic(_kept_at_random(deltas, torch.full_like(deltas, density), generator), weights=weights)
 
@@ -94,16 +64,7 @@ def della(deltas: Tensor, *, weights: Tensor, density: float, generator: torch.G
 
     Deep et al. 2024, https://arxiv.org/abs/2406.11617. The probability to stay rises evenly with the rank of an entry's
     magnitude in its row, from density - window to density + window. The window is 0.15 as in mergekit, or less where a
-    probability would leave 0 to 1. What stays is divided by its own probability.
-
-    Args:
-        deltas: [N, O, I].
-        weights: [N]; only their proportions count.
-        density: Mean probability to stay, above 0 to 1.
-        generator: Of what is dropped.
-
-    Returns:
-        [O, I].
+    probability would leave 0 to 1. Each entry that stays is divided by its probability.
     """
     window = min(_WINDOW, density / 2, 1 - density)
     ranks = deltas.abs().argsort(dim=-1).argsort(dim=-1).double()  # [N, O, I], 0 for the smallest of a row
@@ -112,18 +73,10 @@ def della(deltas: Tensor, *, weights: Tensor, density: float, generator: torch.G
 
 
 def breadcrumbs(deltas: Tensor, *, weights: Tensor, density: float) -> Tensor:
-    """Drop the 1 % largest entries of each delta, and of the smallest as many as the density says; add up.
+    """Drop the largest 1 % of each delta's entries, and of the smallest as many as the density says; add up.
 
-    Davari and Belilovsky 2023, https://arxiv.org/abs/2312.06795. Fewer of the largest go where the density asks for
-    more than 99 %, as in mergekit.
-
-    Args:
-        deltas: [N, O, I].
-        weights: [N], of any sign.
-        density: Share of the entries that stay, above 0 to 1.
-
-    Returns:
-        [O, I].
+    Davari and Belilovsky 2023, https://arxiv.org/abs/2312.06795. A density above 99 % drops fewer of the largest, as in
+    mergekit.
     """
     size = deltas[0].numel()
     kept = _number(density, size)
@@ -133,18 +86,10 @@ def breadcrumbs(deltas: Tensor, *, weights: Tensor, density: float) -> Tensor:
 
 
 def magnitude_prune(deltas: Tensor, *, weights: Tensor, density: float) -> Tensor:
-    """Keep the largest entries of each delta, and add up: ``ties`` without electing.
+    """Keep the largest entries of each delta, and add up: ``ties`` without the election of signs.
 
-    PEFT's magnitude_prune, on whole deltas:
+    PEFT's magnitude_prune, on deltas instead of factors:
     https://github.com/huggingface/peft/blob/v0.17.0/src/peft/utils/merge_utils.py.
-
-    Args:
-        deltas: [N, O, I].
-        weights: [N], of any sign.
-        density: Share of the entries that stay, above 0 to 1.
-
-    Returns:
-        [O, I].
     """
     return task_arithmetic(_trimmed(deltas, density), weights=weights)
 
@@ -154,13 +99,6 @@ def slerp(deltas: Tensor, *, weights: Tensor) -> Tensor:
 
     Shoemake 1985, https://doi.org/10.1145/325165.325242. Each layer has its own angle; parallel deltas, opposite ones
     and zeros are interpolated on a straight line.
-
-    Args:
-        deltas: [2, O, I].
-        weights: [2], not negative; the share of the second says how far to go.
-
-    Returns:
-        [O, I].
     """
     first, second = deltas.flatten(1)
     share = weights[1] / weights.sum()
@@ -178,30 +116,24 @@ def model_stock(deltas: Tensor) -> Tensor:
 
     Jang et al. 2024, https://arxiv.org/abs/2403.19522: t = N cos / (1 + (N - 1) cos), with a layer's mean cosine over
     all pairs as in mergekit. Deltas that disagree on average (cos < 0) leave nothing of the layer.
-
-    Args:
-        deltas: [N, O, I].
-
-    Returns:
-        [O, I].
     """
     number = len(deltas)
     flat = deltas.flatten(1)
-    units = flat / flat.norm(dim=1, keepdim=True).clamp_min(torch.finfo(flat.dtype).tiny)
-    cosines = units @ units.t()
+    directions = flat / flat.norm(dim=1, keepdim=True).clamp_min(torch.finfo(flat.dtype).tiny)
+    cosines = directions @ directions.t()
     cosine = ((cosines.sum() - cosines.trace()) / (number * (number - 1))).clamp(0, 1)
     return number * cosine / (1 + (number - 1) * cosine) * deltas.mean(0)
 
 
 def _number(density: float, size: int) -> int:
-    """Say how many of ``size`` entries stay: one at least."""
+    """Return how many of ``size`` entries stay: at least one."""
     return max(1, round(density * size))
 
 
-def _only(deltas: Tensor, places: Tensor) -> Tensor:
-    """Set all entries to zero but those at ``places``, [N, kept] in the flattened deltas."""
+def _only(deltas: Tensor, indices: Tensor) -> Tensor:
+    """Set all entries to zero except those at ``indices``, [N, kept] in the flattened deltas."""
     flat = deltas.flatten(1)
-    return torch.zeros_like(flat).scatter(1, places, flat.gather(1, places)).view_as(deltas)
+    return torch.zeros_like(flat).scatter(1, indices, flat.gather(1, indices)).view_as(deltas)
 
 
 def _trimmed(deltas: Tensor, density: float) -> Tensor:
@@ -211,19 +143,14 @@ def _trimmed(deltas: Tensor, density: float) -> Tensor:
 
 
 def _kept_at_random(deltas: Tensor, probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """Keep each entry with its probability, divided by it, so that its expected value stays."""
+    """Keep each entry with its probability, and divide by that probability, which keeps the expected value."""
     return torch.where(
         torch.rand(deltas.shape, generator=generator, dtype=deltas.dtype) < probabilities, deltas / probabilities, 0.0
     )
 
 
 def _agreeing(deltas: Tensor, weights: Tensor) -> Tensor:
-    """Average, entry by entry, the weighted deltas whose sign is that of their sum; zeros have no say.
-
-    Args:
-        deltas: [N, O, I].
-        weights: [N]; a negative one turns the signs of its delta.
-    """
+    """Average, entry by entry, the weighted deltas that have the sign of their sum; zeros do not count."""
     weighted = deltas * weights.view(-1, 1, 1)
     elected = torch.where(weighted.sum(0) >= 0, 1.0, -1.0)
     agrees = weighted.sign() == elected
@@ -233,24 +160,25 @@ def _agreeing(deltas: Tensor, weights: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MergeMethod:
-    """A way to merge."""
+    """A method that makes one expert of several."""
 
     function: Callable[..., Tensor]
-    """Takes the deltas, and all of ``heeds`` but ``rank`` by name."""
+    """Takes the deltas, and by name those of ``weights``, ``density`` and ``generator`` that it heeds."""
     heeds: tuple[str, ...]
-    """What makes a difference: weights, density, generator, and rank where the outcome is cut to one."""
+    """Settings that make a difference; ``seed`` reaches the function as ``generator``."""
     source: str
     averages: bool = False
     """Whether only the proportions of the weights count."""
     sums: bool = False
-    """Whether it adds up the deltas times their weights, which their factors can do, too."""
+    """Whether the merged delta is the weighted sum of the deltas, which can be computed on their factors."""
     most: int | None = None
-    """Experts that it can merge."""
+    """Largest number of experts."""
 
 
-_SUM = ("weights", "rank")
-_SPARSE = ("weights", "density", "rank")
-_RANDOM = ("weights", "density", "generator", "rank")
+_RANK = ("rank", "energy")
+_SUM = ("weights", *_RANK)
+_SPARSE = ("weights", "density", *_RANK)
+_RANDOM = ("weights", "density", "seed", *_RANK)
 _EIGENVALUES = "https://doi.org/10.1007/BF02288367"  # Eckart and Young 1936
 
 MERGE_METHODS: dict[str, MergeMethod] = {
@@ -263,8 +191,8 @@ MERGE_METHODS: dict[str, MergeMethod] = {
     "breadcrumbs": MergeMethod(breadcrumbs, _SPARSE, "https://arxiv.org/abs/2312.06795"),
     "magnitude_prune": MergeMethod(magnitude_prune, _SPARSE, "https://arxiv.org/abs/1506.02626"),
     "slerp": MergeMethod(slerp, _SUM, "https://doi.org/10.1145/325165.325242", averages=True, most=2),
-    "model_stock": MergeMethod(model_stock, ("rank",), "https://arxiv.org/abs/2403.19522", averages=True),
+    "model_stock": MergeMethod(model_stock, _RANK, "https://arxiv.org/abs/2403.19522", averages=True),
     "cat": MergeMethod(task_arithmetic, ("weights",), "https://arxiv.org/abs/2212.04089", sums=True),
     "svd": MergeMethod(task_arithmetic, _SUM, _EIGENVALUES, sums=True),
 }
-"""The methods that make one expert of several; ``stack``, which keeps them all, is in merging.py."""
+"""The methods that make one expert of several; ``stack``, which keeps all experts, is no arithmetic."""

@@ -15,7 +15,8 @@ from sparse_ft.cli.listing import describe_checkpoint
 from sparse_ft.errors import CheckpointError, ConfigError
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.routing import Routing
-from sparse_ft.merging.edit import add_from, edit
+from sparse_ft.merging.add import add_from
+from sparse_ft.merging.edit import edit
 
 TARGETS = {"bert": ["query", "value"], "gpt2": ["c_attn", "c_proj"], "llama": ["q_proj", "down_proj"]}
 INPUTS = {"input_ids": torch.tensor([[2, 11, 12, 13, 14, 3], [2, 20, 21, 22, 23, 3]])}

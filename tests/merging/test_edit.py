@@ -27,7 +27,8 @@ from sparse_ft.cli.listing import describe_checkpoint
 from sparse_ft.config import RunConfig
 from sparse_ft.errors import CheckpointError, ConfigError
 from sparse_ft.experts.named_experts import Expert
-from sparse_ft.merging.edit import add_from, copy_expert, edit, prune_expert, remove_expert, rename_expert
+from sparse_ft.merging.add import add_from
+from sparse_ft.merging.edit import copy_expert, edit, prune_expert, remove_expert, rename_expert
 from sparse_ft.merging.low_rank import prune
 
 # Checkpoints that no test changes.
@@ -241,7 +242,7 @@ def test_the_command_says_what_it_did_and_what_to_type_next(monkeypatch, capsys,
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
-    ("", "No change is"),
+    ("", "There is nothing to change"),
     ("--remove moood", "'moood'. Did you mean 'mood'? Known: mood, about, names."),
     ("--rename nams=x", "'nams'. Did you mean 'names'?"),
     ("--copy abuot=x", "'abuot'. Did you mean 'about'?"),

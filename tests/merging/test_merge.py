@@ -21,7 +21,8 @@ from sparse_ft.checkpoint.manifest import read_manifest, read_metrics
 from sparse_ft.errors import ConfigError, DataError
 from sparse_ft.experts.gates import PrototypeGate
 from sparse_ft.merging.merge import merge
-from sparse_ft.merging.merged_expert import merge_experts, merge_settings
+from sparse_ft.merging.merged_expert import merge_experts
+from sparse_ft.merging.settings import merge_settings
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_one_expert_serves_all_tasks_with_their_own_heads(tmp_path, make_model, 
         assert torch.equal(loaded.model.head(task).linear.weight, source.model.head(task).linear.weight)
         assert loaded.tasks[task] == source.tasks[task]
     experts = [source.model.experts.get(name) for name in HEADS]
-    expected = merge_experts(experts, merge_settings("linear", num_experts=3, weights=[1, 2, 1]), name="merged")
+    expected = merge_experts(experts, merge_settings({"method": "linear", "weights": [1, 2, 1]}))
     written = loaded.model.experts.get("merged")
     for module, pair in expected.expert.deltas.items():
         assert all(map(torch.equal, written.deltas[module], pair))
@@ -272,20 +273,20 @@ def refused(monkeypatch, capsys, tmp_path):
     ("{bert} --method tise", "'tise'. Did you mean 'ties'? Known: stack, linear"),
     ("{bert} --method linear --weights 1,2", "--weights 1,2 has 2 numbers for 3 experts."),
     ("{bert} --method linear --weights '1;2'", "--weights '1;2'"),
-    ("{bert} --method linear --weights 1,nan,1", "--weights 1,nan,1"),
+    ("{bert} --method linear --weights 1,nan,1", "weights.1: Input should be a finite number"),
     ("{bert} --method linear --weights 0,0,0", "--weights 0,0,0"),
     ("{bert} --method ties --weights 1,-1,1", "--weights 1,-1,1: ties averages"),
     ("{bert} --method model_stock --weights 1,1,1", "model_stock has no use for --weights."),
-    ("{bert} --method ties --density 0", "--density is 0."),
-    ("{bert} --method ties --density 1.1", "--density is 1.1."),
-    ("{bert} --method dare --density nan", "--density is nan."),
+    ("{bert} --method ties --density 0", "density: Input should be greater than 0"),
+    ("{bert} --method ties --density 1.1", "density: Input should be less than or equal to 1"),
+    ("{bert} --method dare --density nan", "density: Input should be greater than 0"),
     ("{bert} --method linear --density 0.5", "linear has no use for --density."),
     ("{bert} --method cat --rank 4", "cat has no use for --rank."),
     ("{bert} --method cat --energy 0.5", "cat has no use for --energy."),
     ("{bert} --method svd", "--energy"),
     ("{bert} --method svd --rank 2 --energy 0.5", "--rank and --energy"),
-    ("{bert} --method svd --energy 1.1", "--energy is 1.1."),
-    ("{bert} --method linear --rank 0", "--rank is 0."),
+    ("{bert} --method svd --energy 1.1", "energy: Input should be less than or equal to 1"),
+    ("{bert} --method linear --rank 0", "rank: Input should be greater than or equal to 1"),
     ("{bert} --method slerp", "slerp merges 2 experts, and there are 3."),
     ("{bert}/experts/mood --method linear", "only one expert"),
     ("{bert}/experts/moods --method linear", "'moods'. Did you mean 'mood'?"),
@@ -298,7 +299,7 @@ def refused(monkeypatch, capsys, tmp_path):
     ("{bert} --method stack --rank 4", "--rank"),
     ("{bert} --method stack --search", "--search"),
     ("{bert} --method stack --seed 9", "--seed"),
-    ("{bert} --method linear --seed 9", "linear leaves nothing to chance and has no use for --seed."),
+    ("{bert} --method linear --seed 9", "linear has no use for --seed. Leave it out, or choose dare"),
     ("{bert} --method ties --search --weights 1,1,1", "--search"),
     ("{bert} --method linear --evaluate --split dev", "'dev'"),
     ("{bert} --method linear --split test", "--split test"),

@@ -10,8 +10,9 @@ from sparse_ft.checkpoint.checkpoint import load_checkpoint
 from sparse_ft.errors import ConfigError
 from sparse_ft.experts.named_experts import Expert
 from sparse_ft.merging.low_rank import factor, factor_product
-from sparse_ft.merging.merged_expert import merge_experts, merge_settings
+from sparse_ft.merging.merged_expert import merge_experts
 from sparse_ft.merging.methods import MERGE_METHODS
+from sparse_ft.merging.settings import merge_settings
 
 LAYERS = {"both": (24, 30), "first": (16, 12), "second": (12, 16)}
 
@@ -47,7 +48,7 @@ def pair():
 def settings(method, number=2, **changes):
     if method == "svd" and not {"rank", "energy"} & set(changes):
         changes["energy"] = 1.0
-    return merge_settings(method, num_experts=number, **changes)
+    return merge_settings({"method": method, **changes}).for_experts(number)
 
 
 def largest_difference(found, expected):
@@ -57,7 +58,7 @@ def largest_difference(found, expected):
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic", "cat", "svd", "slerp"])
 def test_at_the_sum_of_the_ranks_the_outcome_is_the_sum_of_the_deltas(pair, method):
     weights = [0.3, 0.7]
-    merged = merge_experts(pair, settings(method, weights=weights), name="merged")
+    merged = merge_experts(pair, settings(method, weights=weights))
     one, two = dense(pair[0]), dense(pair[1])
     if method == "slerp":
         cosine = (one["both"] * two["both"]).sum() / one["both"].norm() / two["both"].norm()
@@ -81,10 +82,10 @@ def test_at_the_sum_of_the_ranks_the_outcome_is_the_sum_of_the_deltas(pair, meth
 
 @pytest.mark.parametrize("method", ["ties", "breadcrumbs", "magnitude_prune", "dare", "dare_ties", "della"])
 def test_sparse_methods_need_all_ranks_and_say_what_fewer_lose(pair, method):
-    whole = merge_experts(pair, settings(method, energy=1.0), name="merged")
+    whole = merge_experts(pair, settings(method, energy=1.0))
     assert whole.error < 1e-6
     assert whole.expert.ranks["both"] == 24
-    cut = merge_experts(pair, settings(method), name="merged")
+    cut = merge_experts(pair, settings(method))
     assert cut.expert.ranks["both"] == 5
     for module, delta in dense(whole.expert).items():
         lost = torch.linalg.svdvals(delta)[cut.expert.ranks[module] :].norm() / delta.norm()
@@ -97,8 +98,8 @@ def test_sparse_methods_need_all_ranks_and_say_what_fewer_lose(pair, method):
 
 @pytest.mark.parametrize("energy", [0.5, 0.9, 0.999])
 def test_an_energy_is_reached_by_the_lowest_rank_that_does(pair, energy):
-    merged = merge_experts(pair, settings("svd", energy=energy), name="merged")
-    for module, delta in dense(merge_experts(pair, settings("cat"), name="all").expert).items():
+    merged = merge_experts(pair, settings("svd", energy=energy))
+    for module, delta in dense(merge_experts(pair, settings("cat")).expert).items():
         shares = torch.linalg.svdvals(delta).square()
         kept = (shares.cumsum(0) / shares.sum())[: merged.expert.ranks[module]]
         assert kept[-1] >= energy
@@ -108,34 +109,34 @@ def test_an_energy_is_reached_by_the_lowest_rank_that_does(pair, energy):
 @pytest.mark.parametrize("method", MERGE_METHODS)
 def test_an_expert_merged_with_itself_comes_back_in_its_rank(pair, method):
     density = {"density": 1.0} if "density" in MERGE_METHODS[method].heeds else {}
-    merged = merge_experts([pair[0], pair[0]], settings(method, **density), name="again")
+    merged = merge_experts([pair[0], pair[0]], settings(method, **density))
     expected = dense(pair[0])
     assert largest_difference(dense(merged.expert), expected) < 1e-6 * float(expected["both"].norm())
     assert merged.expert.ranks == ({"both": 4, "first": 4} if method == "cat" else pair[0].ranks)
 
 
 def test_the_order_of_layers_and_other_layers_do_not_change_what_is_drawn(pair):
-    drawn = merge_experts(pair, settings("dare", seed=5), name="merged").expert.deltas["both"]
+    drawn = merge_experts(pair, settings("dare", seed=5)).expert.deltas["both"]
     alone = [Expert(part.name, part.alpha, {"both": part.deltas["both"]}) for part in pair]
-    again = merge_experts(alone, settings("dare", seed=5), name="merged").expert
+    again = merge_experts(alone, settings("dare", seed=5)).expert
     assert torch.allclose(drawn[0], again.deltas["both"][0])
 
 
 def test_word_shapes_are_merged_as_vectors_of_those_that_have_them(pair):
     tagger = expert("three", ["both"], rank=2, alpha=4.0, seed=3, shapes=True)
     other = expert("four", ["both"], rank=2, alpha=4.0, seed=4, shapes=True)
-    three = merge_experts([*pair, tagger], settings("linear", 3), name="merged").expert
+    three = merge_experts([*pair, tagger], settings("linear", 3)).expert
     assert torch.allclose(three.word_shapes, tagger.word_shapes)
-    both = merge_experts([tagger, other], settings("ties", weights=[1, 3]), name="merged").expert
+    both = merge_experts([tagger, other], settings("ties", weights=[1, 3])).expert
     assert torch.allclose(both.word_shapes, tagger.word_shapes / 4 + 3 * other.word_shapes / 4)
-    taken = merge_experts([tagger, other], settings("task_arithmetic", weights=[1, -0.5]), name="merged").expert
+    taken = merge_experts([tagger, other], settings("task_arithmetic", weights=[1, -0.5])).expert
     assert torch.allclose(taken.word_shapes, tagger.word_shapes - other.word_shapes / 2)
-    assert merge_experts(pair, settings("linear"), name="merged").expert.word_shapes is None
+    assert merge_experts(pair, settings("linear")).expert.word_shapes is None
 
 
 def test_deltas_that_cancel_are_refused(pair):
     with pytest.raises(ConfigError, match="Nothing is left of the experts: their deltas cancel in every layer"):
-        merge_experts([pair[0], pair[0]], settings("task_arithmetic", weights=[1, -1]), name="merged")
+        merge_experts([pair[0], pair[0]], settings("task_arithmetic", weights=[1, -1]))
 
 
 @pytest.mark.parametrize("cut", [{}, {"rank": 2}, {"energy": 0.9}])
@@ -174,7 +175,7 @@ def test_as_peft_merges_whole_deltas(tmp_path, make_model, tiny_folder, family, 
     peft.load_adapter(path / "experts/about", adapter_name="about")
     peft.add_weighted_adapter(names, weights, "merged", combination_type=combination, svd_rank=6, **extra)
     experts = [loaded.experts.get(name) for name in names]
-    merged = merge_experts(experts, settings(method, weights=weights, rank=6, **extra), name="merged").expert
+    merged = merge_experts(experts, settings(method, weights=weights, rank=6, **extra)).expert
     compared = 0
     for module, delta in dense(merged).items():
         layer = peft.base_model.model.get_submodule(module)
@@ -184,3 +185,18 @@ def test_as_peft_merges_whole_deltas(tmp_path, make_model, tiny_folder, family, 
             assert torch.allclose(delta, theirs, atol=1e-6 + 1e-5 * float(theirs.abs().max())), module
             compared += 1
     assert compared > 6
+
+
+def test_all_problems_of_settings_are_named_at_once():
+    values = {"method": "linear", "density": 2, "rank": 0, "energy": 0.5, "budget": 9, "wieghts": [1]}
+    with pytest.raises(ConfigError) as caught:
+        merge_settings(values)
+    for part in (
+        "linear has no use for --density.",
+        "--budget 9 means something with --search only.",
+        "--rank and --energy are both given.",
+        "density: Input should be less than or equal to 1 (got 2).",
+        "rank: Input should be greater than or equal to 1 (got 0).",
+        "Unknown key 'wieghts'. Did you mean 'weights'?",
+    ):
+        assert part in str(caught.value)

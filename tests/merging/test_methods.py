@@ -10,7 +10,7 @@ from sparse_ft.merging.methods import MERGE_METHODS
 
 SHAPE = (6, 10)
 WEIGHTS = [0.5, 0.3, 0.2]
-RANDOM = [name for name, row in MERGE_METHODS.items() if "generator" in row.heeds]
+RANDOM = [name for name, row in MERGE_METHODS.items() if "seed" in row.heeds]
 EXACT = [name for name in MERGE_METHODS if name not in RANDOM]
 
 
@@ -25,7 +25,8 @@ def merged(method, given, weights, density=0.5, seed=1):
         "generator": torch.Generator().manual_seed(seed),
     }
     row = MERGE_METHODS[method]
-    return row.function(given, **{name: value for name, value in known.items() if name in row.heeds})
+    heeded = {"generator" if name == "seed" else name for name in row.heeds}
+    return row.function(given, **{name: value for name, value in known.items() if name in heeded})
 
 
 # The definitions, in numpy

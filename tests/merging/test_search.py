@@ -56,8 +56,8 @@ def test_a_seed_gives_the_same_again(parts, tmp_path):
 
 
 @pytest.mark.parametrize(("changes", "error", "message"), [
-    ({"budget": 1}, ConfigError, "--budget is 1"),
-    ({"rows": 0}, ConfigError, "--rows 0"),
+    ({"budget": 1}, ConfigError, "budget: Input should be"),
+    ({"rows": 0}, ConfigError, "rows: Input should be"),
     ({"method": "model_stock"}, ConfigError, "model_stock"),
     ({}, DataError, "'mood' has no validation rows"),
     ({"method": "linear"}, ConfigError, r"pip install 'sparse-ft\[search\]'"),
