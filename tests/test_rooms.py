@@ -28,6 +28,7 @@ ROOT = Path(sparse_ft.__file__).parent
 FILES = {
     ".".join(("sparse_ft", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
     for path in ROOT.rglob("*.py")
+    if path.parent.name != "templates"  # the code of exports
 }
 HEAVY = {
     "torch",

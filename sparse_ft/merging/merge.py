@@ -144,17 +144,12 @@ def _merge_into_one(gathered: Gathered, settings: MergeSettings, folder: Path) -
 
 
 def _save_merged(
-    checkpoint: Checkpoint,
-    tasks: Sequence[MergedTask],
-    reports: Mapping[str, TaskReport],
-    *,
-    split: Split,
-    folder: Path,
+    folder: Path, checkpoint: Checkpoint, tasks: Sequence[MergedTask], after: Mapping[str, TaskReport], *, split: Split
 ) -> None:
     """Write the merged model; each task has the data and the scores of its first part."""
     sources = {task.spec.name: task.parts[0].source for task in tasks}
     known = {task: source for task, source in sources.items() if source is not None}
-    scored = {task.spec.name: reports[task.parts[0].name] for task in tasks if task.parts[0].name in reports}
+    scored = {task.spec.name: after[task.parts[0].name] for task in tasks if task.parts[0].name in after}
     save_checkpoint(
         folder,
         model=checkpoint.model,
