@@ -26,7 +26,7 @@ from sparse_ft.experts.named_experts import Expert
 
 ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
-_HEADS = ("classifier", "score")
+LINEAR_HEADS = ("classifier", "score")
 """How transformers' classifiers name a head that is a linear."""
 
 # Settings that change what a layer computes, with the reason why it is no expert then. All are off by default.
@@ -115,7 +115,7 @@ def read_head(folder: Path) -> dict[str, Tensor]:
     """Return ``weight`` and perhaps ``bias`` of the linear head of an adapter; empty if it has none, or another."""
     tensors = read_tensors(folder / _WEIGHTS)
     found = {key.removeprefix(WRAPPER): tensor for key, tensor in tensors.items() if ".lora_" not in key}
-    for name in _HEADS:
+    for name in LINEAR_HEADS:
         own = {
             key.removeprefix(f"{name}."): tensor.float() for key, tensor in found.items() if key.startswith(f"{name}.")
         }

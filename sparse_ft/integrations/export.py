@@ -1,4 +1,4 @@
-"""Export a checkpoint to a foreign format; what was written is run, and compared with the checkpoint."""
+"""Export a checkpoint to a foreign format, run the written files, and compare their answers with the checkpoint's."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from sparse_ft.checkpoint.checkpoint import describe_origin
 from sparse_ft.checkpoint.folders import replace_folder, write_bytes, write_json
 from sparse_ft.checkpoint.outputs import free_output
 from sparse_ft.errors import ConfigError
-from sparse_ft.integrations.exporters import find_exporter
+from sparse_ft.integrations.exporters import Exporter, find_exporter
 from sparse_ft.integrations.exporters.int8 import int8_scores, quantise
 from sparse_ft.integrations.model_card import model_card
 from sparse_ft.integrations.round_trip import TOLERANCE, Difference
@@ -17,19 +17,19 @@ from sparse_ft.prediction.loaded_model import LoadedModel, load
 from sparse_ft.tasks.sources import name_sources
 
 RECORD = "export.json"
-"""What an export says of itself; also what ``import`` reads."""
+"""File in which an export describes itself; ``import`` reads it."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """What ``export`` wrote."""
+    """The outcome of ``export``."""
 
     path: Path
-    """The folder; PEFT and transformers have one folder a task in it if several tasks were exported."""
+    """The folder; for PEFT and transformers it holds one folder for each task if there are several."""
     differences: dict[str, Difference]
-    """By task: how far the export's answers were from the checkpoint's when it was tried."""
+    """Task to the distance of the export's answers from the checkpoint's on sample texts."""
     int8: dict[str, dict[str, Any]]
-    """By task, the score with float32 and with int8; see ``int8_scores``. Empty without ``int8``."""
+    """Task to its scores with float32 and with int8; see ``int8_scores``. Empty without ``int8``."""
 
 
 def export(
@@ -44,60 +44,69 @@ def export(
 ) -> Export:
     """Write tasks of a checkpoint in a format that other libraries read, with tokenizer, model card and export.json.
 
-    Each export is loaded as its user would and run on sample texts before it is put in its place.
+    Each export is loaded as its user would load it and run on sample texts before it appears at ``output``.
 
     Args:
-        checkpoint: A folder, or what ``load`` gave, which no other thread may use meanwhile.
+        checkpoint: A folder, or a loaded model, which no other thread may use meanwhile.
         format: ``peft``: the expert as an adapter, head included. ``transformers``: a dense model with the expert
             folded in. ``onnx``: one graph with the experts and heads of all tasks.
         output: Folder to write; must be empty or not exist.
-        task: Only this one; None takes all.
-        int8: With ``onnx``, write a second graph with weights of eight bits, and the score that it loses.
-        data: For ``int8``: folder or file for the one task, or task name to such; None takes what each was trained on.
+        task: The task to export; None exports all.
+        int8: With ``onnx``, write a second graph with int8 weights, and the score that it loses.
+        data: For ``int8``: folder or file for the one task, or task name to such; None takes the data of training.
         backbone: Where the backbone is now, if not where the checkpoint says.
 
     Raises:
         ConfigError: If a name is unknown, the output exists, or a package is missing.
-        ExportError: If the format cannot express a task, or the answers differ; nothing is written then.
-        DataError: If ``int8`` needs data that is not found.
+        ExportError: If the format cannot express a task, or the answers differ. Nothing is written.
+        DataError: If data that ``int8`` needs is missing.
     """
     exporter = find_exporter(format)
-    if data is not None and not int8 and format == "onnx":
-        raise ConfigError(
-            "--data is for --int8, which scores the graph of eight bits. Add --int8, or leave --data out."
-        )
-    if (int8 or data is not None) and format != "onnx":
-        raise ConfigError(f"--int8, and --data for it, are of the format onnx, not {format}. Leave them out.")
+    _check_options(format, int8=int8, data=data)
     folder = free_output(output)
     model = checkpoint if isinstance(checkpoint, LoadedModel) else load(checkpoint, device="cpu", backbone=backbone)
+    names = _exported_tasks(model, exporter, task)
+    sources = {**model.checkpoint.config.sources, **name_sources(data, names)}
+    apart = not exporter.together and len(names) > 1
+    folders = {name: [name] for name in names} if apart else {"": names}
+    differences: dict[str, Difference] = {}
+    scores: dict[str, dict[str, Any]] = {}
+
+    def fill(staged: Path) -> None:
+        for name, tasks in folders.items():
+            (staged / name).mkdir(exist_ok=True)
+            differences.update(exporter.write(model, tasks, staged / name))
+            for exported in tasks:
+                differences[exported].check(exported)
+            if int8:
+                quantise(staged / name)
+                scores.update(int8_scores(model, tasks, staged / name, sources=sources))
+            card = model_card(model, tasks, format=format, folder=(folder / name).name)
+            write_bytes(staged / name / "README.md", card.encode())
+            record = _record(model, tasks, format=format, differences=differences, int8=scores)
+            write_json(staged / name / RECORD, record)
+
+    replace_folder(folder, fill)
+    return Export(folder, differences, scores)
+
+
+def _check_options(format: str, *, int8: bool, data: str | Path | Mapping[str, str] | None) -> None:
+    """Refuse options that the format does not have."""
+    if data is not None and not int8 and format == "onnx":
+        raise ConfigError("--data is for --int8, which scores the int8 graph. Add --int8, or leave --data out.")
+    if (int8 or data is not None) and format != "onnx":
+        raise ConfigError(f"--int8, and --data for it, are of the format onnx, not {format}. Leave them out.")
+
+
+def _exported_tasks(model: LoadedModel, exporter: Exporter, task: str | None) -> list[str]:
+    """Return the tasks to export, if they exist and the format can express all of them."""
     if not model.tasks:
         raise ConfigError(f"{str(model.checkpoint.path)!r} has no task, so there are no answers to export.")
     names = list(model.tasks) if task is None else [task]
     for name in names:
         model.checkpoint.model.head(name)
         exporter.expert_of(model, name)
-    sources = {**model.checkpoint.config.sources, **name_sources(data, names)}
-    apart = not exporter.together and len(names) > 1
-    groups = {name: [name] for name in names} if apart else {"": names}
-    differences: dict[str, Difference] = {}
-    scores: dict[str, dict[str, Any]] = {}
-
-    def fill(staged: Path) -> None:
-        for place, tasks in groups.items():
-            own = staged / place
-            own.mkdir(exist_ok=True)
-            differences.update(exporter.write(model, tasks, own))
-            for name in tasks:
-                differences[name].check(name)
-            if int8:
-                quantise(own)
-                scores.update(int8_scores(model, tasks, own, sources=sources))
-            card = model_card(model, tasks, format=format, folder=(folder / place).name)
-            write_bytes(own / "README.md", card.encode())
-            write_json(own / RECORD, _record(model, tasks, format=format, differences=differences, int8=scores))
-
-    replace_folder(folder, fill)
-    return Export(folder, differences, scores)
+    return names
 
 
 def _record(
@@ -108,7 +117,7 @@ def _record(
     differences: Mapping[str, Difference],
     int8: Mapping[str, dict[str, Any]],
 ) -> dict[str, Any]:
-    """Return what export.json holds: enough to trust the export, and for ``import`` to read it back."""
+    """Return the content of export.json: enough to trust the export, and to import it again."""
     inner = model.checkpoint.model
     return {
         "format": format,

@@ -1,4 +1,4 @@
-"""Import a LoRA that PEFT saved as a new checkpoint: its expert, and its head where ours can say the same."""
+"""Import a LoRA that PEFT saved as a new checkpoint: its expert, and its head where a head here computes the same."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -22,20 +22,20 @@ from sparse_ft.integrations.export import RECORD
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.spec import TaskSpec, list_tasks, load_task, parse_task
 
-# Between blocks and head, transformers' token classifiers of these have another layer.
 _NOT_LINEAR = ("modernbert",)
+"""Architectures whose token classifiers of transformers have another layer between blocks and head."""
 
 
 @dataclass(frozen=True)
 class Import:
-    """What ``import_adapter`` wrote."""
+    """The outcome of ``import_adapter``."""
 
     path: Path
     expert: str
     task: str | None
-    """None if the head could not be imported; the expert then serves no task."""
+    """The task that the expert serves; None if the head could not be imported."""
     notes: list[str]
-    """Sentences about what was left out or could not be checked."""
+    """Sentences about parts that were left out or could not be checked."""
 
 
 def import_adapter(
@@ -48,16 +48,17 @@ def import_adapter(
 ) -> Import:
     """Write a checkpoint with the expert of a LoRA that PEFT saved, and its head.
 
-    What ``export`` wrote comes back as it was, task included. Of others, the head of a token classifier is imported,
-    and that of a causal backbone's text classifier (a linear on the last token); all others pool or compute in ways
-    that heads here do not, and are left out.
+    An adapter that ``export`` wrote comes back as it was, task included. Of other adapters, the head of a token
+    classifier is imported, and the head of a causal backbone's text classifier (a linear on the last token). Other
+    heads pool or compute in ways that heads here do not, and are left out.
 
     Args:
         adapter: Folder with adapter_config.json and adapter_model.safetensors.
         output: Folder to write; must be empty or not exist.
-        task: Its name here, a bundled task, or the path of a task file, whose labels are taken then. None takes the
+        task: Name of the task here, a bundled task, or the path of a task file, whose labels are taken. None takes the
             name of the folder.
-        labels: Names of the head's outputs, in its order; none takes those of config.json in the folder, or the task's.
+        labels: Names of the head's outputs, in their order; empty takes those of config.json in the folder, or the
+            task's.
         backbone: Where the backbone is; None takes the one that the adapter names.
 
     Raises:
@@ -65,40 +66,43 @@ def import_adapter(
         CheckpointError: If the folder is no plain LoRA for this backbone.
         BackboneError: If the backbone is not found.
     """
-    folder, written = Path(adapter).expanduser().absolute(), free_output(output)
+    folder, target = _adapter_folder(adapter), free_output(output)
+    config, record = read_adapter_config(folder), _read_record(folder / RECORD)
+    where, sha256 = backbone or _named_backbone(config, folder), record.weights_sha256 if record else None
+    loaded = load_backbone(where, revision=None if backbone else config.get("revision"), expected_sha256=sha256)
+    model = SparseExpertModel(loaded, pooling=record.pooling if record else "auto")
+    given = load_task(task) if task is not None and (_is_file(task) or task in list_tasks()) else task
+    called = given.name if isinstance(given, TaskSpec) else given
+    name = _checked_name(called or (record.spec.name if record else folder.name))
+    imported = read_adapter(folder, name=record.expert if record and task is None else name, backbone=loaded)
+    model.experts.add(imported.expert)
+    head = read_head(folder) if len(imported.above) == 1 else {}
+    kind = (record.spec.kind if record else _kind(config, loaded, folder)) if head else None
+    names = list(labels) or (_outputs(record.spec) if record else []) or _named_labels(folder)
+    if record and not labels and not _is_file(task):
+        spec = record.spec.model_copy(update={"name": name}) if head else None
+    else:
+        spec = _spec(name, given, names, kind=kind)
+    if spec is not None:
+        _add_task(model, spec, head, names=names, expert=imported.expert.name)
+        notes = imported.remarks
+    else:
+        unnamed = [f"Its head has {len(head['weight'])} outputs; --labels may name them."] if kind else []
+        notes = [*imported.notes, *unnamed]
+    settings = {"backbone": loaded.name, "data": {"max_length": record.max_length} if record else {}}
+    tasks = {} if spec is None else {spec.name: spec}
+    save_checkpoint(target, model=model.eval(), tasks=tasks, config=RunConfig.model_validate(settings), metrics={})
+    return Import(target, imported.expert.name, None if spec is None else spec.name, notes)
+
+
+def _adapter_folder(adapter: str | Path) -> Path:
+    """Return the folder of an adapter as a path, or raise which folder to name instead."""
+    folder = Path(adapter).expanduser().absolute()
     if not folder.is_dir():
         raise CheckpointError(f"Adapter folder {str(adapter)!r} does not exist. Give a folder that PEFT wrote.")
     if not (folder / ADAPTER_CONFIG).is_file():
         raise CheckpointError(f"{str(adapter)!r} holds no {ADAPTER_CONFIG}. {_where_adapters_are(folder)}")
-    config, own = read_adapter_config(folder), _read_own(folder / RECORD)
-    where, sha256 = backbone or _named_backbone(config, folder), own.weights_sha256 if own else None
-    loaded = load_backbone(where, revision=None if backbone else config.get("revision"), expected_sha256=sha256)
-    model = SparseExpertModel(loaded, pooling=own.pooling if own else "auto")
-    given = load_task(task) if task is not None and (_is_file(task) or task in list_tasks()) else task
-    called = given.name if isinstance(given, TaskSpec) else given
-    name = _checked_name(called or (own.spec.name if own else folder.name))
-    found = read_adapter(folder, name=own.expert if own and task is None else name, backbone=loaded)
-    model.experts.add(found.expert)
-    head = read_head(folder) if len(found.above) == 1 else {}
-    kind = (own.spec.kind if own else _kind(config, loaded, folder)) if head else None
-    spec: TaskSpec | None
-    if own and not labels and not (isinstance(given, TaskSpec) and _is_file(task)):
-        spec = own.spec.model_copy(update={"name": name})
-        names = find_kind(spec.kind).outputs(spec.label_names or [])
-    else:
-        own_names = find_kind(own.spec.kind).outputs(own.spec.label_names or []) if own else []
-        names = list(labels) or own_names or _named_labels(folder)
-        spec = _spec(name, given, names, kind=kind)
-    notes = found.remarks
-    if spec is not None and head:
-        _add_task(model, spec, head, names=names, expert=found.expert.name)
-    else:
-        unnamed = [f"Its head has {len(head['weight'])} outputs; --labels may name them."] if kind else []
-        spec, notes = None, [*found.notes, *unnamed]
-    settings = {"backbone": loaded.name, "data": {"max_length": own.max_length} if own else {}}
-    tasks = {} if spec is None else {spec.name: spec}
-    save_checkpoint(written, model=model.eval(), tasks=tasks, config=RunConfig.model_validate(settings), metrics={})
-    return Import(written, found.expert.name, None if spec is None else spec.name, notes)
+    return folder
 
 
 def _where_adapters_are(folder: Path) -> str:
@@ -108,8 +112,8 @@ def _where_adapters_are(folder: Path) -> str:
     return f"Give one of {', '.join(inside)}." if inside else "Give a folder that PEFT wrote."
 
 
-class _Own(NamedTuple):
-    """What an export says of the checkpoint that it was made of."""
+class _Record(NamedTuple):
+    """The record that an export keeps of its checkpoint."""
 
     expert: str
     spec: TaskSpec
@@ -118,7 +122,7 @@ class _Own(NamedTuple):
     weights_sha256: str
 
 
-def _read_own(file: Path) -> _Own | None:
+def _read_record(file: Path) -> _Record | None:
     """Read the record that ``export`` leaves beside an adapter; None if another program wrote the adapter."""
     record = _read_json(file)
     if record.get("format") != "peft":
@@ -127,17 +131,17 @@ def _read_own(file: Path) -> _Own | None:
         (entry,) = record["tasks"].values()
         spec, sha256 = parse_task(entry["spec"], where=str(file)), record["backbone"]["weights_sha256"]
         settings = {"data": {"max_length": record["max_length"]}, "experts": {"pooling": record["pooling"]}}
-        run = RunConfig.model_validate(settings)  # whose errors are ValueErrors
-        return _Own(check_name(entry["expert"]), spec, run.experts.pooling, run.data.max_length, sha256)
+        run = RunConfig.model_validate(settings)  # raises ValueErrors
+        return _Record(check_name(entry["expert"]), spec, run.experts.pooling, run.data.max_length, sha256)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{str(file)!r} is damaged: {error!r}. Export the checkpoint again, or delete this file to import the "
-            "adapter without what it says."
+            "adapter without it."
         ) from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    """Read a file that may not be there."""
+    """Read a file; empty if there is none."""
     try:
         return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
     except (ValueError, TypeError) as error:
@@ -163,20 +167,20 @@ def _checked_name(name: str) -> str:
 
 
 def _named_labels(folder: Path) -> list[str]:
-    """Return the names in config.json; transformers' placeholders (LABEL_0 …) are none."""
-    found = _read_json(folder / "config.json").get("id2label") or {}
+    """Return the names of labels in config.json; empty if they are transformers' placeholders (LABEL_0 …)."""
+    by_id = _read_json(folder / "config.json").get("id2label") or {}
     try:
-        names = [str(found[key]) for key in sorted(found, key=int)]
+        names = [str(by_id[key]) for key in sorted(by_id, key=int)]
     except (ValueError, TypeError) as error:
         raise CheckpointError(
-            f"id2label in {str(folder / 'config.json')!r} is {found!r}. Expected a name for each number from 0. Name "
+            f"id2label in {str(folder / 'config.json')!r} is {by_id!r}. Expected a name for each number from 0. Name "
             "them with --labels."
         ) from error
-    return [] if any(name == f"LABEL_{place}" for place, name in enumerate(names)) else names
+    return [] if any(name == f"LABEL_{index}" for index, name in enumerate(names)) else names
 
 
 def _kind(config: Mapping[str, Any], backbone: Backbone, folder: Path) -> str | None:
-    """Return the kind of task whose head here computes what the adapter's head does, or None."""
+    """Return the kind of task whose head here computes the same as the adapter's, or None."""
     if config.get("task_type") == "TOKEN_CLS" and backbone.config.model_type not in _NOT_LINEAR:
         return "token_classification"
     if config.get("task_type") == "SEQ_CLS" and backbone.family.causal:
@@ -186,13 +190,13 @@ def _kind(config: Mapping[str, Any], backbone: Backbone, folder: Path) -> str | 
 
 
 def _spec(name: str, given: TaskSpec | str | None, names: list[str], *, kind: str | None) -> TaskSpec | None:
-    """Describe the task of a foreign head; None if it cannot be one here, or its labels are not known."""
+    """Describe the task of a foreign head; None if no kind fits, or its labels are not known."""
     if kind is None:
         return None
     if isinstance(given, TaskSpec):
         if find_kind(given.kind).level != find_kind(kind).level:
             raise ConfigError(f"Task {given.name!r} is a {given.kind}, but the adapter is of a {kind}. Name another.")
-        names.extend(find_kind(given.kind).outputs(given.label_names or []) if not names else [])
+        names.extend(_outputs(given) if not names else [])
         return given.model_copy(update={"labels": _labels(names, kind=kind)}) if not given.label_names else given
     if not names:
         return None
@@ -201,8 +205,12 @@ def _spec(name: str, given: TaskSpec | str | None, names: list[str], *, kind: st
     return parse_task(values, where="--labels")
 
 
+def _outputs(spec: TaskSpec) -> list[str]:
+    return find_kind(spec.kind).outputs(spec.label_names or [])
+
+
 def _labels(names: Sequence[str], *, kind: str) -> list[str]:
-    """Return the labels of a task whose outputs have these names: for tags, the types of entities."""
+    """Return the labels of a task whose outputs have these names; for tags, the types of entities."""
     if kind != "token_classification":
         return list(names)
     return list(dict.fromkeys(tag[2:] for tag in names if tag != "O"))
@@ -211,9 +219,8 @@ def _labels(names: Sequence[str], *, kind: str) -> list[str]:
 def _add_task(
     model: SparseExpertModel, spec: TaskSpec, head: Mapping[str, Tensor], *, names: Sequence[str], expert: str
 ) -> None:
-    """Give the model a task with the rows of a foreign head, in the order of our outputs."""
-    kind = find_kind(spec.kind)
-    outputs, rows = kind.outputs(spec.label_names or []), len(head["weight"])
+    """Give the model a task with the rows of a foreign head, in the order of the outputs here."""
+    outputs, rows = _outputs(spec), len(head["weight"])
     if len(names) != rows:
         raise ConfigError(f"The head has {rows} outputs, but {len(names)} labels are named: {', '.join(names)}.")
     if sorted(names) != sorted(outputs):
@@ -222,7 +229,7 @@ def _add_task(
             "outputs of the head, in its order, with --labels; tags must be O, and B- and I- of every type (IOB2)."
         )
     order = [list(names).index(name) for name in outputs]
-    linear = model.add_task(spec.name, expert=expert, level=kind.level, num_outputs=rows).linear
+    linear = model.add_task(spec.name, expert=expert, level=find_kind(spec.kind).level, num_outputs=rows).linear
     with torch.no_grad():
         linear.weight.copy_(head["weight"][order])
         linear.bias.copy_(head["bias"][order] if "bias" in head else torch.zeros(rows))

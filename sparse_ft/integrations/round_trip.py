@@ -1,8 +1,8 @@
-"""Whether what was exported gives the answers of its checkpoint: the same texts through both, logit by logit."""
+"""Check that an export gives the answers of its checkpoint: the same texts through both, logit by logit."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,38 +17,39 @@ from sparse_ft.tasks.reading import read
 from sparse_ft.tasks.spec import TaskSpec, load_task
 
 TOLERANCE = 1e-4
-"""Largest difference of a logit, as a share of the largest logit or of 1; float32 in another order gives 1e-6."""
+"""Largest allowed difference of a logit, as a share of the larger of 1 and the largest logit; float32 sums in another
+order give 1e-6."""
 ROWS = 32
-"""Rows of the task's data that are tried, beside the odd texts."""
+"""Rows of the task's data that are compared, besides the odd texts."""
 _BATCH = 16
 
 _BUNDLED = ("sentiment", "topic", "intent", "ner")
 
 Run = Callable[[dict[str, Tensor]], Tensor]
-"""Runs a batch of what the exported tokenizer gave, with words also ``word_shapes``: logits of texts, or of tokens."""
+"""Maps a batch of the exported tokenizer, with ``word_shapes`` for words, to logits of texts or of tokens."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far the answers of an export are from those of its checkpoint."""
+    """Distance of the answers of an export from those of its checkpoint."""
 
     texts: int
-    """That were compared."""
+    """Number of texts that were compared."""
     answers: int
-    """Texts, or words of them for a tagging task."""
+    """Number of texts, or of their words for a tagging task."""
     largest: float
     """Largest absolute difference of a logit."""
     scale: float
     """Largest absolute logit of the checkpoint."""
     disagreements: int
-    """Answers with another label: the best one (tagging: of each word by itself), or the set for multi-label tasks."""
+    """Answers with another best label (tagging: for each word by itself), or another set in a multi-label task."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what ``export.json`` holds."""
+        """Return the entry of ``export.json``."""
         return asdict(self)
 
     def check(self, task: str) -> None:
-        """Refuse an export that answers otherwise.
+        """Refuse an export with other answers.
 
         Raises:
             ExportError: If a logit differs by more than rounding.
@@ -62,9 +63,9 @@ class Difference:
 
 
 def sample_texts(model: LoadedModel, task: str) -> list[Text]:
-    """Choose texts to try an export on: odd ones, the task's example, and rows of its test split if they are here.
+    """Choose texts to compare: odd ones, the task's example, and rows of its test split if they are here.
 
-    Without data of the task, the rows are those of the bundled samples. What gives no token is left out.
+    A task without data takes rows of the bundled samples. Texts without tokens are left out.
     """
     spec = model.tasks[task]
     source = model.checkpoint.config.sources.get(task)
@@ -84,20 +85,19 @@ def sample_texts(model: LoadedModel, task: str) -> list[Text]:
 
 
 def _rows(spec: TaskSpec, source: str | None) -> list[Text]:
-    """Return the first test rows of a task as texts or pairs; none if its data has no test split, or is gone."""
+    """Return the first test rows of a task as texts or pairs; none if its data is missing or has no test split."""
     try:
-        found = read(spec, data=source, splits=["test"])
-    except SparseFTError:  # a sample can do without; the commands that need the data say what is wrong with it
+        test = read(spec, data=source, splits=["test"]).get("test")
+    except SparseFTError:  # rows are optional here; the commands that need them report what is wrong with the data
         return []
-    if "test" not in found:
+    if test is None:
         return []
-    columns = found["test"].select(range(min(ROWS, len(found["test"])))).to_dict()
-    rows = given_rows(columns)
+    rows = rows_of_columns(test.select(range(min(ROWS, len(test)))).to_dict())
     return [row if isinstance(row, (str, tuple)) else " ".join(row) for row in rows]
 
 
-def given_rows(columns: Mapping[str, Sequence[Any]]) -> list[Any]:
-    """Return what a tokenizer is given for each row of a reader's columns: its words, a pair, or its text."""
+def rows_of_columns(columns: Mapping[str, Sequence[Any]]) -> list[Any]:
+    """Return the tokenizer's input for each row of a reader's columns: its words, a pair, or its text."""
     if "tokens" in columns and "parents" not in columns:
         return list(columns["tokens"])
     if "text_pair" in columns:
@@ -111,17 +111,17 @@ def compare(model: LoadedModel, task: str, texts: Sequence[Text], *, run: Run, t
     Args:
         model: The checkpoint.
         task: One of its tasks.
-        texts: Those that a tagging task would read in several windows are left out.
+        texts: Texts to compare; those that a tagging task reads in several windows are left out.
         run: The export.
-        tokenizer: As the export brings it.
+        tokenizer: Tokenizer of the export.
     """
     spec = model.tasks[task]
-    rows = rows_of(spec, texts)
-    found = foreign_logits(rows, spec=spec, encoder=model.encoder, run=run, tokenizer=tokenizer)
-    expected = model.logits([texts[place] for place in found], task)
+    rows = rows_of_texts(spec, texts)
+    logits = foreign_logits(rows, spec=spec, encoder=model.encoder, run=run, tokenizer=tokenizer)
+    expected = model.logits([texts[index] for index in logits], task)
     largest = scale = 0.0
     disagreements = answers = 0
-    for ours, theirs in zip(expected, found.values(), strict=True):
+    for ours, theirs in zip(expected, logits.values(), strict=True):
         if ours.numel():
             largest = max(largest, float((ours - theirs).abs().max().nan_to_num(torch.inf)))
             scale = max(scale, float(ours.abs().max()))
@@ -130,11 +130,11 @@ def compare(model: LoadedModel, task: str, texts: Sequence[Text], *, run: Run, t
         else:
             other = (ours.argmax(-1) != theirs.argmax(-1)).reshape(-1)
         disagreements, answers = disagreements + int(other.sum()), answers + len(other)
-    return Difference(len(found), answers, largest, scale, disagreements)
+    return Difference(len(logits), answers, largest, scale, disagreements)
 
 
-def rows_of(spec: TaskSpec, texts: Sequence[Text]) -> list[Any]:
-    """Return what the tokenizer is given for each text: itself, a pair, or its words."""
+def rows_of_texts(spec: TaskSpec, texts: Sequence[Text]) -> list[Any]:
+    """Return the tokenizer's input for each text: the text, a pair, or its words."""
     if find_kind(spec.kind).level == "word":
         return [[word.text for word in split_words(text, spec.language)] for text in texts if isinstance(text, str)]
     return list(texts)
@@ -143,61 +143,71 @@ def rows_of(spec: TaskSpec, texts: Sequence[Text]) -> list[Any]:
 def foreign_logits(
     rows: Sequence[Any], *, spec: TaskSpec, encoder: Encoder, run: Run, tokenizer: Any
 ) -> dict[int, Tensor]:
-    """Run rows through an export, in the batches and with the calls that its user would write.
+    """Run rows through an export with the calls that its user would write.
 
     Args:
         rows: Texts, pairs, or lists of words, by the task's kind.
         spec: The task.
-        encoder: Says how long a row may be, and which piece of a word its tag stands at.
+        encoder: Knows the longest row, and which piece of a word has its tag.
         run: The export.
-        tokenizer: As the export brings it.
+        tokenizer: Tokenizer of the export.
 
     Returns:
-        Row number to float32 logits, (labels,) or (words, tags); without rows of words that need several windows, have
-        none, or lose one in the tokenizer.
+        Index of a row to its float32 logits, (labels,) or (words, tags). Rows of words are left out if they need
+        several windows, have no words, or lose one in the tokenizer.
     """
     words = find_kind(spec.kind).level == "word"
     batches = _word_batches(rows, encoder=encoder, tokenizer=tokenizer) if words else _text_batches(rows, tokenizer)
-    found = {}
+    by_row = {}
     with torch.no_grad():
-        for places, marks, batch in batches:
-            logits = run(batch).float()
-            for row, place in enumerate(places):
-                found[place] = logits[row, marks[row]] if words else logits[row]
-    return found
+        for batch in batches:
+            logits = run(batch.inputs).float()
+            for row, index in enumerate(batch.indices):
+                by_row[index] = logits[row, batch.positions[row]] if words else logits[row]
+    return by_row
 
 
-_Batches = Iterator[tuple[list[int], list[list[int]], dict[str, Tensor]]]
+class _Batch(NamedTuple):
+    indices: list[int]
+    """Indices of the rows."""
+    positions: list[list[int]]
+    """For rows of words: the position of the token that has the tag of each word."""
+    inputs: dict[str, Tensor]
 
 
-def _text_batches(rows: Sequence[Text], tokenizer: Any) -> _Batches:
+def _text_batches(rows: Sequence[Text], tokenizer: Any) -> Iterator[_Batch]:
     for start in range(0, len(rows), _BATCH):
         chunk = rows[start : start + _BATCH]
         first = [row if isinstance(row, str) else row[0] for row in chunk]
         pairs = [] if isinstance(chunk[0], str) else [[row[1] for row in chunk]]
         batch = tokenizer(first, *pairs, truncation=True, padding=True, return_tensors="pt")
-        yield list(range(start, start + len(chunk))), [], dict(batch)
+        yield _Batch(list(range(start, start + len(chunk))), [], dict(batch))
 
 
-def _word_batches(rows: Sequence[Sequence[str]], *, encoder: Encoder, tokenizer: Any) -> _Batches:
-    fitting: dict[int, list[int]] = {}  # row -> the piece that stands for each word
-    for place, row in enumerate(rows):
-        encoded = tokenizer([list(row)], is_split_into_words=True) if len(row) else None
-        if encoded is None or len(encoded["input_ids"][0]) > encoder.max_length:
-            continue
-        marks: dict[int, int] = {}
-        for position, word in enumerate(encoded.word_ids(0)):
-            if word is not None and (encoder.last_piece or word not in marks):
-                marks[word] = position
-        if len(marks) == len(row):
-            fitting[place] = [marks[word] for word in range(len(row))]
-    places = list(fitting)
-    for start in range(0, len(places), _BATCH):
-        chosen = places[start : start + _BATCH]
-        words = [list(rows[place]) for place in chosen]
+def _word_batches(rows: Sequence[Sequence[str]], *, encoder: Encoder, tokenizer: Any) -> Iterator[_Batch]:
+    positions = {
+        index: tagged
+        for index, row in enumerate(rows)
+        if (tagged := _word_positions(row, encoder=encoder, tokenizer=tokenizer)) is not None
+    }
+    for start in range(0, len(positions), _BATCH):
+        indices = list(positions)[start : start + _BATCH]
+        words = [list(rows[index]) for index in indices]
         batch = tokenizer(words, is_split_into_words=True, padding=True, return_tensors="pt")
         shapes = [
             [SHAPES.index("none") if word is None else word_shape(row[word]) for word in batch.word_ids(number)]
             for number, row in enumerate(words)
         ]
-        yield chosen, [fitting[place] for place in chosen], {"word_shapes": torch.tensor(shapes), **batch}
+        yield _Batch(indices, [positions[index] for index in indices], {"word_shapes": torch.tensor(shapes), **batch})
+
+
+def _word_positions(row: Sequence[str], *, encoder: Encoder, tokenizer: Any) -> list[int] | None:
+    """Return the position of the token that has the tag of each word; None if the row is too long or loses a word."""
+    encoded = tokenizer([list(row)], is_split_into_words=True) if len(row) else None
+    if encoded is None or len(encoded["input_ids"][0]) > encoder.max_length:
+        return None
+    positions: dict[int, int] = {}
+    for position, word in enumerate(encoded.word_ids(0)):
+        if word is not None and (encoder.last_piece or word not in positions):
+            positions[word] = position
+    return [positions[word] for word in range(len(row))] if len(positions) == len(row) else None

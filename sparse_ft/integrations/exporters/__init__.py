@@ -1,4 +1,4 @@
-"""The foreign formats, by the name that ``--format`` takes."""
+"""The foreign formats, by their names in ``--format``."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,14 +15,14 @@ from sparse_ft.prediction.loaded_model import LoadedModel
 
 
 class Exporter(NamedTuple):
-    """How a format is written."""
+    """A foreign format."""
 
     write: Callable[[LoadedModel, Sequence[str], Path], dict[str, Difference]]
-    """Writes tasks into a folder, runs what it wrote, and returns how far it is from the checkpoint, by task."""
+    """Writes tasks into a folder, runs the files, and returns by task how far their answers are from the checkpoint."""
     together: bool
-    """Whether one folder holds all tasks; else each has one of its own."""
+    """Whether one folder holds all tasks; otherwise each task has a folder."""
     expert_of: Callable[[LoadedModel, str], Expert] = sole_expert
-    """Returns the expert of a task, or raises why the format cannot express it."""
+    """Returns the expert of a task, or raises an ExportError if the format cannot express the task."""
 
 
 EXPORTERS: dict[str, Exporter] = {

@@ -1,4 +1,4 @@
-"""What is traced into ONNX: backbone, experts and heads in plain operations, without the slot and its gradients."""
+"""The module that is traced into ONNX: backbone, experts and heads in plain operations, without slot or gradients."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from sparse_ft.tasks.kinds import find_kind
 
 
 class _Pass:
-    """What the layers of a graph see besides their input; no tensor of a module, so that tracing leaves it alone."""
+    """Inputs of a forward pass that the layers read besides hidden states; no module, so tracing ignores it."""
 
     def __init__(self) -> None:
         self.expert: Tensor | None = None
@@ -25,7 +25,7 @@ class _Pass:
 class _Layer(nn.Module):
     """A linear and the deltas of all experts, in plain operations: a row fetches the matrices of its expert.
 
-    Experts of a lower rank are filled with zeros, those without this layer altogether.
+    Deltas of a lower rank are padded with zeros; an expert without a delta here has zeros alone.
     """
 
     def __init__(
@@ -37,11 +37,11 @@ class _Layer(nn.Module):
         rank, width = max(len(delta[0]) for delta in present), present[0][0].shape[1]
         bank_a = torch.zeros(len(deltas), width, rank)
         bank_b = torch.zeros(len(deltas), rank, present[0][1].shape[0])
-        for place, delta in enumerate(deltas):
+        for index, delta in enumerate(deltas):
             if delta is not None:
                 lora_a, lora_b, alpha = delta
-                bank_a[place, :, : len(lora_a)] = lora_a.t()
-                bank_b[place, : len(lora_a)] = lora_b.t() * (alpha / len(lora_a))
+                bank_a[index, :, : len(lora_a)] = lora_a.t()
+                bank_b[index, : len(lora_a)] = lora_b.t() * (alpha / len(lora_a))
         self.bank_a, self.bank_b = nn.Parameter(bank_a, requires_grad=False), nn.Parameter(bank_b, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:  # [N, S, I] -> [N, S, O]; GPT-2 gives some of its linears [N * S, I]
@@ -57,8 +57,8 @@ class Graph(nn.Module):
 
     Args:
         model: The checkpoint.
-        tasks: Whose heads are in it.
-        experts: Of these tasks; one is folded into the weights.
+        tasks: Tasks whose heads are in the graph.
+        experts: Experts of these tasks; a single one is folded into the weights.
     """
 
     def __init__(self, model: LoadedModel, tasks: Sequence[str], experts: Sequence[Expert]) -> None:
@@ -95,17 +95,18 @@ class Graph(nn.Module):
             )
 
     def _add_word_shapes(self, backbone: Backbone) -> None:
-        """Add the vectors of each expert before the block that it names."""
+        """Add the vectors of each expert before its block."""
         blocks: dict[int, list[int]] = {}
-        for place, expert in enumerate(self.experts):
+        for index, expert in enumerate(self.experts):
             if expert.shapes_block is not None:
-                blocks.setdefault(expert.shapes_block, []).append(place)
-        for block, places in blocks.items():
-            backbone.blocks[block].register_forward_pre_hook(self._adder(places), with_kwargs=True)
+                blocks.setdefault(expert.shapes_block, []).append(index)
+        for block, indices in blocks.items():
+            backbone.blocks[block].register_forward_pre_hook(self._adder(indices), with_kwargs=True)
 
-    def _adder(self, places: Sequence[int]) -> Callable[..., Any]:
-        own = torch.zeros(len(self.experts), 1, 1)
-        own[list(places)] = 1.0
+    def _adder(self, indices: Sequence[int]) -> Callable[..., Any]:
+        """Return a hook that adds the vectors of some experts to the hidden states before a block."""
+        here = torch.zeros(len(self.experts), 1, 1)
+        here[list(indices)] = 1.0
 
         def add(
             _: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
@@ -113,7 +114,7 @@ class Graph(nn.Module):
             expert, shapes = self.running.expert, self.running.word_shapes
             assert self.tables is not None
             assert shapes is not None
-            tables = self.tables * own  # [E, shapes, hidden]
+            tables = self.tables * here  # [E, shapes, hidden]
             vectors = tables[0][shapes] if expert is None else tables[expert.unsqueeze(1), shapes]
             if arguments:
                 return (arguments[0] + vectors, *arguments[1:]), named

@@ -1,4 +1,4 @@
-"""Whole numbers of eight bits in place of the weights of an ONNX graph, and what that costs in score."""
+"""Quantise the weights of an ONNX graph to int8, and score both graphs."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,9 +10,9 @@ from sparse_ft.errors import DataError
 from sparse_ft.evaluation.scoring import score_rows
 from sparse_ft.integrations.exporters.onnx_folder import GRAPH, load_session, read_tasks, runner
 from sparse_ft.integrations.exporters.parts import load_tokenizer
-from sparse_ft.integrations.round_trip import foreign_logits, given_rows, rows_of
+from sparse_ft.integrations.round_trip import foreign_logits, rows_of_columns, rows_of_texts
 from sparse_ft.prediction.loaded_model import LoadedModel
-from sparse_ft.tasks.encoded_rows import encode_rows
+from sparse_ft.tasks.encoded_rows import EncodedRows, encode_rows
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.reading import read
 from sparse_ft.tasks.sources import scored_split
@@ -30,7 +30,7 @@ def quantise(folder: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     graph = onnx.load(str(folder / GRAPH))
-    # The shapes that torch noted for what lies inside do not agree with those that the quantiser infers.
+    # The shapes that torch noted for inner values contradict those that the quantiser infers.
     del graph.graph.value_info[:]
     quantize_dynamic(graph, str(folder / INT8_GRAPH), per_channel=True, weight_type=QuantType.QInt8)
 
@@ -43,8 +43,8 @@ def int8_scores(
     Args:
         model: The checkpoint.
         tasks: Tasks of the graphs.
-        folder: With both graphs.
-        sources: Where the data of each task is.
+        folder: Folder with both graphs.
+        sources: Task to the path of its data.
 
     Returns:
         By task: the split (test, or validation where test has no answers), the rows, the metric, its value with
@@ -56,13 +56,13 @@ def int8_scores(
     sessions = {"float32": load_session(folder / GRAPH), "int8": load_session(folder / INT8_GRAPH)}
     tokenizer = load_tokenizer(folder)
     described = read_tasks(folder)
-    found: dict[str, dict[str, Any]] = {}
+    scores: dict[str, dict[str, Any]] = {}
     for task in tasks:
         spec, source = model.tasks[task], sources.get(task)
         split = scored_split(spec, source)
         data = encode_rows(read(spec, data=source, splits=[split])[split].to_dict(), spec=spec, encoder=model.encoder)
         by_text = "parents" in data.columns  # words as split here, not as the annotation cuts them
-        rows = rows_of(spec, data.columns["text"]) if by_text else given_rows(data.columns)
+        rows = rows_of_texts(spec, data.columns["text"]) if by_text else rows_of_columns(data.columns)
         values: dict[str, float] = {}
         scored = 0
         for name, session in sessions.items():
@@ -74,15 +74,16 @@ def int8_scores(
                 )
             values[name], scored = _score(spec, data, logits), len(logits)
         loss = values["float32"] - values["int8"]
-        found[task] = {"split": split, "rows": scored, "metric": spec.metric, **values, "loss": loss}
-    return found
+        scores[task] = {"split": split, "rows": scored, "metric": spec.metric, **values, "loss": loss}
+    return scores
 
 
-def _score(spec: TaskSpec, data: Any, logits: dict[int, Tensor]) -> float:
-    places = list(logits)
-    columns = {name: [values[place] for place in places] for name, values in data.columns.items()}
-    guessed = find_kind(spec.kind).predictions(list(logits.values()), columns=columns, labels=spec.label_names or [])
+def _score(spec: TaskSpec, data: EncodedRows, logits: dict[int, Tensor]) -> float:
+    """Score the rows that have logits by the metric of the task."""
+    rows, labels = list(logits), spec.label_names or []
+    columns = {name: [values[row] for row in rows] for name, values in data.columns.items()}
+    predictions = find_kind(spec.kind).predictions(list(logits.values()), columns=columns, labels=labels)
     by_row: list[Any] = [None] * data.num_rows
-    for place, answer in zip(places, guessed, strict=True):
-        by_row[place] = answer
-    return float(score_rows(spec, data, by_row, rows=places).metrics[spec.metric])
+    for row, prediction in zip(rows, predictions, strict=True):
+        by_row[row] = prediction
+    return float(score_rows(spec, data, by_row, rows=rows).metrics[spec.metric])

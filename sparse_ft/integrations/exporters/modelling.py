@@ -62,7 +62,7 @@ def read_template(name: str) -> str:
     return files("sparse_ft.integrations.exporters").joinpath("templates", name).read_text(encoding="utf-8")
 
 
-def own_class(folder: Path, module: str, name: str) -> Any:
+def exported_class(folder: Path, module: str, name: str) -> Any:
     """Import a class of an export from its folder; transformers would import a copy in its cache.
 
     Args:

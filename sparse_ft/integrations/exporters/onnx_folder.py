@@ -1,7 +1,7 @@
 """Export to ONNX: one graph for one task, or for the experts and heads of all tasks.
 
-With several experts the graph has the input ``expert`` [rows], and each row fetches the matrices of its own; a single
-one is folded into the weights. All heads read all rows; who runs it takes the output of the task that a row is for.
+With several experts the graph has the input ``expert`` [rows], and each row fetches the matrices of its expert; a
+single expert is folded into the weights. All heads read all rows; the caller takes the output of each row's task.
 """
 
 import contextlib
@@ -33,10 +33,10 @@ _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 def require_onnx() -> None:
-    """Say how to install what ONNX needs if it is missing.
+    """Check that the packages of the extra ``onnx`` are installed.
 
     Raises:
-        ConfigError: If it is.
+        ConfigError: If one is missing.
     """
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
@@ -51,11 +51,11 @@ def write_onnx(model: LoadedModel, tasks: Sequence[str], folder: Path) -> dict[s
 
     Args:
         model: The checkpoint.
-        tasks: Tasks of it.
-        folder: To write into.
+        tasks: Its tasks to write.
+        folder: Folder to write into.
 
     Raises:
-        ExportError: If a task cannot be expressed so.
+        ExportError: If the graph cannot express a task.
         ConfigError: If a package is missing.
     """
     require_onnx()
@@ -74,11 +74,10 @@ def write_onnx(model: LoadedModel, tasks: Sequence[str], folder: Path) -> dict[s
     if graph.tables is not None:
         write_words(folder)
     session, tokenizer = load_session(folder / GRAPH), load_tokenizer(folder)
+    runs = {task: runner(session, task, described["tasks"]) for task in tasks}
     return {
-        task: compare(
-            model, task, sample_texts(model, task), run=runner(session, task, described["tasks"]), tokenizer=tokenizer
-        )
-        for task in tasks
+        task: compare(model, task, sample_texts(model, task), run=run, tokenizer=tokenizer)
+        for task, run in runs.items()
     }
 
 
@@ -90,17 +89,17 @@ def load_session(file: Path) -> Any:
 
 
 def read_tasks(folder: Path) -> dict[str, Any]:
-    """Read what tasks.json says of each task of a graph."""
+    """Read the entries of tasks.json, by task."""
     return dict(json.loads((folder / TASKS).read_text(encoding="utf-8"))["tasks"])
 
 
 def runner(session: Any, task: str, described: dict[str, Any]) -> Run:
-    """Return what runs batches of a task through a graph.
+    """Return a function that runs batches of a task through a graph.
 
     Args:
-        session: As ``load_session`` gives it.
+        session: From ``load_session``.
         task: The task.
-        described: Of the tasks, as in tasks.json.
+        described: The entries of tasks.json, by task.
     """
     names = {entry.name for entry in session.get_inputs()}
 
@@ -108,16 +107,16 @@ def runner(session: Any, task: str, described: dict[str, Any]) -> Run:
         ids = batch["input_ids"]
         shapes = torch.zeros_like(ids)
         experts = torch.full((len(ids),), described[task]["expert"])
-        given = {"word_shapes": shapes, "token_type_ids": torch.zeros_like(ids), "expert": experts, **batch}
-        feed = {name: value.numpy() for name, value in given.items() if name in names}
-        (found,) = session.run([task], feed)
-        return torch.from_numpy(found)
+        inputs = {"word_shapes": shapes, "token_type_ids": torch.zeros_like(ids), "expert": experts, **batch}
+        feed = {name: value.numpy() for name, value in inputs.items() if name in names}
+        (logits,) = session.run([task], feed)
+        return torch.from_numpy(logits)
 
     return run
 
 
 def _describe(model: LoadedModel, tasks: Sequence[str], graph: Graph) -> dict[str, Any]:
-    """Say what a user of the graph must know to feed and read it."""
+    """Describe the inputs and outputs of the graph for its user."""
     inputs = {
         "input_ids": "[rows, tokens] int64, of the tokenizer in this folder",
         "attention_mask": "[rows, tokens] int64, 1 for real tokens, padding on the right",
@@ -131,11 +130,11 @@ def _describe(model: LoadedModel, tasks: Sequence[str], graph: Graph) -> dict[st
         )
     if len(graph.experts) > 1:
         inputs["expert"] = "[rows] int64, the expert of the task that each row is for"
-    found = {}
+    entries = {}
     for task in tasks:
         spec = model.tasks[task]
         kind, slot = find_kind(spec.kind), model.checkpoint.model.tasks[task]
-        found[task] = {
+        entries[task] = {
             "expert": [expert.name for expert in graph.experts].index(slot.experts[0]),
             "kind": spec.kind,
             "output": "[rows, tokens, labels]" if kind.level == "word" else "[rows, labels]",
@@ -146,37 +145,37 @@ def _describe(model: LoadedModel, tasks: Sequence[str], graph: Graph) -> dict[st
         "inputs": inputs,
         **({"shapes": list(SHAPES)} if graph.tables is not None else {}),
         "max_length": model.encoder.max_length,
-        "tasks": found,
+        "tasks": entries,
     }
 
 
 def _trace(graph: Graph, file: Path) -> None:
-    """Write a graph with any number of rows and tokens."""
+    """Write a graph that takes any number of rows and tokens."""
     rows, tokens = torch.export.Dim("rows", min=1), torch.export.Dim("tokens", min=1)
-    given = {name: value for name, value in graph.example().items() if value is not None}
-    taken = next((task for task in graph.outputs if task in given), None)
+    inputs = {name: value for name, value in graph.example().items() if value is not None}
+    taken = next((task for task in graph.outputs if task in inputs), None)
     if taken is not None:
         raise ExportError(
-            f"Task {taken!r} is called as an input of the graph is: {', '.join(given)}. Copy it under another name: "
-            "sparse-ft edit --copy EXPERT=NEW; and export that with --task NEW."
+            f"Task {taken!r} has the name of an input of the graph ({', '.join(inputs)}). Copy it under another name, "
+            "sparse-ft edit --copy EXPERT=NEW, and export the copy with --task NEW."
         )
-    shapes = {name: {0: rows, 1: tokens} if value.dim() == 2 else {0: rows} for name, value in given.items()}
+    shapes = {name: {0: rows, 1: tokens} if value.dim() == 2 else {0: rows} for name, value in inputs.items()}
     with _quiet():
         program = torch.onnx.export(
-            graph.eval(), kwargs=given, dynamo=True, dynamic_shapes=shapes, output_names=graph.outputs, verbose=False
+            graph.eval(), kwargs=inputs, dynamo=True, dynamic_shapes=shapes, output_names=graph.outputs, verbose=False
         )
     assert program is not None
     outputs = {id(value) for value in program.model.graph.outputs}
     for node in program.model.graph:
         for value in node.outputs:
             if value.name in graph.outputs and id(value) not in outputs:
-                value.name = f"{value.name}.inner"  # a dot is in no name of a task
+                value.name = f"{value.name}.inner"  # no name of a task has a dot
     program.save(str(file))
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's remarks about itself off the screen."""
+    """Silence the messages of torch's exporter."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

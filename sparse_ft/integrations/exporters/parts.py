@@ -1,4 +1,4 @@
-"""What every format takes out of a checkpoint: one expert, a tokenizer, labels, and transformers' classifier on it."""
+"""The parts of a checkpoint that every format needs: one expert, the tokenizer, and transformers' token classifier."""
 
 import copy
 from collections.abc import Sequence
@@ -10,14 +10,12 @@ from torch import Tensor, nn
 
 from sparse_ft.backbone.backbone import Backbone, fresh_tokenizer, load_backbone
 from sparse_ft.backbone.words import SHAPES
+from sparse_ft.checkpoint.expert_files import LINEAR_HEADS
 from sparse_ft.errors import ExportError
 from sparse_ft.experts.named_experts import Expert
 from sparse_ft.prediction.loaded_model import LoadedModel
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.spec import TaskSpec
-
-_HEADS = ("classifier", "score")
-"""How transformers' token classifiers name their head."""
 
 
 class TokenClassifier(NamedTuple):
@@ -34,14 +32,14 @@ def sole_expert(model: LoadedModel, task: str) -> Expert:
     """Return the one expert that answers a task.
 
     Raises:
-        ExportError: If there are several, for what depends on the text is no weight; or if the task's kind compares
-            the parts of a row with each other.
+        ExportError: If several experts answer the task, because a choice that depends on the text is not a weight, or
+            if the task's kind compares the parts of a row with each other.
     """
     kind = model.tasks[task].kind
     if find_kind(kind).grouped:
         raise ExportError(
-            f"Task {task!r} is of the kind {kind}, whose answers are chosen among several logits of a row, which no "
-            "export does. Serve the checkpoint with sparse_ft.load."
+            f"Task {task!r} is of the kind {kind}, whose answers are chosen among several logits of a row. No export "
+            "does that. Serve the checkpoint with sparse_ft.load."
         )
     slot = model.checkpoint.model.tasks[task]
     advice = (
@@ -50,8 +48,8 @@ def sole_expert(model: LoadedModel, task: str) -> Expert:
     )
     if slot.gated:
         raise ExportError(
-            f"Task {task!r} is answered by experts that the gate chooses and weighs for each text "
-            f"({', '.join(slot.experts)}), and what depends on the text cannot be folded into weights. {advice}"
+            f"Task {task!r} is answered by experts that the gate weights for each text ({', '.join(slot.experts)}). "
+            f"Weights that depend on the text cannot be folded into a linear. {advice}"
         )
     if slot.shared is not None:
         raise ExportError(
@@ -62,17 +60,17 @@ def sole_expert(model: LoadedModel, task: str) -> Expert:
 
 
 def sees_shapes(model: LoadedModel, task: str) -> bool:
-    """Say whether the answers of a task depend on how words are written; texts have no words, so theirs do not."""
+    """Say whether the answers of a task depend on how words are written, which only tasks that tag words can."""
     return sole_expert(model, task).word_shapes is not None and find_kind(model.tasks[task].kind).level == "word"
 
 
 def any_shapes(model: LoadedModel, tasks: Sequence[str]) -> bool:
-    """Say whether that holds for one of several tasks at least."""
+    """Say whether the answers of at least one task depend on how words are written."""
     return any(sees_shapes(model, task) for task in tasks)
 
 
 def shape_table(expert: Expert, backbone: Backbone) -> Tensor:
-    """Return what an expert adds to words by how they are written, [shapes, hidden]; what is no word adds nothing."""
+    """Return the vectors that an expert adds by how a word is written, [shapes, hidden]; row 0, no word, is 0."""
     if expert.word_shapes is None:
         return torch.zeros(len(SHAPES), backbone.hidden_size)
     return torch.cat([torch.zeros_like(expert.word_shapes[:1]), expert.word_shapes[1:]])
@@ -82,9 +80,9 @@ def token_classifier(backbone: Backbone, spec: TaskSpec, head: nn.Linear) -> Tok
     """Put a backbone and a head into the token classifier that transformers has for them.
 
     Args:
-        backbone: Without expert layers; belongs to the classifier after this.
-        spec: Names the labels.
-        head: Weights of the task's head; copied.
+        backbone: Backbone without expert layers, which the classifier takes over.
+        spec: Task, which names the labels.
+        head: Head of the task; copied.
 
     Raises:
         ExportError: If that classifier has more layers between backbone and head.
@@ -92,41 +90,41 @@ def token_classifier(backbone: Backbone, spec: TaskSpec, head: nn.Linear) -> Tok
     config = copy.deepcopy(backbone.config)
     names = find_kind(spec.kind).outputs(spec.label_names or [])
     config.id2label = dict(enumerate(names))
-    config.label2id = {name: place for place, name in enumerate(names)}
-    model, prefix, place = empty_classifier(config)
+    config.label2id = {name: index for index, name in enumerate(names)}
+    model, prefix, attribute = empty_classifier(config)
     setattr(model, prefix, backbone.model)
-    setattr(model, place, copy.deepcopy(head).cpu().float())
-    return TokenClassifier(model.eval().requires_grad_(False), prefix, place)
+    setattr(model, attribute, copy.deepcopy(head).cpu().float())
+    return TokenClassifier(model.eval().requires_grad_(False), prefix, attribute)
 
 
 def empty_classifier(config: Any) -> TokenClassifier:
-    """Build the token classifier of an architecture without any memory for its weights.
+    """Build the token classifier of an architecture on the meta device, without memory for its weights.
 
     Args:
-        config: Of transformers.
+        config: The backbone's config of transformers.
 
     Raises:
-        ExportError: If it has more layers between backbone and head.
+        ExportError: If the classifier has more layers between backbone and head.
     """
     from transformers import AutoModelForTokenClassification
 
     with torch.device("meta"):
         model = AutoModelForTokenClassification.from_config(config)
     inside = [name for name, module in model.named_children() if any(True for _ in module.parameters())]
-    found = [name for name in inside if name in _HEADS]
-    if len(found) != 1 or inside != [model.base_model_prefix, *found]:
+    heads = [name for name in inside if name in LINEAR_HEADS]
+    if len(heads) != 1 or inside != [model.base_model_prefix, *heads]:
         raise ExportError(
             f"transformers' {type(model).__name__} has another layer between the blocks and the head "
             f"({', '.join(inside)}), which an expert of this backbone was trained without. Export it as onnx."
         )
-    return TokenClassifier(model, model.base_model_prefix, found[0])
+    return TokenClassifier(model, model.base_model_prefix, heads[0])
 
 
 def save_tokenizer(model: LoadedModel, folder: Path) -> None:
-    """Write the tokenizer, so set that the defaults of other libraries give the tokens of the checkpoint.
+    """Write the tokenizer with settings by which the defaults of other libraries give the tokens of the checkpoint.
 
-    Its longest row is the checkpoint's, it pads on the right and has a token for it, and gives token types only if the
-    backbone knows them.
+    The longest row is the checkpoint's, padding is on the right with a token of its own, and token types are given only
+    if the backbone has them.
     """
     tokenizer = fresh_tokenizer(model.checkpoint.model.backbone.tokenizer)
     tokenizer.model_max_length = model.encoder.max_length
@@ -138,12 +136,14 @@ def save_tokenizer(model: LoadedModel, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def load_tokenizer(folder: Path, *, own: Any = None) -> Any:
-    """Load an exported tokenizer as its user would, or by the class ``own`` that the export brings."""
+def load_tokenizer(folder: Path, *, exported_class: Any = None) -> Any:
+    """Load an exported tokenizer as its user would, or by the class that the export brings."""
     from transformers import AutoTokenizer
 
-    tokenizer = (own or AutoTokenizer).from_pretrained(folder, local_files_only=True)
-    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True  # we leave those out
+    tokenizer = (exported_class or AutoTokenizer).from_pretrained(folder, local_files_only=True)
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = (
+        True  # such rows are left out
+    )
     return tokenizer
 
 
@@ -154,9 +154,9 @@ def fresh_copy(backbone: Backbone) -> Backbone:
 
 @torch.no_grad()
 def fold(backbone: Backbone, expert: Expert) -> None:
-    """Add the deltas of an expert to the weights of a backbone that has no expert layers, computed in float64.
+    """Add the deltas of an expert to the weights of a backbone without expert layers, computed in float64.
 
-    What the expert knows of word shapes is no weight of a linear, so it cannot be folded.
+    Word shapes are no weight of a linear, so they are not folded.
     """
     for module, (lora_a, lora_b) in expert.deltas.items():
         linear = backbone.linears[module]

@@ -1,7 +1,7 @@
 """Export to PEFT: the expert as an adapter of transformers' token classifier, with the head in it.
 
-transformers has no text classifier whose head is a linear over the mean of the tokens, but its token classifier holds
-all that this takes: the backbone, and the linear. The card shows the lines that pool in between.
+No text classifier of transformers has a linear head over the mean of the tokens, but the token classifier holds both
+parts that this needs: the backbone and the linear. The card shows the lines that pool in between.
 """
 
 from collections.abc import Sequence
@@ -28,17 +28,17 @@ from sparse_ft.tasks.kinds import find_kind
 
 
 def plain_expert(model: LoadedModel, task: str) -> Expert:
-    """Return the one expert that answers a task, if its deltas are all there is to it.
+    """Return the one expert that answers a task, if it consists of deltas alone.
 
     Raises:
-        ExportError: If it sees word shapes; or see ``sole_expert``.
+        ExportError: If the expert sees word shapes, or as for ``sole_expert``.
     """
     expert = sole_expert(model, task)
     if sees_shapes(model, task):
         others = [name for name in model.tasks if name != task]
         raise ExportError(
             f"The expert {expert.name!r} of task {task!r} sees how a word is written (experts.word_shapes), for which "
-            "an adapter of PEFT has no place. Export it as transformers or onnx, serve it with sparse_ft.load, or "
+            "an adapter of PEFT cannot hold. Export it as transformers or onnx, serve it with sparse_ft.load, or "
             "train with --set experts.word_shapes=false."
             + (f" --task exports one of the others: {', '.join(others)}." if others else "")
         )
@@ -46,13 +46,13 @@ def plain_expert(model: LoadedModel, task: str) -> Expert:
 
 
 def peft_logits(wrapped: Any, batch: dict[str, Tensor], *, head: str, pooling: str | None) -> Tensor:
-    """Compute what the card of an export shows.
+    """Compute the logits as the card of an export shows.
 
     Args:
         wrapped: The token classifier with its adapter.
-        batch: What its tokenizer gives.
+        batch: Output of its tokenizer.
         head: Name of the linear in it.
-        pooling: Of the checkpoint; None for a task that tags words.
+        pooling: Pooling of the checkpoint; None for a task that tags words.
 
     Returns:
         [texts, labels], or [texts, tokens, tags].
@@ -70,10 +70,10 @@ def write_peft(model: LoadedModel, tasks: Sequence[str], folder: Path) -> dict[s
     Args:
         model: The checkpoint.
         tasks: One task.
-        folder: To write into.
+        folder: Folder to write into.
 
     Raises:
-        ExportError: If the task cannot be expressed so.
+        ExportError: If the format cannot express the task.
     """
     from peft import PeftModel
 
@@ -90,7 +90,7 @@ def write_peft(model: LoadedModel, tasks: Sequence[str], folder: Path) -> dict[s
     pooling = None if find_kind(spec.kind).level == "word" else inner.pooling
 
     def run(batch: dict[str, Tensor]) -> Tensor:
-        known = {name: value for name, value in batch.items() if name != "word_shapes"}
-        return peft_logits(wrapped, known, head=base.head, pooling=pooling)
+        inputs = {name: value for name, value in batch.items() if name != "word_shapes"}
+        return peft_logits(wrapped, inputs, head=base.head, pooling=pooling)
 
     return {task: compare(model, task, sample_texts(model, task), run=run, tokenizer=load_tokenizer(folder))}

@@ -1,8 +1,8 @@
 """Export to transformers: a dense model with the expert folded into the weights.
 
-A tagging task becomes transformers' own token classifier, unless its expert sees word shapes. A task on texts becomes
+A tagging task becomes transformers' stock token classifier, unless its expert sees word shapes. A task on texts becomes
 the same model, which pools before its head, because no text classifier of transformers has a linear head over the mean
-of the tokens. These two bring their code with them; see modelling.py.
+of the tokens. Pooled models and those that see word shapes bring their code; see modelling.py.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sparse_ft.integrations.exporters.modelling import own_class, write_pooled, write_shaped
+from sparse_ft.integrations.exporters.modelling import exported_class, write_pooled, write_shaped
 from sparse_ft.integrations.exporters.parts import (
     fold,
     fresh_copy,
@@ -35,10 +35,10 @@ def write_transformers(model: LoadedModel, tasks: Sequence[str], folder: Path) -
     Args:
         model: The checkpoint.
         tasks: One task.
-        folder: To write into.
+        folder: Folder to write into.
 
     Raises:
-        ExportError: If the task cannot be expressed so.
+        ExportError: If the format cannot express the task.
     """
     (task,) = tasks
     inner, spec = model.checkpoint.model, model.tasks[task]
@@ -54,17 +54,18 @@ def write_transformers(model: LoadedModel, tasks: Sequence[str], folder: Path) -
     if shaped:
         block = f"{stock.prefix}.{backbone.family.blocks}.{expert.shapes_block}"
         write_shaped(folder, stock=dense, block=block, width=backbone.hidden_size, language=spec.language)
-        loader = own_class(folder, "modeling_shaped", "ShapedForTokenClassification")
-        tokenizer = load_tokenizer(folder, own=own_class(folder, "tokenization_shaped", "ShapedTokenizer"))
+        loader = exported_class(folder, "modeling_shaped", "ShapedForTokenClassification")
+        tokenizer = load_tokenizer(
+            folder, exported_class=exported_class(folder, "tokenization_shaped", "ShapedTokenizer")
+        )
     else:
         tokenizer, loader = load_tokenizer(folder), type(dense)
         if find_kind(spec.kind).level == "text":
             write_pooled(folder, stock=stock, pooling=inner.pooling)
-            loader = own_class(folder, "modeling_pooled", "PooledForSequenceClassification")
+            loader = exported_class(folder, "modeling_pooled", "PooledForSequenceClassification")
     loaded = loader.from_pretrained(folder, local_files_only=True).eval()
 
     def run(batch: dict[str, Tensor]) -> Tensor:
-        known = {name: value for name, value in batch.items() if name != "word_shapes" or shaped}
-        return loaded(**known).logits
+        return loaded(**{name: value for name, value in batch.items() if name != "word_shapes" or shaped}).logits
 
     return {task: compare(model, task, sample_texts(model, task), run=run, tokenizer=tokenizer)}
