@@ -62,7 +62,7 @@ class Difference:
             )
 
 
-def sample_texts(model: LoadedModel, task: str) -> list[Text]:
+def _sample_texts(model: LoadedModel, task: str) -> list[Text]:
     """Choose texts to compare: odd ones, the task's example, and rows of its test split if they are here.
 
     A task without data takes rows of the bundled samples. Texts without tokens are left out.
@@ -105,17 +105,18 @@ def rows_of_columns(columns: Mapping[str, Sequence[Any]]) -> list[Any]:
     return list(columns["text"])
 
 
-def compare(model: LoadedModel, task: str, texts: Sequence[Text], *, run: Run, tokenizer: Any) -> Difference:
-    """Put texts through the checkpoint and through its export.
+def compare(model: LoadedModel, task: str, *, run: Run, tokenizer: Any) -> Difference:
+    """Put sample texts through the checkpoint and through its export.
+
+    Texts that a tagging task reads in several windows are left out.
 
     Args:
         model: The checkpoint.
         task: One of its tasks.
-        texts: Texts to compare; those that a tagging task reads in several windows are left out.
         run: The export.
         tokenizer: Tokenizer of the export.
     """
-    spec = model.tasks[task]
+    spec, texts = model.tasks[task], _sample_texts(model, task)
     rows = rows_of_texts(spec, texts)
     logits = foreign_logits(rows, spec=spec, encoder=model.encoder, run=run, tokenizer=tokenizer)
     expected = model.logits([texts[index] for index in logits], task)

@@ -1,8 +1,8 @@
 """The component ``sparse_ft`` of spaCy pipelines; needs the extra ``spacy``.
 
-``nlp.add_pipe("sparse_ft", config={"checkpoint": "runs/all"})`` sets ``doc.cats``, ``"task:label"`` to probability for
-every label of the tasks on texts, and ``doc.ents``, from the tasks that tag words. spaCy finds the component of an
-installed sparse-ft by itself.
+``nlp.add_pipe("sparse_ft", config={"checkpoint": "runs/all"})`` sets ``doc.cats`` (``"task:label"`` to probability, for
+every label of the tasks on texts) and ``doc.ents`` (from the tasks that tag words). spaCy finds the component without
+an import once sparse-ft is installed.
 """
 
 import itertools
@@ -28,22 +28,20 @@ class SparseFTComponent:
     """Answers tasks of a checkpoint for docs.
 
     Args:
-        name: In the spaCy pipeline.
-        checkpoint: Folder that ``train`` wrote, or ``save``; kept as an absolute path when the pipeline is serialised.
-            One that does not exist is missed when the first doc comes: a pipeline that is read from disk may know
-            better.
-        tasks: Names, or ``"all"``: all that read one text.
+        name: Name in the spaCy pipeline.
+        checkpoint: Folder of the checkpoint, serialised as an absolute path. A missing folder is reported at the first
+            doc, because a pipeline that is read from disk may name another.
+        tasks: Names, or ``"all"`` for all tasks that read one text.
         device: ``auto``, ``cpu``, ``cuda`` …
-        alignment: What happens to an entity that begins or ends inside a token of spaCy: ``expand`` takes the tokens
-            that it touches, ``contract`` those that it covers, ``strict`` drops it.
-        backbone: Where the backbone is now, if not where the checkpoint says, or empty; serialised, too.
+        alignment: For an entity that begins or ends inside a token of spaCy: ``expand`` takes the tokens that it
+            touches, ``contract`` the tokens that it covers, ``strict`` drops it.
+        backbone: Where the backbone is now, if not where the checkpoint says; may be empty; serialised, too.
 
     Raises:
         ConfigError: If a name is unknown.
         CheckpointError: If the folder is no complete checkpoint.
 
-    A setting that is changed where a pipeline is read again, ``spacy.load(path, config=…)``, stands; the others are
-    those that were written.
+    ``spacy.load(path, config=…)`` overrides the serialised settings that it changes.
     """
 
     def __init__(
@@ -64,7 +62,7 @@ class SparseFTComponent:
         }
         self.settings = {**self.given, "checkpoint": str(Path(checkpoint).expanduser().absolute())}
         if Path(self.settings["checkpoint"]).exists():
-            self.names  # noqa: B018  # says at once what is wrong
+            self.names  # noqa: B018  # reports unknown names at once
 
     def __call__(self, doc: Doc) -> Doc:
         """Set the categories and entities of one doc."""
@@ -78,20 +76,20 @@ class SparseFTComponent:
             yield from chunk
 
     def to_disk(self, path: str | Path, *, exclude: Sequence[str] = ()) -> None:
-        """Write which checkpoint and tasks these are; the checkpoint stays where it is."""
+        """Write the settings; the checkpoint stays where it is."""
         write_json(Path(path) / "sparse_ft.json", self._state())
 
     def from_disk(self, path: str | Path, *, exclude: Sequence[str] = ()) -> "SparseFTComponent":
-        """Read what ``to_disk`` wrote, and the checkpoint if it is another one."""
+        """Read the settings that ``to_disk`` wrote; another checkpoint is loaded at the next doc."""
         self._change(json.loads((Path(path) / "sparse_ft.json").read_text(encoding="utf-8")))
         return self
 
     def to_bytes(self, *, exclude: Sequence[str] = ()) -> bytes:
-        """Return what ``to_disk`` writes."""
+        """Return the settings as bytes."""
         return json.dumps(self._state()).encode()
 
     def from_bytes(self, content: bytes, *, exclude: Sequence[str] = ()) -> "SparseFTComponent":
-        """Read what ``to_bytes`` returned."""
+        """Read the settings that ``to_bytes`` returned."""
         self._change(json.loads(content))
         return self
 
@@ -99,8 +97,8 @@ class SparseFTComponent:
         return {"settings": self.settings, "given": self.given}
 
     def _change(self, state: dict[str, Any]) -> None:
-        """Take the settings that were written, but for those which the config that is read now gives otherwise."""
-        written = state.get("settings", state)  # at first there were only these
+        """Take the serialised settings, except those that the present config changes."""
+        written = state.get("settings", state)  # the first versions wrote the settings alone
         given = state.get("given", self.given)
         before = self.settings
         self.settings = {
@@ -111,13 +109,13 @@ class SparseFTComponent:
                 self.__dict__.pop(name, None)
 
     @cached_property
-    def loaded(self) -> LoadedModel:  # not called model: spaCy asks every component whether it has one of that name
-        """What ``sparse_ft.load`` gives for the checkpoint."""
+    def loaded(self) -> LoadedModel:  # not `model`, which spaCy looks for in every component
+        """The loaded checkpoint."""
         return load(self.settings["checkpoint"], device=self.device, backbone=self.settings.get("backbone") or None)
 
     @cached_property
     def names(self) -> list[str]:
-        """The tasks that are answered."""
+        """Names of the tasks to answer."""
         wanted = self.settings["tasks"]
         single = [name for name, spec in self.loaded.tasks.items() if spec.reads == "text"]
         names = single if wanted == "all" else [wanted] if isinstance(wanted, str) else list(wanted)
@@ -137,9 +135,9 @@ class SparseFTComponent:
                 doc.cats.update({f"{task}:{label}": score for label, score in zip(labels, row, strict=True)})
         if not on_words:
             return
-        for doc, found in zip(docs, self.loaded.predict(texts, on_words), strict=True):
+        for doc, prediction in zip(docs, self.loaded.predict(texts, on_words), strict=True):
             entities = [
-                entity for answer in found.tasks.values() if "entities" in answer for entity in answer["entities"]
+                entity for answer in prediction.tasks.values() if "entities" in answer for entity in answer["entities"]
             ]
             spans = [self._span(doc, entity) for entity in entities]
             doc.set_ents(filter_spans([*doc.ents, *(span for span in spans if span is not None)]))

@@ -1,7 +1,7 @@
 """A checkpoint behind ``transformers.pipeline``; importing this module registers it under the name ``sparse-ft``.
 
-``pipeline("sparse-ft", model="runs/all")`` reads the ``config.json`` of the checkpoint, which only says what it is;
-``pipeline("sparse-ft", model=sparse_ft.load("runs/all"))`` needs none.
+``pipeline("sparse-ft", model="runs/all")`` reads the ``config.json`` of the checkpoint, which holds a model type.
+``pipeline("sparse-ft", model=sparse_ft.load("runs/all"))`` needs no ``config.json``.
 """
 
 import itertools
@@ -20,37 +20,36 @@ TASK = "sparse-ft"
 
 
 class CheckpointConfig(PreTrainedConfig):
-    """What ``config.json`` of a checkpoint tells transformers."""
+    """The ``config.json`` of a checkpoint, for transformers."""
 
     model_type = MODEL_TYPE
 
 
 class CheckpointModel:
-    """What ``transformers.pipeline`` calls to load a model from a path."""
+    """The class that ``transformers.pipeline`` calls to load a model from a path."""
 
     @staticmethod
     def from_pretrained(path: str, **options: Any) -> LoadedModel:
-        """Load a checkpoint; of transformers' options, ``model_kwargs={"backbone": …}`` says where the backbone is."""
+        """Load a checkpoint; ``model_kwargs={"backbone": …}`` says where the backbone is, other options are ignored."""
         return load(path, backbone=options.get("backbone"))
 
 
 class SparseFTPipeline:
     """Answers tasks for texts; every answer is a line of ``predict --json`` as a dict.
 
-    It stands beside transformers' ``Pipeline``, not below it: that one pads and batches what a tokenizer gave, and our
-    model does so itself, by length.
+    It does not inherit from transformers' ``Pipeline``, which pads and batches itself; the model batches by length.
 
     Args:
-        model: A loaded model; ``transformers.pipeline`` passes what it read from a path.
-        task: The name it is registered under.
-        device: A number of a CUDA device, -1 for the CPU, or a name; None leaves a loaded model where it is, and puts
-            one that is read from a path on the first accelerator.
-        dtype: Not heeded: the model computes as the checkpoint says.
-        tasks: As for ``LoadedModel.predict``; may be given with a call, too.
-        batch_size: Texts that are read before they are answered; may be given with a call, too.
+        model: A loaded model; ``transformers.pipeline`` loads it from a path.
+        task: Name under which the pipeline is registered.
+        device: Index of a CUDA device, -1 for the CPU, or a name. None leaves a loaded model where it is, and puts a
+            model from a path on the first accelerator.
+        dtype: Ignored: the checkpoint decides the precision.
+        tasks: As for ``LoadedModel.predict``; a call may override them.
+        batch_size: Texts that are read before they are answered; a call may override it.
     """
 
-    # transformers.pipeline asks what it shall load besides the model.
+    # transformers.pipeline reads here what to load besides the model.
     _load_tokenizer = False
     _load_processor = False
     _load_image_processor = False
@@ -73,7 +72,7 @@ class SparseFTPipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         return next(self.model.checkpoint.model.parameters()).device
 
     def __call__(
@@ -83,11 +82,10 @@ class SparseFTPipeline:
         tasks: Sequence[str] | str | None = None,
         batch_size: int | None = None,
     ) -> Any:
-        """Answer one text, a list, or whatever yields texts.
+        """Answer one text, a list, or an iterable of texts.
 
         Args:
-            inputs: A text, a pair as a tuple, or an object with tasks of its own; a list, a generator or a
-                data set of such.
+            inputs: A text, a pair as a tuple, or a request as a dict; or a list, a generator or a data set of these.
             tasks: As for ``LoadedModel.predict``.
             batch_size: Texts that are read before they are answered.
 

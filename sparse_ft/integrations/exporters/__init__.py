@@ -18,7 +18,9 @@ class Exporter(NamedTuple):
     """A foreign format."""
 
     write: Callable[[LoadedModel, Sequence[str], Path], dict[str, Difference]]
-    """Writes tasks into a folder, runs the files, and returns by task how far their answers are from the checkpoint."""
+    """Writes tasks into a folder, runs the files, and returns by task how far their answers are from the checkpoint's.
+
+    Raises an ExportError if the format cannot express a task, and a ConfigError if a package is missing."""
     together: bool
     """Whether one folder holds all tasks; otherwise each task has a folder."""
     expert_of: Callable[[LoadedModel, str], Expert] = sole_expert
@@ -33,11 +35,7 @@ EXPORTERS: dict[str, Exporter] = {
 
 
 def find_exporter(name: str) -> Exporter:
-    """Return the exporter of this name.
-
-    Raises:
-        ConfigError: If there is none.
-    """
+    """Return the exporter of this name, or raise a ConfigError."""
     if name not in EXPORTERS:
         raise ConfigError(unknown_name("format", name, EXPORTERS))
     return EXPORTERS[name]

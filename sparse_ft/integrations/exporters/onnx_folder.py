@@ -23,7 +23,7 @@ from sparse_ft.errors import ConfigError, ExportError
 from sparse_ft.integrations.exporters.graph import Graph
 from sparse_ft.integrations.exporters.modelling import write_words
 from sparse_ft.integrations.exporters.parts import load_tokenizer, save_tokenizer, sole_expert
-from sparse_ft.integrations.round_trip import Difference, Run, compare, sample_texts
+from sparse_ft.integrations.round_trip import Difference, Run, compare
 from sparse_ft.prediction.loaded_model import LoadedModel
 from sparse_ft.tasks.kinds import find_kind
 
@@ -32,12 +32,8 @@ TASKS = "tasks.json"
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
-def require_onnx() -> None:
-    """Check that the packages of the extra ``onnx`` are installed.
-
-    Raises:
-        ConfigError: If one is missing.
-    """
+def _require_onnx() -> None:
+    """Raise a ConfigError if a package of the extra ``onnx`` is missing."""
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
@@ -47,18 +43,8 @@ def require_onnx() -> None:
 
 
 def write_onnx(model: LoadedModel, tasks: Sequence[str], folder: Path) -> dict[str, Difference]:
-    """Write the graph of some tasks into a folder, and run it through onnxruntime.
-
-    Args:
-        model: The checkpoint.
-        tasks: Its tasks to write.
-        folder: Folder to write into.
-
-    Raises:
-        ExportError: If the graph cannot express a task.
-        ConfigError: If a package is missing.
-    """
-    require_onnx()
+    """Write the graph of some tasks into a folder, and run it through onnxruntime; see ``Exporter.write``."""
+    _require_onnx()
     inner = model.checkpoint.model
     experts = {expert.name: expert for expert in (sole_expert(model, task) for task in tasks)}
     if len(experts) > 1 and not inner.backbone.family.routes_rows:
@@ -74,10 +60,8 @@ def write_onnx(model: LoadedModel, tasks: Sequence[str], folder: Path) -> dict[s
     if graph.tables is not None:
         write_words(folder)
     session, tokenizer = load_session(folder / GRAPH), load_tokenizer(folder)
-    runs = {task: runner(session, task, described["tasks"]) for task in tasks}
     return {
-        task: compare(model, task, sample_texts(model, task), run=run, tokenizer=tokenizer)
-        for task, run in runs.items()
+        task: compare(model, task, run=runner(session, task, described["tasks"]), tokenizer=tokenizer) for task in tasks
     }
 
 

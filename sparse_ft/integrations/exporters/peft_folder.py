@@ -22,7 +22,7 @@ from sparse_ft.integrations.exporters.parts import (
     sole_expert,
     token_classifier,
 )
-from sparse_ft.integrations.round_trip import Difference, compare, sample_texts
+from sparse_ft.integrations.round_trip import Difference, compare
 from sparse_ft.prediction.loaded_model import LoadedModel
 from sparse_ft.tasks.kinds import find_kind
 
@@ -65,16 +65,7 @@ def peft_logits(wrapped: Any, batch: dict[str, Tensor], *, head: str, pooling: s
 
 
 def write_peft(model: LoadedModel, tasks: Sequence[str], folder: Path) -> dict[str, Difference]:
-    """Write the adapter of a task into a folder, and run it through PEFT.
-
-    Args:
-        model: The checkpoint.
-        tasks: One task.
-        folder: Folder to write into.
-
-    Raises:
-        ExportError: If the format cannot express the task.
-    """
+    """Write the adapter of one task into a folder, and run it through PEFT; see ``Exporter.write``."""
     from peft import PeftModel
 
     (task,) = tasks
@@ -93,4 +84,4 @@ def write_peft(model: LoadedModel, tasks: Sequence[str], folder: Path) -> dict[s
         inputs = {name: value for name, value in batch.items() if name != "word_shapes"}
         return peft_logits(wrapped, inputs, head=base.head, pooling=pooling)
 
-    return {task: compare(model, task, sample_texts(model, task), run=run, tokenizer=load_tokenizer(folder))}
+    return {task: compare(model, task, run=run, tokenizer=load_tokenizer(folder))}

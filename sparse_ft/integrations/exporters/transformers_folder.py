@@ -22,7 +22,7 @@ from sparse_ft.integrations.exporters.parts import (
     sole_expert,
     token_classifier,
 )
-from sparse_ft.integrations.round_trip import Difference, compare, sample_texts
+from sparse_ft.integrations.round_trip import Difference, compare
 from sparse_ft.prediction.loaded_model import LoadedModel
 from sparse_ft.tasks.kinds import find_kind
 
@@ -30,16 +30,7 @@ _PROBLEMS = {"classification": "single_label_classification", "multi_label": "mu
 
 
 def write_transformers(model: LoadedModel, tasks: Sequence[str], folder: Path) -> dict[str, Difference]:
-    """Write the dense model of a task into a folder, and run it through transformers.
-
-    Args:
-        model: The checkpoint.
-        tasks: One task.
-        folder: Folder to write into.
-
-    Raises:
-        ExportError: If the format cannot express the task.
-    """
+    """Write the dense model of one task into a folder, and run it through transformers; see ``Exporter.write``."""
     (task,) = tasks
     inner, spec = model.checkpoint.model, model.tasks[task]
     expert, backbone = sole_expert(model, task), fresh_copy(inner.backbone)
@@ -68,4 +59,4 @@ def write_transformers(model: LoadedModel, tasks: Sequence[str], folder: Path) -
     def run(batch: dict[str, Tensor]) -> Tensor:
         return loaded(**{name: value for name, value in batch.items() if name != "word_shapes" or shaped}).logits
 
-    return {task: compare(model, task, sample_texts(model, task), run=run, tokenizer=tokenizer)}
+    return {task: compare(model, task, run=run, tokenizer=tokenizer)}
