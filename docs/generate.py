@@ -114,18 +114,12 @@ def bundled_tasks() -> str:
 
 def merge_methods() -> str:
     """List the merge methods, what they heed, and their papers."""
-    options = {
-        "weights": "`--weights`",
-        "density": "`--density`",
-        "generator": "`--seed`",
-        "rank": "`--rank`, `--energy`",
-    }
     rows = []
     for name, method in MERGE_METHODS.items():
         words = inspect.cleandoc(method.function.__doc__ or "").split("\n\n")[0].split()
         special = {"cat": "Add up the deltas times their weights, exactly: the ranks add up.",
                    "svd": "Add up the deltas times their weights, and cut the sum to the rank."}  # fmt: skip
-        heeds = ", ".join(options[setting] for setting in method.heeds)
+        heeds = ", ".join(f"`--{setting}`" for setting in method.heeds)
         rows.append((f"`{name}`", special.get(name, " ".join(words)), heeds, f"[source]({method.source})"))
     return table(("method", "what it does with the deltas of a layer", "options", ""), rows)
 
