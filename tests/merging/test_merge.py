@@ -279,7 +279,7 @@ def refused(monkeypatch, capsys, tmp_path):
     ("{bert} --method model_stock --weights 1,1,1", "model_stock has no use for --weights."),
     ("{bert} --method ties --density 0", "density: Input should be greater than 0"),
     ("{bert} --method ties --density 1.1", "density: Input should be less than or equal to 1"),
-    ("{bert} --method dare --density nan", "density: Input should be greater than 0"),
+    ("{bert} --method dare --density nan", "density: Input should be"),
     ("{bert} --method linear --density 0.5", "linear has no use for --density."),
     ("{bert} --method cat --rank 4", "cat has no use for --rank."),
     ("{bert} --method cat --energy 0.5", "cat has no use for --energy."),
