@@ -38,8 +38,8 @@ def once(shared: Path, name: str, make: Callable[[Path], None]) -> Path:
 
 def train_toys(folder: Path, backbone: Path) -> None:
     """Train all toy tasks into one checkpoint."""
-    tasks = [write_toy(folder, name, sizes=(120, 32, 32)) for name in KINDS]
-    options = {"train__epochs": 4, "train__batch_size": 8, "train__learning_rate": 0.008}
+    tasks = [write_toy(folder, name, sizes=(160, 32, 32)) for name in KINDS]
+    options = {"train__epochs": 5, "train__batch_size": 8, "train__learning_rate": 0.008}
     run(tasks, backbone, folder / "checkpoint", **options)
 
 
