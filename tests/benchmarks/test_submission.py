@@ -68,10 +68,8 @@ def test_entities_are_handed_in_with_inclusive_ends_that_agree_with_the_text(tmp
     import gzip
 
     def answer_to(text):
-        places = [(0, 2), (3, 4)]
-        return {
-            "entities": [{"type": "name", "text": text[a:b], "start": a, "end": b, "score": 1.0} for a, b in places]
-        }
+        spans = [(0, 2), (3, 4)]
+        return {"entities": [{"type": "name", "text": text[a:b], "start": a, "end": b, "score": 1.0} for a, b in spans]}
 
     folder = Path(str(ROOT)) / "cluener"
     rows = lines_of(write_submission(stand_in("cluener", answer_to), "cluener", data=folder, output=tmp_path))
@@ -80,9 +78,9 @@ def test_entities_are_handed_in_with_inclusive_ends_that_agree_with_the_text(tmp
     source = [json.loads(line) for line in content.decode().splitlines()]
     assert [row["id"] for row in rows] == [row["id"] for row in source]
     assert len(rows) == 1345
-    for row, asked in zip(rows, source, strict=True):
-        for surface, places in row["label"]["name"].items():
-            assert all(asked["text"][start : end + 1] == surface for start, end in places)
+    for row, line in zip(rows, source, strict=True):
+        for surface, spans in row["label"]["name"].items():
+            assert all(line["text"][start : end + 1] == surface for start, end in spans)
 
 
 def test_spans_are_one_object_by_id(tmp_path):
@@ -99,7 +97,7 @@ def test_spans_are_one_object_by_id(tmp_path):
 
 
 def choose_longest(text):
-    longest = max(range(len(text[2])), key=lambda place: len(text[2][place]))
+    longest = max(range(len(text[2])), key=lambda index: len(text[2][index]))
     return {"label": text[2][longest], "choice": longest, "score": 1.0}
 
 

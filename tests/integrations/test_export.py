@@ -142,13 +142,13 @@ def tags_of_words(tag, model):
     """The same from a pipeline that is given words."""
     last, found = model.checkpoint.model.backbone.family.causal, []
     for words in words_of(TEXTS):
-        places = {}
+        tags = {}
         (pieces,) = tag([words], is_split_into_words=True, ignore_labels=[])
         for piece in pieces:
-            place = len(" ".join(words)[: piece["end"]].rstrip().split(" ")) - 1
-            if last or place not in places:
-                places[place] = piece["entity"]
-        found.append([places[place] for place in range(len(words))])
+            index = len(" ".join(words)[: piece["end"]].rstrip().split(" ")) - 1
+            if last or index not in tags:
+                tags[index] = piece["entity"]
+        found.append([tags[index] for index in range(len(words))])
     return found
 
 
@@ -195,7 +195,7 @@ def test_the_tokenizer_of_an_export_says_how_words_are_written(tmp_path, own_mod
     assert single["word_shapes"][0] == single["word_shapes"][-1] == 0  # special tokens
     given = tokenizer(words, is_split_into_words=True)
     assert given["word_shapes"] == single["word_shapes"]
-    assert [0 if place is None else word_shape(words[place]) for place in given.word_ids()] == given["word_shapes"]
+    assert [0 if index is None else word_shape(words[index]) for index in given.word_ids()] == given["word_shapes"]
     assert tokenizer([words, words[:1]], is_split_into_words=True)["word_shapes"][0] == single["word_shapes"]
     assert tokenizer(text, return_tensors="pt")["word_shapes"].tolist() == [single["word_shapes"]]
     assert tokenizer("")["word_shapes"] == [0, 0]

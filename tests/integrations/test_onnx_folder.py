@@ -76,14 +76,14 @@ def test_one_graph_answers_all_tasks_in_one_batch_of_any_size(graph):
         words = words_of(texts)
         for own in ([row % 2 for row in range(len(texts))], [(row + 1) % 2 for row in range(len(texts))]):
             batch, feed = onnx_inputs(tokenizer, words, own)
-            feed["word_shapes"][[place for place, expert in enumerate(own) if not expert]] = 0
+            feed["word_shapes"][[index for index, expert in enumerate(own) if not expert]] = 0
             found = dict(zip(about["tasks"], session.run(list(about["tasks"]), feed), strict=True))
             tagged = word_logits(torch.from_numpy(found["names"]), batch, words, last=False)
-            for place, expert in enumerate(own):
-                spaced = " ".join(words[place])
+            for index, expert in enumerate(own):
+                spaced = " ".join(words[index])
                 for task in ("names",) if expert else ("mood", "about"):
                     (ours,) = model.logits([spaced], task)
-                    theirs = tagged[place] if task == "names" else found[task][place]
+                    theirs = tagged[index] if task == "names" else found[task][index]
                     assert_close([ours], [theirs])
 
 

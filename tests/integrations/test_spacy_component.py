@@ -47,12 +47,12 @@ def spans(doc):
 def test_docs_get_what_the_model_says(nlp, model):
     answers = model.predict(TEXTS, ["names"])
     moods, subjects = model.probabilities(TEXTS, "mood"), model.probabilities(TEXTS, "about")
-    for place, doc in enumerate(nlp.pipe(TEXTS, batch_size=2)):
-        entities = answers[place].tasks["names"]["entities"]
+    for index, doc in enumerate(nlp.pipe(TEXTS, batch_size=2)):
+        entities = answers[index].tasks["names"]["entities"]
         assert spans(doc) == [(entity["type"], entity["start"], entity["end"]) for entity in entities]
-        expected = dict(zip(["mood:bad", "mood:good"], moods[place].tolist(), strict=True))
+        expected = dict(zip(["mood:bad", "mood:good"], moods[index].tolist(), strict=True))
         expected |= {
-            f"about:{label}": float(subjects[place][at]) for at, label in enumerate(model.tasks["about"].label_names)
+            f"about:{label}": float(subjects[index][at]) for at, label in enumerate(model.tasks["about"].label_names)
         }
         assert doc.cats == pytest.approx(expected, abs=1e-5)
     assert any(answer.tasks["names"]["entities"] for answer in answers)

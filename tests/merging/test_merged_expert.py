@@ -1,4 +1,4 @@
-"""One expert of several, against dense float64 deltas and against PEFT's merges on whole deltas."""
+"""One expert of several, against dense float64 deltas and against PEFT's merges of dense deltas."""
 
 import math
 
@@ -82,16 +82,16 @@ def test_at_the_sum_of_the_ranks_the_outcome_is_the_sum_of_the_deltas(pair, meth
 
 @pytest.mark.parametrize("method", ["ties", "breadcrumbs", "magnitude_prune", "dare", "dare_ties", "della"])
 def test_sparse_methods_need_all_ranks_and_say_what_fewer_lose(pair, method):
-    whole = merge_experts(pair, settings(method, energy=1.0))
-    assert whole.error < 1e-6
-    assert whole.expert.ranks["both"] == 24
+    uncut = merge_experts(pair, settings(method, energy=1.0))
+    assert uncut.error < 1e-6
+    assert uncut.expert.ranks["both"] == 24
     cut = merge_experts(pair, settings(method))
     assert cut.expert.ranks["both"] == 5
-    for module, delta in dense(whole.expert).items():
+    for module, delta in dense(uncut.expert).items():
         lost = torch.linalg.svdvals(delta)[cut.expert.ranks[module] :].norm() / delta.norm()
         assert cut.errors[module] == pytest.approx(float(lost), abs=1e-6)
         assert float((dense(cut.expert)[module] - delta).norm() / delta.norm()) == pytest.approx(float(lost), abs=1e-6)
-    norms = {module: float(delta.norm()) for module, delta in dense(whole.expert).items()}
+    norms = {module: float(delta.norm()) for module, delta in dense(uncut.expert).items()}
     together = math.hypot(*(cut.errors[module] * norm for module, norm in norms.items())) / math.hypot(*norms.values())
     assert cut.error == pytest.approx(together, abs=1e-6)
 

@@ -34,21 +34,21 @@ def merged(method, given, weights, density=0.5, seed=1):
 
 def largest(delta, share, skipped=0):
     """Zero all entries but the ``share`` that follow the ``skipped`` largest, one entry at a time."""
-    order = sorted(np.ndindex(delta.shape), key=lambda place: -abs(delta[place]))
+    order = sorted(np.ndindex(delta.shape), key=lambda index: -abs(delta[index]))
     out = np.zeros_like(delta)
-    for place in order[skipped : skipped + round(share * delta.size)]:
-        out[place] = delta[place]
+    for index in order[skipped : skipped + round(share * delta.size)]:
+        out[index] = delta[index]
     return out
 
 
 def elect(parts, weights):
     out = np.zeros(parts[0].shape)
-    for place in np.ndindex(out.shape):
-        mass = sum(weight * part[place] for weight, part in zip(weights, parts, strict=True))
+    for index in np.ndindex(out.shape):
+        mass = sum(weight * part[index] for weight, part in zip(weights, parts, strict=True))
         sign = 1 if mass >= 0 else -1
-        agreeing = [(w, p[place]) for w, p in zip(weights, parts, strict=True) if w * p[place] * sign > 0]
+        agreeing = [(w, p[index]) for w, p in zip(weights, parts, strict=True) if w * p[index] * sign > 0]
         if agreeing:
-            out[place] = sum(w * value for w, value in agreeing) / sum(abs(w) for w, _ in agreeing)
+            out[index] = sum(w * value for w, value in agreeing) / sum(abs(w) for w, _ in agreeing)
     return out
 
 
@@ -66,8 +66,8 @@ def arc(parts, weights):
 def stock(parts, _):
     cosines = [
         (one * two).sum() / math.sqrt((one**2).sum() * (two**2).sum())
-        for place, one in enumerate(parts)
-        for two in parts[place + 1 :]
+        for index, one in enumerate(parts)
+        for two in parts[index + 1 :]
     ]
     cosine, number = float(np.mean(cosines)), len(parts)
     return number * cosine / (1 + (number - 1) * cosine) * np.mean(parts, axis=0)

@@ -12,7 +12,7 @@ from sparse_ft.experts.selection import Selection
 from sparse_ft.training.gate_losses import alarms, auxiliary_losses, load_balancing_loss, routing_cross_entropy, z_loss
 
 GATED, EXPERTS = 3, 5
-PLACES = [0, 2, 3]
+INDICES = [0, 2, 3]
 """Of the gate's experts among those of the model."""
 SETTINGS = GateConfig(balance_loss=0.5, z_loss=0.25, routing_loss=2.0)
 TARGETS = torch.tensor([2, 0, -100, 1])
@@ -32,13 +32,13 @@ def token_mask(shape):
     return (torch.arange(6) < torch.tensor([[6], [1], [4], [3]])).long() if len(shape) == 3 else None
 
 
-def told(logits, *, mask=None, top_k=2, settings=SETTINGS, **choice):
-    """Route by these logits, one tensor a block, and tell what the gate did."""
+def report_of(logits, *, mask=None, top_k=2, settings=SETTINGS, **choice):
+    """Route by these logits, one tensor a block, and report what the gate did."""
     choose = Selection(top_k=top_k, **choice)
-    routings = [choose(each, mask=mask, training=True).reindexed(PLACES, num_experts=EXPERTS) for each in logits]
+    routings = [choose(each, mask=mask, training=True).reindexed(INDICES, num_experts=EXPERTS) for each in logits]
     return auxiliary_losses(
         routings,
-        experts=PLACES,
+        experts=INDICES,
         num_experts=EXPERTS,
         settings=settings,
         top_k=top_k,
@@ -50,15 +50,15 @@ def told(logits, *, mask=None, top_k=2, settings=SETTINGS, **choice):
 @SHAPES
 def test_the_losses_of_a_pass_are_averaged_over_its_blocks(shape):
     blocks, mask = [random_logits(shape, seed=seed) for seed in range(3)], token_mask(shape)
-    found = told(blocks, mask=mask)
+    report = report_of(blocks, mask=mask)
     expected = {
         "balance": [load_balancing_loss(logits, top_k=2, mask=mask) for logits in blocks],
         "z": [z_loss(logits, mask=mask) for logits in blocks],
         "routing": [routing_cross_entropy(logits, TARGETS, mask=mask) for logits in blocks],
     }
     means = {name: torch.stack(values).mean().item() for name, values in expected.items()}
-    assert found.losses == pytest.approx({**means, "dropped": 0.0}, rel=1e-6)
-    assert found.total.item() == pytest.approx(
+    assert report.losses == pytest.approx({**means, "dropped": 0.0}, rel=1e-6)
+    assert report.total.item() == pytest.approx(
         0.5 * means["balance"] + 0.25 * means["z"] + 2.0 * means["routing"], rel=1e-6
     )
 
@@ -70,10 +70,10 @@ def test_usage_is_the_share_of_the_weight_of_real_tokens_and_sums_to_one(shape):
     for block, logits in enumerate(blocks):
         weights = Selection(top_k=2)(logits)
         real = mask.bool().flatten() if mask is not None else torch.ones(4, dtype=torch.bool)
-        for place in range(GATED):
-            shares[block, place] = weights.weights_of(place).flatten()[real].double().sum()
+        for expert in range(GATED):
+            shares[block, expert] = weights.weights_of(expert).flatten()[real].double().sum()
         shares[block] /= shares[block].sum()
-    usage = told(blocks, mask=mask).usage
+    usage = report_of(blocks, mask=mask).usage
     torch.testing.assert_close(usage.double(), shares.mean(0), atol=1e-6, rtol=0)
     assert usage.sum().item() == pytest.approx(1, abs=1e-6)
 
@@ -82,7 +82,7 @@ def test_padding_never_counts():
     mask, shape = token_mask((4, 6, GATED)), (4, 6, GATED)
     logits = random_logits(shape, seed=0)
     other = torch.where(mask.unsqueeze(-1).bool(), logits, 10 * random_logits(shape, seed=1))
-    one, same = told([logits], mask=mask, capacity=0.5), told([other], mask=mask, capacity=0.5)
+    one, same = report_of([logits], mask=mask, capacity=0.5), report_of([other], mask=mask, capacity=0.5)
     assert one.losses == same.losses
     assert torch.equal(one.usage, same.usage)
     assert one.losses["dropped"] > 0
@@ -90,10 +90,10 @@ def test_padding_never_counts():
 
 def test_dropped_is_the_share_of_choices_that_found_their_expert_full():
     logits = torch.tensor([5.0, 0.0, -5.0]).expand(4, 6, GATED)
-    mask = token_mask((4, 6, GATED))  # 14 real tokens, so 14 choices and 14 * 1.5 / 3 = 7 places
-    found = told([logits], mask=mask, top_k=1, capacity=1.5)
-    assert found.losses["dropped"] == pytest.approx(7 / 14)
-    assert told([logits], mask=mask, top_k=1).losses["dropped"] == 0
+    mask = token_mask((4, 6, GATED))  # 14 real tokens, so 14 choices and 14 * 1.5 / 3 = 7 rows that fit
+    report = report_of([logits], mask=mask, top_k=1, capacity=1.5)
+    assert report.losses["dropped"] == pytest.approx(7 / 14)
+    assert report_of([logits], mask=mask, top_k=1).losses["dropped"] == 0
 
 
 @SHAPES
@@ -103,7 +103,7 @@ def test_the_gradient_of_each_loss_reaches_the_logits_by_its_weight(shape, weigh
     logits, gradients = random_logits(shape, seed=0).requires_grad_(), []
     for value in (0.0, 1.0, 3.0):
         logits.grad = None
-        told([logits], mask=token_mask(shape), settings=GateConfig(**{**nothing, weight: value})).total.backward()
+        report_of([logits], mask=token_mask(shape), settings=GateConfig(**{**nothing, weight: value})).total.backward()
         gradients.append(logits.grad)
     assert not gradients[0].any()
     assert gradients[1].abs().max() > 1e-3
@@ -112,17 +112,17 @@ def test_the_gradient_of_each_loss_reaches_the_logits_by_its_weight(shape, weigh
 
 def test_usage_is_a_number_even_if_every_choice_was_dropped_or_turned_away():
     nothing = Routing(None, torch.zeros(2, 6, EXPERTS), torch.zeros(2, 6, GATED))
-    found = auxiliary_losses(
+    report = auxiliary_losses(
         [nothing],
-        experts=PLACES,
+        experts=INDICES,
         num_experts=EXPERTS,
         settings=SETTINGS,
         top_k=2,
         targets=TARGETS[:2],
         mask=torch.ones(2, 6),
     )
-    assert found.usage.tolist() == [0.0] * GATED
-    assert found.total.isfinite()
+    assert report.usage.tolist() == [0.0] * GATED
+    assert report.total.isfinite()
 
 
 # Alarms
@@ -152,10 +152,10 @@ def test_only_choices_from_the_shortlist_count_for_balance():
     logits, shortlist = random_logits((4, 6, GATED), seed=5), torch.tensor([[0, 2], [1, 2], [0, 1], [2, 0]])
     among = logits.gather(-1, shortlist.unsqueeze(1).expand(-1, 6, -1))
     inner = Selection(top_k=1)(among)
-    routing = replace(inner, experts=shortlist, logits=logits).reindexed(PLACES, num_experts=EXPERTS)
+    routing = replace(inner, experts=shortlist, logits=logits).reindexed(INDICES, num_experts=EXPERTS)
     settings = GateConfig(temperature=2.0)
-    found = auxiliary_losses(
-        [routing], experts=PLACES, num_experts=EXPERTS, settings=settings, top_k=1, targets=TARGETS, mask=None
+    report = auxiliary_losses(
+        [routing], experts=INDICES, num_experts=EXPERTS, settings=settings, top_k=1, targets=TARGETS, mask=None
     )
     hits = torch.zeros(GATED)
     for row in range(4):
@@ -163,7 +163,7 @@ def test_only_choices_from_the_shortlist_count_for_balance():
             listed = shortlist[row].tolist()
             hits[max(listed, key=lambda expert: logits[row, token, expert].item())] += 1 / 24
     expected = GATED * (hits * (logits / 2.0).softmax(-1).mean((0, 1))).sum()
-    assert found.losses["balance"] == pytest.approx(expected.item(), rel=1e-5)
+    assert report.losses["balance"] == pytest.approx(expected.item(), rel=1e-5)
 
 
 # Each loss

@@ -118,7 +118,7 @@ def test_one_mean_score_decides_which_state_of_all_is_best(tmp_path, tiny_bert, 
     path = train_joint(tasks, tiny_bert, tmp_path / "out", train__epochs=3, gate__type="token").path
     gate = load_checkpoint(path).model.gate
     saved = [linear.weight for linear in gate.linears]
-    assert all(torch.equal(weight, states[1][f"gate/gate.{place}.weight"]) for place, weight in enumerate(saved))
+    assert all(torch.equal(weight, states[1][f"gate/gate.{index}.weight"]) for index, weight in enumerate(saved))
     assert not torch.equal(saved[0], states[2]["gate/gate.0.weight"])
     metrics = json.loads((path / "metrics.json").read_text())
     assert {name: metrics[name]["validation"] for name in scores} == {"mood": 0.5, "about": 0.9}
@@ -230,7 +230,7 @@ def test_two_experts_are_mixed_by_default_at_weights_that_sum_to_one():
 @GATES
 def test_a_batch_in_parts_gives_the_same_answers_and_auxiliary_losses_on_average(mixed, gate):
     ours, batch, pairs = routing_of(mixed, gate, GateConfig())
-    whole, told = ours.forward(mixed, batch, pairs, generator=None)
+    logits_of_all, report = ours.forward(mixed, batch, pairs, generator=None)
     examples = rows_of(mixed)
     answers, z, tokens = {"mood": [], "names": []}, 0.0, 0
     for pair in pairs:
@@ -240,8 +240,8 @@ def test_a_batch_in_parts_gives_the_same_answers_and_auxiliary_losses_on_average
         count = int(part.attention_mask.sum()) if gate == "token" else 1
         z, tokens = z + count * alone.losses["z"], tokens + count
     for task, parts in answers.items():
-        torch.testing.assert_close(torch.cat(parts), whole[task], atol=1e-5, rtol=1e-5)
-    assert z / tokens == pytest.approx(told.losses["z"], rel=1e-4)
+        torch.testing.assert_close(torch.cat(parts), logits_of_all[task], atol=1e-5, rtol=1e-5)
+    assert z / tokens == pytest.approx(report.losses["z"], rel=1e-4)
 
 
 def test_targets_are_the_tasks_own_experts_and_none_in_a_pool(mixed):
@@ -256,7 +256,7 @@ def test_capacity_drops_and_jitter_shakes_in_training_only(mixed):
         ours, batch, pairs = routing_of(mixed, "sequence", gate)
         mixed.train()
         torch.manual_seed(0)
-        first, told = ours.forward(mixed, batch, pairs, generator=None)
+        first, report = ours.forward(mixed, batch, pairs, generator=None)
         mixed.eval()
         plain = mixed(
             batch,
@@ -264,7 +264,7 @@ def test_capacity_drops_and_jitter_shakes_in_training_only(mixed):
                 ours.gate.decide(torch.stack([ours.means[t][r] for t, r in pairs])), ours.gate.names
             ),
         )
-        assert (told.losses["dropped"] > 0) == (gate.capacity is not None)
+        assert (report.losses["dropped"] > 0) == (gate.capacity is not None)
         assert (not torch.allclose(first["mood"], plain["mood"], atol=1e-5)) == changes
 
 
@@ -468,7 +468,7 @@ def test_a_pool_of_one_is_an_expert_that_all_tasks_share_without_a_gate(tmp_path
     (3, {"shortlist": 2}, 2),
 ])  # fmt: skip
 def test_many_experts_get_a_shortlist_unless_it_is_said_otherwise(mixed, experts, changes, expected):
-    names = [f"e{place}" for place in range(experts)]
+    names = [f"e{number}" for number in range(experts)]
     assert token_gate(mixed, names, settings=GateConfig(**changes), seed=1).shortlist == expected
 
 

@@ -101,8 +101,8 @@ def test_minilm_knows_classes_by_their_names_and_two_texts_each(tmp_path, minilm
     model, task, encoder = started(tmp_path, minilm)
     with torch.no_grad():
         batch = collate([("mood", example) for example in encoder.texts(list(unseen.values()))], pad_id=0)
-        found = model(batch)["mood"].argmax(-1).tolist()
-    assert [task.spec.label_names[place] for place in found] == list(unseen)
+        answers = model(batch)["mood"].argmax(-1).tolist()
+    assert [task.spec.label_names[best] for best in answers] == list(unseen)
 
 
 def test_a_large_class_has_no_more_say_than_a_small_one(tmp_path, minilm):
@@ -117,8 +117,8 @@ def test_a_large_class_has_no_more_say_than_a_small_one(tmp_path, minilm):
     model, task, _ = started(tmp_path, minilm)
     with torch.no_grad():
         batch = collate([("mood", example) for example in task.examples], pad_id=0)
-        found = model(batch)["mood"].argmax(-1).tolist()
-    assert found == [task.spec.label_names.index(row["label"]) for row in rows]
+        answers = model(batch)["mood"].argmax(-1).tolist()
+    assert answers == [task.spec.label_names.index(row["label"]) for row in rows]
 
 
 @pytest.mark.parametrize(("name", "family", "pooling", "expected"), [

@@ -24,13 +24,13 @@ def passages(number, seed):
     """A person to be found in texts, some longer than a window."""
     generator = random.Random(f"spans/{seed}")
     paragraphs = []
-    for place in range(number):
+    for index in range(number):
         words = generator.choices(FILLERS, k=generator.choice([3, 5, 50]))
         found = generator.choice(ANSWERS)
         words.insert(generator.randrange(len(words)), found)
         text = " ".join(words)
         answers = [{"text": found, "answer_start": text.index(found)}]
-        question = {"id": f"Q{place}", "question": "Who ?", "answers": answers}
+        question = {"id": f"Q{index}", "question": "Who ?", "answers": answers}
         paragraphs.append({"context": text, "qas": [question]})
     return {"data": [{"paragraphs": paragraphs}]}
 
@@ -39,12 +39,12 @@ def dialogues(number, seed):
     """The choice that praises is right; two to four are given."""
     generator = random.Random(f"choices/{seed}")
     rows = []
-    for place in range(number):
+    for index in range(number):
         wrong = [f"{filler} boring" for filler in generator.sample(FILLERS, k=generator.randint(1, 3))]
         right = f"{generator.choice(FILLERS)} loved"
         choices = generator.sample([*wrong, right], k=len(wrong) + 1)
-        asked = {"id": place, "question": "What ?", "choice": choices, "answer": right}
-        rows.append([generator.choices(FILLERS, k=3), [asked], str(place)])
+        question = {"id": index, "question": "What ?", "choice": choices, "answer": right}
+        rows.append([generator.choices(FILLERS, k=3), [question], str(index)])
     return rows
 
 
@@ -88,25 +88,25 @@ def prepared(path, tiny_bert, *overrides):
 def test_choices_and_windows_of_a_row_are_one_group(tmp_path, tiny_bert):
     spans, picks = write_reading(tmp_path)
     mood = prepared(write_toy(tmp_path, "mood"), tiny_bert)
-    assert mood.groups == [[place] for place in range(len(mood.examples))]
+    assert mood.groups == [[index] for index in range(len(mood.examples))]
     for path in (spans, picks):
         task = prepared(path, tiny_bert)
-        assert [place for group in task.groups for place in group] == list(range(len(task.examples)))
-        rows = [{task.examples[place].row for place in group} for group in task.groups]
+        assert [index for group in task.groups for index in group] == list(range(len(task.examples)))
+        rows = [{task.examples[index].row for index in group} for group in task.groups]
         assert [len(found) for found in rows] == [1] * 60
         assert max(map(len, task.groups)) > 2
         for group in task.groups:  # what is right is among what is learnt together
-            assert any(target > 0 for place in group for target in task.examples[place].targets)
+            assert any(target > 0 for index in group for target in task.examples[index].targets)
     assert len(prepared(picks, tiny_bert, "data.train_limit=7").groups) == 7
 
 
 def test_a_batch_in_parts_learns_what_it_learns_whole(tmp_path, tiny_bert):
     tasks = write_reading(tmp_path, number=24)
     short = {**OPTIONS, "train__epochs": 1, "train__batch_size": 8, "train__learning_rate": 1e-3}
-    whole = tensors(run(tasks, tiny_bert, tmp_path / "whole", **short).path)
+    undivided = tensors(run(tasks, tiny_bert, tmp_path / "undivided", **short).path)
     parts = tensors(run(tasks, tiny_bert, tmp_path / "parts", **short, train__accumulation=4).path)
-    assert whole.keys() == parts.keys()
-    for name, value in whole.items():
+    assert undivided.keys() == parts.keys()
+    for name, value in undivided.items():
         if name.endswith("linear.bias"):  # a softmax over a row does not depend on it: its gradient is noise
             continue
         torch.testing.assert_close(parts[name], value, atol=1e-4, rtol=1e-3, msg=name)
@@ -125,35 +125,35 @@ def test_the_reading_kinds_are_learnt_together_with_a_classification(reader):
 
 def test_answers_are_those_of_the_evaluation_and_alone_as_among_others(reader):
     model = sparse_ft.load(reader.path)
-    asked = [(paragraph["context"], "Who ?") for paragraph in passages(20, 2)["data"][0]["paragraphs"]]
-    found = model.predict(asked, tasks=["spans"])
-    for (text, _), prediction in zip(asked, found, strict=True):
+    pairs = [(paragraph["context"], "Who ?") for paragraph in passages(20, 2)["data"][0]["paragraphs"]]
+    answers = model.predict(pairs, tasks=["spans"])
+    for (text, _), prediction in zip(pairs, answers, strict=True):
         span = prediction.tasks["spans"]
         assert text[span["start"] : span["end"]] == span["answer"]
-    right = [prediction.tasks["spans"]["answer"] in ANSWERS for prediction in found]
+    right = [prediction.tasks["spans"]["answer"] in ANSWERS for prediction in answers]
     assert sum(right) / len(right) == reader.scores["spans"]["exact_match"]
-    [alone] = model.predict(asked[3:4], tasks=["spans"])
-    assert alone.tasks["spans"]["answer"] == found[3].tasks["spans"]["answer"]
+    [alone] = model.predict(pairs[3:4], tasks=["spans"])
+    assert alone.tasks["spans"]["answer"] == answers[3].tasks["spans"]["answer"]
     questions = [(" ".join(row[0]), row[1][0]["question"], row[1][0]["choice"]) for row in dialogues(20, 2)]
     chosen = [prediction.tasks["picks"] for prediction in model.predict(questions, tasks=["picks"])]
     assert [answer["label"] for answer in chosen] == [
-        asked[2][answer["choice"]] for asked, answer in zip(questions, chosen, strict=True)
+        question[2][answer["choice"]] for question, answer in zip(questions, chosen, strict=True)
     ]
     assert model.predict(questions[:1])[0].to_dict()["choices"] == questions[0][2]  # the gate knows who reads choices
-    assert {name for prediction in model.predict(asked) for name in prediction.tasks} <= {"spans"}
+    assert {name for prediction in model.predict(pairs) for name in prediction.tasks} <= {"spans"}
     assert [tuple(row.shape) for row in model.logits(questions[:1], "picks")] == [(len(questions[0][2]), 1)]
 
 
 def test_the_command_line_asks_questions_by_tab_and_choices_by_json_lines(reader, tmp_path, monkeypatch, capsys):
     row = {"text": "the table", "text_pair": "What ?", "choices": ["the boring", "six loved"]}
-    asked = tmp_path / "asked.txt"
-    asked.write_text(json.dumps(row) + "\n", encoding="utf-8")
-    code, out, _ = call(monkeypatch, capsys, "predict", reader.path, "--file", asked, "--task", "picks", "--json")
-    found = json.loads(out)
-    assert (code, found["tasks"]["picks"]["choice"], found["choices"]) == (0, 1, row["choices"])
+    questions = tmp_path / "questions.txt"
+    questions.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    code, out, _ = call(monkeypatch, capsys, "predict", reader.path, "--file", questions, "--task", "picks", "--json")
+    line = json.loads(out)
+    assert (code, line["tasks"]["picks"]["choice"], line["choices"]) == (0, 1, row["choices"])
     code, out, _ = call(monkeypatch, capsys, "predict", reader.path, "the first Mozart of\tWho ?", "--task", "spans")
     assert (code, out.splitlines()[1].split()[:3]) == (0, ["spans", "Mozart", "[10-16]"])
-    lines = tmp_path / "asked.jsonl"
+    lines = tmp_path / "questions.jsonl"
     lines.write_text('{"text": "the first Mozart of", "text_pair": "Who ?"}\n', encoding="utf-8")
     code, out, _ = call(monkeypatch, capsys, "predict", reader.path, "--file", lines, "--task", "spans", "--json")
     assert (code, json.loads(out)["tasks"]["spans"]["answer"]) == (0, "Mozart")
@@ -190,7 +190,7 @@ def test_a_run_of_reading_tasks_is_resumed(tmp_path, tiny_bert, monkeypatch):
 
     tasks = write_reading(tmp_path, number=12)
     short = {**OPTIONS, "train__epochs": 2, "train__batch_size": 8}
-    whole = run(tasks, tiny_bert, tmp_path / "whole", **short)
+    undivided = run(tasks, tiny_bert, tmp_path / "undivided", **short)
     end = fitting._Loop.end_epoch
     monkeypatch.setattr(fitting._Loop, "end_epoch", _stop_at_second(end))
     with pytest.raises(KeyboardInterrupt):
@@ -204,7 +204,7 @@ def test_a_run_of_reading_tasks_is_resumed(tmp_path, tiny_bert, monkeypatch):
         overrides=settings(**short),
         device="cpu",
     )
-    assert equal(tensors(whole.path), tensors(resumed.path))
+    assert equal(tensors(undivided.path), tensors(resumed.path))
 
 
 def _stop_at_second(end):
