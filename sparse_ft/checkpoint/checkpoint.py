@@ -1,4 +1,4 @@
-"""The checkpoint: a folder with experts, heads and tasks that names its backbone but does not contain it."""
+"""The checkpoint: a folder with experts, heads, gate and tasks; it names its backbone and does not contain it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from sparse_ft.backbone.backbone import fresh_tokenizer, load_backbone
-from sparse_ft.checkpoint.expert_files import _save_expert, load_expert, read_tensors
+from sparse_ft.checkpoint.expert_files import load_expert, read_tensors, save_expert
 from sparse_ft.checkpoint.folders import replace_folder, write_bytes, write_json
 from sparse_ft.checkpoint.manifest import (
     FORMAT,
@@ -31,7 +31,7 @@ from sparse_ft.tasks.spec import TaskSpec, parse_task
 from sparse_ft.version import __version__
 
 MODEL_TYPE = "sparse-ft"
-"""What config.json calls a checkpoint, so that transformers' pipelines find our module."""
+"""``model_type`` in config.json, by which transformers' pipelines find this project's module."""
 
 _GATE = "gate.safetensors"
 
@@ -45,9 +45,9 @@ class Checkpoint:
     tasks: dict[str, TaskSpec]
     """Task files with all label names filled in."""
     config: RunConfig
-    """Of the run that wrote it last."""
+    """Config of the run that wrote it last."""
     metrics: dict[str, Any]
-    """Per task: the best validation score, and the scores that were taken after training."""
+    """Per task: the best validation score, and the scores after training."""
     manifest: dict[str, Any]
 
 
@@ -59,22 +59,20 @@ def save_checkpoint(
     config: RunConfig,
     metrics: Mapping[str, Any],
 ) -> None:
-    """Write a checkpoint; a folder that is there already is replaced as a whole, or not at all.
+    """Write a checkpoint; an existing folder is replaced as a whole, or not at all.
 
     Raises:
-        CheckpointError: If the disk is full or not writable; what was there is untouched.
+        CheckpointError: If the disk is full or not writable; an existing folder is then untouched.
     """
 
     def fill(folder: Path) -> None:
         for name in model.experts.names:
-            _save_expert(folder / "experts" / check_name(name), model.experts.get(name), model=model)
+            save_expert(folder / "experts" / check_name(name), model.experts.get(name), backbone=model.backbone)
         for task, spec in tasks.items():
-            head = {key: value.detach().cpu().contiguous() for key, value in model.head(task).state_dict().items()}
-            write_bytes(folder / "heads" / f"{check_name(task)}.safetensors", safetensors.torch.save(head))
+            write_bytes(folder / "heads" / f"{check_name(task)}.safetensors", _weights(model.head(task)))
             write_bytes(folder / "tasks" / f"{task}.yaml", _yaml(spec.model_dump(exclude_defaults=True)))
         if model.gate is not None:
-            gate = {key: value.detach().cpu().contiguous() for key, value in model.gate.state_dict().items()}
-            write_bytes(folder / _GATE, safetensors.torch.save(gate))
+            write_bytes(folder / _GATE, _weights(model.gate))
         write_bytes(folder / "config.yaml", _yaml(config.model_dump()))
         write_json(folder / "config.json", {"model_type": MODEL_TYPE})
         write_json(folder / "metrics.json", metrics)
@@ -82,6 +80,11 @@ def save_checkpoint(
         write_json(folder / MANIFEST, _manifest(folder, model=model, tasks=tasks))
 
     replace_folder(path, fill)
+
+
+def _weights(module: torch.nn.Module) -> bytes:
+    state = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
+    return safetensors.torch.save(state)
 
 
 def _yaml(content: Any) -> bytes:
@@ -111,7 +114,7 @@ def _manifest(folder: Path, *, model: SparseExpertModel, tasks: Mapping[str, Tas
 
 
 def describe_origin(model: SparseExpertModel) -> dict[str, Any]:
-    """Say which versions wrote a file, and on which backbone it rests."""
+    """Return the versions that write a file, and the backbone that the file belongs to."""
     import transformers
 
     return {
@@ -129,7 +132,7 @@ def describe_origin(model: SparseExpertModel) -> dict[str, Any]:
 
 
 def _describe_slot(slot: TaskSlot) -> dict[str, Any]:
-    """Say which experts serve a task; ``mixed`` and ``shared`` only if they do."""
+    """Return the entry of a task in the manifest, with ``mixed`` and ``shared`` only for tasks that have them."""
     experts = {"expert": slot.experts[0]} if len(slot.experts) == 1 else {"experts": list(slot.experts)}
     return {**experts, **({"mixed": True} if slot.joint else {}), **({"shared": slot.shared} if slot.shared else {})}
 
@@ -160,13 +163,13 @@ def load_checkpoint(
 
     Args:
         path: Folder that ``train`` wrote.
-        device: Where to put the model.
-        backbone: Where the backbone is now, if not where the checkpoint says; the hash must agree.
-        dtype: Of the frozen weights.
+        device: Device of the model.
+        backbone: Name or folder of the backbone if it has moved since; the hash of its weights must agree.
+        dtype: Type of the frozen weights.
 
     Raises:
         CheckpointError: If the folder is no complete checkpoint of a known format.
-        BackboneError: If the backbone is not found or its weights are not those it was trained on.
+        BackboneError: If the backbone is not found, or its weights are not those of the training.
     """
     checkpoint = load_bare(path, backbone=backbone, dtype=dtype)
     path, model, manifest = checkpoint.path, checkpoint.model, checkpoint.manifest
@@ -188,7 +191,7 @@ def load_checkpoint(
 
 
 def load_bare(path: str | Path, *, backbone: str | None = None, dtype: torch.dtype = torch.float32) -> Checkpoint:
-    """Load what a checkpoint stands on, its backbone and settings, without experts, tasks, gate and scores.
+    """Load the backbone and settings of a checkpoint, without experts, tasks, gate and scores.
 
     The arguments and errors are those of ``load_checkpoint``; the model is on the CPU.
     """
@@ -217,14 +220,14 @@ def load_task_into(
     joint: bool = False,
     shared: str | None = None,
 ) -> TaskSpec:
-    """Give a model a task of a checkpoint, with its head.
+    """Add a task of a checkpoint to a model, with its head.
 
     Args:
-        model: Has the expert already.
-        path: The checkpoint.
-        task: Its name there.
-        experts: Serve it in ``model``.
-        as_name: Its name in ``model``, if another.
+        model: Model that has the task's experts.
+        path: Folder of the checkpoint.
+        task: Name of the task in the checkpoint.
+        experts: Names in ``model`` of the experts that serve the task.
+        as_name: Name of the task in ``model``, if another.
         joint: See ``TaskSlot``.
         shared: See ``TaskSlot``.
     """

@@ -1,4 +1,4 @@
-"""Write folders so that a reader sees the old one or the new one, never a half: staged beside, synced, renamed."""
+"""Write files and folders whole or not at all: staged beside the target, synced, renamed."""
 
 import contextlib
 import errno
@@ -15,13 +15,13 @@ from typing import Any
 from sparse_ft.errors import CheckpointError
 
 _LEFTOVER_SECONDS = 86_400
-"""Age from which a staged folder belongs to nobody."""
+"""Age from which a staged folder is a leftover of a killed process."""
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file, whole or not at all, and wait until the disk has it; a link stays, and what it leads to is written.
+    """Write a file whole or not at all, and wait until the disk has it; a link stays, and its target is written.
 
-    What is no file, such as ``/dev/stdout``, is written as it is.
+    A path that is no regular file, such as ``/dev/stdout``, is written directly.
     """
     if path.parts[:2] == ("/", "dev") or (path.exists() and not path.is_file() and not path.is_dir()):
         path.write_bytes(content)
@@ -39,20 +39,25 @@ def write_bytes(path: Path, content: bytes) -> None:
         staged.unlink(missing_ok=True)
 
 
+def damaged(file: Path, problem: str) -> CheckpointError:
+    """Return the error for a file of a checkpoint whose content is wrong."""
+    return CheckpointError(f"{str(file)!r} is damaged: {problem}. Restore the folder from a copy or train again.")
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON, indented, and wait until the disk has it."""
     write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a new folder and put it in the place of ``target``.
+    """Fill a new folder and replace ``target`` with it.
 
     Args:
         target: Folder to create or replace; its parent is created.
-        fill: Writes the content into the empty folder it is given.
+        fill: Writes the content into the empty folder of its argument.
 
     Raises:
-        CheckpointError: If the disk is full or the place is not writable; ``target`` is then as it was.
+        CheckpointError: If the disk is full or the path is not writable; ``target`` is then as it was.
     """
     with explain_os_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -69,14 +74,14 @@ def replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
 
 
 def recover_folder(target: Path) -> None:
-    """Put the old folder back if a save was killed between moving it away and moving the new one in."""
+    """Restore the old folder if a save was killed between moving it away and moving the new one in."""
     old = _old_path(target)
     if old.is_dir() and not target.exists():
         old.rename(target)
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Remove what killed processes staged for ``target``; what is young may be another process at work."""
+    """Remove folders that killed processes staged for ``target``; young ones may belong to a running process."""
     for left in target.parent.glob(f"{glob.escape(_staged_prefix(target))}*"):
         with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime > _LEFTOVER_SECONDS:
@@ -97,7 +102,7 @@ def _swap(staged: Path, target: Path) -> None:
     if target.exists():
         target.rename(old)
     staged.rename(target)
-    with contextlib.suppress(OSError):  # the new folder is in place; that the disk has the renames is all that is left
+    with contextlib.suppress(OSError):  # the new folder is in place, whether or not its renaming is synced
         _sync_folder(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -112,13 +117,13 @@ def _sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def explain_os_errors(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals while ``path`` is written into a CheckpointError.
+    """Turn the operating system's errors while ``path`` is written into a CheckpointError.
 
     Args:
-        path: What is being written.
+        path: File or folder that is written.
 
     Raises:
-        CheckpointError: If the disk is full, the place may not be written, or a file stands in the way.
+        CheckpointError: If the disk is full, the path may not be written, or a file stands in the way.
     """
     try:
         yield
@@ -131,13 +136,13 @@ def explain_os_errors(path: Path) -> Iterator[None]:
 
 
 def _reason(error: OSError, path: Path) -> str:
-    place = error.filename or path
+    file = error.filename or path
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return _disk_full(path)
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"no write permission ({place}). Choose another folder."
+        return f"no write permission ({file}). Choose another folder."
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
-        return f"{place} is a file, not a folder. Choose another folder."
+        return f"{file} is a file, not a folder. Choose another folder."
     return f"{error.strerror or error}."
 
 

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: what the folder must hold. Needs no torch, so that `inspect` answers at once."""
+"""The manifest of a checkpoint, which lists the content of the folder. Needs no torch, so `inspect` is fast."""
 
 import json
 import re
@@ -9,20 +9,20 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from sparse_ft.checkpoint.folders import recover_folder
+from sparse_ft.checkpoint.folders import damaged, recover_folder
 from sparse_ft.config import RunConfig
 from sparse_ft.errors import CheckpointError, explain
 from sparse_ft.version import __version__
 
 FORMAT = 1
-"""Of the folder; a reader refuses a higher one."""
+"""Format number of the folder; higher numbers are refused."""
 MANIFEST = "manifest.json"
 _KEYS = ("versions", "backbone", "first_block", "pooling", "experts", "tasks", "bytes")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
 def check_name(name: str) -> str:
-    """Return a name that is safe as a file name.
+    """Return a name if it is a safe file name.
 
     Raises:
         CheckpointError: If it is not.
@@ -35,53 +35,61 @@ def check_name(name: str) -> str:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Read and check the manifest of a checkpoint, and that all its files are there in full.
+    """Read and check the manifest of a checkpoint, and that all its files are complete.
 
     Raises:
         CheckpointError: If the folder is no checkpoint, is incomplete, or was written by a newer version.
     """
     recover_folder(path)
-    file = path / MANIFEST
-    if not path.is_dir():
-        raise CheckpointError(f"Checkpoint folder {str(path)!r} does not exist.")
-    if not file.is_file():
-        if (path / "resume").is_dir():
-            advice = f"Its training did not finish: `sparse-ft train --resume --output {path}` continues it."
-        else:
-            advice = "Give the folder that `sparse-ft train` printed."
-        raise CheckpointError(f"{str(path)!r} holds no {MANIFEST}, so it is no checkpoint. {advice}")
+    file = _manifest_file(path)
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-        written_format = int(manifest["format"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{str(file)!r} is damaged: {error!r}. Restore the folder from a copy or train again."
-        ) from error
-    if written_format > FORMAT:
+        _check_format(path, manifest)
+        _check_entries(file, manifest)
+        sizes = dict(manifest["bytes"].items())
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise damaged(file, repr(error)) from error
+    _check_sizes(path, sizes)
+    return dict(manifest)
+
+
+def _manifest_file(path: Path) -> Path:
+    """Return the file of a checkpoint's manifest, which must exist."""
+    if not path.is_dir():
+        raise CheckpointError(f"Checkpoint folder {str(path)!r} does not exist.")
+    file, advice = path / MANIFEST, "Give the folder that `sparse-ft train` printed."
+    if file.is_file():
+        return file
+    if (path / "resume").is_dir():
+        advice = f"Its training did not finish: `sparse-ft train --resume --output {path}` continues it."
+    raise CheckpointError(f"{str(path)!r} holds no {MANIFEST}, so it is no checkpoint. {advice}")
+
+
+def _check_format(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuse a format that only newer versions read."""
+    if int(manifest["format"]) > FORMAT:
         version = manifest.get("versions", {}).get("sparse_ft", "a newer version")
         raise CheckpointError(
-            f"Checkpoint {str(path)!r} has format {written_format}; this sparse-ft {__version__} reads up to {FORMAT}. "
-            f"It was written by sparse-ft {version}: update with `pip install -U sparse-ft`."
+            f"Checkpoint {str(path)!r} has format {manifest['format']}; this sparse-ft {__version__} reads up to "
+            f"{FORMAT}. It was written by sparse-ft {version}: update with `pip install -U sparse-ft`."
         )
+
+
+def _check_entries(file: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuse a manifest that lacks a key or an expert, and names that are no safe file names."""
     lacking = [key for key in _KEYS if key not in manifest]
     if lacking:
-        raise CheckpointError(
-            f"{str(file)!r} is damaged: it lacks {', '.join(lacking)}. Restore the folder from a copy or train again."
-        )
-    try:
-        names, sizes = (*manifest["experts"], *manifest["tasks"]), dict(manifest["bytes"].items())
-        used = {expert for entry in manifest["tasks"].values() for expert in slot_experts(entry)}
-        lost = sorted(used - set(manifest["experts"]))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{str(file)!r} is damaged: {error!r}. Restore the folder from a copy or train again."
-        ) from error
+        raise damaged(file, f"it lacks {', '.join(lacking)}")
+    used = {expert for entry in manifest["tasks"].values() for expert in slot_experts(entry)}
+    lost = sorted(used - set(manifest["experts"]))
     if lost:
-        raise CheckpointError(
-            f"{str(file)!r} is damaged: it lacks the expert {lost[0]!r}. Restore the folder from a copy."
-        )
-    for name in names:
+        raise damaged(file, f"it lacks the expert {lost[0]!r}")
+    for name in (*manifest["experts"], *manifest["tasks"]):
         check_name(name)
+
+
+def _check_sizes(path: Path, sizes: Mapping[str, int]) -> None:
+    """Refuse a checkpoint of which a file is missing or has another number of bytes than when it was written."""
     for name, size in sizes.items():
         part = path / name
         found = part.stat().st_size if part.is_file() else None
@@ -90,11 +98,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"Checkpoint {str(path)!r} is incomplete: {name} {problem}. Copy the folder again, or train again."
             )
-    return dict(manifest)
 
 
 def slot_experts(entry: Mapping[str, Any]) -> list[str]:
-    """Return the experts that serve a task, of its entry in a manifest."""
+    """Return the experts that serve a task, from the task's entry in a manifest."""
     return [entry["expert"]] if "expert" in entry else list(entry["experts"])
 
 
@@ -126,7 +133,7 @@ def read_config(file: Path) -> RunConfig:
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
-    """Read the scores that were taken when the checkpoint was written, by task; empty without any."""
+    """Read the scores of each task from when the checkpoint was written; empty without any."""
     file = path / "metrics.json"
     if not file.is_file():
         return {}

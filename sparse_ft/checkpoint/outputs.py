@@ -1,4 +1,4 @@
-"""Which folder a command may write: one in which nothing would be lost."""
+"""The folder that a command writes: new or empty, so that nothing is lost."""
 
 import contextlib
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ from sparse_ft.errors import ConfigError
 
 
 def default_output(names: Sequence[str]) -> Path:
-    """Name the folder of a run after its tasks."""
+    """Return the folder of a run without --output: runs/ and the names of its tasks, or their number above four."""
     return Path("runs") / ("-".join(names) if len(names) <= 4 else f"{len(names)}-tasks")
 
 
 def next_output(names: Sequence[str]) -> Path:
-    """Make the next default folder of these tasks that does not exist, so that no run beside takes it, too."""
+    """Create the first default folder of these tasks that does not exist, before another run can take it."""
     base = default_output(names).absolute()
     number, folder = 1, base
     with explain_os_errors(base):
@@ -31,17 +31,17 @@ def next_output(names: Sequence[str]) -> Path:
 
 
 def give_back(output: Path) -> None:
-    """Remove what ``next_output`` made, if nothing was written into it."""
-    with contextlib.suppress(OSError):  # it is not empty, or not there
+    """Remove the folder that ``next_output`` created, if it is still empty."""
+    with contextlib.suppress(OSError):  # it is not empty, or does not exist
         output.rmdir()
         output.parent.rmdir()
 
 
 def free_output(output: str | Path) -> Path:
-    """Return the absolute path of a folder that is empty or does not exist; where a link leads, not the link.
+    """Return the absolute path of a folder that is empty or does not exist, with links resolved.
 
     Raises:
-        ConfigError: If something is there.
+        ConfigError: If it is a file or not empty.
     """
     folder = Path(output).expanduser().resolve()
     recover_folder(folder)

@@ -12,13 +12,15 @@ from torch import Tensor
 from sparse_ft.backbone.backbone import Backbone, load_backbone
 from sparse_ft.backbone.model_folder import MINILM_ID
 from sparse_ft.checkpoint.checkpoint import save_checkpoint
-from sparse_ft.checkpoint.expert_files import ADAPTER_CONFIG, read_adapter, read_adapter_config, read_head
+from sparse_ft.checkpoint.expert_files import ADAPTER_CONFIG
+from sparse_ft.checkpoint.foreign_adapters import read_adapter, read_lora_config
 from sparse_ft.checkpoint.manifest import MANIFEST, check_name
 from sparse_ft.checkpoint.outputs import free_output
 from sparse_ft.config import RunConfig
-from sparse_ft.errors import CheckpointError, ConfigError
+from sparse_ft.errors import CheckpointError, ConfigError, ExportError
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.integrations.export import RECORD
+from sparse_ft.integrations.exporters.parts import empty_classifier
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.spec import TaskSpec, list_tasks, load_task, parse_task
 
@@ -67,7 +69,7 @@ def import_adapter(
         BackboneError: If the backbone is not found.
     """
     folder, target = _adapter_folder(adapter), free_output(output)
-    config, record = read_adapter_config(folder), _read_record(folder / RECORD)
+    config, record = read_lora_config(folder), _read_record(folder / RECORD)
     where, sha256 = backbone or _named_backbone(config, folder), record.weights_sha256 if record else None
     loaded = load_backbone(where, revision=None if backbone else config.get("revision"), expected_sha256=sha256)
     model = SparseExpertModel(loaded, pooling=record.pooling if record else "auto")
@@ -76,7 +78,7 @@ def import_adapter(
     name = _checked_name(called or (record.spec.name if record else folder.name))
     imported = read_adapter(folder, name=record.expert if record and task is None else name, backbone=loaded)
     model.experts.add(imported.expert)
-    head = read_head(folder) if len(imported.above) == 1 else {}
+    head = imported.head
     kind = (record.spec.kind if record else _kind(config, loaded, folder)) if head else None
     names = list(labels) or (_outputs(record.spec) if record else []) or _named_labels(folder)
     if record and not labels and not _is_file(task):
@@ -179,9 +181,18 @@ def _named_labels(folder: Path) -> list[str]:
     return [] if any(name == f"LABEL_{index}" for index, name in enumerate(names)) else names
 
 
+def _has_linear_head(backbone: Backbone) -> bool:
+    """Return whether the head of transformers' token classifier for a backbone is a single linear."""
+    try:
+        empty_classifier(backbone.config)
+    except ExportError:
+        return False
+    return True
+
+
 def _kind(config: Mapping[str, Any], backbone: Backbone, folder: Path) -> str | None:
     """Return the kind of task whose head here computes the same as the adapter's, or None."""
-    if config.get("task_type") == "TOKEN_CLS" and backbone.config.model_type not in _NOT_LINEAR:
+    if config.get("task_type") == "TOKEN_CLS" and _has_linear_head(backbone):
         return "token_classification"
     if config.get("task_type") == "SEQ_CLS" and backbone.family.causal:
         problem = _read_json(folder / "config.json").get("problem_type")

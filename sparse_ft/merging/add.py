@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 from sparse_ft.backbone.encoding import PROBE_TEXTS
 from sparse_ft.checkpoint.checkpoint import Checkpoint, load_task_into
-from sparse_ft.checkpoint.expert_files import ADAPTER_CONFIG, load_expert, read_adapter
+from sparse_ft.checkpoint.expert_files import ADAPTER_CONFIG, load_expert
 from sparse_ft.checkpoint.folders import recover_folder
+from sparse_ft.checkpoint.foreign_adapters import read_adapter
 from sparse_ft.checkpoint.manifest import MANIFEST, read_config, read_manifest, read_metrics, slot_experts
 from sparse_ft.errors import CheckpointError, ConfigError, unknown_name
 from sparse_ft.merging.bookkeeping import (

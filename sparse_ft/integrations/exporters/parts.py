@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparse_ft.backbone.backbone import Backbone, fresh_tokenizer, load_backbone
 from sparse_ft.backbone.words import SHAPES
-from sparse_ft.checkpoint.expert_files import LINEAR_HEADS
+from sparse_ft.checkpoint.foreign_adapters import LINEAR_HEADS
 from sparse_ft.errors import ExportError
 from sparse_ft.experts.named_experts import Expert
 from sparse_ft.prediction.loaded_model import LoadedModel

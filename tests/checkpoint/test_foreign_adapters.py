@@ -10,7 +10,7 @@ from toy_checkpoints import all_logits, assert_bit_identical, saved, wrap
 
 from sparse_ft.backbone.backbone import load_backbone, set_attention
 from sparse_ft.checkpoint.checkpoint import load_checkpoint
-from sparse_ft.checkpoint.expert_files import read_adapter
+from sparse_ft.checkpoint.foreign_adapters import read_adapter
 from sparse_ft.cli.listing import describe_checkpoint
 from sparse_ft.errors import CheckpointError, ConfigError
 from sparse_ft.experts.model import SparseExpertModel

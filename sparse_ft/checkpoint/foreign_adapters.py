@@ -1,0 +1,230 @@
+"""LoRA adapters of other programs, read as experts.
+
+Files of PEFT 0.4 to 0.21 are read without PEFT, which would need the model that the adapter was trained in, with its
+head.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sparse_ft.backbone.backbone import Backbone
+from sparse_ft.backbone.model_folder import MINILM_ID
+from sparse_ft.checkpoint.expert_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    read_adapter_config,
+    read_adapter_tensors,
+)
+from sparse_ft.checkpoint.folders import damaged
+from sparse_ft.errors import CheckpointError
+from sparse_ft.experts.named_experts import Expert
+
+LINEAR_HEADS = ("classifier", "score")
+"""Names of the linear heads of transformers' classifiers."""
+
+# Settings that change what a layer computes, with the reason why it is no expert then. All are off by default.
+_REFUSED = {
+    "use_dora": "DoRA also rescales the frozen weight",
+    "lora_bias": "it adds a bias to B",
+    "use_qalora": "QALoRA pools its inputs",
+    "use_bdlora": "its matrices are block-diagonal",
+    "kasa_config": "KaSA changes the frozen weight",
+    "monteclora_config": "it draws its weights at random",
+    "arrow_config": "it is a router over other adapters",
+    "alora_invocation_tokens": "it works only behind certain tokens",
+    "layer_replication": "it repeats blocks of the backbone",
+    "target_parameters": "it changes parameters that are no linear",
+    "trainable_token_indices": "it changes embeddings",
+}
+# Initialisations that leave the frozen weight as it is; PiSSA, OLoRA, CorDA, LoftQ and the like change it.
+_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class ForeignExpert:
+    """An expert read from an adapter of another program."""
+
+    expert: Expert
+    head: dict[str, Tensor]
+    """``weight`` and perhaps ``bias`` of the adapter's head, if a linear head is all that stands behind the blocks."""
+    above: list[str]
+    """Modules of the adapter behind the blocks (head, pooler), which are no part of the expert."""
+    remarks: list[str]
+    """Sentences about facts that could not be checked."""
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences about modules that were left out and facts that could not be checked."""
+        if not self.above:
+            return self.remarks
+        left_out = f"Not imported, because it stands behind the blocks (a head or pooler): {', '.join(self.above)}."
+        return [left_out, *self.remarks]
+
+
+def read_adapter(folder: Path, *, name: str, backbone: Backbone) -> ForeignExpert:
+    """Read a LoRA that PEFT saved, whatever model class it was trained in.
+
+    A factor by which a layer's scale differs from ``alpha / r`` (``alpha_pattern``, ``use_rslora``) goes into alpha if
+    all layers share it, else into that layer's B.
+
+    Args:
+        folder: Holds adapter_config.json and adapter_model.safetensors.
+        name: The expert's name in this project.
+        backbone: The adapter must change linears of its blocks.
+
+    Raises:
+        CheckpointError: If it is no plain LoRA, changes more than linears in the blocks, or is damaged.
+    """
+    config = read_lora_config(folder)
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise CheckpointError(
+            f"Adapter {str(folder)!r} has no {ADAPTER_WEIGHTS}. Pickled weights (.bin) are not read; load it once with "
+            "PEFT and save it with safe_serialization=True."
+        )
+    pairs, others = read_adapter_tensors(folder)
+    deltas: dict[str, tuple[Tensor, Tensor]] = {}
+    alphas: dict[str, float] = {}
+    outside = list(others)
+    for module, (lora_a, lora_b) in pairs.items():
+        linear = next((suffix for suffix in _suffixes(module) if suffix in backbone.linears), None)
+        if linear is None:
+            outside.append(module)
+            continue
+        if linear in deltas:
+            raise CheckpointError(
+                f"Adapter {str(folder)!r} changes the layer {linear!r} twice, the second time as {module!r}. It was "
+                "trained on another architecture."
+            )
+        deltas[linear] = (lora_a.float(), lora_b.float())
+        alphas[linear] = _alpha(config, module, rank=lora_a.shape[0], folder=folder)
+    above = _above_the_blocks(outside, backbone=backbone, folder=folder)
+    if not deltas:
+        raise CheckpointError(
+            f"Adapter {str(folder)!r} changes no linear in the blocks of this backbone, e.g. "
+            f"{next(iter(backbone.linears))!r}. It was trained on another architecture."
+        )
+    head = _linear_head(others) if len(above) == 1 else {}
+    return ForeignExpert(_with_one_alpha(name, deltas, alphas), head, above, _remarks(config, backbone=backbone))
+
+
+def read_lora_config(folder: Path) -> dict[str, Any]:
+    """Read adapter_config.json, and refuse an adapter that is more than a plain LoRA.
+
+    Raises:
+        CheckpointError: If it changes more than a product of two small matrices would, or its config is damaged.
+    """
+    config, advice = read_adapter_config(folder), "Only plain LoRA becomes an expert; train it as that."
+    if config.get("peft_type") != "LORA":
+        raise CheckpointError(
+            f"Adapter {str(folder)!r} is of type {config.get('peft_type')!r}. Expected 'LORA'; train it as one."
+        )
+    if config.get("bias", "none") != "none":
+        raise CheckpointError(
+            f"Adapter {str(folder)!r} has bias={config['bias']!r}: it changes biases of the backbone, which all "
+            f"experts share. Expected 'none'. {advice}"
+        )
+    for setting, reason in _REFUSED.items():
+        if config.get(setting):
+            raise CheckpointError(f"Adapter {str(folder)!r} has {setting}={config[setting]!r}: {reason}. {advice}")
+    start = config.get("init_lora_weights", True)
+    if start not in _INITIALISATIONS:
+        raise CheckpointError(
+            f"Adapter {str(folder)!r} has init_lora_weights={start!r}, which changed the weights of its backbone. Save "
+            "it with PEFT's path_initial_model_for_weight_conversion, which makes a plain LoRA of it."
+        )
+    return config
+
+
+def _linear_head(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return ``weight`` and perhaps ``bias`` of a linear head; empty without one."""
+    for name in LINEAR_HEADS:
+        own = {key: value for key, value in tensors.items() if key.startswith(f"{name}.")}
+        head = {key.removeprefix(f"{name}."): value.float() for key, value in own.items()}
+        if head.keys() in ({"weight"}, {"weight", "bias"}) and head["weight"].dim() == 2:
+            return head
+    return {}
+
+
+def _suffixes(name: str) -> list[str]:
+    """Return a dotted name without its first 0, 1, 2 … parts."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
+
+
+def _prefixes(name: str) -> list[str]:
+    """Return the first 1, 2, 3 … parts of a dotted name."""
+    parts = name.split(".")
+    return [".".join(parts[:stop]) for stop in range(1, len(parts) + 1)]
+
+
+def _above_the_blocks(names: Iterable[str], *, backbone: Backbone, folder: Path) -> list[str]:
+    """Return the modules that stand behind the backbone (head, pooler), and refuse modules of the backbone itself."""
+    known = {name for name, _ in backbone.model.named_modules() if name}
+    for name in names:
+        if any(part in known for suffix in _suffixes(name) for part in _prefixes(suffix)):
+            raise CheckpointError(
+                f"Adapter {str(folder)!r} changes {name!r}, which is no linear in the "
+                f"{backbone.num_blocks} blocks of this backbone (such as {next(iter(backbone.linears))!r}). It belongs "
+                "to another backbone, or changes what all experts share."
+            )
+    return list(dict.fromkeys(re.sub(r"\.(weight|bias)$", "", name) for name in names))
+
+
+def _alpha(config: Mapping[str, Any], module: str, *, rank: int, folder: Path) -> float:
+    """Return the alpha of a layer, such that PEFT multiplies B A by alpha / rank.
+
+    Args:
+        config: The adapter's config.
+        module: The layer's name in the model that PEFT wrapped.
+        rank: Rank of the layer's tensors, which must agree with the config.
+        folder: Named in messages.
+    """
+    try:
+        expected = int(_by_pattern(config.get("rank_pattern"), module, default=config["r"]))
+        alpha = float(_by_pattern(config.get("alpha_pattern"), module, default=config["lora_alpha"]))
+    except (KeyError, TypeError, ValueError, re.error) as error:
+        problem = f"{error!r}. Expected numbers for r, lora_alpha and their patterns"
+        raise damaged(folder / ADAPTER_CONFIG, problem) from error
+    if expected != rank:
+        raise CheckpointError(
+            f"Adapter {str(folder)!r} has rank {rank} in {module!r}, but its {ADAPTER_CONFIG} says {expected}. One of "
+            "the two files belongs to another adapter."
+        )
+    if not math.isfinite(alpha) or alpha == 0:
+        raise CheckpointError(f"Adapter {str(folder)!r} has alpha {alpha:g} for {module!r}. Expected one other than 0.")
+    # Rank-stabilised LoRA divides by the root of the rank: Kalajdzievski 2023, https://arxiv.org/abs/2312.03732
+    return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, module: str, *, default: Any) -> Any:
+    """Return the value for a layer as PEFT does: of the first pattern that matches the end of its name.
+
+    https://github.com/huggingface/peft/blob/v0.17.0/src/peft/utils/other.py, ``get_pattern_key``.
+    """
+    return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+def _with_one_alpha(name: str, deltas: Mapping[str, tuple[Tensor, Tensor]], alphas: Mapping[str, float]) -> Expert:
+    """Make an expert with the alpha of most layers; the B of each other layer is multiplied to compensate."""
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    scaled = {}
+    for module, (lora_a, lora_b) in deltas.items():
+        factor = alphas[module] / alpha
+        scaled[module] = (lora_a, lora_b if factor == 1 else (lora_b.double() * factor).float())
+    return Expert(name, alpha, scaled)
+
+
+def _remarks(config: Mapping[str, Any], *, backbone: Backbone) -> list[str]:
+    """Say that the adapter names another backbone than the one it is read for, if it does."""
+    base = config.get("base_model_name_or_path")
+    here = str(Path(base).resolve()) if base and Path(base).is_dir() else base
+    if not base or here in (backbone.name, MINILM_ID if backbone.name == "minilm" else backbone.name):
+        return []
+    return [f"It names the backbone {base!r}, this one is {backbone.name!r}; only the shapes could be compared."]
