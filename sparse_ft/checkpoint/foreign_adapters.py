@@ -145,8 +145,8 @@ def read_lora_config(folder: Path) -> dict[str, Any]:
 def _linear_head(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return ``weight`` and perhaps ``bias`` of a linear head; empty without one."""
     for name in LINEAR_HEADS:
-        own = {key: value for key, value in tensors.items() if key.startswith(f"{name}.")}
-        head = {key.removeprefix(f"{name}."): value.float() for key, value in own.items()}
+        weights = {key: value for key, value in tensors.items() if key.startswith(f"{name}.")}
+        head = {key.removeprefix(f"{name}."): value.float() for key, value in weights.items()}
         if head.keys() in ({"weight"}, {"weight", "bias"}) and head["weight"].dim() == 2:
             return head
     return {}
@@ -154,21 +154,14 @@ def _linear_head(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _suffixes(name: str) -> list[str]:
     """Return a dotted name without its first 0, 1, 2 … parts."""
-    parts = name.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts))]
-
-
-def _prefixes(name: str) -> list[str]:
-    """Return the first 1, 2, 3 … parts of a dotted name."""
-    parts = name.split(".")
-    return [".".join(parts[:stop]) for stop in range(1, len(parts) + 1)]
+    return [name.split(".", start)[-1] for start in range(name.count(".") + 1)]
 
 
 def _above_the_blocks(names: Iterable[str], *, backbone: Backbone, folder: Path) -> list[str]:
     """Return the modules that stand behind the backbone (head, pooler), and refuse modules of the backbone itself."""
     known = {name for name, _ in backbone.model.named_modules() if name}
     for name in names:
-        if any(part in known for suffix in _suffixes(name) for part in _prefixes(suffix)):
+        if any(f"{suffix}.".startswith(f"{part}.") for suffix in _suffixes(name) for part in known):
             raise CheckpointError(
                 f"Adapter {str(folder)!r} changes {name!r}, which is no linear in the "
                 f"{backbone.num_blocks} blocks of this backbone (such as {next(iter(backbone.linears))!r}). It belongs "

@@ -92,9 +92,9 @@ def _check_sizes(path: Path, sizes: Mapping[str, int]) -> None:
     """Refuse a checkpoint of which a file is missing or has another number of bytes than when it was written."""
     for name, size in sizes.items():
         part = path / name
-        found = part.stat().st_size if part.is_file() else None
-        if found != size:
-            problem = "is missing" if found is None else f"has {found} bytes instead of {size}"
+        actual = part.stat().st_size if part.is_file() else None
+        if actual != size:
+            problem = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
             raise CheckpointError(
                 f"Checkpoint {str(path)!r} is incomplete: {name} {problem}. Copy the folder again, or train again."
             )

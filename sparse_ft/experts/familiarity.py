@@ -1,4 +1,7 @@
-"""How familiar a text looks: how far it is from the texts that the experts were trained on."""
+"""Familiarity: how close a text is to the texts that the experts were trained on.
+
+Shapes: N texts, E experts, F features, P known pairs of tokens.
+"""
 
 from collections.abc import Sequence
 
@@ -7,24 +10,23 @@ from torch import Tensor, nn
 
 _QUANTILES = 1001
 _SHRINKAGE = 0.1
-"""Of the covariances towards their diagonal, so that they can be inverted whatever the number of rows."""
+"""Weight of the diagonal in each covariance, which makes it invertible for any number of rows."""
 _PAIR = 1 << 31
-"""A pair of neighbouring tokens is kept as first * _PAIR + second."""
+"""A pair of neighbouring tokens is stored as the number first * _PAIR + second."""
 
 
 class Familiarity(nn.Module):
-    """The share of in-domain texts that look as strange as this one, or stranger.
+    """The share of in-domain texts that are at least as strange as a given text.
 
-    Two things make a text strange, and are added up, each in units of its spread: the distance of its features to the
-    nearest expert's texts, and the share of its pairs of neighbouring tokens that no training text has. The distance is
-    Mahalanobis', as of Lee et al. 2018, section 2.1, https://arxiv.org/abs/1807.03888, but with a covariance for each
-    expert. Held-out texts turn the sum into a share, so that a threshold of 0.02 turns away about 2 % of the texts that
-    belong here, whatever the data.
+    Strangeness is the sum of two standardised numbers: the distance of the text's features to the nearest expert's
+    texts, and the share of its pairs of neighbouring tokens that no training text has. The distance is Mahalanobis',
+    see Lee et al. 2018, section 2.1, https://arxiv.org/abs/1807.03888, but with one covariance per expert. Held-out
+    texts turn the sum into a share, so a threshold of 0.02 rejects about 2 % of in-domain texts, whatever the data.
 
     Args:
         num_experts: E.
         num_features: F.
-        num_pairs: P, pairs of tokens that are known; ``fit`` finds out.
+        num_pairs: P of weights that will be loaded; ``fit`` needs none.
     """
 
     means: Tensor
@@ -47,7 +49,7 @@ class Familiarity(nn.Module):
 
     @property
     def fitted(self) -> bool:
-        """Whether ``fit`` was called, or a fitted one was loaded."""
+        """Whether ``fit`` was called, or fitted weights were loaded."""
         return bool(self.quantiles.any())
 
     def fit(
@@ -58,27 +60,27 @@ class Familiarity(nn.Module):
         held_out: Tensor,
         held_out_tokens: Sequence[Sequence[int]],
     ) -> None:
-        """Learn how strange texts are that belong here.
+        """Estimate the distribution of in-domain texts.
 
         Args:
-            features: Training texts of each expert, [rows, F] each, none empty.
-            tokens: Ids of these texts.
-            held_out: Texts of all experts that are in none of these, [rows, F].
-            held_out_tokens: Their ids.
+            features: Features of each expert's training texts, [rows, F], none empty.
+            tokens: Token ids of the same texts, of one expert after another.
+            held_out: Features of further texts of all experts, [rows, F].
+            held_out_tokens: Token ids of these texts.
         """
         means = torch.stack([rows.double().mean(0) for rows in features])
         scatters = [
             (rows.double() - mean).t() @ (rows.double() - mean) for rows, mean in zip(features, means, strict=True)
         ]
-        shared = torch.stack(scatters).sum(0) / sum(len(rows) for rows in features)
-        for place, (rows, scatter) in enumerate(zip(features, scatters, strict=True)):
-            # The shared covariance stands for as many rows as there are features: Friedman 1989, regularised
-            # discriminant analysis, https://doi.org/10.1080/01621459.1989.10478752
-            covariance = (scatter + len(shared) * shared) / (len(rows) + len(shared))
+        pooled = torch.stack(scatters).sum(0) / sum(len(rows) for rows in features)
+        for expert, (rows, scatter) in enumerate(zip(features, scatters, strict=True)):
+            # The pooled covariance has the weight of F rows: Friedman 1989, regularised discriminant analysis,
+            # https://doi.org/10.1080/01621459.1989.10478752
+            covariance = (scatter + len(pooled) * pooled) / (len(rows) + len(pooled))
             diagonal = torch.diag(covariance.diagonal().clamp_min(1e-6))
             factor = torch.linalg.cholesky((1 - _SHRINKAGE) * covariance + _SHRINKAGE * diagonal)
-            self.whitening[place] = torch.linalg.cholesky(torch.cholesky_inverse(factor))  # (x - m) W is white
-            self.offsets[place] = 2 * factor.diagonal().log().sum()  # log determinant
+            self.whitening[expert] = torch.linalg.cholesky(torch.cholesky_inverse(factor))  # (x - m) W is white
+            self.offsets[expert] = 2 * factor.diagonal().log().sum()  # log determinant
         self.means.copy_(means)
         self.pairs = torch.cat([_pairs(row) for row in tokens]).unique().to(self.pairs.device)  # sorted
         strangeness = self._strangeness(held_out, held_out_tokens)
@@ -88,18 +90,18 @@ class Familiarity(nn.Module):
         self.quantiles.copy_(torch.quantile(self._total(strangeness).double(), shares))
 
     def distance(self, features: Tensor) -> Tensor:
-        """Return -2 log of the largest of the experts' normal densities, but for a constant: [N, F] to [N]."""
-        apart = (features.float().unsqueeze(0) - self.means.unsqueeze(1)) @ self.whitening  # [E, N, F]
-        return (apart.square().sum(-1) + self.offsets.unsqueeze(1)).amin(0)
+        """Return -2 log of the highest normal density among the experts, up to a constant: [N, F] to [N]."""
+        whitened = (features.float().unsqueeze(0) - self.means.unsqueeze(1)) @ self.whitening  # [E, N, F]
+        return (whitened.square().sum(-1) + self.offsets.unsqueeze(1)).amin(0)
 
     def novelty(self, tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Return the share of each text's pairs of neighbours that no training text has, [N]."""
+        """Return the share of each text's pairs of neighbouring tokens that no training text has, [N]."""
         rows = [_pairs(row) for row in tokens]
         keys = torch.cat(rows).to(self.pairs.device)
         if not len(self.pairs):
             return torch.ones(len(rows), device=keys.device)
-        place = torch.searchsorted(self.pairs, keys).clamp_max(len(self.pairs) - 1)
-        unseen = (self.pairs[place] != keys).float().split([len(row) for row in rows])
+        index = torch.searchsorted(self.pairs, keys).clamp_max(len(self.pairs) - 1)
+        unseen = (self.pairs[index] != keys).float().split([len(row) for row in rows])
         return torch.stack([row.sum() / max(1, len(row)) for row in unseen])
 
     def _strangeness(self, features: Tensor, tokens: Sequence[Sequence[int]]) -> Tensor:
@@ -113,13 +115,13 @@ class Familiarity(nn.Module):
 
         Args:
             features: [N, F].
-            tokens: Ids of each, N sequences.
+            tokens: Token ids of each text, N sequences.
 
         Returns:
             [N], 0 to 1, float32.
         """
-        nearer = torch.searchsorted(self.quantiles, self._total(self._strangeness(features, tokens)))
-        return 1 - nearer.float() / _QUANTILES
+        below = torch.searchsorted(self.quantiles, self._total(self._strangeness(features, tokens)))
+        return 1 - below.float() / _QUANTILES
 
 
 def _pairs(tokens: Sequence[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Gates: they read the hidden states that enter a block and return a routing.
+"""Gates, which turn the hidden states that enter a block into a routing.
 
 Logits and weights are float32 whatever the backbone computes in. Shapes: N rows, S tokens a row, H hidden size,
 E experts of the gate.
@@ -89,11 +89,6 @@ class SequenceGate(nn.Module):
     def num_pairs(self) -> int:
         """Number of token pairs that the familiarity knows."""
         return len(self.familiarity.pairs)
-
-    @property
-    def learned(self) -> nn.Module:
-        """The part that a joint run trains."""
-        return self.classifier
 
     def _classifier(self, num_features: int) -> nn.Module:
         last = nn.Linear(_PERCEPTRON_SIZE, len(self.names))
@@ -227,8 +222,8 @@ class TokenGate(nn.Module):
         self.linears = nn.ModuleList(nn.Linear(hidden_size, len(self.names), bias=False) for _ in self.blocks)
 
     @property
-    def learned(self) -> nn.Module:
-        """The part that a joint run trains."""
+    def classifier(self) -> nn.Module:
+        """The linears, under the name that the trained part of every gate has."""
         return self.linears
 
     def initialise(self, generator: torch.Generator) -> None:

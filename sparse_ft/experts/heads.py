@@ -1,4 +1,4 @@
-"""One head per task: from hidden states to the task's outputs, always in float32."""
+"""Task heads: linear layers from hidden states to a task's outputs, always in float32."""
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ class Head(nn.Module):
     Args:
         hidden_size: Width of the hidden states.
         num_outputs: Number of labels, or of tags.
-        slot: Gives the numbers for dropout.
+        slot: Holds the generator of dropout.
     """
 
     def __init__(self, hidden_size: int, num_outputs: int, *, slot: RoutingSlot) -> None:
@@ -24,7 +24,7 @@ class Head(nn.Module):
         self.linear = nn.Linear(hidden_size, num_outputs)
 
     def initialise(self, *, seed: int, name: str) -> None:
-        """Fill the weights from ``seed`` and the task's name only, with BERT's standard deviation of 0.02."""
+        """Draw the weights with BERT's standard deviation of 0.02; they depend on ``seed`` and the task's name only."""
         generator = named_generator(seed, f"head/{name}")
         with torch.no_grad():
             self.linear.weight.normal_(0.0, 0.02, generator=generator)

@@ -6,7 +6,7 @@ Shapes: N rows, S tokens a row, H hidden size, E experts of the model.
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,13 +43,6 @@ class TaskSlot:
     def gated(self) -> bool:
         """Whether a gate decides even though the task is known."""
         return self.joint or len(self.experts) > 1
-
-
-class _Shared(NamedTuple):
-    """The shared expert of a batch, by index, and the rows that use it: [N], 1 or 0."""
-
-    expert: int
-    rows: Tensor
 
 
 class SparseExpertModel(nn.Module):
@@ -150,18 +143,16 @@ class SparseExpertModel(nn.Module):
             ConfigError: If there is none, or the experts are not those that it was fitted on.
         """
         fit = "Fit one with `sparse-ft train --stage gate --from CHECKPOINT`, or name the tasks with --task."
+        name_tasks = "Name the tasks with --task."
         gate, names = self.gate, self.routed
         if gate is None:
             raise ConfigError(f"This model has no gate to choose among its experts. {fit}")
         if gate.every_block:
-            raise ConfigError(
-                "The gate of this model decides for every token, not for whole texts. Name the tasks with --task."
-            )
+            raise ConfigError(f"The gate of this model decides for every token, not for whole texts. {name_tasks}")
         unknown = [name for name in names if name not in gate.names]
         if unknown and any(slot.joint for slot in self.tasks.values()):
             raise ConfigError(
-                f"The gate was trained with the experts that it mixes and does not know {unknown[0]!r}. Name the tasks "
-                "with --task."
+                f"The gate was trained with the experts that it mixes and does not know {unknown[0]!r}. {name_tasks}"
             )
         if unknown:
             raise ConfigError(f"The gate does not know the expert {unknown[0]!r}, which came later. {fit}")
@@ -184,7 +175,7 @@ class SparseExpertModel(nn.Module):
         return [block for block in range(self.first_block, self.backbone.num_blocks) if block in gate.blocks]
 
     def train(self, mode: bool = True) -> "SparseExpertModel":
-        """Switch experts and heads to training, and the backbone's own dropout on if ``backbone_dropout`` says so."""
+        """Switch experts and heads to training, and the backbone's dropout only if ``backbone_dropout`` is set."""
         super().train(mode)
         self.encoder.train(mode and self.backbone_dropout)
         for layer in self.experts.layers.values():
@@ -233,12 +224,11 @@ class SparseExpertModel(nn.Module):
         """Run a batch through backbone and experts, [N, S, H]; the arguments are those of ``forward``."""
         if routing is None and gate is None:
             routing, gate = self._default_routing(batch)
-        shared = self._shared_rows(batch)
         if gate is not None:  # it replaces this routing before the first expert layer
             routing = Routing(None, torch.zeros(len(batch.input_ids), len(self.experts.names), device=self.device))
-        assert routing is not None
-        if gate is None and shared is not None:
-            routing = routing.with_expert(*shared)
+        else:
+            assert routing is not None
+            routing = self._with_shared(routing, batch, slice(None))
         segments = [slice(None)]
         # Some layers of other families see more than one entry a row: one expert a pass, or one row.
         if not (self.backbone.family.routes_rows or (gate is None and routing.only is not None)):
@@ -247,9 +237,7 @@ class SparseExpertModel(nn.Module):
         for rows in segments:
             running = ForwardPass(routing.take(rows), generator=generator)
             if gate is not None:
-                added = None if shared is None else shared._replace(rows=shared.rows[rows])
-                mask = batch.attention_mask[rows]
-                decide = functools.partial(self._decide, gate, running, mask=mask, shared=added, seen=block_routings)
+                decide = functools.partial(self._decide, gate, running, batch, rows, block_routings)
                 running.changes = {block: [functools.partial(decide, block)] for block in self.gated_blocks(gate)}
             parts.append(self._run(batch, rows, running))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -271,36 +259,35 @@ class SparseExpertModel(nn.Module):
             raise ValueError(f"The rows of task {gated[0]!r} must be routed first; see inference.text_routing.")
         return None, self.token_gate
 
-    def _shared_rows(self, batch: Batch) -> _Shared | None:
-        """Return which rows use a shared expert, None without any."""
-        names = [self.tasks[rows.task].shared for rows in batch.tasks]
+    def _with_shared(self, routing: Routing, batch: Batch, rows: slice) -> Routing:
+        """Add the shared expert of the batch's tasks to the routing of some rows, for the rows that use it."""
+        names = [self.tasks[each.task].shared for each in batch.tasks]
         used = sorted({name for name in names if name is not None})
         if not used:
-            return None
+            return routing
         if len(used) > 1:
             raise ValueError(f"The tasks of one batch use several shared experts: {', '.join(used)}.")
-        uses = torch.zeros(len(batch.input_ids), device=self.device)
-        for name, rows in zip(names, batch.tasks, strict=True):
-            uses[rows.start : rows.stop] = float(name is not None)
-        return _Shared(self.experts.index(used[0]), uses)
+        uses = torch.zeros(len(batch.input_ids), device=self.device)  # [N]
+        for name, each in zip(names, batch.tasks, strict=True):
+            uses[each.start : each.stop] = float(name is not None)
+        return routing.with_expert(self.experts.index(used[0]), uses[rows])
 
     def _decide(
         self,
         gate: Gate,
         running: ForwardPass,
+        batch: Batch,
+        rows: slice,
+        block_routings: dict[int, Routing] | None,
         block: int,
         hidden: Tensor,
-        *,
-        mask: Tensor,
-        shared: _Shared | None,
-        seen: dict[int, Routing] | None,
     ) -> Tensor:
         """Let a gate replace the routing of a pass at one block; the hidden states [N, S, H] stay as they are."""
-        routing = gate.route(GateInput(hidden, mask, block, generator=running.generator))
-        routing = self.reindexed(routing, gate.names)
-        if seen is not None:
-            seen[block] = routing
-        running.routing = routing if shared is None else routing.with_expert(*shared)
+        inputs = GateInput(hidden, batch.attention_mask[rows], block, generator=running.generator)
+        routing = self.reindexed(gate.route(inputs), gate.names)
+        if block_routings is not None:
+            block_routings[block] = routing
+        running.routing = self._with_shared(routing, batch, rows)
         return hidden
 
     def _run(self, batch: Batch, rows: slice, running: ForwardPass) -> Tensor:

@@ -1,4 +1,4 @@
-"""Named experts on a backbone: adding, removing, copying out and training them."""
+"""The named experts on a backbone: add, remove, copy and train them."""
 
 import hashlib
 import math
@@ -23,14 +23,17 @@ def named_generator(seed: int, name: str) -> torch.Generator:
 
 @dataclass
 class Expert:
-    """One named set of low-rank deltas, outside any model."""
+    """A named set of low-rank deltas outside any model.
+
+    Shapes: r rank, I inputs and O outputs of a linear, H hidden size.
+    """
 
     name: str
     alpha: float
     deltas: dict[str, tuple[Tensor, Tensor]]
     """Full module name to (A [r, I], B [O, r])."""
     word_shapes: Tensor | None = None
-    """[shapes, hidden] added to words by how they are written (word_shapes.py), if the expert looks at that."""
+    """[shapes, H], vectors that are added to words of each shape (word_shapes.py); None for an expert without."""
     shapes_block: int | None = None
     """0-based block before which ``word_shapes`` are added; None: the lowest that the expert changes."""
     ranks: dict[str, int] = field(init=False)
@@ -42,15 +45,15 @@ class Expert:
 class Experts:
     """The named experts on a backbone, and the layers that hold them.
 
-    A linear becomes an expert layer when the first expert that changes it is added; below the lowest of them the
-    backbone is shared by all tasks and needs no backward pass.
+    A linear becomes an expert layer when the first expert that changes it is added. The blocks below the lowest expert
+    layer are the same for all tasks and need no backward pass.
 
     Args:
         model: The backbone's model, whose linears are replaced in place.
-        linears: Full module name to linear: all that experts may change.
-        block_of: Gives the 0-based block of a linear's name.
-        hidden_size: Width of the hidden states.
-        slot: Read by every layer.
+        linears: Full module name to every linear that experts may change.
+        block_of: Returns the 0-based block of a linear, by name.
+        hidden_size: H.
+        slot: Holds the routing for every layer.
     """
 
     def __init__(
@@ -82,7 +85,7 @@ class Experts:
         setattr(self._model.get_submodule(parent), attribute, module)
 
     def index(self, name: str) -> int:
-        """Return the place of an expert.
+        """Return the index of an expert.
 
         Raises:
             ConfigError: If there is no such expert.
@@ -102,15 +105,15 @@ class Experts:
         word_shapes: bool = False,
         drawn_as: str | None = None,
     ) -> None:
-        """Add a fresh expert: A uniform as in PEFT, the rest zero, so that it starts as the bare backbone.
+        """Add a new expert: A uniform as in PEFT, the rest zero, so at first it computes the same as the bare backbone.
 
-        The numbers depend on ``seed`` and ``drawn_as`` (None: ``name``) only, not on which experts are there already.
+        The numbers depend on ``seed`` and ``drawn_as`` (None: ``name``) only, not on other experts.
         """
         generator = named_generator(seed, f"expert/{drawn_as or name}")
         deltas = {}
         for module in modules:
             out_features, in_features = linear_shape(self._linears[module])
-            # kaiming_uniform_(a=sqrt(5)) of LoRA's authors, i.e. uniform within 1 / sqrt(I):
+            # LoRA's authors use kaiming_uniform_(a=sqrt(5)), which is uniform within 1 / sqrt(I):
             # https://github.com/microsoft/LoRA/blob/c4593f060e6a368d7bb5af5273b8e42810cdef90/loralib/layers.py#L119-L124
             bound = 1 / math.sqrt(in_features)
             lora_a = torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
@@ -119,14 +122,14 @@ class Experts:
         self.add(Expert(name, alpha, deltas, table))
 
     def add(self, *experts: Expert) -> None:
-        """Add experts, all at once or none; the numbers of those that are there do not change.
+        """Add experts, all or none of them; the numbers of existing experts do not change.
 
         Raises:
             CheckpointError: If a name is taken, or a delta does not fit this backbone.
         """
         taken = list(self.names)
         for expert in experts:
-            self._check_free(expert.name, taken)
+            _check_free(expert.name, taken)
             self._check(expert)
             taken.append(expert.name)
         for module in dict.fromkeys(module for expert in experts for module in expert.deltas):
@@ -139,18 +142,17 @@ class Experts:
                 for expert, delta in zip(experts, deltas, strict=True)
             ]
             layer.extend(deltas, scales=scales)
-        device = next(self._model.parameters()).device
         for expert in experts:
-            block = expert.shapes_block
-            if block is None:
-                block = min((self._block_of(module) for module in expert.deltas), default=0)
-            self.word_shapes.add(expert.word_shapes, block=block, device=device)
-            self.names.append(expert.name)
-            self.alphas[expert.name] = expert.alpha
+            self._register(expert)
 
-    def _check_free(self, name: str, taken: Sequence[str]) -> None:
-        if name in taken:
-            raise CheckpointError(f"There is an expert named {name!r} already: {', '.join(taken)}. Rename one.")
+    def _register(self, expert: Expert) -> None:
+        """Append an expert's word shapes, name and alpha."""
+        block = expert.shapes_block
+        if block is None:
+            block = min((self._block_of(module) for module in expert.deltas), default=0)
+        self.word_shapes.add(expert.word_shapes, block=block, device=next(self._model.parameters()).device)
+        self.names.append(expert.name)
+        self.alphas[expert.name] = expert.alpha
 
     def _check(self, expert: Expert) -> None:
         """Refuse an expert that does not fit this backbone."""
@@ -174,7 +176,7 @@ class Experts:
             )
 
     def remove(self, name: str) -> None:
-        """Remove an expert; no other expert's numbers change. A layer that no expert is left on is a plain linear."""
+        """Remove an expert; the numbers of the others do not change. A layer without experts becomes a plain linear."""
         index = self.index(name)
         for module, layer in list(self.layers.items()):
             layer.remove(index)
@@ -192,23 +194,23 @@ class Experts:
             CheckpointError: If the new name is taken.
         """
         index = self.index(old)
-        self._check_free(new, self.names)
+        _check_free(new, self.names)
         self.names[index] = new
         self.alphas[new] = self.alphas.pop(old)
 
     def replace(self, expert: Expert) -> None:
-        """Put other deltas in the place of those of the expert of the same name.
+        """Replace the expert of the same name.
 
-        Parameters that were handed out for it, or for an expert behind it, are void after this.
+        Earlier results of ``parameters`` for it, or for an expert behind it, are invalid after this.
         """
-        behind = [self.get(name) for name in self.names[self.index(expert.name) :]]
+        removed = [self.get(name) for name in self.names[self.index(expert.name) :]]
         self._check(expert)
-        for taken in behind:
-            self.remove(taken.name)
-        self.add(expert, *behind[1:])
+        for old in removed:
+            self.remove(old.name)
+        self.add(expert, *removed[1:])
 
     def get(self, name: str) -> Expert:
-        """Copy an expert out of the layers, without those it does not touch."""
+        """Return a copy of an expert, with the layers that it changes."""
         index = self.index(name)
         deltas = {}
         for module, layer in self.layers.items():
@@ -221,19 +223,24 @@ class Experts:
         return Expert(name, self.alphas[name], deltas, table, self.word_shapes.blocks[index])
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """Return what an expert learns: ``<module>.lora_A`` [I, r], ``<module>.lora_B`` [r, O], ``word_shapes``.
+        """Return an expert's parameters: ``<module>.lora_A`` [I, r], ``<module>.lora_B`` [r, O], ``word_shapes``.
 
-        Both stand transposed here. What an optimizer writes into these, the layers compute with.
+        A and B are transposed. They are views of the memory that the layers compute with.
         """
         index = self.index(name)
         table = self.word_shapes.tables[index]
-        found = {"word_shapes": table} if len(table) else {}
+        parameters = {"word_shapes": table} if len(table) else {}
         for module, layer in self.layers.items():
             if layer.ranks[index]:
-                found[f"{module}.lora_A"], found[f"{module}.lora_B"] = layer.open(index)
-        return found
+                parameters[f"{module}.lora_A"], parameters[f"{module}.lora_B"] = layer.open(index)
+        return parameters
 
     def set_dropout(self, probability: float) -> None:
         """Set the dropout on the input of every delta, used in training only."""
         for layer in self.layers.values():
             layer.dropout = probability
+
+
+def _check_free(name: str, taken: Sequence[str]) -> None:
+    if name in taken:
+        raise CheckpointError(f"There is an expert named {name!r} already: {', '.join(taken)}. Rename one.")

@@ -49,7 +49,7 @@ def task_groups(model: SparseExpertModel, tasks: Sequence[str], *, run: RunConfi
     parameters = _trainable(model, tasks, frozen=run.experts.frozen)
     if has_gate(run):
         assert model.gate is not None
-        parameters.update({f"gate/gate.{name}": value for name, value in model.gate.learned.named_parameters()})
+        parameters.update({f"gate/gate.{name}": value for name, value in model.gate.classifier.named_parameters()})
     return {"joint": TaskGroup(list(tasks), parameters, _tied(model, tasks) if run.experts.shared_a else [])}
 
 
