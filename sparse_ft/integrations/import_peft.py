@@ -24,9 +24,6 @@ from sparse_ft.integrations.exporters.parts import empty_classifier
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.spec import TaskSpec, list_tasks, load_task, parse_task
 
-_NOT_LINEAR = ("modernbert",)
-"""Architectures whose token classifiers of transformers have another layer between blocks and head."""
-
 
 @dataclass(frozen=True)
 class Import:
