@@ -30,7 +30,7 @@ class NamedExperts(NamedTuple):
 
 
 def add_from(checkpoint: Checkpoint, path: str | Path, *, as_name: str | None = None) -> list[str]:
-    """Add experts from elsewhere.
+    """Add experts from elsewhere, and return sentences about what was done.
 
     Args:
         checkpoint: Changed in place.
@@ -38,9 +38,6 @@ def add_from(checkpoint: Checkpoint, path: str | Path, *, as_name: str | None = 
             a LoRA that PEFT saved, which brings no task.
         as_name: New name of the expert, and of its tasks as with ``copy_expert``. None keeps all names; a LoRA of PEFT
             is named like its folder.
-
-    Returns:
-        What was done, in sentences.
 
     Raises:
         ConfigError: If a name is taken or not allowed.

@@ -69,11 +69,7 @@ def set_sources(checkpoint: Checkpoint, sources: Mapping[str, str | None]) -> No
 
 
 def drop_gate(checkpoint: Checkpoint) -> list[str]:
-    """Drop a gate that chose among other experts, and its scores, unless tasks need it.
-
-    Returns:
-        What was done, in sentences.
-    """
+    """Drop a gate that chose among other experts, and its scores, unless tasks need it; return sentences."""
     checkpoint.model.eval().requires_grad_(False)
     gated = [task for task, slot in checkpoint.model.tasks.items() if slot.gated]
     if gated:

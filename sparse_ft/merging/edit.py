@@ -1,4 +1,7 @@
-"""Edit the experts of a checkpoint: remove, rename, copy, add, prune, split. No other task changes."""
+"""Edit the experts of a checkpoint: remove, rename, copy, add, prune, split. No other task changes.
+
+Each edit changes a checkpoint in place and returns sentences about what it did.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -82,9 +85,6 @@ def edit(
 def remove_expert(checkpoint: Checkpoint, name: str) -> list[str]:
     """Remove an expert and the tasks that it serves, with their heads and scores.
 
-    Returns:
-        What was done, in sentences.
-
     Raises:
         ConfigError: If there is no such expert, it is the last one, or another task is answered with it, too.
     """
@@ -115,9 +115,6 @@ def remove_expert(checkpoint: Checkpoint, name: str) -> list[str]:
 def rename_expert(checkpoint: Checkpoint, old: str, new: str) -> list[str]:
     """Give an expert another name; its tasks keep theirs, and a gate still chooses it.
 
-    Returns:
-        What was done, in sentences.
-
     Raises:
         ConfigError: If there is no such expert, or the new name is taken or not allowed.
     """
@@ -139,9 +136,6 @@ def copy_expert(checkpoint: Checkpoint, old: str, new: str) -> list[str]:
 
     ``ner=ner2`` gives an expert ``ner2`` and a task ``ner2`` that it serves. Several tasks are named by
     ``new_task_names``. An expert that serves no task alone is copied without tasks.
-
-    Returns:
-        What was done, in sentences.
 
     Raises:
         ConfigError: If there is no such expert, or a new name is taken or not allowed.
@@ -167,10 +161,7 @@ def copy_expert(checkpoint: Checkpoint, old: str, new: str) -> list[str]:
 
 
 def prune_expert(checkpoint: Checkpoint, name: str, rank: int) -> list[str]:
-    """Lower the rank of an expert and drop the scores of its tasks, which no longer hold.
-
-    Returns:
-        What was done, in sentences, with the relative error of each delta.
+    """Lower the rank of an expert and drop the scores of its tasks; the sentences give the error of each delta.
 
     Raises:
         ConfigError: If there is no such expert, or the rank is below 1 or above the present one.

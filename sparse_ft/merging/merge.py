@@ -90,12 +90,11 @@ def merge(  # noqa: D417  # MergeSettings describes the settings
     ``stack`` keeps all experts, tasks and heads, which answer as before, bit for bit, and fits a prototype gate on the
     tasks' training texts if these are there. Any other method makes one expert of the deltas of all, which serves all
     tasks, each with its own head. Tasks with the same label names become one. Ranks, alphas and layers may differ.
+    Arguments not described here are fields of ``MergeSettings``; None takes the default.
 
     Args:
         checkpoints: Checkpoints, for all their experts; ``CHECKPOINT/experts/NAME``, for one; or folders of LoRAs that
             PEFT trained, which bring no task. (name, folder) renames a single expert. The first one's config stays.
-        method, weights, density, rank, energy, name, heads, seed, evaluate, split, search, budget, rows: Described at
-            ``MergeSettings`` in this order; None takes the default.
         output: Folder to write; must be empty or not exist.
         data: Folder or file for the one task, or task name to such; None takes the data of each task's training.
         device: ``auto``, ``cpu``, ``cuda`` …, for scores; the arithmetic is float64 on the CPU.
@@ -130,7 +129,7 @@ def _merge_into_one(gathered: Gathered, settings: MergeSettings, folder: Path) -
     experts = [checkpoint.model.experts.get(name) for name in checkpoint.model.experts.names]
     settings = settings.for_experts(len(experts))
     tasks = group_tasks(part_tasks(checkpoint, called=gathered.original_names), heads=settings.heads)
-    specs, before = checkpoint.tasks, _reports(checkpoint, checkpoint.tasks, settings)
+    before = _reports(checkpoint, checkpoint.tasks, settings)
     search = search_settings(checkpoint, experts, tasks, settings) if settings.search else None
     settings = settings if search is None else search.settings
     merged = merge_experts(experts, settings)
@@ -140,7 +139,7 @@ def _merge_into_one(gathered: Gathered, settings: MergeSettings, folder: Path) -
     after = _reports(checkpoint, answered, settings)
     _save_merged(folder, checkpoint, tasks, after, split=settings.split)
     changes = [*gathered.notes, *_describe(settings, merged, tasks, weights=weights, search=search)]
-    return Merge(folder, changes, merged.error, merged.errors, _compared(before, after, specs), search)
+    return Merge(folder, changes, merged.error, merged.errors, _compared(before, after, checkpoint.tasks), search)
 
 
 def _save_merged(

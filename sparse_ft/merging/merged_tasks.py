@@ -139,7 +139,7 @@ def merged_head(task: MergedTask, *, weights: Mapping[str, float], heads: str) -
 def install(
     model: SparseExpertModel, expert: Expert, tasks: Sequence[MergedTask], *, weights: Mapping[str, float], heads: str
 ) -> None:
-    """Replace all experts, tasks and heads of a model by one expert and its tasks; the gate goes, the backbone stays.
+    """Replace all experts, tasks and heads of a model by one expert and its tasks, and drop the gate.
 
     Args:
         model: Changed in place.

@@ -19,7 +19,7 @@ from sparse_ft.training.training_task import prepare_task
 
 
 def split_expert(checkpoint: Checkpoint, name: str, new: str) -> list[str]:
-    """Split an expert by the texts of its task, which are read from where they were in training.
+    """Split an expert by the training texts of its task, and return sentences about what was done.
 
     k-means finds two groups among the hidden states that the gate reads. The new expert is a copy, so no answer changes
     until ``sparse-ft train --from`` trains the two further, each on the texts that the gate sends to it.
@@ -28,9 +28,6 @@ def split_expert(checkpoint: Checkpoint, name: str, new: str) -> list[str]:
         checkpoint: Changed in place.
         name: An expert that serves one task.
         new: Name of the second half.
-
-    Returns:
-        What was done, in sentences.
 
     Raises:
         ConfigError: If a name is unknown or taken, the expert serves no task or several, its task already has a gate,
@@ -63,8 +60,8 @@ def _check_splittable(model: SparseExpertModel, name: str) -> str:
     """Return the only task of an expert, or raise why the expert cannot be split."""
     model.experts.get(name)
     served = [task for task, slot in model.tasks.items() if name in slot.experts]
-    mixed = any(slot.joint for slot in model.tasks.values())
-    if len(served) != 1 or mixed:
+    joint = any(slot.joint for slot in model.tasks.values())
+    if len(served) != 1 or joint:
         problem = f"serves {len(served)} tasks" if len(served) != 1 else "is mixed with others by a gate"
         raise ConfigError(f"Expert {name!r} {problem}; one that serves a single task alone can be split.")
     for task, slot in model.tasks.items():
