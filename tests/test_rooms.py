@@ -47,7 +47,7 @@ HEAVY = {
 @functools.cache
 def imports_of(module, *, top_level=False):
     """Name the modules that a module imports at run time, also inside functions unless ``top_level``."""
-    found = set()
+    imported = set()
 
     def visit(node):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
@@ -55,16 +55,16 @@ def imports_of(module, *, top_level=False):
         if top_level and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             return
         if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
+            imported.update(alias.name for alias in node.names)
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module} has a relative import"
             inner = {f"{node.module}.{alias.name}" for alias in node.names}
-            found.update(inner & FILES.keys() or {node.module})
+            imported.update(inner & FILES.keys() or {node.module})
         for child in ast.iter_child_nodes(node):
             visit(child)
 
     visit(ast.parse(FILES[module].read_text(encoding="utf-8")))
-    return frozenset(found)
+    return frozenset(imported)
 
 
 def own_imports(module):

@@ -112,12 +112,12 @@ def add_random_expert(model, name, *, first_block=0, targets=None, rank=4, alpha
 
 def trainable_of(model, task):
     """What learns from a task: its experts' deltas and its head, by name."""
-    found = {f"head.{name}": value for name, value in model.head(task).named_parameters()}
+    trainable = {f"head.{name}": value for name, value in model.head(task).named_parameters()}
     used = model.tasks[task].used
     for expert in used:
         prefix = "expert." if len(used) == 1 else f"expert.{expert}."
-        found.update({f"{prefix}{name}": value for name, value in model.experts.parameters(expert).items()})
-    return {name: parameter for name, parameter in found.items() if parameter.numel()}
+        trainable.update({f"{prefix}{name}": value for name, value in model.experts.parameters(expert).items()})
+    return {name: parameter for name, parameter in trainable.items() if parameter.numel()}
 
 
 # Of `saved`.
@@ -211,8 +211,8 @@ def batch_of(model, tasks):
 def all_logits(model, tasks, *, grad=False):
     """The logits of each task alone, and of all in one mixed batch."""
     with torch.set_grad_enabled(grad):
-        found = {f"{task} alone": model(batch_of(model, [task]))[task] for task in tasks}
-        return found | {f"{task} mixed": logits for task, logits in model(batch_of(model, tasks)).items()}
+        alone = {f"{task} alone": model(batch_of(model, [task]))[task] for task in tasks}
+        return alone | {f"{task} mixed": logits for task, logits in model(batch_of(model, tasks)).items()}
 
 
 def assert_bit_identical(before, after):

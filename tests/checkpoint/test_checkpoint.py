@@ -48,9 +48,9 @@ def test_the_set_of_files(toys):
     files = ["manifest.json", "config.json", "config.yaml", "metrics.json", "gate.safetensors", *experts]
     files += [f"heads/{name}.safetensors" for name in KINDS] + [f"tasks/{name}.yaml" for name in KINDS]
     files += ["experts/names/word_shapes.safetensors"]  # of the one that tags words on an uncased backbone
-    found = all_files(toys)
-    assert sorted(name for name in found if not name.startswith("tokenizer/")) == sorted(files)
-    assert {"tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"} <= set(found)
+    contents = all_files(toys)
+    assert sorted(name for name in contents if not name.startswith("tokenizer/")) == sorted(files)
+    assert {"tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"} <= set(contents)
     assert [entry.name for entry in toys.parent.iterdir() if entry.name.startswith(".")] == []
 
 

@@ -81,20 +81,20 @@ def test_what_stands_before_the_block_stack_is_stripped(tmp_path, tiny_folder, f
     backbone = load_backbone(str(folder))
     ending = next(iter(backbone.linears)).rpartition(".")[2]
     wrap(folder, auto=auto, task_type=task_type, r=2, target_modules=[ending]).save_pretrained(tmp_path / "adapter")
-    found = read_adapter(tmp_path / "adapter", name="x", backbone=backbone)
-    assert list(found.expert.deltas) == sorted(name for name in backbone.linears if name.endswith(f".{ending}"))
-    assert len(found.expert.deltas) >= BLOCKS
+    imported = read_adapter(tmp_path / "adapter", name="x", backbone=backbone)
+    assert list(imported.expert.deltas) == sorted(name for name in backbone.linears if name.endswith(f".{ending}"))
+    assert len(imported.expert.deltas) >= BLOCKS
     head = task_type in ("SEQ_CLS", "TOKEN_CLS")
-    assert bool(found.notes) == head
+    assert bool(imported.notes) == head
     if head:
-        assert found.notes[0].startswith("Not imported, because it stands behind the blocks (a head or pooler): ")
+        assert imported.notes[0].startswith("Not imported, because it stands behind the blocks (a head or pooler): ")
 
 
 def test_head_and_pooler_are_left_out_and_said(tmp_path, tiny_bert):
     theirs = wrap(tiny_bert, r=4, target_modules="all-linear")
     theirs.save_pretrained(tmp_path / "adapter")
-    found = read_adapter(tmp_path / "adapter", name="x", backbone=load_backbone(str(tiny_bert)))
-    (note,) = found.notes
+    imported = read_adapter(tmp_path / "adapter", name="x", backbone=load_backbone(str(tiny_bert)))
+    (note,) = imported.notes
     assert note.endswith("(a head or pooler): classifier, bert.pooler.dense.")
     expected = hidden_states(encoder_of(theirs))
     torch.testing.assert_close(our_hidden_states(tiny_bert, tmp_path / "adapter"), expected, atol=1e-5, rtol=1e-5)
@@ -102,9 +102,9 @@ def test_head_and_pooler_are_left_out_and_said(tmp_path, tiny_bert):
 
 def test_another_name_of_the_backbone_is_said(tmp_path, tiny_folder):
     wrap(tiny_folder("bert", seed=1), r=2, target_modules=["query"]).save_pretrained(tmp_path / "adapter")
-    found = read_adapter(tmp_path / "adapter", name="x", backbone=load_backbone(str(tiny_folder("bert"))))
-    assert f"It names the backbone {str(tiny_folder('bert', seed=1))!r}, this one is" in found.notes[-1]
-    assert found.notes[-1].endswith("only the shapes could be compared.")
+    imported = read_adapter(tmp_path / "adapter", name="x", backbone=load_backbone(str(tiny_folder("bert"))))
+    assert f"It names the backbone {str(tiny_folder('bert', seed=1))!r}, this one is" in imported.notes[-1]
+    assert imported.notes[-1].endswith("only the shapes could be compared.")
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
@@ -126,10 +126,10 @@ def test_an_added_adapter_has_no_task_and_no_other_task_notices(tmp_path, tiny_f
     assert loaded.model.experts.names == ["mood", "names", "theirs"]
     assert list(loaded.tasks) == list(HEADS)
     assert_bit_identical(before, all_logits(loaded.model, list(HEADS)))
-    found = read_adapter(adapter, name="theirs", backbone=loaded.model.backbone).expert
+    imported = read_adapter(adapter, name="theirs", backbone=loaded.model.backbone).expert
     again = loaded.model.experts.get("theirs")
-    assert again.alpha == found.alpha
-    for module, pair in found.deltas.items():
+    assert again.alpha == imported.alpha
+    for module, pair in imported.deltas.items():
         assert all(torch.equal(*both) for both in zip(pair, again.deltas[module], strict=True))
     (row,) = [line for line in describe_checkpoint(tmp_path / "out").splitlines() if line.startswith("theirs ")]
     assert row.split()[-1] == "none"

@@ -38,24 +38,24 @@ def test_classification_equals_scikit_learn(model, evaluation, name):
     rows = rows_of(name)
     texts = [(row["text"], row["text_pair"]) if name == "reply" else row["text"] for row in rows]
     gold = [row["label"] for row in rows]
-    found = [model.predict([text], [name])[0].tasks[name]["label"] for text in texts]
+    predicted = [model.predict([text], [name])[0].tasks[name]["label"] for text in texts]
     score = evaluation.tasks[name].score
     assert score.n == 32
-    assert score.metrics["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(gold, found))
+    assert score.metrics["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(gold, predicted))
     for average in ("macro", "micro", "weighted"):
-        expected = sklearn.metrics.f1_score(gold, found, average=average)
+        expected = sklearn.metrics.f1_score(gold, predicted, average=average)
         assert score.metrics[f"{average}_f1"] == pytest.approx(expected)
-    assert score.report == sklearn.metrics.classification_report(gold, found, output_dict=True, zero_division=0)
-    assert score.confusion.matrix == sklearn.metrics.confusion_matrix(gold, found).tolist()
+    assert score.report == sklearn.metrics.classification_report(gold, predicted, output_dict=True, zero_division=0)
+    assert score.confusion.matrix == sklearn.metrics.confusion_matrix(gold, predicted).tolist()
 
 
 def test_multi_label_equals_scikit_learn(model, evaluation):
     rows = rows_of("about")
     answers = [model.predict([row["text"]], ["about"])[0].tasks["about"]["labels"] for row in rows]
-    found = [{entry["label"] for entry in answer} for answer in answers]
+    predicted = [{entry["label"] for entry in answer} for answer in answers]
     gold, guess = (
         [[int(label in labels) for label in ("football", "music")] for labels in column]
-        for column in ([row["labels"] for row in rows], found)
+        for column in ([row["labels"] for row in rows], predicted)
     )
     metrics = evaluation.tasks["about"].score.metrics
     assert metrics["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(gold, guess))
@@ -69,13 +69,13 @@ def test_tagging_equals_seqeval_and_scikit_learn(model, evaluation):
     tags = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
     gold = [row["tags"] for row in rows]
     logits = [model.logits([" ".join(row["tokens"])], "names")[0] for row in rows]
-    found = [[tags[index] for index in best_legal_tags(row, tags)] for row in logits]
+    predicted = [[tags[index] for index in best_legal_tags(row, tags)] for row in logits]
     metrics = evaluation.tasks["names"].score.metrics
-    assert metrics["f1"] == pytest.approx(entity_f1(gold, found))
-    assert metrics["precision"] == pytest.approx(entity_precision(gold, found))
-    assert metrics["recall"] == pytest.approx(entity_recall(gold, found))
+    assert metrics["f1"] == pytest.approx(entity_f1(gold, predicted))
+    assert metrics["precision"] == pytest.approx(entity_precision(gold, predicted))
+    assert metrics["recall"] == pytest.approx(entity_recall(gold, predicted))
     assert metrics["f1"] > 0
-    flat_gold, flat_found = list(chain(*gold)), list(chain(*found))
+    flat_gold, flat_found = list(chain(*gold)), list(chain(*predicted))
     assert metrics["token_accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(flat_gold, flat_found))
     expected = sklearn.metrics.f1_score(flat_gold, flat_found, average="macro", zero_division=0)
     assert metrics["token_macro_f1"] == pytest.approx(expected)

@@ -30,12 +30,12 @@ def clusters():
 def sentences(number, *, words=range(6), seed=0):
     """Token ids whose neighbours are next to each other in ``words``, with a surprise now and then."""
     generator = torch.Generator().manual_seed(seed)
-    words, found = list(words), []
+    words, rows = list(words), []
     for start, surprise in torch.randint(0, 1000, (number, 2), generator=generator).tolist():
         row = [words[(start + index) % len(words)] for index in range(8)]
         row[surprise % 8] = words[surprise % len(words)]
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
 @pytest.fixture(scope="module")

@@ -37,16 +37,16 @@ def test_any_order_and_any_company_give_the_same_logits(make_model, family):
 def test_one_thread_and_two_give_the_same_answers(make_model):
     model = three_tasks(make_model, "bert")
     rows = [row for task in THREE_HEADS for row in rows_of(model, task, SENTENCES * 8)]
-    found = []
+    results = []
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             with torch.no_grad():
-                found.append(run_rows(model, rows))
+                results.append(run_rows(model, rows))
     finally:
         torch.set_num_threads(1)
     for task in THREE_HEADS:
-        assert_same_logits(found[1][task], found[0][task])
+        assert_same_logits(results[1][task], results[0][task])
 
 
 # The last gives token types to a model that knows none, as uer/gpt2-chinese-cluecorpussmall does.

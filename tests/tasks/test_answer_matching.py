@@ -11,16 +11,16 @@ SIGNS = set("-:_*^/\\~`+=，。：？！“”；’《》·、「」（）－�
 
 
 def pieces(text):
-    found, word = [], ""
+    parts, word = [], ""
     for character in text.strip().lower():
         if character in SIGNS:
             continue
         if "\u4e00" <= character <= "\u9fa5" or character == " ":
-            found += [word, character]
+            parts += [word, character]
             word = ""
         else:
             word += character
-    return [piece for piece in [*found, word] if piece.strip()]
+    return [piece for piece in [*parts, word] if piece.strip()]
 
 
 def common_run(left, right):

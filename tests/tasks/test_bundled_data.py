@@ -37,10 +37,10 @@ def test_every_label_is_in_every_split(sample):
     spec, splits = sample
     for split, columns in splits.items():
         if spec.kind == "token_classification":
-            found = {span.type for tags in columns["tags"] for span in spans_from_tags(tags)}
+            labels = {span.type for tags in columns["tags"] for span in spans_from_tags(tags)}
         else:
-            found = set(columns["label"])
-        assert found == set(spec.label_names), split
+            labels = set(columns["label"])
+        assert labels == set(spec.label_names), split
     assert label_names(spec, read(spec, splits=["train"])["train"]) == spec.label_names
 
 

@@ -198,9 +198,9 @@ def test_chid_is_read_compressed_and_without_answers_where_they_are_hidden(tmp_p
     (tmp_path / "dev.json.gz").write_bytes(gzip.compress(line.encode()))
     answers = {f"#idiom000{number}#": 3 for number in (378, 379, 380)}
     (tmp_path / "dev_answer.json.gz").write_bytes(gzip.compress(json.dumps(answers).encode()))
-    found = read(load_task("clue/chid"), data=tmp_path, splits=["validation", "test"])
-    assert list(found["validation"]["answer"]) == [3, 3, 3]
-    assert list(found["test"]["answer"]) == [None, None, None]
+    splits = read(load_task("clue/chid"), data=tmp_path, splits=["validation", "test"])
+    assert list(splits["validation"]["answer"]) == [3, 3, 3]
+    assert list(splits["test"]["answer"]) == [None, None, None]
 
 
 def test_a_blank_without_an_answer_is_named(tmp_path):
@@ -219,8 +219,8 @@ def test_a_question_under_our_own_name_is_read(tmp_path):
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     files = {"format": "jsonl", "train": "train.jsonl"}
     content = {"name": "own", "kind": "multiple_choice", "metric": "accuracy", "files": files}
-    found = read(parse_task(content, where="own"), data=tmp_path, splits=["train"])["train"]
-    assert list(found["text_pair"]) == ["Who ?"]  # the other row is validation's
+    train = read(parse_task(content, where="own"), data=tmp_path, splits=["train"])["train"]
+    assert list(train["text_pair"]) == ["Who ?"]  # the other row is validation's
     rows = [{name: value for name, value in row.items() if name != "text_pair"} for row in rows]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert (

@@ -108,15 +108,15 @@ def test_tags_follow_their_words_into_windows_and_an_unseen_tag_is_ignored(encod
     outputs = TAGS.outputs(["PER", "LOC"])
     examples = TAGS.encode(columns, encoder=encoder, labels=["PER", "LOC"], language="en")
     assert sum(example.row == 0 for example in examples) >= 3
-    found = {}
+    targets = {}
     for example in examples:
         assert len(example.targets) == len(example.word_positions)
         for word, target in zip(example.word_indices, example.targets, strict=True):
-            found[example.row, word] = target
-    for (row, word), target in found.items():
+            targets[example.row, word] = target
+    for (row, word), target in targets.items():
         tag = columns["tags"][row][word]
         assert target == (outputs.index(tag) if tag in outputs else -100)
-    assert len(found) == 6 * 9 + 2  # no gold tag is lost but that of the dropped character
+    assert len(targets) == 6 * 9 + 2  # no gold tag is lost but that of the dropped character
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
@@ -194,14 +194,14 @@ def test_entities_are_slices_of_the_text_as_given(text, tags, entities):
     assert len(tags) == len(words), words
     outputs = TAGS.outputs(["PER", "LOC"])
     logits = certain(tags, outputs) if tags else torch.zeros(0, 5)
-    found = TAGS.answer(logits, text=text, labels=["PER", "LOC"], language="en")["entities"]
-    assert [entity["text"] for entity in found] == entities
-    for entity in found:
+    answered = TAGS.answer(logits, text=text, labels=["PER", "LOC"], language="en")["entities"]
+    assert [entity["text"] for entity in answered] == entities
+    for entity in answered:
         assert set(entity) == {"type", "text", "start", "end", "score"}
         assert text[entity["start"] : entity["end"]] == entity["text"]
-    assert [entity["start"] for entity in found] == sorted(entity["start"] for entity in found)
+    assert [entity["start"] for entity in answered] == sorted(entity["start"] for entity in answered)
     begun = [tag.partition("-")[2] for index, tag in enumerate(tags) if tag[0] == "B" or tags[0][0] == tag[0] == "I"]
-    assert [entity["type"] for entity in found] == begun
+    assert [entity["type"] for entity in answered] == begun
 
 
 def test_chinese_entities_are_found_character_by_character():
@@ -225,9 +225,9 @@ def test_the_score_of_an_entity_is_the_mean_probability_of_its_tags():
 @pytest.mark.parametrize("name", KINDS)
 def test_probabilities_and_logits_are_each_others_inverse(name):
     kind = KINDS[name]
-    found = probabilities_of(kind, torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(0)))
-    assert float(found.min()) > 0
-    assert float(found.max()) < 1
-    torch.testing.assert_close(probabilities_of(kind, logits_of(kind, found)), found)
+    shares = probabilities_of(kind, torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(0)))
+    assert float(shares.min()) > 0
+    assert float(shares.max()) < 1
+    torch.testing.assert_close(probabilities_of(kind, logits_of(kind, shares)), shares)
     if kind.grouped:  # over the words or choices of a row
-        torch.testing.assert_close(found.sum(1), torch.ones(3, 2))
+        torch.testing.assert_close(shares.sum(1), torch.ones(3, 2))

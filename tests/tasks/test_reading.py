@@ -146,10 +146,10 @@ def test_json_key_selects_a_list_of_lists(tmp_path):
 def test_rows_with_the_same_text_are_on_one_side(tmp_path):
     rows = "".join(f"Text {index // 5},{index % 2}\n" for index in range(200))
     write(tmp_path, all__csv=f"text,label\n{rows}")
-    found = read(classification(), data=tmp_path / "all.csv")
-    texts = [set(found[split]["text"]) for split in ("train", "validation", "test")]
+    splits = read(classification(), data=tmp_path / "all.csv")
+    texts = [set(splits[split]["text"]) for split in ("train", "validation", "test")]
     assert sum(map(len, texts)) == len(set.union(*texts)) == 40
-    assert {split: len(found[split]) for split in found} == {"train": 160, "validation": 20, "test": 20}
+    assert {split: len(splits[split]) for split in splits} == {"train": 160, "validation": 20, "test": 20}
 
 
 def test_a_table_of_positions_may_have_a_header(tmp_path):
@@ -226,11 +226,11 @@ def test_spans_cut_words_and_survive(tmp_path):
     assert read_row["text"] == row["text"]
     for token, start, end in zip(read_row["tokens"], read_row["starts"], read_row["ends"], strict=True):
         assert row["text"][start:end] == token
-    found = [
+    offsets = [
         (read_row["starts"][span.start], read_row["ends"][span.end - 1], span.type)
         for span in spans_from_tags(read_row["tags"])
     ]
-    assert found == [(4, 10, "PER"), (18, 19, "NUM")]
+    assert offsets == [(4, 10, "PER"), (18, 19, "NUM")]
 
 
 def test_longer_span_wins_and_the_loss_is_told(tmp_path, caplog):
@@ -249,9 +249,9 @@ def test_where_a_model_is_scored_words_do_not_end_where_the_gold_does(tmp_path):
     write(tmp_path, train__jsonl=json.dumps(row), t__jsonl=json.dumps(row))
     files = {"format": "jsonl", "train": "train.jsonl", "test": "t.jsonl", "validation": "t.jsonl"}
     spec = tagging(columns={"text": "text", "spans": "spans"}, files=files, labels=["LOC"])
-    found = read(spec, data=tmp_path)
+    splits = read(spec, data=tmp_path)
     kind, labels = find_kind(spec.kind), ["LOC"]
-    train, test = found["train"].to_dict(), found["test"].to_dict()
+    train, test = splits["train"].to_dict(), splits["test"].to_dict()
     assert "parents" not in train
     assert train["tokens"] == test["tokens"] == [["Berlin", "-based", "firm"]]
     assert test["parents"] == [[0, 0, 1]]

@@ -72,12 +72,12 @@ def test_windows_lose_no_answer(tiny_folder, family, place):
 def test_an_answer_is_found_though_the_tokenizer_changes_the_text(tiny_folder, text, answer):
     columns = columns_of(text, "？", "没有", answer)
     _, examples = encoded(columns, "bert", tiny_folder)
-    [[found]] = SPANS.predictions([certain(examples, columns)], columns=columns, labels=[])
-    assert found.strip("\u200b\ufe0f") == answer.strip("\u200b\ufe0f")
+    [[predicted]] = SPANS.predictions([certain(examples, columns)], columns=columns, labels=[])
+    assert predicted.strip("\u200b\ufe0f") == answer.strip("\u200b\ufe0f")
     marked = [target for example in examples for target in example.targets]
     assert [sum(target & bit > 0 for target in marked) for bit in (1, 2)] == [1, 1]
     best = SPANS.answer(certain(examples, columns), text=text, labels=[], language="zh")
-    assert text[best["start"] : best["end"]] == best["answer"] == found
+    assert text[best["start"] : best["end"]] == best["answer"] == predicted
 
 
 def test_the_question_stands_before_every_window_and_leaves_room_for_the_text(tiny_folder):
