@@ -156,7 +156,7 @@ def save_model(folder, model, *, config=None) -> Path:
 
 
 def logits(checkpoint, *tasks):
-    """Logits of each task alone and of all in one mixed batch."""
+    """Logits of each task alone and of all in one batch of all."""
     model = (load_checkpoint(checkpoint) if isinstance(checkpoint, Path) else checkpoint).model
     return all_logits(model, list(tasks))
 
@@ -209,10 +209,10 @@ def batch_of(model, tasks):
 
 
 def all_logits(model, tasks, *, grad=False):
-    """The logits of each task alone, and of all in one mixed batch."""
+    """The logits of each task alone, and of all in one batch of all."""
     with torch.set_grad_enabled(grad):
         alone = {f"{task} alone": model(batch_of(model, [task]))[task] for task in tasks}
-        return alone | {f"{task} mixed": logits for task, logits in model(batch_of(model, tasks)).items()}
+        return alone | {f"{task} together": logits for task, logits in model(batch_of(model, tasks)).items()}
 
 
 def assert_bit_identical(before, after):

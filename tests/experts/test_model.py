@@ -1,4 +1,4 @@
-"""One model, several tasks: batches, heads, training, gates for tokens. Each family: contracts/test_families.py."""
+"""One model, several tasks: batches, heads, training. Each family: contracts/test_families.py."""
 
 import random
 from itertools import chain
@@ -63,17 +63,17 @@ def test_pairs_beside_single_texts_answer_as_alone(tiny_folder, family, tokenize
         "pair": [("pair", example) for example in encoder.texts(SENTENCES, SENTENCES[::-1])],
     }
     with torch.no_grad():
-        mixed = run_rows(model, rows["single"] + rows["pair"])
+        together = run_rows(model, rows["single"] + rows["pair"])
         for task, own in rows.items():
-            assert_same_logits(mixed[task], torch.cat([run_rows(model, [row])[task] for row in own]))
+            assert_same_logits(together[task], torch.cat([run_rows(model, [row])[task] for row in own]))
 
 
 def test_two_tasks_may_share_an_expert(make_model):
     model = make_model("bert", {"mood": ("text", 3)})
     model.add_task("topic", expert="mood", level="text", num_outputs=9)
-    mixed = run_rows(model, [*rows_of(model, "mood"), *rows_of(model, "topic")])
-    assert_same_logits(mixed["mood"], one_by_one(model, "mood"))
-    assert_same_logits(mixed["topic"], one_by_one(model, "topic"))
+    together = run_rows(model, [*rows_of(model, "mood"), *rows_of(model, "topic")])
+    assert_same_logits(together["mood"], one_by_one(model, "mood"))
+    assert_same_logits(together["topic"], one_by_one(model, "topic"))
     assert set(trainable_of(model, "mood")) == set(trainable_of(model, "topic"))
 
 
@@ -92,10 +92,10 @@ def test_a_task_may_be_called_like_an_attribute_of_a_module(make_model):
 
 def test_a_batch_of_texts_without_a_word_has_no_word_logits(make_model):
     model = make_model("bert", {"names": ("word", 5), "mood": ("text", 3)})
-    mixed = run_rows(model, [*rows_of(model, "names", ["", ""]), *rows_of(model, "mood")])
-    assert mixed["names"].shape == (0, 5)
-    assert_same_logits(mixed["mood"], one_by_one(model, "mood"))
-    mixed["names"].sum().backward()
+    together = run_rows(model, [*rows_of(model, "names", ["", ""]), *rows_of(model, "mood")])
+    assert together["names"].shape == (0, 5)
+    assert_same_logits(together["mood"], one_by_one(model, "mood"))
+    together["names"].sum().backward()
 
 
 def test_unknown_names_are_refused_with_the_closest_one(make_model):
@@ -120,12 +120,12 @@ def test_the_gradient_of_a_batch_of_several_tasks_is_that_of_its_tasks_alone(mak
     sum(
         logits.square().mean() for logits in run_rows(model, list(chain.from_iterable(rows.values()))).values()
     ).backward()
-    mixed = {task: {name: value.grad for name, value in trainable_of(model, task).items()} for task in THREE_HEADS}
+    together = {task: {name: value.grad for name, value in trainable_of(model, task).items()} for task in THREE_HEADS}
     model.zero_grad(set_to_none=True)
     for task in THREE_HEADS:
         run_rows(model, rows[task])[task].square().mean().backward()
         for name, parameter in trainable_of(model, task).items():
-            torch.testing.assert_close(mixed[task][name], parameter.grad, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(together[task][name], parameter.grad, atol=1e-5, rtol=1e-4)
 
 
 def test_the_backbones_own_dropout_stays_off_in_training(make_model):
