@@ -66,8 +66,12 @@ def save_checkpoint(
     """
 
     def fill(folder: Path) -> None:
+        experts = {}
         for name in model.experts.names:
-            save_expert(folder / "experts" / check_name(name), model.experts.get(name), backbone=model.backbone)
+            expert = model.experts.get(name)
+            save_expert(folder / "experts" / check_name(name), expert, backbone=model.backbone)
+            rank = max(expert.ranks.values(), default=0)
+            experts[name] = {"rank": rank, "alpha": expert.alpha, "layers": len(expert.ranks)}
         for task, spec in tasks.items():
             write_bytes(folder / "heads" / f"{check_name(task)}.safetensors", _weights(model.head(task)))
             write_bytes(folder / "tasks" / f"{task}.yaml", _yaml(spec.model_dump(exclude_defaults=True)))
@@ -77,7 +81,7 @@ def save_checkpoint(
         write_json(folder / "config.json", {"model_type": MODEL_TYPE})
         write_json(folder / "metrics.json", metrics)
         fresh_tokenizer(model.backbone.tokenizer).save_pretrained(folder / "tokenizer")
-        write_json(folder / MANIFEST, _manifest(folder, model=model, tasks=tasks))
+        write_json(folder / MANIFEST, _manifest(folder, model=model, experts=experts, tasks=tasks))
 
     replace_folder(path, fill)
 
@@ -91,15 +95,9 @@ def _yaml(content: Any) -> bytes:
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120).encode()
 
 
-def _manifest(folder: Path, *, model: SparseExpertModel, tasks: Mapping[str, TaskSpec]) -> dict[str, Any]:
-    experts = {}
-    for name in model.experts.names:
-        expert = model.experts.get(name)
-        experts[name] = {
-            "rank": max(expert.ranks.values(), default=0),
-            "alpha": expert.alpha,
-            "layers": len(expert.ranks),
-        }
+def _manifest(
+    folder: Path, *, model: SparseExpertModel, experts: Mapping[str, Any], tasks: Mapping[str, TaskSpec]
+) -> dict[str, Any]:
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != "metrics.json")
     return {
         "format": FORMAT,
@@ -117,17 +115,10 @@ def describe_origin(model: SparseExpertModel) -> dict[str, Any]:
     """Return the versions that write a file, and the backbone that the file belongs to."""
     import transformers
 
+    backbone = model.backbone
     return {
-        "versions": {
-            "sparse_ft": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "backbone": {
-            "name": model.backbone.name,
-            "revision": model.backbone.revision,
-            "weights_sha256": model.backbone.weights_sha256,
-        },
+        "versions": {"sparse_ft": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "backbone": {"name": backbone.name, "revision": backbone.revision, "weights_sha256": backbone.weights_sha256},
     }
 
 
@@ -174,17 +165,10 @@ def load_checkpoint(
     checkpoint = load_bare(path, backbone=backbone, dtype=dtype)
     path, model, manifest = checkpoint.path, checkpoint.model, checkpoint.manifest
     model.experts.add(*(load_expert(path / "experts" / check_name(name), name=name) for name in manifest["experts"]))
-    tasks = {
-        task: load_task_into(
-            model,
-            path,
-            task,
-            experts=slot_experts(entry),
-            joint=entry.get("mixed", False),
-            shared=entry.get("shared"),
-        )
-        for task, entry in manifest["tasks"].items()
-    }
+    tasks = {}
+    for task, entry in manifest["tasks"].items():
+        joint, shared = entry.get("mixed", False), entry.get("shared")
+        tasks[task] = load_task_into(model, path, task, experts=slot_experts(entry), joint=joint, shared=shared)
     model.gate = _load_gate(path, manifest, model.backbone.hidden_size)
     model.to(device).eval().requires_grad_(False)
     return replace(checkpoint, tasks=tasks, metrics=read_metrics(path))
@@ -228,16 +212,14 @@ def load_task_into(
         task: Name of the task in the checkpoint.
         experts: Names in ``model`` of the experts that serve the task.
         as_name: Name of the task in ``model``, if another.
-        joint: See ``TaskSlot``.
-        shared: See ``TaskSlot``.
+        joint: Whether the task was trained together with the gate, see ``TaskSlot``.
+        shared: The expert that all rows of the task use, see ``TaskSlot``.
     """
     file = path / "tasks" / f"{check_name(task)}.yaml"
     spec = parse_task(read_yaml(file), where=str(file)).model_copy(update={"name": as_name or task})
     kind = find_kind(spec.kind)
-    outputs = kind.outputs(spec.label_names or [])
-    head = model.add_task(
-        spec.name, expert=experts, level=kind.level, num_outputs=len(outputs), joint=joint, shared=shared
-    )
+    size = len(kind.outputs(spec.label_names or []))
+    head = model.add_task(spec.name, expert=experts, level=kind.level, num_outputs=size, joint=joint, shared=shared)
     _load_into(head, path / "heads" / f"{task}.safetensors", what="the labels of its task")
     return spec
 

@@ -16,12 +16,7 @@ from torch import Tensor
 
 from sparse_ft.backbone.backbone import Backbone
 from sparse_ft.backbone.model_folder import MINILM_ID
-from sparse_ft.checkpoint.expert_files import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    read_adapter_config,
-    read_adapter_tensors,
-)
+from sparse_ft.checkpoint.expert_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config, read_adapter_tensors
 from sparse_ft.checkpoint.folders import damaged
 from sparse_ft.errors import CheckpointError
 from sparse_ft.experts.named_experts import Expert
@@ -171,14 +166,7 @@ def _above_the_blocks(names: Iterable[str], *, backbone: Backbone, folder: Path)
 
 
 def _alpha(config: Mapping[str, Any], module: str, *, rank: int, folder: Path) -> float:
-    """Return the alpha of a layer, such that PEFT multiplies B A by alpha / rank.
-
-    Args:
-        config: The adapter's config.
-        module: The layer's name in the model that PEFT wrapped.
-        rank: Rank of the layer's tensors, which must agree with the config.
-        folder: Named in messages.
-    """
+    """Return the alpha by which PEFT scales a layer (alpha / rank); the rank must agree with the config."""
     try:
         expected = int(_by_pattern(config.get("rank_pattern"), module, default=config["r"]))
         alpha = float(_by_pattern(config.get("alpha_pattern"), module, default=config["lora_alpha"]))

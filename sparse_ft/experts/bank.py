@@ -59,12 +59,7 @@ class BankLayout:
         return self._tensors[device]
 
     def columns(self, routing: Routing, needed: tuple[int, ...]) -> "BankColumns":
-        """Return the columns of a routing's experts, which layers of one layout share.
-
-        Args:
-            routing: Routing of the rows.
-            needed: The routing's experts that have a rank in this layout.
-        """
+        """Return the columns of a routing's experts, computed once for all layers of this layout."""
         if self not in routing.cache:
             routing.cache[self] = BankColumns(self, routing, needed)
         columns: BankColumns = routing.cache[self]

@@ -173,13 +173,9 @@ class ExpertLayer(nn.Module):
         return self.opened[index] if index in self.opened else self._views(index)
 
     def _matrices(self, routing: Routing, needed: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """Fetch the matrices of the experts that rows use; the cost does not grow with the experts of the model.
+        """Fetch the matrices of the experts ``needed``; the cost does not grow with the experts of the model.
 
         Parameters in training are joined first, so that each receives its gradient.
-
-        Args:
-            routing: Routing of the rows.
-            needed: The routing's experts that have a rank in this layer.
 
         Returns:
             A [M, I, C], B with the frozen bias below it [M, C + 1, O], and the weights on their columns [N, 1 or S, C].
