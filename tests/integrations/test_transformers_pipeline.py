@@ -9,8 +9,8 @@ import torch
 from transformers import pipeline
 
 import sparse_ft
-import sparse_ft.integrations.transformers_pipeline
 from sparse_ft.errors import CheckpointError, ConfigError
+from sparse_ft.integrations.transformers_pipeline import SparseFTPipeline
 
 TEXTS = ["the table loved", "Ada met Mozart in Lisbon", "half boring of", "", "music then football"]
 
@@ -85,7 +85,7 @@ def test_a_generator_is_read_a_batch_at_a_time(pipe, model, size):
 def test_a_loaded_model_stays_where_it_is(toys, monkeypatch):
     model = sparse_ft.load(toys, device="cpu")
     monkeypatch.setattr(model, "to", lambda device: pytest.fail(f"moved to {device}"))
-    assert sparse_ft.pipeline.SparseFTPipeline(model).device == torch.device("cpu")
+    assert SparseFTPipeline(model).device == torch.device("cpu")
     assert pipeline("sparse-ft", model=model, device=-1).device == torch.device("cpu")
 
 
