@@ -191,7 +191,7 @@ JOINT = {"token": {"gate__type": "token", **POOL}, "sequence": {}}
 """By token among a pool with a shared expert and one A; by text among the tasks' own experts."""
 SINGLE = ["mood", "about", "names"]
 """The toy tasks that read one text."""
-PROBE_TEXTS = [
+ODD_TEXTS = [
     "",
     " ",
     "\n\t\n",
@@ -214,4 +214,4 @@ def varied_texts(number: int) -> list[str]:
     longer = [
         " ".join([text, *generator.choices(FILLERS, k=length)]) for text, length in zip(texts, lengths, strict=True)
     ]
-    return [*longer, *PROBE_TEXTS]
+    return [*longer, *ODD_TEXTS]

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from toy_checkpoints import assert_same, logits_of, passes
-from toys import JOINT, PROBE_TEXTS, SINGLE, train_joint, varied_texts, write_toy
+from toys import JOINT, ODD_TEXTS, SINGLE, train_joint, varied_texts, write_toy
 
 import sparse_ft
 from sparse_ft.backbone.words import split_words
@@ -32,7 +32,7 @@ def eager_tagger(toys):
 # Where entities stand
 
 
-@pytest.mark.parametrize("text", [*PROBE_TEXTS, ("Ada Lovelace in London " * 500)[:10_000]])
+@pytest.mark.parametrize("text", [*ODD_TEXTS, ("Ada Lovelace in London " * 500)[:10_000]])
 def test_offsets_are_those_of_the_text_as_given(model, text):
     (prediction,) = model.predict([text], ["names"])
     assert prediction.text == text
@@ -46,7 +46,7 @@ def test_offsets_are_those_of_the_text_as_given(model, text):
         end = entity["end"]
 
 
-@pytest.mark.parametrize("text", PROBE_TEXTS)
+@pytest.mark.parametrize("text", ODD_TEXTS)
 def test_every_word_has_its_own_place(eager_tagger, text):
     found = eager_tagger.predict([text], ["names"])[0].tasks["names"]["entities"]
     words = [tuple(word) for word in split_words(text)]
