@@ -1,11 +1,11 @@
 """Fixtures of all tests: tiny and real backbones, models with random experts, checkpoints of the toy tasks."""
 
-import functools
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from tiny_backbones import save_tiny
 
 from sparse_ft.resources import packaged_minilm_dir
@@ -24,26 +24,29 @@ def _one_thread():
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory):
-    """Return ``tiny_folder(family, bos=None, seed=0)``: the folder of a saved tiny backbone, made once a session.
-
-    ``bos`` decides whether the tokenizer of gpt2, llama or qwen2 puts a token before every text; None: only llama does.
-    """
-
-    @functools.cache
-    def make(family: str, *, bos: bool | None = None, seed: int = 0) -> Path:
-        folder = tmp_path_factory.mktemp(f"tiny-{family}")
-        save_tiny(folder, family, bos=bos, seed=seed)
-        return folder
-
-    return make
-
-
-@pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory) -> Path:
     """A folder that all processes of this test run share."""
     base = tmp_path_factory.getbasetemp()
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(shared_folder):
+    """Return ``tiny_folder(family, bos=None, seed=0)``: the folder of a saved tiny backbone, made once a run.
+
+    ``bos`` decides whether the tokenizer of gpt2, llama or qwen2 puts a token before every text; None: only llama does.
+    """
+
+    def make(family: str, *, bos: bool | None = None, seed: int = 0) -> Path:
+        folder = shared_folder / f"tiny-{family}-{bos}-{seed}"
+        with FileLock(f"{folder}.lock"):
+            if not folder.is_dir():
+                staged = folder.with_name(f"{folder.name}.new")
+                save_tiny(staged, family, bos=bos, seed=seed)
+                staged.rename(folder)
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="session")

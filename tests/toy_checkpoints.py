@@ -156,7 +156,7 @@ def save_model(folder, model, *, config=None) -> Path:
 
 
 def logits(checkpoint, *tasks):
-    """Logits of each task alone and of all in one batch of all."""
+    """Logits of each task alone and of all tasks in one batch."""
     model = (load_checkpoint(checkpoint) if isinstance(checkpoint, Path) else checkpoint).model
     return all_logits(model, list(tasks))
 
@@ -209,7 +209,7 @@ def batch_of(model, tasks):
 
 
 def all_logits(model, tasks, *, grad=False):
-    """The logits of each task alone, and of all in one batch of all."""
+    """The logits of each task alone, and of all tasks in one batch."""
     with torch.set_grad_enabled(grad):
         alone = {f"{task} alone": model(batch_of(model, [task]))[task] for task in tasks}
         return alone | {f"{task} together": logits for task, logits in model(batch_of(model, tasks)).items()}
