@@ -24,11 +24,11 @@ from sparse_ft.backbone.backbone import Backbone, load_backbone, set_training_at
 from sparse_ft.backbone.encoding import Example
 from sparse_ft.config import GateConfig
 from sparse_ft.experts.gates import SequenceGate
-from sparse_ft.experts.inference import text_routing
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.named_experts import Expert
 from sparse_ft.experts.routing import ForwardPass, Routing
 from sparse_ft.experts.selection import Selection
+from sparse_ft.prediction.routes import Route
 from sparse_ft.training.fit_gate import gate_block
 
 
@@ -79,7 +79,9 @@ def ours(
                 with_gate(model),
                 [Example(row, ids) for row, ids in enumerate(inputs["input_ids"].tolist())],
             )
-            choices[f"ours, text gate over {number}"] = lambda model=gated, rows=examples: text_routing(model, rows)
+            choices[f"ours, text gate over {number}"] = lambda model=gated, rows=examples: Route("gate", model).rows(
+                rows
+            )
         if number == 1:
             choices = {"ours, one expert": lambda: Routing.one_hot([0] * rows)}
         for name, routing in choices.items():

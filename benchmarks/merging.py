@@ -100,7 +100,7 @@ def variants(number: int, options: argparse.Namespace) -> list[tuple[str, MergeS
 
 def score(checkpoint: Checkpoint, spec: TaskSpec, source: str | None) -> float:
     encoder = Encoder(checkpoint.model.backbone, max_length=checkpoint.config.data.max_length)
-    route = Route("task", checkpoint.model, seed=13)
+    route = Route("task", checkpoint.model)
     results = evaluate_task(checkpoint.model, spec, split="test", source=source, encoder=encoder, route=route)
     return results.report.score.metrics[spec.metric]
 

@@ -23,6 +23,7 @@ from sparse_ft.experts.gates import Selection, SequenceGate, TokenGate
 from sparse_ft.experts.inference import row_logits
 from sparse_ft.experts.named_experts import Expert
 from sparse_ft.prediction.loaded_model import Prediction
+from sparse_ft.prediction.routes import Route
 from sparse_ft.tasks.spec import load_task
 
 
@@ -250,10 +251,14 @@ def passes(model, call) -> int:
 def logits_of(model, task: str, texts: list[str]) -> list[torch.Tensor]:
     """Compute logits of single texts or of words without the code of prediction.py."""
     encoder = Encoder(model.backbone, max_length=256)
+    words, parts = [text.split() for text in texts], None
     if model.tasks[task].level == "word":
-        words = [text.split() for text in texts]
-        return row_logits(model, task, encoder.words(words), num_rows=len(texts), num_parts=[len(row) for row in words])
-    return row_logits(model, task, encoder.texts(texts), num_rows=len(texts))
+        examples, parts = encoder.words(words), [len(row) for row in words]
+    else:
+        examples = encoder.texts(texts)
+    route = Route("task", model)
+    routing = None if route.block_gate(task) else route.rows(examples, task=task)
+    return row_logits(model, task, examples, num_rows=len(texts), num_parts=parts, routing=routing)
 
 
 def wrap(folder, *, auto="AutoModelForSequenceClassification", task_type="SEQ_CLS", num_labels=None, **settings):

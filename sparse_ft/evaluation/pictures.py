@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sparse_ft.errors import ConfigError
 from sparse_ft.evaluation.routing_report import UNKNOWN, RoutingReport
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger("sparse_ft")
 _DPI = 130
 _WIDTH = 13.0
-"""Inches that panels may take side by side before the next ones go below."""
+"""Inches that panels may take side by side; further panels stand below."""
 _HEIGHT = 300.0
-"""Inches that all panels may take; the rows of longer texts are lower. PNG files of matplotlib end at 65,535 dots."""
+"""Inches that all panels may take; longer texts have lower rows. A PNG of matplotlib has at most 65,535 dots."""
 _MAX_NUMBERS = 20
-"""A matrix with more rows or columns has colours only."""
+"""Rows or columns of the largest matrix with numbers in its cells."""
 _MAX_NAMES = 200
-"""A confusion of more labels does not name them."""
+"""Labels of the largest confusion that names them."""
 _MAX_NAME = 32
 _COLOURS = "Blues"
-# Asked for characters that matplotlib's own font lacks, if they are installed.
+# For characters that matplotlib's own font lacks; only those installed are used.
 _FONTS = (
     "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei",
     "Droid Sans Fallback", "PingFang SC", "Hiragino Sans GB", "Microsoft YaHei", "SimHei", "Arial Unicode MS",
@@ -44,10 +44,10 @@ _FONTS = (
 
 
 def require_matplotlib() -> None:
-    """Say how to install matplotlib if it is missing.
+    """Refuse to draw without matplotlib.
 
     Raises:
-        ConfigError: If it is.
+        ConfigError: If matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError(
@@ -59,10 +59,10 @@ def require_matplotlib() -> None:
 def token_picture(routed: TokenRouting) -> bytes:
     """Draw a panel for each expert with its weight on every token (down) in every block (across).
 
-    Where one choice was made for the whole text there is a bar for each expert.
+    If the text was routed as a whole, draw a bar for each expert.
 
     Args:
-        routed: What ``route_tokens`` gave.
+        routed: As ``route_tokens`` returns it.
 
     Returns:
         A PNG.
@@ -78,12 +78,12 @@ def token_picture(routed: TokenRouting) -> bytes:
 def report_pictures(
     tasks: Mapping[str, TaskReport], *, routing: RoutingReport | None, route: str = ""
 ) -> dict[str, bytes]:
-    """Draw what belongs to a report of scores.
+    """Draw the pictures of a report of scores.
 
     Args:
         tasks: As for ``write_report``.
-        routing: What the gate did; None draws only the tasks.
-        route: How the rows were routed, for the titles.
+        routing: The report of the routing; None draws only the tasks.
+        route: Name of the route, for the titles.
 
     Returns:
         File name to PNG: ``confusion_<task>.png`` for each single-label classification, ``routing.png`` (experts by
@@ -107,12 +107,11 @@ def report_pictures(
 
 def _token_panels(routed: TokenRouting) -> "Figure":
     names = [f"{_shown(expert)}  {weight:.2f}" for expert, weight in routed.usage.items()]
-    title = f"Route {routed.route}: weight of each expert, and its mean ({span(routed)})"
     return _panels(
-        {name: routed.weights[..., place].t().tolist() for place, name in enumerate(names)},
+        {name: routed.weights[..., index].t().tolist() for index, name in enumerate(names)},
         rows=[token.text for token in routed.tokens],
         columns=[str(block) for block in routed.blocks],
-        title=title,
+        title=f"Route {routed.route}: weight of each expert, and its mean ({span(routed)})",
         across="block",
         cell=(max(0.14, min(0.3, 2.0 / len(routed.blocks))), 0.19),
         top=float(routed.weights.max()) or 1.0,
@@ -129,7 +128,7 @@ def _expert_bars(routed: TokenRouting) -> "Figure":
     axes.set(xlim=(0, 1.12 * max(1.0, *weights)), xlabel="weight on every token in every block")
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"Route {routed.route}: one choice for the whole text ({span(routed)})")
+    figure.suptitle(f"Route {routed.route}: one routing for the whole text ({span(routed)})")
     return figure
 
 
@@ -138,14 +137,16 @@ def _usage(routing: RoutingReport, *, route: str) -> "Figure":
     tasks = list(routing.usage)
     unknown = [UNKNOWN] if any(UNKNOWN in counts for counts in routing.confusion.values()) else []
     columns = [*routing.experts, *unknown]  # "unknown" has rows, but no weight
-    shares = {task: _shares(counts) for task, counts in routing.confusion.items()}
+    totals = {task: max(1, sum(counts.values())) for task, counts in routing.confusion.items()}
     return _panels(
         {
             "mean weight": [
                 [*(routing.usage[task].get(name, 0.0) for name in routing.experts), *(math.nan for _ in unknown)]
                 for task in tasks
             ],
-            "share of rows by heaviest expert": [[shares[task].get(name, 0.0) for name in columns] for task in tasks],
+            "share of rows by heaviest expert": [
+                [routing.confusion[task].get(name, 0) / totals[task] for name in columns] for task in tasks
+            ],
         },
         rows=tasks,
         columns=columns,
@@ -157,11 +158,6 @@ def _usage(routing: RoutingReport, *, route: str) -> "Figure":
         numbers=True,
         legend="weight, share",
     )
-
-
-def _shares(counts: Mapping[str, int]) -> dict[str, float]:
-    total = max(1, sum(counts.values()))
-    return {name: number / total for name, number in counts.items()}
 
 
 def _blocks(routing: RoutingReport, *, route: str) -> "Figure":
@@ -183,7 +179,7 @@ def _blocks(routing: RoutingReport, *, route: str) -> "Figure":
 
 
 def _confusion(confusion: Confusion, *, title: str) -> "Figure":
-    """Colour the share of each reference label's rows; write their number."""
+    """Colour each cell by its share of the rows of the reference label; write the number of rows."""
     size = len(confusion.labels)
     cell = min(0.42, 18 / size)
     names = confusion.labels if size <= _MAX_NAMES else []
@@ -219,49 +215,74 @@ def _panels(
 
     Args:
         panels: Title to the values, [rows, columns].
-        rows: Names down; empty for none.
-        columns: Names across; empty for none.
-        title: Of the whole.
-        across: What the columns are.
+        rows: Names of the rows; empty for none.
+        columns: Names of the columns; empty for none.
+        title: Above all panels.
+        across: Caption below the columns.
         cell: Width and height of a value, in inches.
         top: The value that is darkest; 0 is white.
-        down: What the rows are.
+        down: Caption beside the rows.
         numbers: Whether the values are written into the cells, if these are few.
-        texts: What is written there in place of the values.
-        legend: What the values are.
+        texts: Written into the cells in place of the values.
+        legend: Meaning of the values.
     """
+    layout = _layout(panels, rows=rows, columns=columns, title=title, cell=cell)
+    figure = _figure(*layout.size)
+    grid = figure.subplots(layout.num_rows, layout.num_columns, squeeze=False, sharex=True, sharey=True)
+    image = None
+    for index, axes in enumerate(grid.flat):
+        if index >= len(panels):
+            axes.set_visible(False)
+            continue
+        name, values = list(panels.items())[index]
+        image = axes.imshow(values, cmap=_COLOURS, vmin=0, vmax=top, aspect="auto", interpolation="nearest")
+        axes.set_title(name)
+        _label(axes, rows=rows, columns=columns, cell=layout.cell)
+        if index + layout.num_columns >= len(panels):
+            axes.set_xlabel(across)
+            axes.tick_params(labelbottom=True)
+        if index % layout.num_columns == 0:
+            axes.set_ylabel(down)
+        if max(len(values), len(values[0])) <= _MAX_NUMBERS:
+            _write(axes, texts or ([list(map(_number, row)) for row in values] if numbers else []), values, top)
+    assert image is not None
+    figure.colorbar(image, ax=grid, label=legend, shrink=layout.shrink, anchor=(0.0, 1.0), aspect=12)
+    figure.suptitle(title)
+    return figure
+
+
+class _Layout(NamedTuple):
+    """The grid of panels in a figure."""
+
+    num_rows: int
+    num_columns: int
+    cell: tuple[float, float]
+    """Width and height of a value in inches, lower than requested where many panels stand above each other."""
+    size: tuple[float, float]
+    """Width and height of the figure in inches."""
+    shrink: float
+    """Share of the height that the colour scale takes."""
+
+
+def _layout(
+    panels: Mapping[str, Sequence[Sequence[float]]],
+    *,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    title: str,
+    cell: tuple[float, float],
+) -> _Layout:
+    """Fit panels into a figure of at most ``_WIDTH`` by ``_HEIGHT`` inches, with room for the names."""
     first = next(iter(panels.values()))
     height, width = len(first) * cell[1], len(first[0]) * cell[0]
     room = max(width, 0.09 * max(map(len, panels)), 0.8) + 0.25
-    side = max(1, min(len(panels), int(_WIDTH // room)))
-    deep = -(-len(panels) // side)
-    height = min(height, _HEIGHT / deep)
-    cell = (cell[0], height / len(first))
-    names = 0.08 * max((len(_shown(name)) for name in rows), default=0)
+    num_columns = max(1, min(len(panels), int(_WIDTH // room)))
+    num_rows = -(-len(panels) // num_columns)
+    height = min(height, _HEIGHT / num_rows)
+    beside = 0.08 * max((len(_shown(name)) for name in rows), default=0)
     below = 0.06 * max((len(_shown(name)) for name in columns), default=0)
-    figure = _figure(max(names + side * room + 1.6, 0.085 * len(title)), deep * (height + below + 0.75) + 0.5)
-    grid = figure.subplots(deep, side, squeeze=False, sharex=True, sharey=True)
-    image = None
-    for place, axes in enumerate(grid.flat):
-        if place >= len(panels):
-            axes.set_visible(False)
-            continue
-        name, values = list(panels.items())[place]
-        image = axes.imshow(values, cmap=_COLOURS, vmin=0, vmax=top, aspect="auto", interpolation="nearest")
-        axes.set_title(name)
-        _label(axes, rows=rows, columns=columns, cell=cell)
-        if place + side >= len(panels):
-            axes.set_xlabel(across)
-            axes.tick_params(labelbottom=True)
-        if place % side == 0:
-            axes.set_ylabel(down)
-        shown = texts or ([[_number(value) for value in row] for row in values] if numbers else [])
-        if max(len(first), len(first[0])) <= _MAX_NUMBERS:
-            _write(axes, shown, values, top)
-    assert image is not None
-    figure.colorbar(image, ax=grid, label=legend, shrink=min(1.0, 1.6 / (deep * height)), anchor=(0.0, 1.0), aspect=12)
-    figure.suptitle(title)
-    return figure
+    size = max(beside + num_columns * room + 1.6, 0.085 * len(title)), num_rows * (height + below + 0.75) + 0.5
+    return _Layout(num_rows, num_columns, (cell[0], height / len(first)), size, min(1.0, 1.6 / (num_rows * height)))
 
 
 def _label(axes: "Axes", *, rows: Sequence[str], columns: Sequence[str], cell: tuple[float, float]) -> None:
@@ -274,8 +295,8 @@ def _label(axes: "Axes", *, rows: Sequence[str], columns: Sequence[str], cell: t
     axes.tick_params(length=0)
     axes.spines[:].set_color("#bbbbbb")
     if rows:
-        axes.set_xticks([place + 0.5 for place in range(len(columns) - 1)], minor=True)
-        axes.set_yticks([place + 0.5 for place in range(len(rows) - 1)], minor=True)
+        axes.set_xticks([index + 0.5 for index in range(len(columns) - 1)], minor=True)
+        axes.set_yticks([index + 0.5 for index in range(len(rows) - 1)], minor=True)
         axes.grid(which="minor", color="#e5e5e5", linewidth=0.6)
         axes.tick_params(which="minor", length=0)
 
@@ -304,19 +325,13 @@ def _style() -> Iterator[None]:
 
     installed = {font.name for font in font_manager.fontManager.ttflist}
     fonts = ["DejaVu Sans", *(name for name in _FONTS if name in installed)]
-    style: Any = {
-        "font.family": fonts,
-        "font.size": 8,
-        "axes.titlesize": 8,
-        "figure.titlesize": 9,
-        "text.parse_math": False,
-    }
-    with matplotlib.rc_context(style):
+    sizes: Any = {"font.size": 8, "axes.titlesize": 8, "figure.titlesize": 9}
+    with matplotlib.rc_context({**sizes, "font.family": fonts, "text.parse_math": False}):
         yield
 
 
 def _figure(width: float, height: float) -> "Figure":
-    """Make an empty figure of so many inches."""
+    """Make an empty figure; width and height are in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
@@ -324,10 +339,10 @@ def _figure(width: float, height: float) -> "Figure":
 
 def _png(figure: "Figure") -> bytes:
     stream = BytesIO()
-    with warnings.catch_warnings(record=True) as found:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         figure.savefig(stream, format="png", dpi=_DPI)
-    if any("missing from font" in str(entry.message) for entry in found):
+    if any("missing from font" in str(entry.message) for entry in caught):
         _LOG.warning(
             "Some characters of the picture are in none of the fonts installed here and are drawn as boxes. Install "
             "one that has them, e.g. Noto Sans CJK SC for Chinese."

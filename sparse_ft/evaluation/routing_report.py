@@ -1,6 +1,7 @@
-"""What the gate did on a split: how often it was right, which experts it used, which it never chose."""
+"""The routing of a split: how often it was right, which experts it used and which it never chose."""
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,31 +11,32 @@ from torch import Tensor
 
 from sparse_ft.evaluation.tables import text_table
 from sparse_ft.experts.routing import Routing
+from sparse_ft.prediction.routes import heaviest
 
 UNKNOWN = "unknown"
-"""Stands for the expert of a row that the gate turned away."""
+"""In place of the expert of a row that has no weight."""
 
 
 @dataclass(frozen=True)
 class RoutingReport:
-    """How the rows of several tasks were routed."""
+    """The routing of the rows of several tasks."""
 
     experts: list[str]
     confusion: dict[str, dict[str, int]]
-    """Task to expert (or ``unknown``) to the rows whose largest weight it had."""
+    """Task to expert (or ``unknown``) to the number of rows in which it has the largest weight."""
     usage: dict[str, dict[str, float]]
-    """Task to expert to its mean weight, above 0 and up to 1; without those that were never chosen."""
+    """Task to expert to its mean weight, above 0 and up to 1; without experts that were never chosen."""
     entropy: dict[str, float]
-    """Task to the mean entropy in bits of the gate's probabilities, or of the weights where tokens were routed; 0 where
-    it is always sure."""
+    """Task to the mean entropy in bits: of the probabilities that the gate gives, or of the weights if tokens were
+    routed; 0 for routes without probabilities."""
     own: dict[str, tuple[str, ...]]
-    """Task to the experts that serve it."""
+    """Task to the experts that its rows are meant for."""
     blocks: dict[int, dict[str, dict[str, float]]] = field(default_factory=dict)
-    """Block to task to expert to its mean weight in that block; empty where whole texts were routed."""
+    """Block to task to expert to its mean weight in that block; empty if texts were routed as a whole."""
 
     @property
     def accuracy(self) -> float:
-        """Share of all rows that went to their task's expert, 0 to 1."""
+        """Share of all rows that went to an expert of their task, 0 to 1."""
         right = sum(self.right(task) for task in self.confusion)
         return right / max(1, sum(sum(counts.values()) for counts in self.confusion.values()))
 
@@ -44,12 +46,12 @@ class RoutingReport:
 
     @property
     def dead(self) -> list[str]:
-        """Experts that no row chose."""
+        """Experts that have the largest weight in no row."""
         chosen = {expert for counts in self.confusion.values() for expert, number in counts.items() if number}
         return [expert for expert in self.experts if expert not in chosen]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what ``evaluate --json`` writes under ``routing``; ``blocks`` only where tokens were routed."""
+        """Return the ``routing`` of ``evaluate --json``, with ``blocks`` only if tokens were routed."""
         blocks = {str(block): usage for block, usage in self.blocks.items()}
         return {
             "accuracy": self.accuracy,
@@ -61,7 +63,7 @@ class RoutingReport:
         }
 
     def to_text(self) -> str:
-        """Show the confusion of tasks and experts as a table."""
+        """Lay out the confusion of tasks and experts as a table."""
         unknown = [UNKNOWN] if any(UNKNOWN in counts for counts in self.confusion.values()) else []
         columns = [*self.experts, *unknown]
         wrong = any(set(self.experts) - set(own) for own in self.own.values())  # otherwise none can be
@@ -87,25 +89,20 @@ def report_routing(
     usage: Mapping[str, Tensor] | None = None,
     blocks: Mapping[str, Sequence[int]] | None = None,
 ) -> RoutingReport:
-    """Count what a gate chose.
+    """Count the experts of each row.
 
     Args:
-        routings: Task to the routing of its rows as wholes.
+        routings: Task to the routing of its rows; one routing a row, not a token.
         experts: Names in the order of the model.
         own: Task to its experts.
-        shared: Experts that rows use whatever the gate chooses; they are not reported.
+        shared: Experts that rows use whatever the route; they are not reported.
         usage: Task to the mean weights [rows, blocks, experts] in each block, if tokens were routed.
-        blocks: Task to the blocks that ``usage`` is about.
+        blocks: Task to the blocks of ``usage``.
     """
     confusion, shares, entropy = {}, {}, {}
     for task, routing in routings.items():
-        weights = routing.dense_weights(len(experts))
-        counts: dict[str, int] = {}
-        for best, total in zip(weights.argmax(-1).tolist(), weights.sum(-1).tolist(), strict=True):
-            name = experts[best] if total > 0 else UNKNOWN
-            counts[name] = counts.get(name, 0) + 1
-        confusion[task] = counts
-        shares[task] = _above_zero(experts, weights.mean(0))
+        confusion[task] = dict(Counter(expert or UNKNOWN for expert in heaviest(routing, experts)))
+        shares[task] = _above_zero(experts, routing.dense_weights(len(experts)).mean(0))
         if usage is not None and task in usage:
             entropy[task] = _entropy(usage[task])
         else:

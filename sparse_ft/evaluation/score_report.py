@@ -1,6 +1,6 @@
-"""Classification reports: scores as terminal tables, as Markdown, as JSON, and the three as files.
+"""Reports of scores: as text for a terminal, as Markdown, as JSON, and the three as files.
 
-Nothing here prints. Text and Markdown are two renderings of the same blocks: lines and tables.
+Text and Markdown are two renderings of the same blocks: lines and tables.
 """
 
 import json
@@ -29,13 +29,13 @@ _MAX_MATRIX_WIDTH = 110
 
 @dataclass(frozen=True)
 class TaskReport:
-    """What `write_report` needs of one task."""
+    """The scores of one task, to be reported."""
 
     score: Score
     title: str = ""
     """Heading; the task's name if empty."""
     unseen_rows: Score | None = None
-    """The score of those rows whose text does not occur in train, if some do."""
+    """The score of the rows whose text does not occur in train; None if all or none do."""
 
 
 class _Line(NamedTuple):
@@ -62,7 +62,7 @@ def report_text(score: Score, *, title: str, unseen_rows: Score | None = None) -
     Args:
         score: The figures of the task.
         title: First line, e.g. the task's name and split.
-        unseen_rows: The score of those rows whose text does not occur in train, if some do.
+        unseen_rows: See ``TaskReport``.
 
     Returns:
         Lines with aligned columns, East Asian wide characters counted as two; ends with a newline.
@@ -80,7 +80,7 @@ def report_markdown(score: Score, *, title: str, unseen_rows: Score | None = Non
     Args:
         score: The figures of the task.
         title: Second-level heading.
-        unseen_rows: The score of those rows whose text does not occur in train, if some do.
+        unseen_rows: See ``TaskReport``.
     """
     parts = [f"## {_escaped(title)} ({_count(score.n)} {_rows_word(score)})"]
     for block in _blocks(score, unseen_rows=unseen_rows, max_matrix=MAX_MARKDOWN_MATRIX):
@@ -89,11 +89,11 @@ def report_markdown(score: Score, *, title: str, unseen_rows: Score | None = Non
 
 
 def report_json(score: Score, *, unseen_rows: Score | None = None) -> dict[str, Any]:
-    """Give the report as a JSON object.
+    """Return the report as a JSON object.
 
     Args:
         score: The figures of the task.
-        unseen_rows: The score of those rows whose text does not occur in train, if some do.
+        unseen_rows: See ``TaskReport``.
 
     Returns:
         ``n``, ``metrics`` and ``report``, and those of ``token_report``, ``confusion``, ``unseen_labels`` and
@@ -119,14 +119,14 @@ def write_report(
     routing: Mapping[str, Any] | None = None,
     pictures: Mapping[str, bytes] | None = None,
 ) -> list[Path]:
-    """Write ``report.txt``, ``report.md`` and ``report.json``, each whole or not at all, and pictures beside them.
+    """Write ``report.txt``, ``report.md``, ``report.json`` and pictures, each completely or not at all.
 
     Args:
-        directory: Folder to write into; made if missing.
-        tasks: One report a task name, in the order they are to appear.
-        about: What the scores were measured on, e.g. ``checkpoint``, ``split`` and ``route``; top keys of the JSON.
-        routing: The routing report, put into the JSON as it is.
-        pictures: File name to PNG; the Markdown shows them.
+        directory: Folder to write into; created if missing.
+        tasks: Task name to its report, in the order of the files.
+        about: The origin of the scores, e.g. ``checkpoint``, ``split`` and ``route``; top keys of the JSON.
+        routing: The routing report, written to the JSON unchanged.
+        pictures: File name to PNG; the Markdown links to each.
 
     Returns:
         The paths of the three files, and of the pictures.
@@ -145,12 +145,12 @@ def write_report(
     contents = {name: text.encode("utf-8", errors="backslashreplace") for name, text in texts.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in {**pictures, **contents}.items():  # what is linked comes first
+        for name, content in {**pictures, **contents}.items():  # linked files come first
             write_bytes(folder / name, content)
     except OSError as error:
         raise SparseFTError(
             f"The report cannot be written to {str(folder)!r}: {error.strerror or error}. Expected a folder that can "
-            "be made and written to; give another one, or mend its permissions."
+            "be created and written to; give another one, or change its permissions."
         ) from error
     return [folder / name for name in (*contents, *pictures)]
 
@@ -182,7 +182,7 @@ def _json_file(tasks: Mapping[str, TaskReport], *, about: Mapping[str, str], rou
 
 
 def _blocks(score: Score, *, unseen_rows: Score | None, max_matrix: int) -> list[_Line | _Table]:
-    """Lay out the content of a report, in the order it is read."""
+    """Return the blocks of a report, in reading order."""
     blocks: list[_Line | _Table] = [*_metric_lines("metrics", score)]
     if score.out_of_scope is not None:
         blocks.append(_scope_line(score))
@@ -206,7 +206,7 @@ def _rows_word(score: Score) -> str:
 
 
 def _metric_lines(name: str, score: Score) -> list[_Line]:
-    """Give the headline figures in one line, those over tags in a second one."""
+    """Return the headline figures in one line, those over tags in a second line."""
     shown = {key: _number(value) for key, value in score.metrics.items() if key not in _SCOPE_METRICS}
     lines = [_Line(name, [f"{key} {value}" for key, value in shown.items() if not key.startswith(_TOKEN_PREFIX)])]
     if score.token_report is not None:
@@ -279,7 +279,7 @@ def _most_first(pair: tuple[int, int, int]) -> tuple[int, int, int]:
 
 
 def _matrix_table(confusion: Confusion) -> _Table:
-    """Lay out the matrix; long names as columns would make it unreadable and are replaced by their row's number."""
+    """Lay out the matrix; column names that would make it too wide are replaced by the numbers of their rows."""
     caption = "reference \\ predicted"
     names = [printable(label) for label in confusion.labels]
     columns = names

@@ -1,4 +1,4 @@
-"""Which experts each token of one text is sent to, block by block.
+"""The routing of one text: the experts that each of its tokens is sent to, block by block.
 
 Shapes: B blocks with experts, S tokens, E experts.
 """
@@ -20,7 +20,7 @@ from sparse_ft.experts.gates import Gate
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.routing import Routing
 from sparse_ft.prediction.requests import form_of
-from sparse_ft.prediction.routes import ROUTES, Route
+from sparse_ft.prediction.routes import ROUTES, Route, find_route
 
 
 class Token(NamedTuple):
@@ -28,14 +28,14 @@ class Token(NamedTuple):
 
     text: str
     start: int
-    """Character offset into the text as given; equal to ``end`` for what the tokenizer adds, such as [CLS]."""
+    """Character offset into the text; equal to ``end`` for tokens that the tokenizer adds, such as [CLS]."""
     end: int
     """Exclusive."""
 
 
 @dataclass(frozen=True)
 class TokenRouting:
-    """How one text was routed."""
+    """The routing of one text."""
 
     checkpoint: str
     route: str
@@ -47,11 +47,11 @@ class TokenRouting:
     blocks: list[int]
     """0-based blocks with experts, rising."""
     weights: Tensor
-    """[B, S, E] float32; where one choice was made for the whole text it stands in every place."""
+    """[B, S, E] float32; the same for all blocks and tokens if the text was routed as a whole."""
     by_token: bool
-    """Whether tokens were routed, or the text as a whole."""
+    """Whether every token was routed by itself; otherwise the text was routed as a whole."""
     probabilities: dict[str, float] | None = None
-    """Expert to what a learned gate thinks of it for the whole text."""
+    """Expert to the probability that a learned gate gives it for the whole text."""
 
     @property
     def choosable(self) -> bool:
@@ -66,9 +66,9 @@ class TokenRouting:
     def to_dict(self) -> dict[str, Any]:
         """Return what ``inspect --json`` prints; ``blocks`` of a token only where tokens were routed."""
         tokens: list[dict[str, Any]] = [token._asdict() for token in self.tokens]
-        for place, token in enumerate(tokens if self.by_token else []):
+        for position, token in enumerate(tokens if self.by_token else []):
             token["blocks"] = {
-                str(block): _above_zero(self.experts, weights[place].tolist())
+                str(block): _above_zero(self.experts, weights[position].tolist())
                 for block, weights in zip(self.blocks, self.weights, strict=True)
             }
         return {
@@ -93,17 +93,17 @@ def route_tokens(
     device: str = "auto",
     backbone: str | None = None,
 ) -> TokenRouting:
-    """Route one text, and keep which experts each of its tokens was sent to.
+    """Route one text and return the experts that each of its tokens was sent to.
 
-    The text is read as a task on texts reads it: one row, cut to ``data.max_length`` tokens. Where a task of the
-    checkpoint is on pairs, a tab separates the two texts of one.
+    The text is encoded as for a task on texts: one row, cut to ``data.max_length`` tokens. If a task of the checkpoint
+    reads pairs, a tab separates the two texts of a pair.
 
     Args:
-        checkpoint: A folder, or what ``load_checkpoint`` gave.
+        checkpoint: A folder, or what ``load_checkpoint`` returned.
         text: Any text, also empty.
         route: ``gate``, an expert, the path of a YAML file with rules, or one of ``routes.ROUTES`` but ``task``.
         device: ``auto``, ``cpu``, ``cuda`` …
-        backbone: Where the backbone is now, if not where the checkpoint says.
+        backbone: Path of the backbone, if not that in the checkpoint.
 
     Raises:
         ConfigError: If the route is unknown, or needs what the checkpoint lacks.
@@ -112,25 +112,24 @@ def route_tokens(
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = load_checkpoint(checkpoint, device=find_device(device), backbone=backbone)
     model = checkpoint.model
-    way = _find_route(route, model, seed=checkpoint.config.seed)
+    way = _route_of_text(route, model, seed=checkpoint.config.seed)
     encoder = Encoder(model.backbone, max_length=checkpoint.config.data.max_length)
     pairs = any(spec.reads == "pair" for spec in checkpoint.tasks.values())
-    form_of(text)  # says what is wrong with it
+    form_of(text)  # refuses a text that is no Unicode
     parts = text.split("\t", 1) if pairs else [text]
     (example,) = encoder.texts(parts[:1], parts[1:] or None)
     tokens, truncated = _tokens(encoder, parts, example)
     probabilities = None
-    gate = way.token_gate()
+    gate = way.block_gate()
     if gate is not None:
         blocks, weights = _token_weights(model, example, gate)
     else:
         blocks = list(range(model.first_block, model.backbone.num_blocks))
-        routing = way.rows([example], [text])
+        routing = way.rows([example], texts=[text])
         weights = routing.dense_weights(len(model.experts.names))[0].expand(len(blocks), len(tokens), -1).float().cpu()
         if routing.logits is not None:
-            names = model.text_gate().names if way.name == "gate" else model.experts.names
-            probabilities = dict(zip(names, routing.logits[0].softmax(-1).tolist(), strict=True))
-    shown = [model.experts.index(name) for name in model.routed]  # all but those that rows use anyway
+            shares = routing.logits[0].softmax(-1).tolist()
+            probabilities = dict(zip(model.text_gate().names, shares, strict=True))
     return TokenRouting(
         checkpoint=str(checkpoint.path),
         route=way.name,
@@ -139,13 +138,14 @@ def route_tokens(
         truncated=truncated,
         experts=model.routed,
         blocks=blocks,
-        weights=weights[..., shown],
+        weights=weights[..., [model.experts.index(name) for name in model.routed]],
         by_token=gate is not None,
         probabilities=probabilities,
     )
 
 
-def _find_route(name: str, model: SparseExpertModel, *, seed: int) -> Route:
+def _route_of_text(name: str, model: SparseExpertModel, *, seed: int) -> Route:
+    """Build the route of a text that belongs to no task; a checkpoint with one expert needs no gate."""
     experts = model.experts.names
     others = ", ".join([*(route for route in ROUTES if route not in ("task", "gate")), *experts])
     if name == "task":
@@ -160,22 +160,22 @@ def _find_route(name: str, model: SparseExpertModel, *, seed: int) -> Route:
                 f"--from CHECKPOINT`, or choose another --route: {others}."
             )
         name = experts[0]
-    return Route(name, model, seed=seed)
+    return find_route(name, model, seed=seed)
 
 
 @torch.no_grad()
 def _token_weights(model: SparseExpertModel, example: Example, gate: Gate) -> tuple[list[int], Tensor]:
-    """Return the blocks that the gate was asked at, and what it chose for each token there, [B, S, E] on the CPU."""
+    """Return the blocks at which a gate decided, and the weights of each token there, [B, S, E] on the CPU."""
     seen: dict[int, Routing] = {}
-    mixed = [task for task, slot in model.tasks.items() if slot.joint]  # whose rows may use a shared expert besides
-    batch = collate([(mixed[0] if mixed else "", example)], pad_id=model.backbone.pad_id, device=model.device)
-    model.hidden_states(batch if mixed else replace(batch, tasks=[]), gate=gate, block_routings=seen)
-    chosen = [seen[block].dense_weights(len(model.experts.names))[0] for block in sorted(seen)]  # [S, E] each
-    return sorted(seen), torch.stack([weights.expand(len(example.input_ids), -1) for weights in chosen]).float().cpu()
+    joint = [task for task, slot in model.tasks.items() if slot.joint]  # their rows may use a shared expert, too
+    batch = collate([(joint[0] if joint else "", example)], pad_id=model.backbone.pad_id, device=model.device)
+    model.hidden_states(batch if joint else replace(batch, tasks=[]), gate=gate, block_routings=seen)
+    by_block = [seen[block].dense_weights(len(model.experts.names))[0] for block in sorted(seen)]  # [S, E] each
+    return sorted(seen), torch.stack([weights.expand(len(example.input_ids), -1) for weights in by_block]).float().cpu()
 
 
 def _tokens(encoder: Encoder, parts: Sequence[str], example: Example) -> tuple[list[Token], bool]:
-    """Cut the text as its tokens do; say also whether some did not fit."""
+    """Return the tokens of the text, and whether some of them did not fit."""
     encoded = encoder.tokenizer(*parts, truncation=True, max_length=encoder.max_length).encodings[0]
     names = encoder.tokenizer.convert_ids_to_tokens(example.input_ids)
     if not encoded.ids:  # a text without tokens is read as one token of padding

@@ -1,4 +1,4 @@
-"""The routing of one text for a terminal: tokens down, blocks across, the experts of each by a letter."""
+"""The routing of one text as a table: a row a token, a column a block, a letter an expert."""
 
 from collections.abc import Sequence
 
@@ -8,15 +8,15 @@ from sparse_ft.evaluation.tables import printable, text_table
 from sparse_ft.evaluation.token_routing import TokenRouting
 
 MAX_IN_CELL = 3
-"""Experts that a cell names; how many more there are follows."""
+"""Experts that a cell names; the number of further experts follows."""
 MAX_TOKEN_WIDTH = 24
 
 
 def token_table(routed: TokenRouting, *, width: int = 120) -> str:
-    """Show the experts, and where tokens were routed a table of these.
+    """Lay out the experts of a text and, if its tokens were routed, the experts of each token.
 
     Args:
-        routed: What ``route_tokens`` gave.
+        routed: As ``route_tokens`` returns it.
         width: Terminal columns; blocks that do not fit go into a second table below the first.
     """
     lines = [_headline(routed)]
@@ -34,7 +34,7 @@ def token_table(routed: TokenRouting, *, width: int = 120) -> str:
 
 
 def span(routed: TokenRouting) -> str:
-    """Say how many tokens and which blocks were routed."""
+    """Name the number of tokens and the blocks that were routed."""
     count = "1 token" if len(routed.tokens) == 1 else f"{len(routed.tokens)} tokens"
     first, last = routed.blocks[0], routed.blocks[-1]
     return f"{count}, block {first}" if first == last else f"{count}, blocks {first} to {last}"
@@ -43,17 +43,17 @@ def span(routed: TokenRouting) -> str:
 def _headline(routed: TokenRouting) -> str:
     if not routed.choosable:
         return f"There is one expert, {routed.experts[0]}, so there is nothing to choose ({span(routed)})."
-    choice = "every token chooses its experts anew in each block"
+    how = "every token has experts of its own in each block"
     if not routed.by_token:
-        choice = "one choice for the whole text, the same for all its tokens in all blocks"
-    return f"Route {routed.route}: {choice} ({span(routed)})."
+        how = "one routing for the whole text, the same for all its tokens in all blocks"
+    return f"Route {routed.route}: {how} ({span(routed)})."
 
 
 def _expert_table(routed: TokenRouting) -> list[str]:
     marked = routed.by_token
     rows = [
-        [*([_mark(place)] if marked else []), printable(expert), f"{weight:.2f}"]
-        for place, (expert, weight) in enumerate(routed.usage.items())
+        [*([_letter(index)] if marked else []), printable(expert), f"{weight:.2f}"]
+        for index, (expert, weight) in enumerate(routed.usage.items())
     ]
     header = ["", "expert", "mean weight"] if marked else ["expert", "weight"]
     if routed.probabilities is not None:
@@ -82,22 +82,22 @@ def _token_tables(routed: TokenRouting, width: int) -> list[list[str]]:
     return tables
 
 
-def _mark(place: int) -> str:
+def _letter(index: int) -> str:
     """Name an expert by a letter: A to Z, then AA, AB and so on."""
-    letter = chr(ord("A") + place % 26)
-    return letter if place < 26 else _mark(place // 26 - 1) + letter
+    letter = chr(ord("A") + index % 26)
+    return letter if index < 26 else _letter(index // 26 - 1) + letter
 
 
 def _cell(weights: Sequence[float]) -> str:
-    """Show the experts of one token [E], the heaviest first, in hundredths; ``-`` where there is none."""
-    order = sorted(range(len(weights)), key=lambda place: -weights[place])
-    shown = [f"{_mark(place)}{100 * weights[place]:.0f}" for place in order if weights[place] >= 0.005]
+    """Write the experts of one token [E], the heaviest first, in hundredths; ``-`` if there is none."""
+    order = sorted(range(len(weights)), key=lambda index: -weights[index])
+    shown = [f"{_letter(index)}{100 * weights[index]:.0f}" for index in order if weights[index] >= 0.005]
     more = [f"+{len(shown) - MAX_IN_CELL}"] if len(shown) > MAX_IN_CELL else []
     return " ".join([*shown[:MAX_IN_CELL], *more]) or "-"
 
 
 def shortened(token: str, *, width: int = MAX_TOKEN_WIDTH) -> str:
-    """Show a token or a name in one cell; blanks that begin or end a token are those of its tokenizer."""
+    """Cut a token or a name to the width of a cell, without the blanks that a tokenizer puts at its ends."""
     shown = printable(token.strip() or token)
     while cell_len(shown) > width:
         shown = shown[:-2] + "…"

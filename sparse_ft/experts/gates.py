@@ -33,10 +33,6 @@ class GateInput:
     """[N, S], 1 for real tokens."""
     block: int
     """0-based block that the hidden states enter."""
-    texts: Sequence[str] = ()
-    """The texts of the rows, if they are known."""
-    metadata: Sequence[Mapping[str, Any]] = ()
-    """Further fields of each row, e.g. its language."""
     generator: torch.Generator | None = None
     """Source of random numbers for a gate in training; None takes the global one."""
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from sparse_ft.backbone.batching import Batch, collate, length_batches, token_limit
 from sparse_ft.backbone.encoding import NO_TOKEN_LOGIT, Example
 from sparse_ft.backbone.trunk import cache_trunk
-from sparse_ft.errors import ConfigError
 from sparse_ft.experts.gates import Gate
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.routing import ForwardPass, Routing
@@ -68,7 +67,7 @@ def row_logits(
         examples: Rows of model input; windows of one text share a ``row``.
         num_rows: Number of texts.
         num_parts: Words or choices of each text, for tasks that give logits for these; see ``TaskKind.parts``.
-        routing: Routing of the examples; None takes the task's expert, or the model's gate if the task was trained so.
+        routing: Routing of the examples; None takes the task's expert, or the model's token gate for joint tasks.
         gate: Decides at every block instead of ``routing``.
         usage: [examples, blocks, experts], filled with the mean weight that ``gate`` gave each expert over the tokens;
             blocks from ``model.first_block`` on.
@@ -76,9 +75,6 @@ def row_logits(
     Returns:
         One float32 CPU tensor a text: (labels,), or (words, tags), or (choices, 1).
     """
-    by_text = routing is None and gate is None and model.tasks[task].gated and model.token_gate is None
-    if by_text and any(example.hidden is None for example in examples):
-        routing = text_routing(model, examples, task=task)
     results = _blank_logits(model, task, EncodedTexts(examples, num_rows, num_parts))
     for members, batch in _batches(model, [(task, example) for example in examples]):
         taken = None if routing is None else routing.take(members)
@@ -139,30 +135,6 @@ def _batches(model: SparseExpertModel, pairs: Sequence[tuple[str, Example]]) -> 
 
 
 @torch.no_grad()
-def text_routing(model: SparseExpertModel, examples: Sequence[Example], *, task: str | None = None) -> Routing:
-    """Let the model's gate choose experts for each example.
-
-    Args:
-        model: In evaluation mode.
-        examples: Rows of model input.
-        task: Task of the examples, None if unknown; the gate chooses among the task's experts, or among all if it was
-            trained together with the task.
-
-    Raises:
-        ConfigError: If the model has no gate that decides once a text.
-    """
-    gate = model.text_gate() if task is None else model.sequence_gate
-    if gate is None:
-        raise ConfigError(f"Task {task!r} needs a gate that chooses among its experts, and this model has none.")
-    excluded: list[int] = []
-    if task is not None and not model.tasks[task].joint:
-        excluded = [index for index, name in enumerate(gate.names) if name not in model.tasks[task].experts]
-    means = mean_states(model, examples, block=gate.block).to(model.device)
-    tokens = [example.input_ids for example in examples] if task is None else None  # a known task is never unknown
-    return model.reindexed(gate.decide(means, tokens, excluded=excluded, abstains=task is None), gate.names)
-
-
-@torch.no_grad()
 def with_hidden_states(
     model: SparseExpertModel, task: str, examples: Sequence[Example], *, routing: Routing | None = None
 ) -> tuple[list[Example], Tensor]:
@@ -172,15 +144,13 @@ def with_hidden_states(
         model: In evaluation mode.
         task: One of the tasks; the others must use the same shared expert.
         examples: Rows of model input.
-        routing: Routing of the examples; None lets the model's gate decide, for joint tasks.
+        routing: Routing of the examples; None lets the model's token gate decide, for joint tasks.
 
     Returns:
         The examples with ``hidden`` filled, and the mean weight of each expert, [examples, experts].
     """
     results = list(examples)
     usage = torch.zeros(len(examples), len(model.experts.names))
-    if routing is None and model.token_gate is None:
-        routing = text_routing(model, examples, task=task)
     if routing is not None:
         usage.copy_(routing.dense_weights(usage.shape[1]))
     for members, batch in _batches(model, [(task, example) for example in examples]):

@@ -256,7 +256,7 @@ class SparseExpertModel(nn.Module):
                 experts += [self.experts.index(slots[rows.task].experts[0])] * (rows.stop - rows.start)
             return Routing.one_hot(experts, device=self.device), None
         if self.token_gate is None or len(gated) < len(slots):
-            raise ValueError(f"The rows of task {gated[0]!r} must be routed first; see inference.text_routing.")
+            raise ValueError(f"The rows of task {gated[0]!r} must be routed first; see prediction.routes.Route.")
         return None, self.token_gate
 
     def _with_shared(self, routing: Routing, batch: Batch, rows: slice) -> Routing:

@@ -19,7 +19,7 @@ from sparse_ft.merging.merged_tasks import MergedTask, group_tasks, install, par
 from sparse_ft.merging.methods import MERGE_METHODS
 from sparse_ft.merging.search import Search, search_settings
 from sparse_ft.merging.settings import AVERAGE, STACK, MergeSettings, merge_settings
-from sparse_ft.prediction.routes import Route
+from sparse_ft.prediction.routes import find_route
 from sparse_ft.tasks.sources import name_sources
 from sparse_ft.tasks.spec import Split, TaskSpec
 from sparse_ft.training.gate_stage import add_gate, kept_rows
@@ -244,7 +244,10 @@ def _reports(
     if not settings.evaluate:
         return {}
     model, config = checkpoint.model, checkpoint.config
-    encoder, way = Encoder(model.backbone, max_length=config.data.max_length), Route(route, model, seed=config.seed)
+    encoder, way = (
+        Encoder(model.backbone, max_length=config.data.max_length),
+        find_route(route, model, seed=config.seed),
+    )
     return {
         name: evaluate_task(
             model, spec, split=settings.split, source=config.sources.get(name), encoder=encoder, route=way

@@ -1,4 +1,8 @@
-"""The ways to answer texts: tasks asked of all, tasks that each text names, or what a gate or rules choose."""
+"""From requests to answers: choose tasks and experts, encode, run in batches, decode.
+
+Every text answers the same tasks, or names its own, or is answered by the tasks of the expert that rules or a gate
+choose for it.
+"""
 
 import threading
 from collections.abc import Mapping, Sequence
@@ -11,41 +15,38 @@ from torch import Tensor
 from sparse_ft.backbone.encoding import Encoder, Example
 from sparse_ft.checkpoint.checkpoint import Checkpoint
 from sparse_ft.errors import ConfigError, DataError
-from sparse_ft.experts.gates import SequenceGate
-from sparse_ft.experts.inference import (
-    EncodedTexts,
-    logits_by_task,
-    row_logits,
-    stacked_means,
-    text_routing,
-    with_hidden_states,
-    with_trunks,
-)
+from sparse_ft.experts.inference import EncodedTexts, logits_by_task, row_logits, with_hidden_states, with_trunks
+from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.routing import Routing
 from sparse_ft.prediction.ensembles import Ensemble, ensemble_logits
-from sparse_ft.prediction.requests import FORMS, Request, Text, columns_of, form_of, parts_of
-from sparse_ft.prediction.rules import Rules, joined
+from sparse_ft.prediction.requests import FORMS, Request, Text, columns_of, form_of, joined, parts_of
+from sparse_ft.prediction.routes import Route, heaviest
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.kinds.answers import Answer, Prediction
 
-_Key = tuple[int, ...]
+_Cache = Mapping[tuple[int, ...], Example]
+"""Examples that carry a trunk or hidden states, by the token ids that the backbone reads."""
 
 
 class Answering:
-    """Answers for as many texts as fit into memory at once; threads take turns.
+    """Answers as many requests as fit into memory at once; threads take turns.
 
     Args:
-        checkpoint: What ``load_checkpoint`` gave.
+        checkpoint: As ``load_checkpoint`` returns it.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
-        self.tasks = checkpoint.tasks
+        self.checkpoint, self.tasks = checkpoint, checkpoint.tasks
         self.encoder = Encoder(checkpoint.model.backbone, max_length=checkpoint.config.data.max_length)
         self.lock = threading.Lock()
 
+    @property
+    def model(self) -> SparseExpertModel:
+        """The model of the checkpoint."""
+        return self.checkpoint.model
+
     def task_names(self, tasks: Sequence[str] | str) -> list[str]:
-        """Return the names of tasks that are asked for, ``"all"`` or some.
+        """Return the names of the requested tasks, ``"all"`` or some.
 
         Raises:
             ConfigError: If one is unknown, or there is none.
@@ -54,300 +55,277 @@ class Answering:
             return list(self.tasks)
         names = [tasks] if isinstance(tasks, str) else list(tasks)
         for name in names:
-            self.checkpoint.model.head(name)
+            self.model.head(name)
         if not names:
             raise ConfigError('No task is given. Name some of the checkpoint, or write "all".')
         return names
 
-    def by_row(self, rows: Sequence[Request]) -> list[Prediction]:
-        """Answer the tasks that each text names itself; those with an expert of their own run in the same batches."""
-        model, texts = self.checkpoint.model, [row.text for row in rows]
-        asked = [self.task_names(row.tasks or []) for row in rows]
-        alone = [name for name, slot in model.tasks.items() if not slot.gated and slot.shared is None]
-        answers: list[dict[str, Answer]] = [{} for _ in rows]
-        routings: list[dict[str, float]] = [{} for _ in rows]
-        again = any(len(names) > 1 for names in asked) and len({form_of(text) for text in texts}) == 1
-        trunk = self._shared(texts) if again and self._keeps_trunk else {}
-        places = {name: [place for place, names in enumerate(asked) if name in names] for name in alone}
-        jobs = {
-            name: self._examples(name, [texts[place] for place in where], shared=trunk)
-            for name, where in places.items()
-            if where
-        }
-        with self.lock:
-            logits = logits_by_task(model, jobs)
-        for name, outputs in logits.items():
-            found = self._decoded(name, [texts[place] for place in places[name]], outputs)
-            for place, answer in zip(places[name], found, strict=True):
-                answers[place][name] = answer
-                routings[place][model.tasks[name].experts[0]] = 1.0
-        mixed = [tuple(name for name in names if name not in alone) for names in asked]
-        for group in dict.fromkeys(filter(None, mixed)):  # by the gate, as if all texts asked for the same
-            where = [place for place, names in enumerate(mixed) if names == group]
-            for place, prediction in zip(where, self.by_task([texts[p] for p in where], group, {}), strict=True):
-                answers[place].update(prediction.tasks)
-                routings[place].update(prediction.routing)
-        return [
-            _prediction(text, {name: found[name] for name in names}, routing)
-            for text, names, found, routing in zip(texts, asked, answers, routings, strict=True)
-        ]
-
-    def by_rules(self, rows: Sequence[Request], rules: Rules) -> list[Prediction]:
-        """Let rules choose an expert for every text, and answer the tasks of that expert."""
-        model, texts = self.checkpoint.model, [row.text for row in rows]
-        for text in texts:
-            form_of(text)  # says what is wrong with it
-        shown = [joined(*parts_of(text)[:2]) for text in texts]
-        chosen = rules.choose(shown, [row.metadata for row in rows])
-        routing = Routing.one_hot(
-            [0 if name is None else model.experts.index(name) for name in chosen], device=model.device
-        )
-        answers = self._routed(texts, chosen, routing, shared={})
-        for text, name, found in zip(texts, chosen, answers, strict=True):
-            if name is not None and not found:
-                raise DataError(
-                    f"The rules send {text!r} to expert {name!r}, which serves no task on {FORMS[form_of(text)]}. "
-                    "Change the rule, or name the tasks."
-                )
-        return [
-            _prediction(text, found, {} if name is None else {name: 1.0}, unknown=name is None)
-            for text, name, found in zip(texts, chosen, answers, strict=True)
-        ]
-
-    def _routed(
+    def answer(
         self,
-        texts: Sequence[Text],
-        chosen: Sequence[str | None],
-        routing: Routing,
+        requests: Sequence[Request],
         *,
-        shared: Mapping[str, Mapping[_Key, Example]],
-    ) -> list[dict[str, Answer]]:
-        """Answer for each text the tasks that its expert serves, of those that read such texts.
+        names: Sequence[str] = (),
+        ensembles: Mapping[str, Ensemble] | None = None,
+        route: Route | None = None,
+    ) -> list[Prediction]:
+        """Answer requests, in order.
 
         Args:
-            texts: The rows.
-            chosen: The expert of each, whose tasks are answered; None answers none.
-            routing: Of the rows.
-            shared: What has been computed of the texts, by task; all of it where the gate mixes the experts.
+            requests: Texts, with or without tasks of their own.
+            names: Tasks of the requests that name none.
+            ensembles: More tasks of these requests, each answered by several experts.
+            route: Rules or a gate that choose the tasks of these requests in place of ``names``.
         """
-        answers: list[dict[str, Answer]] = [{} for _ in texts]
-        for name, slot in self.checkpoint.model.tasks.items():
-            reads = self.tasks[name].reads
-            places = [
-                place
-                for place, expert in enumerate(chosen)
-                if expert in slot.experts and form_of(texts[place]) == reads
-            ]
-            own = None if slot.joint and name in shared else routing.take(places)
-            found = self._answers(name, [texts[place] for place in places], shared=shared.get(name, {}), routing=own)
-            for place, answer in zip(places, found, strict=True):
-                answers[place][name] = answer
-        return answers
+        naming = [request for request in requests if request.tasks is not None]
+        others = [request for request in requests if request.tasks is None]
+        with self.lock:
+            named = iter(self._answer_named(naming) if naming else [])
+            if others and route is not None:
+                rest = iter(self._answer_routed(others, route))
+            else:
+                texts = [request.text for request in others]
+                rest = iter(self._answer_tasks(texts, names, ensembles or {}) if others else [])
+        return [next(rest if request.tasks is None else named) for request in requests]
 
-    def by_task(
+    def logits(self, task: str, texts: Sequence[Text]) -> list[Tensor]:
+        """Compute the logits of a task for each text; see ``inference.row_logits``."""
+        with self.lock:
+            return self._task_logits(task, texts, cache={})
+
+    def _answer_named(self, requests: Sequence[Request]) -> list[Prediction]:
+        """Answer the tasks that each text names itself; tasks that one expert serves run in the same batches."""
+        texts = [request.text for request in requests]
+        names_of = [self.task_names(request.tasks or []) for request in requests]
+        answers: list[dict[str, Answer]] = [{} for _ in texts]
+        shares: list[dict[str, float]] = [{} for _ in texts]
+        rows_of = {
+            name: [row for row, names in enumerate(names_of) if name in names]
+            for name, slot in self.model.tasks.items()
+            if not slot.gated and slot.shared is None
+        }
+        for name, answers_of in self._answer_in_common_batches(texts, names_of, rows_of).items():
+            for row, answer in zip(rows_of[name], answers_of, strict=True):
+                answers[row][name] = answer
+                shares[row][self.model.tasks[name].experts[0]] = 1.0
+        gated = [tuple(name for name in names if name not in rows_of) for names in names_of]
+        for group in dict.fromkeys(filter(None, gated)):
+            rows = [row for row, names in enumerate(gated) if names == group]
+            for row, prediction in zip(rows, self._answer_tasks([texts[r] for r in rows], group, {}), strict=True):
+                answers[row].update(prediction.tasks)
+                shares[row].update(prediction.routing)
+        requested = [
+            {name: answered[name] for name in names} for names, answered in zip(names_of, answers, strict=True)
+        ]
+        return list(map(_prediction, texts, requested, shares))
+
+    def _answer_in_common_batches(
+        self, texts: Sequence[Text], names_of: Sequence[Sequence[str]], rows_of: Mapping[str, Sequence[int]]
+    ) -> dict[str, list[Answer]]:
+        """Answer tasks that one expert serves, each for its rows, in batches with rows of all these tasks."""
+        repeated = any(len(names) > 1 for names in names_of) and len({form_of(text) for text in texts}) == 1
+        cache = self._trunks(texts) if repeated else {}
+        texts_of = {name: [texts[row] for row in rows] for name, rows in rows_of.items() if rows}
+        encoded = {name: self._encode(name, chosen, cache=cache) for name, chosen in texts_of.items()}
+        logits = logits_by_task(self.model, encoded)
+        return {name: self._decode(name, chosen, logits[name]) for name, chosen in texts_of.items()}
+
+    def _answer_tasks(
         self, texts: Sequence[Text], names: Sequence[str], ensembles: Mapping[str, Ensemble]
     ) -> list[Prediction]:
         """Answer these tasks for every text, each by its own experts, and others by ensembles."""
-        model = self.checkpoint.model
         for name in (*names, *ensembles):
-            columns_of(self.tasks[name], texts)  # says what is wrong with the texts
-        alone = [name for name in names if not model.tasks[name].joint]
-        trunk = self._shared(texts) if len(alone) > 1 and self._keeps_trunk else {}
-        shared = dict.fromkeys(alone, trunk)
-        single = [name for name in alone if not model.tasks[name].gated]
-        routings = [{model.tasks[name].experts[0]: 1.0 for name in single} for _ in texts]
-        weights = [self._domain_weights(texts, name) for name in alone if name not in single]
-        for group in self._mixed_groups(names):
-            found, own = self._mixed(texts, group[0])
-            shared.update(dict.fromkeys(group, found))
-            weights.append(own)
-        for given in weights:
-            for routing, row in zip(routings, given.tolist(), strict=True):
-                routing.update({name: weight for name, weight in zip(model.experts.names, row, strict=True) if weight})
-        answers = {name: self._answers(name, texts, shared=shared[name]) for name in names}
+            columns_of(self.tasks[name], texts)  # refuses texts that the task does not read
+        slots = {name: self.model.tasks[name] for name in names}
+        separate = [name for name, slot in slots.items() if not slot.joint]
+        caches = dict.fromkeys(separate, self._trunks(texts) if len(separate) > 1 else {})
+        joint, gated = self._run_joint_experts(texts, names, caches), list[Tensor]()
+        answers = {}
+        for name, slot in slots.items():
+            encoded = self._encode(name, texts, cache=caches[name])
+            routing = self._route(name, encoded)
+            answers[name] = self._decode(name, texts, self._row_logits(name, encoded, routing))
+            if slot.gated and not slot.joint and routing is not None:
+                weights = routing.dense_weights(len(self.model.experts.names)).cpu()
+                gated.append(_mean_by_text(weights, encoded.examples, len(texts)))
+        shares = [{slot.experts[0]: 1.0 for slot in slots.values() if not slot.gated} for _ in texts]
+        for weights in (*gated, *joint):
+            for share, row in zip(shares, weights.tolist(), strict=True):
+                share.update(
+                    {name: weight for name, weight in zip(self.model.experts.names, row, strict=True) if weight}
+                )
         for name, ensemble in ensembles.items():
-            answers[name] = self._answers(name, texts, shared={}, ensemble=ensemble)
-            for routing in routings:
-                routing.update(dict.fromkeys(ensemble.experts, 1 / len(ensemble.experts)))
-        return [
-            _prediction(text, {name: found[place] for name, found in answers.items()}, routings[place])
-            for place, text in enumerate(texts)
-        ]
+            logits = ensemble_logits(self.model, self.tasks, ensemble, self._encode(name, texts, cache={}))
+            answers[name] = self._decode(name, texts, logits)
+            for share in shares:
+                share.update(dict.fromkeys(ensemble.experts, 1 / len(ensemble.experts)))
+        rows = [{name: answers_of[row] for name, answers_of in answers.items()} for row in range(len(texts))]
+        return list(map(_prediction, texts, rows, shares))
 
-    def _mixed_groups(self, names: Sequence[str]) -> list[list[str]]:
-        """Return the tasks that one gated pass can answer, together: those whose rows look the same to the experts."""
-        groups: dict[Any, list[str]] = {}
-        for name in names:
-            slot = self.checkpoint.model.tasks[name]
-            if slot.joint:
-                groups.setdefault((slot.shared, self._sees_shapes(name)), []).append(name)
-        return list(groups.values())
+    def _answer_routed(self, requests: Sequence[Request], route: Route) -> list[Prediction]:
+        """Let rules or the gate choose an expert for every text, and answer the tasks of that expert."""
+        texts = [request.text for request in requests]
+        forms = [form_of(text) for text in texts]
+        caches: dict[str, _Cache] = {}
+        if route.chooser is not None:
+            shown = [joined(*parts_of(text)[:2]) for text in texts]
+            routing = route.choose(shown, [request.metadata for request in requests])
+        else:
+            routing = self._ask_gate(texts, route, caches)
+        experts = heaviest(routing, self.model.experts.names)
+        shares: list[dict[str, float]] = [{} if expert is None else {expert: 1.0} for expert in experts]
+        if routing.logits is not None:
+            rows = routing.logits.softmax(-1).tolist()
+            shares = [dict(zip(self.model.text_gate().names, row, strict=True)) for row in rows]
+        answers = self._answer_by_experts(texts, experts, routing, caches)
+        for text, form, expert, answered in zip(texts, forms, experts, answers, strict=True):
+            if expert is not None and not answered:
+                raise DataError(
+                    f"The rules send {text!r} to expert {expert!r}, which serves no task on {FORMS[form]}. "
+                    "Change the rule, or name the tasks."
+                )
+        return list(map(_prediction, texts, answers, shares, [expert is None for expert in experts]))
 
-    def _sees_shapes(self, task: str) -> bool:
-        """Whether the experts that a task mixes see how its words are written."""
-        model = self.checkpoint.model
-        slot = model.tasks[task]
-        return slot.joint and slot.level == "word" and bool(model.word_shapes.blocks_of(None))
+    def _ask_gate(self, texts: Sequence[Text], route: Route, caches: dict[str, _Cache]) -> Routing:
+        """Let the gate choose among the experts that serve tasks on such texts, and fill the caches of these tasks."""
+        gate = self.model.text_gate()
+        examples = with_trunks(self.model, self._encode_plain(texts), block=gate.block, means=True)
+        form = form_of(texts[0])
+        names = [name for name in self.model.tasks if self.tasks[name].reads == form]
+        fit = {expert for name in names for expert in self.model.tasks[name].experts}
+        if fit.isdisjoint(gate.names):
+            raise DataError(
+                f"No task of this checkpoint reads {FORMS[form]}, as {texts[0]!r} is. Its tasks read "
+                f"{' or '.join(dict.fromkeys(FORMS[spec.reads] for spec in self.tasks.values()))}."
+            )
+        if self._reuses_trunk and gate.block == self.model.first_block:
+            cache = {_key(example): example for example in examples}
+            caches.update(dict.fromkeys(names, cache))
+        routing = route.rows(examples, among=fit)
+        self._run_joint_experts(texts, names, caches)
+        return routing
 
-    def _mixed(self, texts: Sequence[Text], task: str) -> tuple[dict[_Key, Example], Tensor]:
-        """Run texts through the experts that the gate mixes, for all tasks that are mixed like this one.
+    def _answer_by_experts(
+        self, texts: Sequence[Text], experts: Sequence[str | None], routing: Routing, caches: Mapping[str, _Cache]
+    ) -> list[dict[str, Answer]]:
+        """Answer for each text the tasks that its expert serves, of those that read such texts; none for None."""
+        answers: list[dict[str, Answer]] = [{} for _ in texts]
+        for name, slot in self.model.tasks.items():
+            reads = self.tasks[name].reads
+            rows = [
+                row for row, expert in enumerate(experts) if expert in slot.experts and form_of(texts[row]) == reads
+            ]
+            if not rows:
+                continue
+            chosen = [texts[row] for row in rows]
+            own = None if slot.joint and name in caches else routing.take(rows)
+            logits = self._task_logits(name, chosen, cache=caches.get(name, {}), routing=own)
+            for row, answer in zip(rows, self._decode(name, chosen, logits), strict=True):
+                answers[row][name] = answer
+        return answers
+
+    def _run_joint_experts(
+        self, texts: Sequence[Text], names: Sequence[str], caches: dict[str, _Cache]
+    ) -> list[Tensor]:
+        """Run texts once through the experts that the gate mixes, for all joint tasks that the experts see alike.
 
         Returns:
-            Examples with what leaves the backbone, and the mean weight of each expert, [texts, experts].
+            The mean weight of each expert, [texts, experts], of each group of such tasks.
         """
-        model = self.checkpoint.model
-        with self.lock:
-            examples, usage = with_hidden_states(model, task, self._encoded(task, texts))
-        found = {_key(example, shapes=self._sees_shapes(task)): example for example in examples}
-        rows = torch.tensor([example.row for example in examples], dtype=torch.long)
-        return found, _mean_by_text(usage, rows, len(texts))
+        groups: dict[Any, list[str]] = {}
+        for name in names:
+            slot = self.model.tasks[name]
+            if slot.joint:
+                groups.setdefault((slot.shared, self._reads_word_shapes(name)), []).append(name)
+        weights = []
+        for group in groups.values():
+            encoded = self._encode(group[0], texts, cache={})
+            routing = self._route(group[0], encoded)
+            examples, usage = with_hidden_states(self.model, group[0], encoded.examples, routing=routing)
+            cache = {_key(example, shapes=self._reads_word_shapes(group[0])): example for example in examples}
+            caches.update(dict.fromkeys(group, cache))
+            weights.append(_mean_by_text(usage, examples, len(texts)))
+        return weights
 
-    def _domain_weights(self, texts: Sequence[Text], task: str) -> Tensor:
-        """Return the weights that the gate gives the several experts of a task, [texts, experts]."""
-        model = self.checkpoint.model
-        with self.lock:
-            examples = self._encoded(task, texts)
-            usage = text_routing(model, examples, task=task).dense_weights(len(model.experts.names)).cpu()
-        return _mean_by_text(usage, torch.tensor([example.row for example in examples]), len(texts))
-
-    def by_gate(self, texts: Sequence[Text]) -> list[Prediction]:
-        """Let the gate choose an expert for every text, and answer the tasks of that expert."""
-        model = self.checkpoint.model
-        gate = model.text_gate()
-        with self.lock, torch.no_grad():
-            examples = with_trunks(model, self._plain(texts), block=gate.block, means=True)
-            tokens, unfit = [example.input_ids for example in examples], self._unfit(texts, gate)
-            if texts and len(unfit) == len(gate.names):
-                raise DataError(
-                    f"No task of this checkpoint reads {FORMS[form_of(texts[0])]}, as {texts[0]!r} is. Its tasks read "
-                    f"{' or '.join(dict.fromkeys(FORMS[spec.reads] for spec in self.tasks.values()))}."
-                )
-            decided = gate.decide(stacked_means(examples).to(model.device), tokens, excluded=unfit)
-        reusable = self._keeps_trunk and gate.block == model.first_block
-        trunk = {_key(example): example for example in examples} if reusable else {}
-        names = [name for name in model.tasks if self.tasks[name].reads == form_of(texts[0])]
-        shared = dict.fromkeys(names, trunk)
-        for group in self._mixed_groups(names):
-            shared.update(dict.fromkeys(group, self._mixed(texts, group[0])[0]))
-        assert decided.logits is not None
-        assert decided.experts is not None
-        routing = model.reindexed(decided, gate.names)
-        probabilities = decided.logits.softmax(-1).tolist()
-        best = [
-            None if not weights[0] else gate.names[experts[0]]
-            for experts, weights in zip(decided.experts.tolist(), decided.weights.tolist(), strict=True)
-        ]
-        answers = self._routed(texts, best, routing, shared=shared)
-        return [
-            _prediction(text, answer, dict(zip(gate.names, shares, strict=True)), unknown=expert is None)
-            for text, answer, shares, expert in zip(texts, answers, probabilities, best, strict=True)
-        ]
-
-    def _unfit(self, texts: Sequence[Text], gate: SequenceGate) -> list[int]:
-        """Return the places of the gate's experts that serve no task on what the texts are."""
-        model, form = self.checkpoint.model, form_of(texts[0])
-        slots = [slot for name, slot in model.tasks.items() if self.tasks[name].reads == form]
-        fit = {expert for slot in slots for expert in slot.experts}
-        return [place for place, name in enumerate(gate.names) if name not in fit]
+    def _reads_word_shapes(self, task: str) -> bool:
+        """Whether the experts of a joint task see how its words are written."""
+        slot = self.model.tasks[task]
+        return slot.joint and slot.level == "word" and bool(self.model.word_shapes.blocks_of(None))
 
     @property
-    def _keeps_trunk(self) -> bool:
-        """Whether what lies below the experts can be computed once for several tasks."""
-        model = self.checkpoint.model
-        return model.first_block > 0 and model.backbone.family.caches_trunk
+    def _reuses_trunk(self) -> bool:
+        """Whether the blocks below the experts can run once for several tasks."""
+        return self.model.first_block > 0 and self.model.backbone.family.caches_trunk
 
-    def _plain(self, texts: Sequence[Text]) -> list[Example]:
+    def _trunks(self, texts: Sequence[Text]) -> _Cache:
+        """Run the blocks below the experts once for all tasks; empty if the backbone cannot continue from there."""
+        if not self._reuses_trunk:
+            return {}
+        return {_key(example): example for example in with_trunks(self.model, self._encode_plain(texts))}
+
+    def _encode_plain(self, texts: Sequence[Text]) -> list[Example]:
         """Encode texts or pairs without regard to a task; choices are not seen."""
         if len({form_of(text) for text in texts}) > 1:
             raise DataError("Some of the texts are pairs and some are not, or have choices. Ask for them apart.")
         pairs = [text[1] or "" for text in texts if not isinstance(text, str)]
         return self.encoder.texts([text if isinstance(text, str) else text[0] for text in texts], pairs or None)
 
-    def _shared(self, texts: Sequence[Text]) -> dict[_Key, Example]:
-        """Run the blocks below the experts once for all tasks."""
-        with self.lock:
-            return {_key(row): row for row in with_trunks(self.checkpoint.model, self._plain(texts))}
+    def _encode(self, task: str, texts: Sequence[Text], *, cache: _Cache) -> EncodedTexts:
+        """Encode texts for a task, with the trunks or hidden states that a cache holds of them."""
+        spec = self.tasks[task]
+        kind, columns = find_kind(spec.kind), columns_of(spec, texts)
+        examples = kind.encode(columns, encoder=self.encoder, labels=spec.label_names or [], language=spec.language)
+        if cache:
+            shapes = self._reads_word_shapes(task)
+            twins = [cache.get(_key(example, shapes=shapes), example) for example in examples]
+            examples = [
+                replace(example, trunk=twin.trunk, hidden=twin.hidden)
+                for example, twin in zip(examples, twins, strict=True)
+            ]
+        return EncodedTexts(examples, len(texts), kind.num_parts(columns, language=spec.language))
 
-    def _answers(
-        self,
-        task: str,
-        texts: Sequence[Text],
-        *,
-        shared: Mapping[_Key, Example],
-        routing: Routing | None = None,
-        ensemble: Ensemble | None = None,
-    ) -> list[Answer]:
-        return self._decoded(
-            task, texts, self.row_logits(task, texts, shared=shared, routing=routing, ensemble=ensemble)
-        )
+    def _task_logits(
+        self, task: str, texts: Sequence[Text], *, cache: _Cache, routing: Routing | None = None
+    ) -> list[Tensor]:
+        """Compute the logits of a task for each text; ``routing`` is that of the texts, None takes the task's."""
+        encoded = self._encode(task, texts, cache=cache)
+        if routing is None:
+            return self._row_logits(task, encoded, self._route(task, encoded))
+        return self._row_logits(task, encoded, routing.take([example.row for example in encoded.examples]))
 
-    def _decoded(self, task: str, texts: Sequence[Text], rows: Sequence[Tensor]) -> list[Answer]:
-        """Turn a task's logits for each text into answers."""
+    def _route(self, task: str, encoded: EncodedTexts) -> Routing | None:
+        """Route rows by their task; None if the model asks a gate at every block, or the hidden states are cached."""
+        cached = all(example.hidden is not None for example in encoded.examples)
+        by_task = Route("task", self.model)
+        if cached or by_task.block_gate(task) is not None:
+            return None
+        return by_task.rows(encoded.examples, task=task)
+
+    def _row_logits(self, task: str, encoded: EncodedTexts, routing: Routing | None) -> list[Tensor]:
+        examples, num_rows, num_parts = encoded
+        return row_logits(self.model, task, examples, num_rows=num_rows, num_parts=num_parts, routing=routing)
+
+    def _decode(self, task: str, texts: Sequence[Text], logits: Sequence[Tensor]) -> list[Answer]:
+        """Turn the logits of a task for each text into answers."""
         spec = self.tasks[task]
         kind, labels = find_kind(spec.kind), spec.label_names or []
-        own = [text[2] if len(text) == 3 and not isinstance(text, str) else labels for text in texts]
         return [
-            kind.answer(logits, text=text if isinstance(text, str) else text[0], labels=names, language=spec.language)
-            for text, names, logits in zip(texts, own, rows, strict=True)
+            kind.answer(row, text=first, labels=labels if choices is None else choices, language=spec.language)
+            for (first, _, choices), row in zip(map(parts_of, texts), logits, strict=True)
         ]
 
-    def _encoded(self, task: str, texts: Sequence[Text]) -> list[Example]:
-        spec = self.tasks[task]
-        columns = columns_of(spec, texts)
-        return find_kind(spec.kind).encode(
-            columns, encoder=self.encoder, labels=spec.label_names or [], language=spec.language
-        )
 
-    def row_logits(
-        self,
-        task: str,
-        texts: Sequence[Text],
-        *,
-        shared: Mapping[_Key, Example] | None = None,
-        routing: Routing | None = None,
-        ensemble: Ensemble | None = None,
-    ) -> list[Tensor]:
-        """Compute the logits of a task for texts, see ``inference.row_logits``, with what has been computed of them."""
-        examples, num_rows, num_parts = self._examples(task, texts, shared=shared or {})
-        with self.lock:
-            if ensemble is not None:
-                return ensemble_logits(
-                    self.checkpoint.model, self.tasks, ensemble, examples, num_rows=num_rows, num_parts=num_parts
-                )
-            own = None if routing is None else routing.take([example.row for example in examples])
-            return row_logits(
-                self.checkpoint.model, task, examples, num_rows=num_rows, num_parts=num_parts, routing=own
-            )
-
-    def _examples(self, task: str, texts: Sequence[Text], *, shared: Mapping[_Key, Example]) -> EncodedTexts:
-        """Encode texts for a task, with what has been computed of them."""
-        spec = self.tasks[task]
-        num_parts = find_kind(spec.kind).num_parts(columns_of(spec, texts), language=spec.language)
-        with self.lock:  # a tokenizer keeps its truncation settings in itself
-            examples: Sequence[Example] = self._encoded(task, texts)
-        if shared:
-            shapes = self._sees_shapes(task)
-            kept = [shared.get(_key(example, shapes=shapes)) for example in examples]
-            examples = [
-                replace(example, trunk=twin.trunk, hidden=twin.hidden) if twin is not None else example
-                for example, twin in zip(examples, kept, strict=True)
-            ]
-        return EncodedTexts(examples, len(texts), num_parts)
-
-
-def _key(example: Example, *, shapes: bool = False) -> _Key:
-    """Tell examples apart by what the backbone sees of them, or with their word shapes, which experts may see."""
+def _key(example: Example, *, shapes: bool = False) -> tuple[int, ...]:
+    """Return what the backbone reads of an example and, with ``shapes``, what experts read of its words besides."""
     return (*example.input_ids, -1, *(example.token_type_ids or ()), -2, *(example.word_shapes if shapes else ()))
 
 
-def _mean_by_text(usage: Tensor, rows: Tensor, number: int) -> Tensor:
-    """Average [examples, experts] over the examples of each text, [number, experts]; 0 for a text without any."""
-    sums = torch.zeros(number, usage.shape[1]).index_add(0, rows, usage)
-    return sums / rows.bincount(minlength=number).clamp_min(1).unsqueeze(1)
+def _mean_by_text(weights: Tensor, examples: Sequence[Example], num_texts: int) -> Tensor:
+    """Average [examples, experts] over the examples of each text, [texts, experts]; 0 for a text without any."""
+    rows = torch.tensor([example.row for example in examples], dtype=torch.long)
+    sums = torch.zeros(num_texts, weights.shape[1]).index_add(0, rows, weights)
+    return sums / rows.bincount(minlength=num_texts).clamp_min(1).unsqueeze(1)
 
 
-def _prediction(
-    text: Text, tasks: dict[str, Answer], routing: dict[str, float], *, unknown: bool = False
-) -> Prediction:
+def _prediction(text: Text, tasks: dict[str, Answer], routing: dict[str, float], unknown: bool = False) -> Prediction:
     first, second, choices = parts_of(text)
     return Prediction(first, tasks, routing, second, unknown, choices)

@@ -1,6 +1,6 @@
 """One answer of several experts: their deltas mixed in one pass, their probabilities averaged, or their votes counted.
 
-The functions on tensors give logits again, so that what decodes and scores the answer of one expert does so here, too.
+The functions on tensors return logits, so that an ensemble is decoded and scored like a single expert.
 
 Shapes: M members of an ensemble, N words of a text, L labels or tags.
 """
@@ -12,9 +12,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from sparse_ft.backbone.encoding import Example
 from sparse_ft.errors import ConfigError, unknown_name
-from sparse_ft.experts.inference import row_logits, with_hidden_states
+from sparse_ft.experts.inference import EncodedTexts, row_logits, with_hidden_states
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.routing import Routing
 from sparse_ft.tasks.kinds import find_kind
@@ -25,12 +24,12 @@ from sparse_ft.tasks.schemes import Span, spans_from_tags
 from sparse_ft.tasks.spec import TaskSpec
 
 Combine = Literal["mix", "average", "vote"]
-"""mix: all experts in one pass, their deltas and heads weighted equally; average: one pass each, the mean of their
-probabilities; vote: one pass each, the majority, ties broken by confidence."""
+"""mix: all experts in one pass, their deltas and heads weighted equally; average: one pass an expert, the mean of the
+probabilities; vote: one pass an expert, the majority, ties broken by confidence."""
 
 
 class Member(NamedTuple):
-    """An expert of an ensemble, and the task whose head reads what it gives."""
+    """An expert of an ensemble, and the task whose head reads its hidden states."""
 
     task: str
     expert: str
@@ -46,7 +45,7 @@ class Ensemble:
 
     @property
     def experts(self) -> list[str]:
-        """Its experts, each once."""
+        """The experts of all members, each once."""
         return list(dict.fromkeys(member.expert for member in self.members))
 
 
@@ -55,42 +54,42 @@ def average(rows: Tensor, *, kind: str) -> Tensor:
 
     Args:
         rows: Logits, [M, L] or [M, N, L].
-        kind: Of the task.
+        kind: Name of the task kind.
 
     Returns:
-        Logits whose probabilities are the mean of those of the members, [L] or [N, L].
+        Logits whose probabilities are the mean of the members' probabilities, [L] or [N, L].
     """
-    own = find_kind(kind)
-    return logits_of(own, probabilities_of(own, rows).mean(0))
+    task_kind = find_kind(kind)
+    return logits_of(task_kind, probabilities_of(task_kind, rows).mean(0))
 
 
 def vote(rows: Tensor, *, kind: str, outputs: Sequence[str]) -> Tensor:
-    """Let the experts vote, for a label, for each label, or for each span, by the kind of the task.
+    """Let the experts vote: for a label, for each label, or for each span, by the kind of the task.
 
     Args:
         rows: Logits, [M, L] or [M, N, L].
-        kind: Of the task.
+        kind: Name of the task kind.
         outputs: Names of the L columns.
 
     Returns:
-        Logits of what the majority says, [L] or [N, L]; the probability of an answer is the mean of those who gave it,
-        but no less than a little more than an even share.
+        Logits of the answer of the majority, [L] or [N, L]. Its probability is the mean over the experts that voted for
+        it, and at least a little more than an even share.
     """
-    own = find_kind(kind)
-    return logits_of(own, _VOTES[kind](probabilities_of(own, rows), outputs))
+    task_kind = find_kind(kind)
+    return logits_of(task_kind, _VOTES[kind](probabilities_of(task_kind, rows), outputs))
 
 
 def _vote_label(probabilities: Tensor, outputs: Sequence[str]) -> Tensor:
-    """Elect the label with the most votes; of those with equally many, the one whose voters are surest."""
-    confidence, choice = probabilities.max(-1)
-    votes = torch.zeros(len(outputs)).index_add(0, choice, torch.ones(len(choice)))
-    mean = torch.zeros(len(outputs)).index_add(0, choice, confidence) / votes.clamp_min(1)
+    """Elect the label with the most votes; of several, the one whose voters are surest."""
+    confidence, voted = probabilities.max(-1)  # [M]
+    votes = torch.zeros(len(outputs)).index_add(0, voted, torch.ones(len(voted)))
+    mean = torch.zeros(len(outputs)).index_add(0, voted, confidence) / votes.clamp_min(1)
     winner = int(torch.where(votes == votes.max(), mean, -1).argmax())
     return _certain(winner, float(mean[winner]), number=len(outputs))
 
 
 def _vote_each_label(probabilities: Tensor, outputs: Sequence[str]) -> Tensor:
-    """Decide each label by itself; of two camps equally large, the one that is farther from doubt wins."""
+    """Decide each label by itself; if the camps are equal, the mean probability of all experts decides."""
     for_it = probabilities >= THRESHOLD
     camps = [for_it, ~for_it]
     votes = torch.stack([camp.sum(0) for camp in camps])
@@ -107,24 +106,24 @@ class _Candidate(NamedTuple):
 
 
 def _vote_spans(probabilities: Tensor, outputs: Sequence[str]) -> Tensor:
-    """Keep the spans that over half of the experts found, and those of half who are surer there than the others."""
+    """Elect the spans of more than half of the experts, and those of just half if they are surer than the others."""
     logits = logits_of(find_kind("token_classification"), probabilities)
     paths = [best_legal_tags(member, outputs) for member in logits]
-    places = torch.tensor(paths, dtype=torch.long).view(*probabilities.shape[:2], 1)
-    confidence = probabilities.gather(2, places).squeeze(2)  # [M, N]
-    found = [set(spans_from_tags([outputs[place] for place in path])) for path in paths]
-    kept: list[_Candidate] = []
-    for span in set().union(*found):
+    indices = torch.tensor(paths, dtype=torch.long).view(*probabilities.shape[:2], 1)
+    confidence = probabilities.gather(2, indices).squeeze(2)  # [M, N]
+    spans_of = [set(spans_from_tags([outputs[index] for index in path])) for path in paths]
+    elected: list[_Candidate] = []
+    for span in set().union(*spans_of):
         within = confidence[:, span.start : span.end].mean(1)
-        voters = torch.tensor([span in own for own in found])
+        voters = torch.tensor([span in spans for spans in spans_of])
         votes, sure = int(voters.sum()), float(within[voters].mean())
-        tied = 2 * votes == len(found) and sure > float(within[~voters].mean())
-        if 2 * votes > len(found) or tied:
-            kept.append(_Candidate(votes, sure, span))
+        tied = 2 * votes == len(spans_of) and sure > float(within[~voters].mean())
+        if 2 * votes > len(spans_of) or tied:
+            elected.append(_Candidate(votes, sure, span))
     outside = probabilities[..., outputs.index("O")].mean(0).tolist()
     rows = [_certain(outputs.index("O"), max(share, 0.5), number=len(outputs)) for share in outside]
     taken: set[int] = set()
-    for entry in sorted(kept, key=lambda entry: (-entry.votes, -entry.confidence, entry.span)):
+    for entry in sorted(elected, key=lambda entry: (-entry.votes, -entry.confidence, entry.span)):
         words = range(entry.span.start, entry.span.end)
         if taken.isdisjoint(words):
             taken.update(words)
@@ -134,14 +133,15 @@ def _vote_spans(probabilities: Tensor, outputs: Sequence[str]) -> Tensor:
     return torch.stack(rows) if rows else probabilities.new_zeros(0, len(outputs))
 
 
-def _certain(place: int, share: float, *, number: int) -> Tensor:
-    """Return probabilities, one of them given and the others equal.
+def _certain(index: int, share: float, *, number: int) -> Tensor:
+    """Return [number] probabilities: ``share`` at an index, the rest divided equally among the others.
 
-    The one is made the largest: a tag that is best only together with its neighbours may have less than an even share.
+    The share is raised until it is the largest: a tag may be best only together with its neighbours, and then have less
+    than an even share.
     """
     share = max(share, 1.01 / number)
     row = torch.full((number,), (1 - share) / max(number - 1, 1))
-    row[place] = share
+    row[index] = share
     return row
 
 
@@ -155,20 +155,20 @@ _VOTES: dict[str, Callable[[Tensor, Sequence[str]], Tensor]] = {
 def find_ensembles(
     model: SparseExpertModel, specs: Mapping[str, TaskSpec], names: Sequence[str], *, combine: str
 ) -> dict[str, Ensemble | None]:
-    """Group tasks that ask the same question: of one kind and language, with the same labels.
+    """Group tasks that ask the same question: tasks of one kind and language, with the same labels.
 
     Args:
-        model: With the tasks.
-        specs: Its task files.
+        model: The model that answers the tasks.
+        specs: All its task files.
         names: The tasks to answer.
         combine: See ``Combine``.
 
     Returns:
-        First task of each group to its ensemble: each expert of each of its tasks, with that task's head. None where
-        there is only one.
+        First task of each group to the ensemble of the group: each expert of each task, with the head of the task. None
+        if there is only one expert.
 
     Raises:
-        ConfigError: If ``combine`` means nothing, a task is mixed by the gate already, or no task has several experts.
+        ConfigError: If ``combine`` means nothing, a task was trained jointly, or no task has several experts.
     """
     if combine not in get_args(Combine):
         raise ConfigError(unknown_name("way to combine", combine, get_args(Combine)))
@@ -186,23 +186,23 @@ def find_ensembles(
             )
         question = (spec.kind, spec.language, frozenset(spec.label_names or []), spec.reads)
         groups.setdefault(question, []).extend(Member(name, expert) for expert in slot.experts)
-    found = {
+    ensembles = {
         group[0].task: Ensemble(tuple(group), combine) if len(group) > 1 else None  # type: ignore[arg-type]
         for group in groups.values()
     }
-    if not any(found.values()):
+    if not any(ensembles.values()):
         raise ConfigError(
             f"Nothing to combine: {', '.join(names)} {'has' if len(names) == 1 else 'have'} one expert each and no "
             "labels in common. Name several tasks with the same labels, e.g. --task a --task b."
         )
-    return found
+    return ensembles
 
 
 def equal_routing(model: SparseExpertModel, experts: Sequence[str], *, number: int) -> Routing:
     """Send rows through several experts at once, with equal weights."""
-    places = torch.tensor([model.experts.index(name) for name in experts], device=model.device)
+    indices = torch.tensor([model.experts.index(name) for name in experts], device=model.device)
     return Routing(
-        places.expand(number, -1).contiguous(),
+        indices.expand(number, -1).contiguous(),
         torch.full((number, len(experts)), 1 / len(experts), device=model.device),
     )
 
@@ -212,24 +212,20 @@ def ensemble_logits(
     model: SparseExpertModel,
     specs: Mapping[str, TaskSpec],
     ensemble: Ensemble,
-    examples: Sequence[Example],
-    *,
-    num_rows: int,
-    num_parts: Sequence[int] | None = None,
+    encoded: EncodedTexts,
 ) -> list[Tensor]:
     """Compute the logits of an ensemble for each text.
 
     Args:
         model: In evaluation mode.
-        specs: Its task files.
-        ensemble: Some of its experts and heads.
-        examples: Rows of model input, encoded for its first task.
-        num_rows: Number of texts.
-        num_parts: Words or choices of each text, see ``TaskKind.parts``.
+        specs: All its task files.
+        ensemble: Experts and heads of the model.
+        encoded: The texts, encoded for the first task of the ensemble.
 
     Returns:
-        One float32 CPU tensor a text, (labels,) or (words, tags), in the order of the first task's labels.
+        One float32 CPU tensor a text, (labels,) or (words, tags), in the order of the labels of the first task.
     """
+    examples, num_rows, num_parts = encoded
     first = specs[ensemble.members[0].task]
     outputs = find_kind(first.kind).outputs(first.label_names or [])
     members: Sequence[Member] = ensemble.members

@@ -1,4 +1,4 @@
-"""Answer tasks for raw texts: a loaded model for applications, and a stream for files of any length."""
+"""A loaded checkpoint that answers tasks for texts, in lists or in streams of any length."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +14,7 @@ from sparse_ft.errors import ConfigError
 from sparse_ft.prediction.answering import Answering
 from sparse_ft.prediction.ensembles import Ensemble, find_ensembles
 from sparse_ft.prediction.requests import Request, RequestLike, Text, read_request
+from sparse_ft.prediction.routes import Route
 from sparse_ft.prediction.rules import Rules, load_rules
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.kinds.answers import Prediction
@@ -21,15 +22,15 @@ from sparse_ft.tasks.kinds.kind import probabilities_of
 from sparse_ft.tasks.spec import TaskSpec
 
 CHUNK = 256
-"""Texts that are in memory at once when a stream is read; sorted by length among themselves."""
+"""Texts that are answered together, in batches of similar length; a stream holds no more in memory."""
 
 
 class LoadedModel:
     """A checkpoint ready to answer; one object may be used from several threads, which take turns.
 
     Args:
-        checkpoint: What ``load_checkpoint`` gave.
-        rules: Which choose an expert for each text in place of the checkpoint's gate.
+        checkpoint: As ``load_checkpoint`` returns it.
+        rules: Choose an expert for each text that names no task, in place of the gate of the checkpoint.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, rules: Rules | None = None) -> None:
@@ -38,7 +39,7 @@ class LoadedModel:
 
     @property
     def encoder(self) -> Encoder:
-        """Turns texts into rows of model input."""
+        """The encoder that turns texts into rows of model input."""
         return self._answering.encoder
 
     @property
@@ -66,13 +67,13 @@ class LoadedModel:
         Args:
             texts: Raw texts, also empty; (text, text) for tasks on pairs, (text, question) for span extraction and
                 (text, question or None, choices) for multiple choice. Or objects like the lines of a .jsonl file:
-                ``{"text": …, "tasks": ["ner"], "metadata": {"channel": "mail"}}``, with tasks of their own, which all
-                run in the same batches, and what rules ask for. A single string or object is a list of one.
+                ``{"text": …, "tasks": ["ner"], "metadata": {"channel": "mail"}}``, with tasks of this text, which run
+                in common batches, and metadata for rules. A single string or object is a list of one.
             tasks: Names, or ``"all"``. None lets the rules or the gate choose an expert for each text, whose tasks are
-                answered; without a gate, or with one that chooses for tokens, it means all.
+                answered; without a gate, or with one that chooses for tokens, None means all.
             combine: ``mix``, ``average`` or ``vote``, see ``ensembles.Combine``: tasks with the same labels, and the
-                several experts of a task, give one answer, under the name of the first task. None of ``tasks`` means
-                all then.
+                several experts of a task, give one answer, under the name of the first task. ``tasks=None`` then means
+                all.
 
         Returns:
             One prediction a text, in order. An answer does not depend on the other texts of the call.
@@ -80,48 +81,36 @@ class LoadedModel:
         Raises:
             ConfigError: If a task is not in the checkpoint, the gate no longer fits the experts, or there is nothing to
                 combine.
-            DataError: If a task gets something else than it reads, e.g. one on pairs single texts.
+            DataError: If a task gets texts of another form than it reads, e.g. single texts in place of pairs.
         """
-        answering, chosen = self._answering, tasks is None and combine is None
-        rows = [read_request(text) for text in ([texts] if isinstance(texts, str | Mapping) else texts)]
+        answering = self._answering
+        requests = [read_request(text) for text in ([texts] if isinstance(texts, str | Mapping) else texts)]
         names = answering.task_names("all" if tasks is None else tasks)
         ensembles: dict[str, Ensemble] = {}
         if combine is not None:
-            if own := next((row for row in rows if row.tasks is not None), None):
-                raise ConfigError(
-                    f"{str(own.text)[:60]!r} names its own tasks, {own.tasks!r}, and combine={combine!r} is about "
-                    "tasks of all texts. Leave one of the two out."
-                )
+            _check_no_tasks(requests, combine)
             groups = find_ensembles(self.checkpoint.model, self.tasks, names, combine=combine)
             names = [name for name, ensemble in groups.items() if ensemble is None]
             ensembles = {name: ensemble for name, ensemble in groups.items() if ensemble is not None}
-        found: list[Prediction] = []
-        for start in range(0, len(rows), CHUNK):
-            chunk = rows[start : start + CHUNK]
-            own_tasks = [row for row in chunk if row.tasks is not None]
-            others = [row for row in chunk if row.tasks is None]
-            alone = iter(answering.by_row(own_tasks) if own_tasks else [])
-            rest: Iterator[Prediction] = iter(())
-            if others and chosen:
-                rest = iter(self._by_choice(others))
-            elif others:
-                rest = iter(answering.by_task([row.text for row in others], names, ensembles))
-            found.extend(next(rest if row.tasks is None else alone) for row in chunk)
-        return found
+        route = self._route if tasks is None and combine is None else None
+        predictions: list[Prediction] = []
+        for start in range(0, len(requests), CHUNK):
+            chunk = requests[start : start + CHUNK]
+            predictions.extend(answering.answer(chunk, names=names, ensembles=ensembles, route=route))
+        return predictions
 
-    def _by_choice(self, rows: Sequence[Request]) -> list[Prediction]:
-        """Let rules, or else the gate, choose the tasks of each text; without either, all are answered."""
-        texts = [row.text for row in rows]
+    @property
+    def _route(self) -> Route | None:
+        """The route of texts that name no task: rules, or a gate that reads whole texts; None answers all tasks."""
+        model = self.checkpoint.model
         if self.rules is not None:
-            return self._answering.by_rules(rows, self.rules)
-        if self.checkpoint.model.sequence_gate is not None:
-            return self._answering.by_gate(texts)
-        return self._answering.by_task(texts, list(self.tasks), {})
+            return Route("rules", model, chooser=self.rules)
+        return None if model.sequence_gate is None else Route("gate", model)
 
     def stream(
         self, texts: Iterable[RequestLike], tasks: Sequence[str] | str | None = None, *, combine: str | None = None
     ) -> Iterator[Prediction]:
-        """Answer tasks for any number of texts, holding no more than ``CHUNK`` of them in memory."""
+        """Answer tasks for any number of texts, with no more than ``CHUNK`` of them in memory; see ``predict``."""
         self._answering.task_names("all" if tasks is None else tasks)
         iterator = iter([texts] if isinstance(texts, str | Mapping) else texts)
         while chunk := list(itertools.islice(iterator, CHUNK)):
@@ -139,7 +128,7 @@ class LoadedModel:
             ``words.split_words``; for multiple choice a list of (choices, 1).
         """
         (name,) = self._answering.task_names([task])
-        rows = self._answering.row_logits(name, [texts] if isinstance(texts, str) else list(texts))
+        rows = self._answering.logits(name, [texts] if isinstance(texts, str) else list(texts))
         kind = find_kind(self.tasks[name].kind)
         if kind.level == "word" or kind.grouped:
             return rows
@@ -149,7 +138,7 @@ class LoadedModel:
         """Compute the probability of every label of a task, float32 (texts, labels), in the order of its label names.
 
         Raises:
-            ConfigError: If the task tags words; ``logits`` has what it says of each.
+            ConfigError: If the task is about words or choices; ``logits`` returns the outputs of each.
         """
         (name,) = self._answering.task_names([task])
         kind = find_kind(self.tasks[name].kind)
@@ -162,6 +151,16 @@ class LoadedModel:
         return probabilities_of(kind, logits)
 
 
+def _check_no_tasks(requests: Sequence[Request], combine: str) -> None:
+    """Refuse requests that name tasks of their own beside ``combine``."""
+    for request in requests:
+        if request.tasks is not None:
+            raise ConfigError(
+                f"{str(request.text)[:60]!r} names its own tasks, {request.tasks!r}, and combine={combine!r} is about "
+                "tasks of all texts. Leave one of the two out."
+            )
+
+
 def load(
     path: str | Path, *, device: str = "auto", backbone: str | None = None, rules: str | Path | None = None
 ) -> LoadedModel:
@@ -170,7 +169,7 @@ def load(
     Args:
         path: Folder that ``train`` wrote.
         device: ``auto``, ``cpu``, ``cuda`` …
-        backbone: Where the backbone is now, if not where the checkpoint says.
+        backbone: Path of the backbone, if not that in the checkpoint.
         rules: A YAML file with rules, see ``rules.Rule``, which choose the expert of a text in place of the gate.
 
     Raises:
@@ -178,9 +177,9 @@ def load(
         BackboneError: If the backbone is missing or another one.
         ConfigError: If a rule is wrong or leads to an unknown expert.
     """
-    read = None if rules is None else load_rules(rules)
+    parsed = None if rules is None else load_rules(rules)
     checkpoint = load_checkpoint(path, device=find_device(device), backbone=backbone)
-    return LoadedModel(checkpoint, rules=None if read is None else Rules(checkpoint.model.routed, read))
+    return LoadedModel(checkpoint, rules=None if parsed is None else Rules(checkpoint.model.routed, parsed))
 
 
 def predict(

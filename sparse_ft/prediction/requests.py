@@ -1,4 +1,4 @@
-"""What can be asked: a text, a pair or a text with choices, and what its sender says of it."""
+"""Requests: a text, a pair or a text with choices, its tasks and its metadata."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,11 +8,13 @@ from sparse_ft.errors import DataError
 from sparse_ft.tasks.spec import TaskSpec
 
 Text = str | tuple[str, str] | tuple[str, str | None, Sequence[str]]
-"""A text; a pair of texts for tasks on pairs, or a text and a question about it; or a text, a question or None, and
-choices, for multiple choice."""
+"""A text; a pair of texts, or a text and a question; or a text, a question or None, and choices."""
+
+Metadata = Mapping[str, Any]
+"""What the sender of a text says of it, for rules, e.g. ``{"language": "de", "channel": "mail"}``."""
 
 FORMS = {"text": "one text a row", "pair": "two texts a row", "choices": "choices beside one text or two"}
-"""What a row is, in words, by what ``TaskSpec.reads`` calls it."""
+"""The form of a text, as ``TaskSpec.reads`` names it, in words."""
 
 _KEYS = {"text", "text_pair", "choices", "tasks", "metadata"}
 EXPECTED = (
@@ -23,28 +25,27 @@ EXPECTED = (
 
 @dataclass(frozen=True)
 class Request:
-    """A text, and what its sender says of it."""
+    """A text with the tasks and the metadata that its sender gives."""
 
     text: Text
     tasks: str | list[str] | None = None
-    """Of this text alone: names, or ``"all"``; None takes what is asked of all."""
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    """For rules, e.g. ``{"language": "de", "channel": "mail"}``."""
+    """Names of the tasks of this text alone, or ``"all"``; None takes the tasks of the call."""
+    metadata: Metadata = field(default_factory=dict)
 
 
 RequestLike = Text | Mapping[str, Any]
 """A text, or an object like a line of a .jsonl file, see ``read_request``."""
 
 
-def read_request(given: RequestLike) -> Request:
-    """Read what a row says: an object as in a line of a .jsonl file, or only a text.
+def read_request(source: RequestLike) -> Request:
+    """Read a request from an object like a line of a .jsonl file, or from a text.
 
     Raises:
         DataError: If the object has other keys, or values of other types.
     """
-    if not isinstance(given, Mapping):
-        return Request(given)
-    row = dict(given)
+    if not isinstance(source, Mapping):
+        return Request(source)
+    row = dict(source)
     if set(row) - _KEYS or not _fits(row):
         raise DataError(f"Not a row: {str(row)[:100]}. {EXPECTED}")
     text: Text = row["text"]
@@ -68,21 +69,26 @@ def _strings(value: Any) -> bool:
 
 
 def parts_of(text: Text) -> tuple[str, str | None, Sequence[str] | None]:
-    """Return the text, the second text or question, and the choices; None for what there is not."""
+    """Return the text, the second text or question, and the choices; None for each that is missing."""
     if isinstance(text, str):
         return text, None, None
     return text[0], text[1], text[2] if len(text) == 3 else None
 
 
+def joined(text: str, second: str | None) -> str:
+    """Return the text that rules and baselines read: the one text of a row, or its two with a tab between them."""
+    return text if second is None else f"{text}\t{second}"
+
+
 def form_of(text: Text) -> str:
-    """Tell what a text is, as ``TaskSpec.reads`` says it: a key of FORMS.
+    """Return the form of a text, a key of FORMS.
 
     Raises:
-        DataError: If it is nothing of all these, or no Unicode.
+        DataError: If the text has none of these forms, or is no Unicode.
     """
-    given: tuple[Any, ...] = (text,) if isinstance(text, str) else text if isinstance(text, tuple) else ()
-    chosen = given[2] if len(given) == 3 and isinstance(given[2], Sequence) and not isinstance(given[2], str) else ()
-    for part in (*given[:2], *chosen):
+    parts: tuple[Any, ...] = (text,) if isinstance(text, str) else text if isinstance(text, tuple) else ()
+    choices = parts[2] if len(parts) == 3 and isinstance(parts[2], Sequence) and not isinstance(parts[2], str) else ()
+    for part in (*parts[:2], *choices):
         if isinstance(part, str) and not part.isascii():
             try:
                 part.encode()
@@ -90,9 +96,9 @@ def form_of(text: Text) -> str:
                 raise DataError(f"The text {text!r} is no Unicode: {error}. Read it as UTF-8.") from error
     if isinstance(text, str):
         return "text"
-    if len(given) == 2 and all(isinstance(part, str) for part in given):
+    if len(parts) == 2 and all(isinstance(part, str) for part in parts):
         return "pair"
-    if chosen and isinstance(given[0], str) and isinstance(given[1], str | None) and _strings(list(chosen)):
+    if choices and isinstance(parts[0], str) and isinstance(parts[1], str | None) and _strings(list(choices)):
         return "choices"
     raise DataError(
         f"Expected a text or a pair of texts, got {type(text).__name__}: {text!r}. For multiple choice give "
@@ -104,7 +110,7 @@ def columns_of(spec: TaskSpec, texts: Sequence[Text]) -> dict[str, list[Any]]:
     """Sort texts into the columns that a task reads.
 
     Raises:
-        DataError: If it reads something else.
+        DataError: If the task reads texts of another form.
     """
     for text in texts:
         form = form_of(text)

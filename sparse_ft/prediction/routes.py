@@ -1,159 +1,182 @@
-"""The routings that ``evaluate --route`` compares: by task, by the gate, by rules, and the baselines."""
+"""Who serves a row: one ``Route`` decides for predict, evaluate, inspect and training alike."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from sparse_ft.backbone.encoding import Example
 from sparse_ft.errors import ConfigError, unknown_name
-from sparse_ft.experts.gates import Gate, GateInput
-from sparse_ft.experts.inference import text_routing
-from sparse_ft.experts.model import SparseExpertModel, check_token_routing
+from sparse_ft.experts.gates import Gate
+from sparse_ft.experts.inference import mean_states, stacked_means
+from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.routing import Routing
-from sparse_ft.experts.selection import Selection
+from sparse_ft.prediction.arrow import arrow_gate
 from sparse_ft.prediction.baselines import (
-    ArrowGate,
-    BernoulliGate,
-    HashGate,
-    LoadAwareGate,
-    RandomGate,
-    RoundRobinGate,
-    UniformGate,
+    BernoulliChooser,
+    HashChooser,
+    LoadAwareChooser,
+    RandomChooser,
+    RoundRobinChooser,
+    UniformChooser,
 )
+from sparse_ft.prediction.requests import Metadata
 from sparse_ft.prediction.rules import Rules, load_rules
 
 
-class _RowGate(Protocol):
-    """Chooses among the experts ``names`` once a row."""
+class TextChooser(Protocol):
+    """Chooses among the experts of a model by texts and their metadata, before the model runs."""
 
-    names: list[str]
+    def choose(self, texts: Sequence[str], metadata: Sequence[Metadata] = ()) -> Routing:
+        """Choose experts for each text, on the CPU; a text whose weights are all 0 is unknown."""
+        ...
 
-    def route(self, inputs: GateInput) -> Routing: ...
 
-
-# Built with the experts' names and a seed.
-BASELINES: dict[str, Callable[[Sequence[str], int], _RowGate]] = {
-    "uniform": lambda names, seed: UniformGate(names),
-    "random": lambda names, seed: RandomGate(names, seed=seed),
-    "round_robin": lambda names, seed: RoundRobinGate(names),
-    "hash": lambda names, seed: HashGate(names),
-    "load_aware": lambda names, seed: LoadAwareGate(names, seed=seed),
-    "bernoulli": lambda names, seed: BernoulliGate(names, seed=seed, p=0.5),
+BASELINES: dict[str, Callable[[int, int], TextChooser]] = {
+    "uniform": lambda num_experts, seed: UniformChooser(num_experts),
+    "random": lambda num_experts, seed: RandomChooser(num_experts, seed=seed),
+    "round_robin": lambda num_experts, seed: RoundRobinChooser(num_experts),
+    "hash": lambda num_experts, seed: HashChooser(num_experts),
+    "load_aware": lambda num_experts, seed: LoadAwareChooser(num_experts, seed=seed),
+    "bernoulli": lambda num_experts, seed: BernoulliChooser(num_experts, seed=seed),
 }
 ROUTES = ("task", "gate", "arrow", *BASELINES)
 
-# Last parts of the names of linears that read what enters their block (its attention's), in the families we know.
-_READ_THE_INPUT = frozenset({
-    "query", "key", "value", "q_lin", "k_lin", "v_lin", "query_proj", "key_proj", "value_proj", "Wqkv", "c_attn",
-    "query_key_value", "q_proj", "k_proj", "v_proj",
-})  # fmt: skip
 
-
+@dataclass(frozen=True)
 class Route:
-    """One way to route the rows of several tasks.
+    """Decides which experts serve a row, with which weights.
 
-    Args:
-        name: Of ROUTES, an expert, or the path of a YAML file with rules.
-        model: With the experts.
-        seed: Of the baselines that draw.
+    One of five decides: the task of the row (``task``: its expert, or the model's gate if the task has several experts
+    or was trained jointly), the model's gate (``gate``), one expert for all rows, a ``chooser`` that reads texts (rules
+    and baselines), or an ``arrow`` gate. The decision comes in one of two forms. A gate that decides at every block
+    runs inside the model, and ``block_gate`` hands it over; every other decision is a ``Routing``, which ``rows`` makes
+    before the model runs. A row whose weights are all 0 is unknown; ``heaviest`` names the expert of each other row.
 
-    Raises:
-        ConfigError: If the name means nothing, or the model has no gate that fits.
+    Build one with ``find_route``.
     """
 
-    def __init__(self, name: str, model: SparseExpertModel, *, seed: int) -> None:
-        self.name, self.model = name, model
-        self.gate: _RowGate | None = None
-        names = model.routed
-        if name == "gate":
-            if model.token_gate is None:
-                model.text_gate()
-        elif name in BASELINES:
-            self.gate = BASELINES[name](names, seed)
-        elif name == "arrow":
-            self.gate = arrow_gate(model)
-        elif Path(name).suffix in {".yaml", ".yml"}:
-            self.gate = Rules(names, load_rules(Path(name)))
-        elif name != "task" and name not in model.experts.names:
-            known = [*ROUTES, *model.experts.names]
-            raise ConfigError(unknown_name("route", name, known) + " A YAML file with rules works, too.")
+    name: str
+    model: SparseExpertModel
+    expert: str | None = None
+    chooser: TextChooser | None = None
+    arrow: Gate | None = None
 
-    def token_gate(self, task: str | None = None) -> Gate | None:
-        """Return the gate that is asked at every block while the rows of a task go through the model, if one is."""
-        if self.gate is not None:
-            return self.gate if isinstance(self.gate, ArrowGate) else None
+    @property
+    def once_a_text(self) -> bool:
+        """Whether a text is routed by one row of model input, even if its task reads it in several rows."""
+        return self.name == "gate"
+
+    def block_gate(self, task: str | None = None) -> Gate | None:
+        """Return the gate that decides at every block for the rows of a task; None if ``rows`` decides."""
         asked = self.name == "gate" or (self.name == "task" and task is not None and self.model.tasks[task].gated)
-        return self.model.token_gate if asked else None
+        return self.model.token_gate if asked else self.arrow
 
+    @torch.no_grad()
     def rows(
-        self, examples: Sequence[Example], texts: Sequence[str], *, task: str | None = None, language: str | None = None
+        self,
+        examples: Sequence[Example],
+        *,
+        task: str | None = None,
+        among: Collection[str] | None = None,
+        texts: Sequence[str] = (),
+        metadata: Sequence[Metadata] = (),
     ) -> Routing:
-        """Route examples as wholes.
+        """Route examples before the model runs; the model is in evaluation mode.
 
         Args:
             examples: Rows of model input.
-            texts: What the ``row`` of an example points to.
-            task: That they belong to, which only the route ``task`` asks for.
-            language: Of the texts, for rules; None leaves it to their characters.
+            task: Their task, which only the route ``task`` reads.
+            among: Experts that the route ``gate`` may choose; None allows all.
+            texts: Texts that the ``row`` of an example indexes, for a chooser.
+            metadata: Metadata of the texts, for a chooser; empty if there is none.
+
+        Raises:
+            ConfigError: If a gate has to decide and the model has none that fits.
         """
+        if self.chooser is not None:
+            indices = [example.row for example in examples]
+            return self.choose([texts[row] for row in indices], [metadata[row] for row in indices] if metadata else ())
         if self.name == "gate":
-            return text_routing(self.model, examples)
-        if self.gate is None:
-            expert = self.name
-            if self.name == "task":
-                assert task is not None
-                if self.model.tasks[task].gated:
-                    return text_routing(self.model, examples, task=task)
-                (expert,) = self.model.tasks[task].experts
-            index = self.model.experts.index(expert)
-            return Routing.one_hot([index] * len(examples), device=self.model.device)
-        nothing = torch.zeros(len(examples), 1, 0, device=self.model.device)
-        mask = torch.ones(len(examples), 1, device=self.model.device)
-        own = [texts[example.row] for example in examples]
-        metadata = [] if language is None else [{"language": language}] * len(examples)
-        routing = self.gate.route(GateInput(nothing, mask, 0, own, metadata))
-        places = [self.model.experts.index(name) for name in self.gate.names]
-        return routing.reindexed(places, num_experts=len(self.model.experts.names))
+            return self._by_gate(examples, among=among)
+        expert = self.expert
+        if expert is None:
+            assert task is not None, "The route 'task' needs the task of the rows."
+            slot = self.model.tasks[task]
+            if slot.gated:
+                return self._by_gate(examples, task=task, among=None if slot.joint else slot.experts)
+            (expert,) = slot.experts
+        return Routing.one_hot([self.model.experts.index(expert)] * len(examples), device=self.model.device)
+
+    def choose(self, texts: Sequence[str], metadata: Sequence[Metadata] = ()) -> Routing:
+        """Let the chooser decide for texts."""
+        assert self.chooser is not None
+        model = self.model
+        indices = [model.experts.index(name) for name in model.routed]
+        routing = self.chooser.choose(texts, metadata).reindexed(indices, num_experts=len(model.experts.names))
+        experts = None if routing.experts is None else routing.experts.to(model.device)
+        return replace(routing, experts=experts, weights=routing.weights.to(model.device))
+
+    def _by_gate(
+        self, examples: Sequence[Example], *, task: str | None = None, among: Collection[str] | None = None
+    ) -> Routing:
+        """Let the model's gate decide from the means that the examples carry, or else compute the means."""
+        model = self.model
+        gate = model.text_gate() if task is None else model.sequence_gate
+        if gate is None:
+            raise ConfigError(f"Task {task!r} needs a gate that chooses among its experts, and this model has none.")
+        carried = bool(examples) and all(example.means is not None for example in examples)
+        means = stacked_means(examples) if carried else mean_states(model, examples, block=gate.block)
+        tokens = [example.input_ids for example in examples] if task is None else None  # a known task is never unknown
+        excluded = [] if among is None else [index for index, name in enumerate(gate.names) if name not in among]
+        decision = gate.decide(means.to(model.device), tokens, excluded=excluded, abstains=task is None)
+        return model.reindexed(decision, gate.names)
 
     def warnings(self) -> list[str]:
-        """Say what about the rules should be looked at, after all rows were routed."""
-        if not isinstance(self.gate, Rules):
+        """Name the rules that matched no text so far."""
+        if not isinstance(self.chooser, Rules):
             return []
-        return [f"Rule {number} of {self.name} never matched." for number in self.gate.unmatched()]
+        return [f"Rule {number} of {self.name} never matched." for number in self.chooser.unmatched()]
 
 
-def arrow_gate(model: SparseExpertModel, *, top_k: int = 2) -> ArrowGate:
-    """Build the gate that reads the experts' weights; see ``ArrowGate``.
+def find_route(name: str, model: SparseExpertModel, *, seed: int = 0) -> Route:
+    """Build a route by its name.
 
     Args:
-        model: With at least one expert that changes the linears which read a block's input.
-        top_k: Experts a token; cut to the number there are.
+        name: One of ROUTES, an expert, or the path of a YAML file with rules.
+        model: The model whose experts serve the rows.
+        seed: Of the baselines that draw.
 
     Raises:
-        ConfigError: If the architecture cannot route tokens.
+        ConfigError: If the name means nothing, or the model has no gate or experts that fit.
     """
-    check_token_routing(model)
-    names, hidden = model.routed, model.backbone.hidden_size
-    places = [model.experts.index(name) for name in names]
-    vectors = {
-        block: torch.stack([_first_singular_vector(model, index, block, hidden) for index in places])
-        for block in range(model.first_block, model.backbone.num_blocks)
-    }
-    moved = {block: value.to(model.device) for block, value in vectors.items()}
-    return ArrowGate(names, moved, selection=Selection(top_k=min(top_k, len(names))))
+    if name == "gate" and model.token_gate is None:
+        model.text_gate()  # refuses a gate that does not fit
+    if name in ("task", "gate"):
+        return Route(name, model)
+    if name in BASELINES:
+        if not model.routed:
+            raise ConfigError(f"Route {name!r} needs at least one expert, and the model has none. Train one first.")
+        return Route(name, model, chooser=BASELINES[name](len(model.routed), seed))
+    if name == "arrow":
+        return Route(name, model, arrow=arrow_gate(model))
+    if Path(name).suffix in {".yaml", ".yml"}:
+        return Route(name, model, chooser=Rules(model.routed, load_rules(name)))
+    if name in model.experts.names:
+        return Route(name, model, expert=name)
+    known = [*ROUTES, *model.experts.names]
+    raise ConfigError(unknown_name("route", name, known) + " A YAML file with rules works, too.")
 
 
-def _first_singular_vector(model: SparseExpertModel, index: int, block: int, hidden: int) -> Tensor:
-    """Return the direction [H] that an expert's deltas amplify most, 0 if it has none in this block."""
-    gram = torch.zeros(hidden, hidden, dtype=torch.float64)
-    for name, layer in model.experts.layers.items():
-        reads = name.rpartition(".")[2] in _READ_THE_INPUT and layer.in_features == hidden
-        if reads and model.backbone.block_of(name) == block and layer.ranks[index]:
-            lora_a, lora_b = (matrix.detach().cpu().double() for matrix in layer.get(index))
-            gram += layer.scales[index] ** 2 * lora_a.t() @ (lora_b.t() @ lora_b) @ lora_a
-    if not gram.any():
-        return torch.zeros(hidden)
-    return torch.linalg.eigh(gram).eigenvectors[:, -1].float()
+def heaviest(routing: Routing, names: Sequence[str]) -> list[str | None]:
+    """Return the expert with the largest weight in each row; None for an unknown row.
+
+    Args:
+        routing: Of rows.
+        names: All experts of the model, in its order.
+    """
+    weights = routing.dense_weights(len(names))
+    pairs = zip(weights.argmax(-1).tolist(), weights.sum(-1).tolist(), strict=True)
+    return [names[best] if total > 0 else None for best, total in pairs]

@@ -1,4 +1,4 @@
-"""The rule-based gate: the first rule of a YAML list that holds for a text names its expert.
+"""Rules: the first rule of a YAML list that holds for a text names its expert.
 
 ```yaml
 - {contains: [refund, invoice], shorter_than: 500, expert: billing}
@@ -10,7 +10,7 @@
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import PydanticCustomError
 
 from sparse_ft.errors import ConfigError, explain, unknown_name
-from sparse_ft.experts.gates import GateInput
 from sparse_ft.experts.routing import Routing
+from sparse_ft.prediction.requests import Metadata
 from sparse_ft.tasks.records import label_text
 
 _HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -39,15 +39,15 @@ class Rule(BaseModel):
     contains: list[str] | None = Field(default=None, min_length=1)
     """Any of these words, whole and in any case; Chinese and Japanese words need no space around them."""
     matches: str | None = None
-    """A regular expression that is found somewhere in the text."""
+    """A regular expression that matches somewhere in the text."""
     language: str | None = None
-    """What the row's metadata say under ``language``; without them only ``zh`` is told, by its characters."""
+    """The ``language`` in the metadata of the text; without it only ``zh`` is recognised, by its characters."""
     metadata: dict[str, Any] | None = Field(default=None, min_length=1)
-    """Each of these values, single ones, under its key; compared as text."""
+    """Key to a single value that the metadata must hold; compared as text."""
     longer_than: int | None = Field(default=None, ge=0)
-    """Characters."""
+    """In characters."""
     shorter_than: int | None = Field(default=None, ge=1)
-    """Characters."""
+    """In characters."""
     expert: str | None = None
     otherwise: str | None = None
     """The expert of a last rule without conditions."""
@@ -81,25 +81,20 @@ class Rule(BaseModel):
 
     @property
     def serves(self) -> str:
-        """The expert that this rule leads to."""
+        """The expert of this rule."""
         return self.expert or self.otherwise or ""
 
     @property
     def conditions(self) -> dict[str, Any]:
-        """What must hold, by the name of the condition."""
+        """Name of each condition to its value."""
         return self.model_dump(exclude={"expert", "otherwise"}, exclude_none=True)
-
-    @property
-    def reads_text(self) -> bool:
-        """Whether the metadata alone are not enough."""
-        return bool(self.conditions.keys() - {"metadata"})
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
         return re.compile("|".join(_whole_word(word) for word in self.contains or ()), re.IGNORECASE)
 
-    def holds(self, text: str, metadata: Mapping[str, Any]) -> bool:
-        """Tell whether all conditions hold for a text and what the caller says of it."""
+    def holds(self, text: str, metadata: Metadata) -> bool:
+        """Whether all conditions hold for a text and its metadata."""
         return (
             (self.shorter_than is None or len(text) < self.shorter_than)
             and (self.longer_than is None or len(text) > self.longer_than)
@@ -123,7 +118,7 @@ def load_rules(path: str | Path) -> list[Rule]:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"Rules file {str(path)!r} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, ValueError) as error:  # the latter of what is no UTF-8, and of days that are in no calendar
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date that is in no calendar
         raise ConfigError(f"Rules file {str(path)!r} is not readable YAML: {' '.join(str(error).split())}") from error
     return parse_rules(values, where=f"Rules file {str(path)!r}")
 
@@ -132,8 +127,8 @@ def parse_rules(values: Any, *, where: str) -> list[Rule]:
     """Check the content of a file of rules.
 
     Args:
-        values: What YAML gave; a list of mappings if all is well.
-        where: What messages begin with.
+        values: The parsed YAML; a list of mappings in a valid file.
+        where: Name of the file, with which messages begin.
 
     Raises:
         ConfigError: With every problem and the 1-based number of its rule.
@@ -160,7 +155,7 @@ def parse_rules(values: Any, *, where: str) -> list[Rule]:
 
 
 def _contradiction(rules: Sequence[Rule], number: int) -> str | None:
-    """Word what is wrong with a rule as a whole, or that it can never match where it stands."""
+    """Return the problem of a rule whose conditions contradict each other or the rules before; None without one."""
     rule, conditions = rules[number - 1], rules[number - 1].conditions
     if bool(rule.expert) == bool(rule.otherwise):
         return f"Rule {number} must name one expert, as `expert: NAME`, or in the last rule as `otherwise: NAME`."
@@ -180,19 +175,17 @@ def _contradiction(rules: Sequence[Rule], number: int) -> str | None:
 
 
 class Rules:
-    """Gives each row the expert of the first rule that holds; without one it abstains: the weight is 0.
+    """Gives each text the expert of the first rule that holds, or no expert if none does.
 
-    The same text and metadata get the same answer whatever else is in the batch.
+    The same text and metadata get the same expert whatever else is in the batch.
 
     Args:
-        names: All experts of the model, in its order.
+        names: Experts of the model that a route may choose, in its order.
         rules: As ``load_rules`` gives them.
 
     Raises:
         ConfigError: If a rule leads to an expert that is not in ``names``.
     """
-
-    every_block = False
 
     def __init__(self, names: Sequence[str], rules: Sequence[Rule]) -> None:
         self.names = list(names)
@@ -205,38 +198,20 @@ class Rules:
         if unknown:
             raise ConfigError(" ".join(unknown))
         self.hits = [0] * len(self.rules)
-        """How many rows each rule has decided."""
+        """How many texts each rule has decided."""
 
-    def route(self, inputs: GateInput) -> Routing:
-        """Choose an expert for each row, or none.
+    def choose(self, texts: Sequence[str], metadata: Sequence[Metadata] = ()) -> Routing:
+        """Choose an expert for each text; the weight of a text that no rule fits is 0."""
+        experts = [self._first(text, facts) for text, facts in zip(texts, metadata or [{}] * len(texts), strict=True)]
+        routing = Routing.one_hot([expert or 0 for expert in experts])
+        if None not in experts:
+            return routing
+        return Routing(routing.experts, torch.tensor([[float(expert is not None)] for expert in experts]))
 
-        Raises:
-            ConfigError: If a rule reads the texts and they are not known.
-        """
-        num_rows = len(inputs.hidden)
-        texts = inputs.texts if len(inputs.texts) == num_rows else [""] * num_rows
-        if texts is not inputs.texts and any(rule.reads_text for rule in self.rules):
-            raise ConfigError(
-                f"The rules read the text of each row, but {len(inputs.texts)} texts were given for {num_rows} rows. "
-                "Give the texts as they were before encoding, or use rules on metadata only."
-            )
-        metadata = inputs.metadata or [{}] * num_rows
-        chosen = [self._first(text, about) for text, about in zip(texts, metadata, strict=True)]
-        if None not in chosen:
-            return Routing.one_hot([index for index in chosen if index is not None], device=inputs.hidden.device)
-        experts = torch.tensor([[index or 0] for index in chosen], device=inputs.hidden.device)
-        weights = torch.tensor([[float(index is not None)] for index in chosen], device=inputs.hidden.device)
-        return Routing(experts, weights)
-
-    def choose(self, texts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> list[str | None]:
-        """Return the expert of each text; None where no rule holds."""
-        found = [self._first(text, about) for text, about in zip(texts, metadata, strict=True)]
-        return [None if index is None else self.names[index] for index in found]
-
-    def _first(self, text: str, metadata: Mapping[str, Any]) -> int | None:
-        for place, rule in enumerate(self.rules):
+    def _first(self, text: str, metadata: Metadata) -> int | None:
+        for index, rule in enumerate(self.rules):
             if rule.holds(text, metadata):
-                self.hits[place] += 1
+                self.hits[index] += 1
                 return self.names.index(rule.serves)
         return None
 
@@ -246,13 +221,8 @@ class Rules:
         return [number for number, (rule, hits) in pairs if not hits and rule.conditions]
 
 
-def joined(text: str, second: str | None) -> str:
-    """Return what rules see of a row: its text, or its two with a tab between them."""
-    return text if second is None else f"{text}\t{second}"
-
-
 def _whole_word(word: str) -> str:
-    """Return a pattern for a word that is not part of a longer one, where its script has spaces between words."""
+    """Return a pattern for a word that, in a script with spaces between words, is no part of a longer one."""
     inner = r"\s+".join(re.escape(part) for part in word.split())
     start = f"(?<!{_LETTER})" if re.match(_LETTER, word.strip()) else ""
     end = f"(?!{_LETTER})" if re.match(_LETTER, word.strip()[-1]) else ""
@@ -260,10 +230,10 @@ def _whole_word(word: str) -> str:
 
 
 def _in_language(language: str, text: str, stated: Any) -> bool:
-    """Compare with what is stated; else Chinese is text with a third of Chinese characters and hardly any kana."""
+    """Compare with the stated language; without one, Chinese is a third of Chinese characters and hardly any kana."""
     wanted = language.lower().replace("_", "-")
     if stated is not None:
-        given = str(stated).lower().replace("_", "-")
-        return given == wanted or given.partition("-")[0] == wanted
+        tag = str(stated).lower().replace("_", "-")
+        return tag == wanted or tag.partition("-")[0] == wanted
     num_letters, num_han, num_kana = (len(re.findall(kind, text)) for kind in (r"[^\W\d_]", f"[{_HAN}]", f"[{_KANA}]"))
     return wanted == "zh" and num_han > 0 and num_han * 3 >= num_letters and num_kana * 10 < num_letters

@@ -96,7 +96,7 @@ class TaskSpec(_Section):
     label_scheme: str = "iob2"
     """Tagging scheme of the source: iob1, iob2, bioes or bmes."""
     metric: str
-    """Metric for early stopping and headlines, higher is better: a name in METRICS, or ``evaluate:<id>``."""
+    """Metric for early stopping and headlines, higher is better: a figure of the task kind, or ``evaluate:<id>``."""
     leaks: dict[Split, list[int]] = Field(default_factory=dict)
     """0-based rows of an evaluation split whose text also occurs in train; scores are also given without them."""
     example: str = ""

@@ -16,10 +16,11 @@ from sparse_ft.backbone.encoding import Example
 from sparse_ft.config import GateConfig
 from sparse_ft.errors import ConfigError
 from sparse_ft.experts.gates import TEXT_GATES, PrototypeGate, SequenceGate
-from sparse_ft.experts.inference import mean_states, text_routing
+from sparse_ft.experts.inference import mean_states
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.named_experts import named_generator
 from sparse_ft.experts.selection import Selection
+from sparse_ft.prediction.routes import Route
 
 _EPOCHS, _MIN_STEPS, _BATCH_SIZE, _LEARNING_RATE = 10, 300, 128, 1e-3
 _LABEL_SMOOTHING = 0.1
@@ -125,6 +126,6 @@ def _fit_perceptron(classifier: nn.Module, features: Sequence[Tensor], *, genera
 
 def routing_accuracy(model: SparseExpertModel, examples: Sequence[Example], *, experts: Sequence[str]) -> float:
     """Return the share of rows whose best expert is one of ``experts``, 0 to 1."""
-    logits, names = text_routing(model, examples).logits, model.text_gate().names
+    logits, names = Route("gate", model).rows(examples).logits, model.text_gate().names
     assert logits is not None
     return sum(names[best] in experts for best in logits.argmax(-1).tolist()) / len(logits)

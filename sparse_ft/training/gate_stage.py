@@ -12,8 +12,8 @@ from sparse_ft.checkpoint.outputs import free_output, next_output
 from sparse_ft.config import RunConfig, changed_config
 from sparse_ft.errors import ConfigError, SparseFTError
 from sparse_ft.evaluation.evaluate import Evaluation, evaluate
-from sparse_ft.experts.inference import text_routing
 from sparse_ft.experts.model import SparseExpertModel
+from sparse_ft.prediction.routes import Route
 from sparse_ft.tasks.sources import name_sources, scored_splits
 from sparse_ft.tasks.spec import TaskSpec
 from sparse_ft.training.checks import check_gate
@@ -50,7 +50,7 @@ def rows_by_expert(model: SparseExpertModel, ready: Mapping[str, TrainingTask]) 
             continue
         owners = [slot.experts[0]] * len(task.row_examples)
         if len(slot.experts) > 1:
-            routing = text_routing(model, task.row_examples, task=name)
+            routing = Route("task", model).rows(task.row_examples, task=name)
             owners = [
                 model.experts.names[best]
                 for best in routing.dense_weights(len(model.experts.names)).argmax(-1).tolist()

@@ -8,9 +8,10 @@ from torch import Tensor
 from sparse_ft.backbone.batching import Batch
 from sparse_ft.backbone.encoding import Example
 from sparse_ft.config import RunConfig
-from sparse_ft.experts.inference import mean_states, text_routing
+from sparse_ft.experts.inference import mean_states
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.routing import Routing
+from sparse_ft.prediction.routes import Route
 from sparse_ft.training.gate_losses import AuxiliaryLosses, auxiliary_losses
 
 SHARED = "shared"
@@ -89,10 +90,7 @@ class FixedRouting:
 
     def _weights(self, model: SparseExpertModel, task: str, rows: Sequence[Example]) -> Tensor:
         """Return the weight of every expert for each row, [rows, experts]."""
-        slot, num_experts = model.tasks[task], len(model.experts.names)
-        if slot.gated:
-            return text_routing(model, rows, task=task).dense_weights(num_experts).cpu()
-        return Routing.one_hot([model.experts.index(slot.experts[0])] * len(rows)).dense_weights(num_experts)
+        return Route("task", model).rows(rows, task=task).dense_weights(len(model.experts.names)).cpu()
 
     def forward(
         self, model: SparseExpertModel, batch: Batch, rows: Rows, *, generator: torch.Generator | None

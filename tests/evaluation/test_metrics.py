@@ -13,13 +13,8 @@ from sklearn import metrics as sklearn_metrics
 from sklearn.preprocessing import MultiLabelBinarizer
 
 from sparse_ft.errors import ConfigError
-from sparse_ft.evaluation.metrics import (
-    headline,
-    load_metric,
-    score_classification,
-    score_multi_label,
-    score_tagging,
-)
+from sparse_ft.evaluation.external_metrics import headline
+from sparse_ft.tasks.kinds.scores import score_classification, score_multi_label, score_tagging
 
 TYPES = ["PER", "LOC", "ORG-NOM"]
 TAGS = ["O", *(f"{prefix}-{name}" for name in TYPES for prefix in "BI")]
@@ -241,7 +236,7 @@ def test_metric_that_cannot_be_loaded_is_named(monkeypatch):
 
     monkeypatch.setattr(evaluate, "load", offline)
     with pytest.raises(ConfigError, match=r"'evaluate:rouge' could not be loaded: Couldn't reach the hub\..*network"):
-        load_metric("evaluate:rouge")
+        headline_of("evaluate:rouge")
 
 
 SCRIPT = """

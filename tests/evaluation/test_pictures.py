@@ -11,10 +11,10 @@ from toy_checkpoints import routed
 
 from sparse_ft.errors import ConfigError
 from sparse_ft.evaluation import pictures
-from sparse_ft.evaluation.metrics import score_classification
 from sparse_ft.evaluation.pictures import report_pictures, require_matplotlib, token_picture
 from sparse_ft.evaluation.routing_report import RoutingReport
 from sparse_ft.evaluation.score_report import TaskReport
+from sparse_ft.tasks.kinds.scores import score_classification
 
 image = pytest.importorskip("matplotlib.image")
 

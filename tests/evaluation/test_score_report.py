@@ -6,8 +6,8 @@ import unicodedata
 import pytest
 
 from sparse_ft.errors import SparseFTError
-from sparse_ft.evaluation.metrics import score_classification, score_multi_label, score_tagging
 from sparse_ft.evaluation.score_report import TaskReport, report_json, report_markdown, report_text, write_report
+from sparse_ft.tasks.kinds.scores import score_classification, score_multi_label, score_tagging
 
 
 def columns(line):

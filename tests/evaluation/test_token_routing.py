@@ -13,9 +13,9 @@ from sparse_ft.checkpoint.checkpoint import load_checkpoint
 from sparse_ft.errors import ConfigError, DataError
 from sparse_ft.evaluation.token_routing import route_tokens
 from sparse_ft.experts.gates import TokenGate
-from sparse_ft.experts.inference import text_routing
 from sparse_ft.experts.selection import Selection
-from sparse_ft.prediction.routes import BASELINES, arrow_gate
+from sparse_ft.prediction.arrow import arrow_gate
+from sparse_ft.prediction.routes import BASELINES, Route
 
 TEXT = "Ada Lovelace loved the table in London"
 NAMES = list(KINDS)
@@ -74,7 +74,7 @@ def test_a_token_gate_of_the_checkpoint_is_the_default(toys, shortlist):
 
 def test_the_gate_of_a_text_decides_once(toys):
     routed = route_tokens(toys, TEXT)
-    routing = text_routing(toys.model, Encoder(toys.model.backbone, max_length=256).texts([TEXT]))
+    routing = Route("gate", toys.model).rows(Encoder(toys.model.backbone, max_length=256).texts([TEXT]))
     assert not routed.by_token
     assert routed.weights.shape == (3, len(routed.tokens), 4)
     assert (routed.weights == routing.dense_weights(4)).all()

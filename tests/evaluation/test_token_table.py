@@ -72,7 +72,7 @@ def test_experts_have_a_legend_with_mean_weights():
 
 def test_one_choice_for_the_text_is_said_once():
     text = token_table(routed(3, by_token=False))
-    assert "one choice for the whole text, the same for all its tokens in all blocks (4 tokens, blocks 1 to 3)" in text
+    assert "one routing for the whole text, the same for all its tokens in all blocks (4 tokens, blocks 1 to 3)" in text
     assert "block 2" not in text
     assert len(text.splitlines()) == 6
 

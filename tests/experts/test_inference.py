@@ -8,7 +8,7 @@ from sparse_ft.backbone.batching import collate
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.experts.inference import mean_states, row_logits, with_trunks
 from sparse_ft.experts.routing import Routing
-from sparse_ft.prediction.routes import arrow_gate
+from sparse_ft.prediction.arrow import arrow_gate
 
 WORDS = ["Ada", "met", "Charles", "in", "London", "and", "Lisbon", ",", "1996-08-22", "antidisestablishmentarianism"]
 

@@ -11,7 +11,8 @@ import sparse_ft
 from sparse_ft.backbone.words import join_words
 from sparse_ft.checkpoint.checkpoint import load_checkpoint
 from sparse_ft.errors import ConfigError
-from sparse_ft.prediction.routes import BASELINES, ROUTES, Route, arrow_gate
+from sparse_ft.prediction.arrow import arrow_gate
+from sparse_ft.prediction.routes import BASELINES, ROUTES, find_route, heaviest
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +149,20 @@ def test_arrow_on_an_architecture_that_cannot_route_tokens_is_refused(make_model
 def test_an_unknown_route_is_refused_with_all_that_there_are(pair, tmp_path):
     model = load_checkpoint(pair).model
     with pytest.raises(ConfigError, match=r"Unknown route 'unifrom'\. Did you mean 'uniform'\?.*YAML file with rules"):
-        Route("unifrom", model, seed=0)
+        find_route("unifrom", model)
     with pytest.raises(ConfigError, match=r"none\.yaml"):
-        Route(str(tmp_path / "none.yaml"), model, seed=0)
+        find_route(str(tmp_path / "none.yaml"), model)
     assert set(ROUTES) == {"task", "gate", "arrow", *BASELINES}
+
+
+def test_a_route_gives_a_routing_of_rows_or_hands_over_the_gate_that_decides_in_blocks(pair, tmp_path):
+    model = load_checkpoint(pair).model
+    texts, experts = ["loved", "shares"], model.experts.names
+    examples = sparse_ft.load(pair).encoder.texts(texts)
+    rules = tmp_path / "rules.yaml"
+    rules.write_text("- {contains: [shares], expert: names}\n")
+    assert heaviest(find_route("task", model).rows(examples, task="mood"), experts) == ["mood", "mood"]
+    assert heaviest(find_route("names", model).rows(examples), experts) == ["names", "names"]
+    assert heaviest(find_route("gate", model).rows(examples, among=["names"]), experts) == ["names", "names"]
+    assert heaviest(find_route(str(rules), model).rows(examples, texts=texts), experts) == [None, "names"]
+    assert [name for name in ROUTES if find_route(name, model).block_gate("mood") is not None] == ["arrow"]

@@ -1,10 +1,9 @@
-"""The rule-based gate: conditions, the order of rules, and what a wrong file is told."""
+"""Rules: conditions, the order of rules, and what a wrong file is told."""
 
 import pytest
 import torch
 
 from sparse_ft.errors import ConfigError
-from sparse_ft.experts.gates import GateInput
 from sparse_ft.prediction.rules import Rule, Rules, load_rules, parse_rules
 
 NAMES = ["general", "billing", "chinese", "code"]
@@ -15,17 +14,11 @@ def rule(**conditions):
     return Rule.model_validate({"expert": "billing", **conditions})
 
 
-def asked(texts, metadata=(), *, rows=None):
-    rows = len(texts) if rows is None else rows
-    hidden, mask = torch.zeros(rows, 2, 4), torch.ones(rows, 2, dtype=torch.long)
-    return GateInput(hidden, mask, 0, texts=texts, metadata=metadata)
-
-
-def answers(gate, texts, metadata=()):
+def answers(rules, texts, metadata=()):
     """The name of each row's expert, or None."""
-    routing = gate.route(asked(texts, metadata))
+    routing = rules.choose(texts, metadata)
     return [
-        gate.names[expert] if weight else None
+        rules.names[expert] if weight else None
         for expert, weight in zip(routing.experts[:, 0].tolist(), routing.weights[:, 0].tolist(), strict=True)
     ]
 
@@ -129,7 +122,7 @@ def test_all_conditions_of_a_rule_must_hold():
     assert not both.holds("a refund, please", {})
 
 
-# The gate.
+# The rules.
 
 YAML = """
 - {contains: [refund, invoice], expert: billing}
@@ -149,51 +142,46 @@ def write(tmp_path):
     return write
 
 
-def test_the_first_rule_that_holds_wins_and_without_one_the_gate_abstains(write):
-    gate = Rules(NAMES, load_rules(write(YAML)))
+def test_the_first_rule_that_holds_wins_and_without_one_no_expert_serves(write):
+    rules = Rules(NAMES, load_rules(write(YAML)))
     texts = ["import refund", "我要退款", "import torch", "import", "hello"]
-    assert answers(gate, texts) == ["billing", "chinese", "code", None, None]
-    assert gate.hits == [1, 1, 1, 0]
-    assert gate.unmatched() == [4]
-    assert answers(gate, ["a unicorn"]) == ["code"]
-    assert gate.unmatched() == []
+    assert answers(rules, texts) == ["billing", "chinese", "code", None, None]
+    assert rules.hits == [1, 1, 1, 0]
+    assert rules.unmatched() == [4]
+    assert answers(rules, ["a unicorn"]) == ["code"]
+    assert rules.unmatched() == []
 
 
 def test_otherwise_takes_what_is_left_and_its_silence_is_no_fault(write):
-    gate = Rules(NAMES, load_rules(write(YAML + "- {otherwise: general}\n")))
-    assert answers(gate, ["hello", "invoice"]) == ["general", "billing"]
-    assert gate.unmatched() == [2, 3, 4]
-    fresh = Rules(NAMES, gate.rules)
+    rules = Rules(NAMES, load_rules(write(YAML + "- {otherwise: general}\n")))
+    assert answers(rules, ["hello", "invoice"]) == ["general", "billing"]
+    assert rules.unmatched() == [2, 3, 4]
+    fresh = Rules(NAMES, rules.rules)
     answers(fresh, ["invoice"])
     assert 5 not in fresh.unmatched()
 
 
 def test_weights_are_one_or_zero_and_one_expert_for_all_is_known_to_be(write):
-    gate = Rules(NAMES, load_rules(write(YAML)))
-    routing = gate.route(asked(["refund", "hello", "我要退款"]))
+    rules = Rules(NAMES, load_rules(write(YAML)))
+    routing = rules.choose(["refund", "hello", "我要退款"])
     assert routing.weights.tolist() == [[1.0], [0.0], [1.0]]
     assert routing.weights.dtype == torch.float32
     assert routing.experts.dtype == torch.int64
-    assert gate.route(asked(["refund", "invoice"])).only == 1
-    assert gate.route(asked(["hello", "you"])).only is None
-    assert gate.route(asked([])).weights.shape[0] == 0
-    assert gate.every_block is False
+    assert rules.choose(["refund", "invoice"]).only == 1
+    assert rules.choose(["hello", "you"]).only is None
+    assert rules.choose([]).weights.shape[0] == 0
 
 
 def test_a_text_gets_the_same_answer_in_any_batch(write):
-    gate = Rules(NAMES, load_rules(write(YAML)))
+    rules = Rules(NAMES, load_rules(write(YAML)))
     texts = ["import refund", "我要退款", "import torch", "hello"]
-    assert answers(gate, texts[::-1]) == answers(gate, texts)[::-1]
-    assert [answers(gate, [text])[0] for text in texts] == answers(gate, texts)
+    assert answers(rules, texts[::-1]) == answers(rules, texts)[::-1]
+    assert [answers(rules, [text])[0] for text in texts] == answers(rules, texts)
 
 
-def test_rules_that_read_the_text_need_it_and_others_do_not():
-    by_text = Rules(NAMES, parse_rules([{"longer_than": 3, "expert": "code"}], where="here"))
-    with pytest.raises(ConfigError, match=r"rules read the text of each row, but 0 texts were given for 2 rows\. Give"):
-        by_text.route(asked([], rows=2))
-    by_metadata = Rules(NAMES, parse_rules([{"metadata": {"kind": "x"}, "expert": "code"}], where="here"))
-    routing = by_metadata.route(asked([], [{"kind": "x"}, {}], rows=2))
-    assert routing.weights.tolist() == [[1.0], [0.0]]
+def test_rules_read_the_metadata_of_each_text():
+    rules = Rules(NAMES, parse_rules([{"metadata": {"kind": "x"}, "expert": "code"}], where="here"))
+    assert rules.choose(["", ""], [{"kind": "x"}, {}]).weights.tolist() == [[1.0], [0.0]]
 
 
 def test_rules_are_frozen_and_survive_a_round_trip(write):

@@ -15,7 +15,7 @@ from sparse_ft.checkpoint.manifest import MANIFEST, read_config, read_manifest
 from sparse_ft.config import GateConfig
 from sparse_ft.errors import CheckpointError, ConfigError, DataError
 from sparse_ft.experts.gates import PrototypeGate, SequenceGate
-from sparse_ft.experts.inference import text_routing
+from sparse_ft.prediction.routes import Route
 from sparse_ft.training.fit_gate import fit_on_means
 
 MOOD, NAMES = (" ".join(words) for words in MARKS.values())
@@ -112,7 +112,7 @@ def test_texts_below_the_least_confidence_are_unknown(gated):
     assert strange.unknown
     assert strange.tasks == {}
     assert strange.to_dict()["unknown"] is True
-    confidence = text_routing(model.checkpoint.model, model.encoder.texts(TEXTS)).confidence
+    confidence = Route("gate", model.checkpoint.model).rows(model.encoder.texts(TEXTS)).confidence
     assert confidence.min() >= 0
     assert confidence.max() <= 1
 
@@ -165,7 +165,7 @@ def test_stage_gate_keeps_the_settings_of_the_old_gate_and_heeds_the_seed(gated,
 
 def test_top_two_mixes_the_experts(gated, tmp_path):
     path = fit(gated, tmp_path / "out", "gate.top_k=2", "gate.temperature=100").path
-    routing = text_routing(load_checkpoint(path).model, sparse_ft.load(path).encoder.texts(TEXTS))
+    routing = Route("gate", load_checkpoint(path).model).rows(sparse_ft.load(path).encoder.texts(TEXTS))
     assert routing.experts.shape == (4, 2)
     torch.testing.assert_close(routing.weights.sum(-1), torch.ones(4))
     assert (routing.weights > 0.2).all()

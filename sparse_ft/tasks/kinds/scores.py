@@ -38,7 +38,7 @@ class Score:
     n: int
     """Number of rows; sentences for tagging."""
     metrics: dict[str, float]
-    """Figures by their name in METRICS, each 0 to 1."""
+    """Figures by name, each 0 to 1."""
     report: Report
     """Figures per label, or per entity type for tagging; empty where a task has no labels."""
     token_report: Report | None = None
