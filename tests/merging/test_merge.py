@@ -3,8 +3,6 @@
 import json
 import shlex
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -111,19 +109,6 @@ def test_a_random_method_is_determined_by_its_seed(bert, tmp_path):
         merge([bert], method="dare", seed=seed, output=tmp_path / folder)
         files.append((tmp_path / folder / "experts/merged/adapter_model.safetensors").read_bytes())
     assert files[0] == files[1] != files[2]
-
-
-def test_it_answers_in_a_new_process(bert, tmp_path):
-    merge([bert], method="linear", output=tmp_path / "out")
-    here = sparse_ft.load(tmp_path / "out", device="cpu").predict(["I loved the film"], tasks=["mood", "names"])
-    code = "import json, sys, sparse_ft; print(json.dumps([p.to_dict() for p in sparse_ft.load(sys.argv[1], " \
-        "device='cpu').predict(['I loved the film'], tasks=['mood', 'names'])]))"  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "out"], capture_output=True, text=True, check=True)
-    there = json.loads(done.stdout)[0]["tasks"]
-    assert there["mood"]["label"] == here[0].tasks["mood"]["label"]
-    assert there["mood"]["score"] == pytest.approx(here[0].tasks["mood"]["score"], abs=1e-6)
-    spans = [[(e["type"], e["start"], e["end"]) for e in one["names"]["entities"]] for one in (there, here[0].tasks)]
-    assert spans[0] == spans[1]
 
 
 def test_a_lora_of_peft_is_merged_in_without_a_task(bert, tmp_path):
