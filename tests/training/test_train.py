@@ -187,7 +187,7 @@ def test_the_seed_decides_every_bit(tmp_path, tiny_bert, name, workers):
     )
     assert equal(first, again)
     assert first.keys() == other.keys()
-    assert not any(torch.equal(first[key], other[key]) for key in first)
+    assert not any(torch.equal(first[key], other[key]) for key in first if not key.endswith("block"))
     assert torch.get_num_threads() == threads
 
 
