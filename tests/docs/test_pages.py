@@ -43,3 +43,11 @@ def test_readme_is_short_and_says_what_the_packaging_says():
     assert f"`{torch}`" in quickstart
     assert f'"torch{torch.partition(",")[2]}" --index-url' in readme
     assert {f"`{extra}`" for extra in PROJECT["optional-dependencies"]} <= set(re.findall(r"`\w+`", quickstart))
+
+
+def test_the_architecture_page_names_files_that_exist():
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w/.-]+(?:\.py|/))`", text))
+    assert len(named) > 50
+    lacking = {path for path in named if not (ROOT / path).exists() and not (ROOT / "sparse_ft" / path).exists()}
+    assert not lacking
