@@ -17,6 +17,7 @@ from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.prediction.ensembles import Ensemble, find_ensembles
 from sparse_ft.prediction.routes import Route, find_route
 from sparse_ft.tasks.encoded_rows import EncodedRows, encode_rows
+from sparse_ft.tasks.in_memory import TaskData
 from sparse_ft.tasks.reading import read, rows_seen_in_train
 from sparse_ft.tasks.sources import name_sources
 from sparse_ft.tasks.spec import SPLITS, Split, TaskSpec
@@ -79,7 +80,7 @@ def evaluate_task(
     spec: TaskSpec,
     *,
     split: Split,
-    source: str | None,
+    source: TaskData | None,
     encoder: Encoder,
     route: Route,
     ensemble: Ensemble | None = None,
@@ -137,7 +138,7 @@ def evaluate(
     checkpoint: str | Path | Checkpoint | HasCheckpoint,
     *,
     tasks: Sequence[str] | str | None = None,
-    data: str | Path | Mapping[str, str] | None = None,
+    data: TaskData | Mapping[str, TaskData] | None = None,
     split: Split | Mapping[str, Split] = "test",
     route: str = "task",
     combine: str | None = None,

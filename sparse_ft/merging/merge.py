@@ -22,7 +22,7 @@ from sparse_ft.merging.settings import AVERAGE, STACK, MergeSettings, merge_sett
 from sparse_ft.prediction.routes import find_route
 from sparse_ft.tasks.sources import name_sources
 from sparse_ft.tasks.spec import Split, TaskSpec
-from sparse_ft.training.gate_stage import add_gate, kept_rows
+from sparse_ft.training.gate_stage import add_gate, available_rows
 
 
 class BeforeAfter(NamedTuple):
@@ -217,7 +217,7 @@ def _add_prototypes(checkpoint: Checkpoint) -> list[str]:
     if idle:
         return [f"There is no gate: expert {min(idle)!r} serves no task, so no texts belong to it."]
     encoder = Encoder(model.backbone, max_length=checkpoint.config.data.max_length)
-    ready = kept_rows(checkpoint.tasks, {}, run=checkpoint.config, encoder=encoder)
+    ready = available_rows(checkpoint.tasks, run=checkpoint.config, encoder=encoder)
     lacking = [task for task in checkpoint.tasks if task not in ready]
     if lacking:
         return [

@@ -1,8 +1,7 @@
-"""Fit the gate that reads whole texts: which expert does a text belong to?
+"""Fit a gate that routes whole texts to frozen experts.
 
-The experts stay as they are. The gate sees the means of the hidden states that enter the blocks up to one, by default
-the middle one, as the bare backbone computes them. These are the same whichever expert will be chosen, so it is a
-classifier on fixed features.
+The gate reads the means of the hidden states that enter the blocks up to one, by default the middle one, in the bare
+backbone. They do not depend on the experts, so the gate is a classifier on fixed features.
 """
 
 import random
@@ -25,7 +24,7 @@ from sparse_ft.prediction.routes import Route
 _EPOCHS, _MIN_STEPS, _BATCH_SIZE, _LEARNING_RATE = 10, 300, 128, 1e-3
 _LABEL_SMOOTHING = 0.1
 _HELD_OUT = 5
-"""One text in so many says how strange a text that belongs here may look. The classifier learns from all."""
+"""Every fifth text calibrates the familiarity and is held out of its fit. The classifier learns from all texts."""
 
 
 def fit_gate(
@@ -40,10 +39,10 @@ def fit_gate(
 
     Args:
         model: In evaluation mode.
-        examples: Training rows per expert; ``settings.rows`` of each are drawn.
-        settings: Of the run.
-        seed: Draws the rows.
-        names: The experts; None takes all.
+        examples: Training rows by expert; ``settings.rows`` of each are drawn.
+        settings: Gate settings of the run.
+        seed: Seed of the drawn rows and of the perceptron.
+        names: Experts of the gate; None takes all.
 
     Raises:
         ConfigError: If an expert has fewer than two rows.
@@ -65,14 +64,14 @@ def fit_gate(
 def fit_on_means(
     means: Mapping[str, Tensor], tokens: Mapping[str, Sequence[Sequence[int]]], *, settings: GateConfig, seed: int
 ) -> SequenceGate:
-    """Fit a gate on what it sees of texts.
+    """Fit a gate on mean hidden states.
 
     Args:
-        means: Of what enters the blocks up to the highest that it reads, [rows, blocks, H] for each expert, two rows at
-            least.
-        tokens: Ids of these texts.
-        settings: Of the run.
-        seed: Of the perceptron.
+        means: [rows, blocks, H] for each expert, at least two rows: the means that enter the blocks up to the highest
+            that the gate reads.
+        tokens: Token ids of the same texts.
+        settings: Gate settings of the run.
+        seed: Seed of the perceptron.
     """
     names = list(means)
     _, num_blocks, hidden_size = means[names[0]].shape
@@ -80,11 +79,11 @@ def fit_on_means(
     gate = TEXT_GATES[settings.type](names, hidden_size, block=num_blocks - 1, selection=selection)
     gate.standardise(torch.cat([means[name] for name in names]))
     features = [gate.features(means[name]) for name in names]
-    uppermost = [gate.top_block_features(rows) for rows in features]
+    top = [gate.top_block_features(rows) for rows in features]
     gate.familiarity.fit(
-        [rows[torch.arange(len(rows)) % _HELD_OUT > 0] for rows in uppermost],
-        [ids for name in names for place, ids in enumerate(tokens[name]) if place % _HELD_OUT],
-        held_out=torch.cat([rows[::_HELD_OUT] for rows in uppermost]),
+        [rows[torch.arange(len(rows)) % _HELD_OUT > 0] for rows in top],
+        [ids for name in names for index, ids in enumerate(tokens[name]) if index % _HELD_OUT],
+        held_out=torch.cat([rows[::_HELD_OUT] for rows in top]),
         held_out_tokens=[ids for name in names for ids in tokens[name][::_HELD_OUT]],
     )
     if isinstance(gate, PrototypeGate):
@@ -97,7 +96,7 @@ def fit_on_means(
 
 
 def gate_block(model: SparseExpertModel, settings: GateConfig) -> int:
-    """Return the 0-based block whose input a gate for texts reads."""
+    """Return the highest 0-based block whose input a gate for texts reads."""
     middle = max(model.first_block, model.backbone.num_blocks // 2)
     return min(middle, model.backbone.num_blocks - 1) if settings.block is None else settings.block
 
@@ -116,8 +115,8 @@ def _fit_perceptron(classifier: nn.Module, features: Sequence[Tensor], *, genera
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = _LEARNING_RATE * (1 - step / steps)
         targets = torch.randint(len(sizes), (_BATCH_SIZE,), generator=generator)
-        places = (torch.rand(_BATCH_SIZE, generator=generator) * sizes[targets]).long()
-        logits = classifier(inputs[starts[targets] + places])
+        rows = (torch.rand(_BATCH_SIZE, generator=generator) * sizes[targets]).long()
+        logits = classifier(inputs[starts[targets] + rows])
         loss = functional.cross_entropy(logits, targets, label_smoothing=_LABEL_SMOOTHING)
         optimizer.zero_grad()
         loss.backward()

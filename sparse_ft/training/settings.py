@@ -1,54 +1,79 @@
-"""What a run that starts from a checkpoint takes over from it, where its own config says nothing."""
+"""The config of a run, assembled from arguments, a config, the checkpoint to start from, or the interrupted run."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from sparse_ft.checkpoint.manifest import read_config, read_manifest
-from sparse_ft.checkpoint.outputs import default_output
-from sparse_ft.config import RunConfig, changed_config
+from sparse_ft.checkpoint.manifest import check_name, read_config, read_manifest
+from sparse_ft.checkpoint.outputs import default_output, free_output, next_output
+from sparse_ft.config import RunConfig, changed_config, load_config
 from sparse_ft.errors import ConfigError
+from sparse_ft.tasks.in_memory import TaskData
 from sparse_ft.tasks.sources import name_sources
-from sparse_ft.tasks.spec import load_task
+from sparse_ft.tasks.spec import TaskSpec, load_task
+from sparse_ft.training.checks import check_settings, check_stage
 from sparse_ft.training.resume import find_resume
 
+_LOG = logging.getLogger("sparse_ft")
 
-def continued_config(run: RunConfig) -> RunConfig:
-    """Take over the backbone, the settings of the gate, and in a joint run those of a pool with one A.
+
+class AssembledRun(NamedTuple):
+    """The settings of a run that may start."""
+
+    run: RunConfig
+    """The config, with the tasks and the output folder."""
+    specs: list[TaskSpec]
+    """The tasks in training; none in a gate stage."""
+    sources: dict[str, TaskData]
+    """The data of each task: the paths that the config names, and data in memory, which no config can hold."""
+    claimed: bool
+    """Whether the output folder was created for this run, under a default name."""
+
+
+def assemble_run(
+    config: str | Path | RunConfig | None,
+    *,
+    overrides: Sequence[str],
+    values: Mapping[str, Any],
+    specs: Mapping[str, TaskSpec],
+    data: TaskData | Mapping[str, TaskData] | None,
+    output: str | Path | None,
+    resume: bool,
+) -> AssembledRun:
+    """Assemble and check the config of a run.
 
     Args:
-        run: With ``start``.
+        config: A bundled name, the path of a YAML file, or a config.
+        overrides: ``section.key=value`` strings.
+        values: Top-level settings that win over config and overrides.
+        specs: Tasks that the caller holds in memory, by name.
+        data: The data of the only task, or data by task.
+        output: Folder of the checkpoint; None takes the config's, else the next free one.
+        resume: Whether to continue the interrupted run in ``output``.
 
     Raises:
-        ConfigError: If texts would be pooled otherwise than the checkpoint does.
-        CheckpointError: If ``start`` is no complete checkpoint.
+        SparseFTError: If a setting is wrong; nothing is written then.
     """
-    assert run.start is not None
-    manifest, before = read_manifest(Path(run.start)), read_config(Path(run.start) / "config.yaml")
-    if run.experts.pooling not in ("auto", manifest["pooling"]):
-        raise ConfigError(
-            f"experts.pooling is {run.experts.pooling}, but the tasks of {run.start!r} pool by {manifest['pooling']}. "
-            "Leave it out."
-        )
-    values: dict[str, Any] = {"gate": _gate(run, before)}
-    if "backbone" not in run.model_fields_set:
-        values |= {"backbone": manifest["backbone"]["name"], "revision": manifest["backbone"]["revision"]}
-    own = run.experts.model_fields_set
-    if run.stage == "joint" and before.experts.shared_a and not own & {"pool", "shared_a"}:
-        tied = {"pool": before.experts.pool, "shared_a": True}
-        values["experts"] = {**run.experts.model_dump(exclude_unset=True), **tied}
-    return changed_config(run, values)
-
-
-def _gate(run: RunConfig, before: RunConfig) -> dict[str, Any]:
-    """Return the settings of the gate: the run's own, and those of the checkpoint if it is a gate of the same type."""
-    own, old = run.gate.model_dump(exclude_unset=True), before.gate.model_dump(exclude_unset=True)
-    suits = old.get("type", "sequence") in (
-        ("sequence", "token") if run.stage == "joint" else ("sequence", "prototype")
-    )
-    if not suits or own.get("type", old.get("type", "sequence")) != old.get("type", "sequence"):
-        return own
-    return {**old, **own}
+    run = _absolute_paths(load_config(config, overrides=overrides, values=values))
+    if run.experts.pool and run.stage == "experts":
+        run = changed_config(run, {"stage": "joint"})
+    check_stage(run, resume=resume)
+    if resume:
+        return _resumed_run(run, specs, data=data, output=output)
+    run = _checkpoint_tasks(_checkpoint_settings(run), run.start, specs)
+    tasks = _load_specs(run.tasks, specs)
+    names = [check_name(spec.name) for spec in tasks]
+    output = output or run.output
+    check_settings(run, names, output=output)
+    if run.stage == "gate":
+        run, tasks = _gate_stage_run(run), []
+        names = list(read_manifest(Path(run.start or ""))["tasks"])
+    before = {} if run.start is None else _checkpoint_config(run.start).sources
+    sources = {**before, **run.sources, **name_sources(data, names)}
+    folder = next_output(names) if output is None else free_output(output)
+    run = changed_config(run, {"sources": _paths(sources), "output": str(folder)})
+    return AssembledRun(run, tasks, sources, claimed=output is None)
 
 
 def moved_backbone(run: RunConfig) -> str | None:
@@ -58,88 +83,120 @@ def moved_backbone(run: RunConfig) -> str | None:
     return None if run.backbone == named else run.backbone
 
 
-def keep_length(run: RunConfig, trained: Sequence[str]) -> RunConfig:
-    """Cut texts where the checkpoint to start from does, for the sake of its tasks that are not trained.
-
-    Args:
-        run: The run's config.
-        trained: Tasks of this run.
-
-    Raises:
-        ConfigError: If another length is asked for and would change other tasks.
-    """
-    if run.start is None:
-        return run
-    before = read_config(Path(run.start) / "config.yaml").data.max_length
-    if "max_length" not in run.data.model_fields_set:
-        data = {**run.data.model_dump(exclude_unset=True), "max_length": before}
-        return changed_config(run, {"data": data})
-    kept = [name for name in read_manifest(Path(run.start))["tasks"] if name not in trained]
-    if run.data.max_length != before and kept:
-        raise ConfigError(
-            f"data.max_length is {run.data.max_length}, and {before} in {run.start!r}, so task {kept[0]!r} would read "
-            "long texts otherwise. Leave it out, or train that task, too."
-        )
-    return run
-
-
-def _find_tasks(run: RunConfig, start: str | None) -> RunConfig:
-    """Take the files of a checkpoint for the tasks that it has; a joint run without tasks is one of all of them."""
-    if start is None:
-        return run
-    names = read_manifest(Path(start))["tasks"]
-    known = {name: str(Path(start) / "tasks" / f"{name}.yaml") for name in names}
-    asked = run.tasks or (list(known) if run.stage == "joint" else [])
-    return changed_config(run, {"tasks": [known.get(task, task) for task in asked]}) if asked else run
-
-
-def _sources_of(checkpoint: str | None) -> dict[str, str]:
-    """Return where a checkpoint's tasks had their data from."""
-    if checkpoint is None:
-        return {}
-    read_manifest(Path(checkpoint))
-    return read_config(Path(checkpoint) / "config.yaml").sources
-
-
-def _from_here(run: RunConfig) -> RunConfig:
+def _absolute_paths(run: RunConfig) -> RunConfig:
     """Make the paths in a config absolute, so that a run can be resumed, and its checkpoint used, from elsewhere."""
-    paths = {
-        "tasks": [_task_reference(task) for task in run.tasks],
+    values = {
+        "tasks": [str(Path(task).absolute()) if Path(task).suffix in {".yaml", ".yml"} else task for task in run.tasks],
         "sources": {task: str(Path(source).expanduser().absolute()) for task, source in run.sources.items()},
         "start": None if run.start is None else str(Path(run.start).expanduser().absolute()),
         "backbone": run.backbone,
     }
     if run.backbone != "minilm" and Path(run.backbone).expanduser().is_dir():
-        paths["backbone"] = str(Path(run.backbone).expanduser().resolve())
-    return changed_config(run, {key: value for key, value in paths.items() if key in run.model_fields_set})
+        values["backbone"] = str(Path(run.backbone).expanduser().resolve())
+    return changed_config(run, {key: value for key, value in values.items() if key in run.model_fields_set})
 
 
-def _task_reference(task: str) -> str:
-    """Make the path of a task file absolute, so that a run can be resumed from another folder."""
-    return str(Path(task).absolute()) if Path(task).suffix in {".yaml", ".yml"} else str(task)
+def _checkpoint_config(start: str) -> RunConfig:
+    read_manifest(Path(start))  # refuses an incomplete checkpoint
+    return read_config(Path(start) / "config.yaml")
 
 
-def _resumed_config(
-    run: RunConfig, output: str | Path | None, *, data: str | Path | Mapping[str, str] | None
-) -> RunConfig:
-    """Take over the config of the interrupted run; refuse options that say otherwise."""
-    wanted = output or run.output
-    if wanted is None:
-        wanted = default_output([load_task(task).name for task in _find_tasks(run, run.start).tasks])
-    folder = Path(wanted).expanduser()
-    saved = find_resume(folder)
-    run = _find_tasks(run, saved.start) if run.tasks else run
-    written = {"output": str(folder.absolute())}
-    names = [load_task(task).name for task in saved.tasks]
-    asked = changed_config(run, {"sources": {**run.sources, **name_sources(data, names)}, **written})
-    kept = dict(_flat(changed_config(saved, written).model_dump()))
-    different = [key for key, value in _flat(asked.model_dump(exclude_unset=True)) if kept.get(key) != value]
+def _checkpoint_settings(run: RunConfig) -> RunConfig:
+    """Take over backbone, text length and gate settings of the checkpoint, and in a joint run those of a tied pool."""
+    if run.start is None:
+        return run
+    manifest, before = read_manifest(Path(run.start)), _checkpoint_config(run.start)
+    values: dict[str, Any] = {"gate": _gate_settings(run, before)}
+    if "backbone" not in run.model_fields_set:
+        values |= {"backbone": manifest["backbone"]["name"], "revision": manifest["backbone"]["revision"]}
+    if "max_length" not in run.data.model_fields_set:
+        values["data"] = {**run.data.model_dump(exclude_unset=True), "max_length": before.data.max_length}
+    if run.stage == "joint" and before.experts.shared_a and not run.experts.model_fields_set & {"pool", "shared_a"}:
+        tied = {"pool": before.experts.pool, "shared_a": True}
+        values["experts"] = {**run.experts.model_dump(exclude_unset=True), **tied}
+    return changed_config(run, values)
+
+
+def _gate_settings(run: RunConfig, before: RunConfig) -> dict[str, Any]:
+    """Return the run's gate settings, completed by those of a checkpoint that has a gate of the same type."""
+    settings, old = run.gate.model_dump(exclude_unset=True), before.gate.model_dump(exclude_unset=True)
+    old_type = old.get("type", "sequence")
+    other_type = "token" if run.stage == "joint" else "prototype"
+    same_type = old_type in ("sequence", other_type) and settings.get("type", old_type) == old_type
+    return {**old, **settings} if same_type else settings
+
+
+def _checkpoint_tasks(run: RunConfig, start: str | None, specs: Mapping[str, TaskSpec]) -> RunConfig:
+    """Replace names of tasks that a checkpoint has by its task files; a joint run without tasks trains all of them."""
+    if start is None:
+        return run
+    names = [name for name in read_manifest(Path(start))["tasks"] if name not in specs]
+    files = {name: str(Path(start) / "tasks" / f"{name}.yaml") for name in names}
+    tasks = run.tasks or (list(files) if run.stage == "joint" else [])
+    return changed_config(run, {"tasks": [files.get(task, task) for task in tasks]}) if tasks else run
+
+
+def _load_specs(tasks: Sequence[str], specs: Mapping[str, TaskSpec]) -> list[TaskSpec]:
+    """Return tasks from memory where ``specs`` has the name, else from their task files."""
+    return [specs[task] if task in specs else load_task(task) for task in tasks]
+
+
+def _gate_stage_run(run: RunConfig) -> RunConfig:
+    """Return the config of the checkpoint, with the requested gate, seed, device, backbone and number of rows."""
+    sections = {"experts": run.experts, "train": run.train}
+    ignored = [f"{name}.{key}" for name, section in sections.items() for key in sorted(section.model_fields_set)]
+    if ignored:
+        _LOG.warning("Only the gate is fitted: %s say nothing here.", ", ".join(ignored))
+    before = _checkpoint_config(run.start or "")
+    keys = [key for key in ("start", "seed", "device", "backbone") if key in run.model_fields_set]
+    rows = {"train_limit": run.data.train_limit} if "train_limit" in run.data.model_fields_set else {}
+    return changed_config(
+        before,
+        {
+            **{key: getattr(run, key) for key in keys},
+            "gate": run.gate.model_dump(),
+            "data": {**before.data.model_dump(), **rows},
+        },
+    )
+
+
+def _resumed_run(
+    run: RunConfig,
+    specs: Mapping[str, TaskSpec],
+    *,
+    data: TaskData | Mapping[str, TaskData] | None,
+    output: str | Path | None,
+) -> AssembledRun:
+    """Take over the config of the interrupted run; refuse settings that differ from it."""
+    output = output or run.output
+    if output is None:
+        tasks = _checkpoint_tasks(run, run.start, specs).tasks
+        output = default_output([spec.name for spec in _load_specs(tasks, specs)])
+    folder = Path(output).expanduser()
+    saved = changed_config(find_resume(folder), {"output": str(folder.absolute())})
+    if run.tasks:
+        run = _checkpoint_tasks(run, saved.start, specs)
+    try:
+        loaded = _load_specs(saved.tasks, specs)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error} The interrupted run in {str(folder)!r} trains this task. Give its TaskSpec to train() again."
+        ) from error
+    sources = {**run.sources, **name_sources(data, [spec.name for spec in loaded])}
+    requested = changed_config(run, {"sources": _paths(sources), "output": saved.output})
+    settings = dict(_flat(saved.model_dump()))
+    different = [key for key, value in _flat(requested.model_dump(exclude_unset=True)) if settings.get(key) != value]
     if different:
         raise ConfigError(
             f"The interrupted run in {str(folder)!r} has other settings: {', '.join(different)}. --resume continues it "
             "unchanged; leave these options out, or start anew in another --output."
         )
-    return changed_config(saved, written)
+    return AssembledRun(saved, loaded, {**saved.sources, **sources}, claimed=False)
+
+
+def _paths(sources: Mapping[str, TaskData]) -> dict[str, str]:
+    """Return the sources that a config can name: no data in memory."""
+    return {task: source for task, source in sources.items() if isinstance(source, str)}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

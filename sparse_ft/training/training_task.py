@@ -1,6 +1,7 @@
 """The rows that a task is trained on, read, encoded and checked."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -9,6 +10,7 @@ from sparse_ft.config import RunConfig
 from sparse_ft.errors import DataError, unknown_name
 from sparse_ft.evaluation.scoring import score_rows
 from sparse_ft.tasks.encoded_rows import EncodedRows, encode_rows, examples_by_row
+from sparse_ft.tasks.in_memory import TaskData
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.kinds.kind import IGNORED
 from sparse_ft.tasks.reading import label_names, read
@@ -58,19 +60,22 @@ def prepare_task(
     run: RunConfig,
     encoder: Encoder,
     before: TaskSpec | None = None,
+    sources: Mapping[str, TaskData] | None = None,
 ) -> TrainingTask:
     """Read and encode the training and validation rows of a task.
 
     Args:
         spec: The task.
-        run: Names the data, and how much of it to use.
+        run: The run's config.
         encoder: Encoder of the backbone.
         before: The task in the checkpoint that the run starts from; its head must know every label.
+        sources: Data by task; None takes the sources that the run's config names.
 
     Raises:
         DataError: If there are no rows, or a label is unknown to the head.
     """
-    splits = read(spec, data=run.sources.get(spec.name), splits=["train", "validation"])
+    data = (run.sources if sources is None else sources).get(spec.name)
+    splits = read(spec, data=data, splits=["train", "validation"])
     if "train" not in splits or len(splits["train"]) == 0:
         raise DataError(f"Task {spec.name!r} has no training rows. Name a folder or file that has some with --data.")
     spec = spec.with_labels(_labels(spec, label_names(spec, splits["train"]), before=before, start=run.start))
