@@ -34,9 +34,9 @@ class AssembledRun(NamedTuple):
 def assemble_run(
     config: str | Path | RunConfig | None,
     *,
-    overrides: Sequence[str],
+    tasks: Sequence[str | TaskSpec] | str | TaskSpec,
     values: Mapping[str, Any],
-    specs: Mapping[str, TaskSpec],
+    overrides: Sequence[str],
     data: TaskData | Mapping[str, TaskData] | None,
     output: str | Path | None,
     resume: bool,
@@ -45,9 +45,9 @@ def assemble_run(
 
     Args:
         config: A bundled name, the path of a YAML file, or a config.
+        tasks: Names or task files, or tasks in memory.
+        values: Other top-level settings that win over config and overrides, unless they are None.
         overrides: ``section.key=value`` strings.
-        values: Top-level settings that win over config and overrides.
-        specs: Tasks that the caller holds in memory, by name.
         data: The data of the only task, or data by task.
         output: Folder of the checkpoint; None takes the config's, else the next free one.
         resume: Whether to continue the interrupted run in ``output``.
@@ -55,6 +55,10 @@ def assemble_run(
     Raises:
         SparseFTError: If a setting is wrong; nothing is written then.
     """
+    requested = [tasks] if isinstance(tasks, str | TaskSpec) else list(tasks)
+    specs = {task.name: task for task in requested if isinstance(task, TaskSpec)}
+    names = [task.name if isinstance(task, TaskSpec) else str(task) for task in requested]
+    values = {key: value for key, value in {**values, "tasks": names or None}.items() if value is not None}
     run = _absolute_paths(load_config(config, overrides=overrides, values=values))
     if run.experts.pool and run.stage == "experts":
         run = changed_config(run, {"stage": "joint"})
@@ -62,18 +66,18 @@ def assemble_run(
     if resume:
         return _resumed_run(run, specs, data=data, output=output)
     run = _checkpoint_tasks(_checkpoint_settings(run), run.start, specs)
-    tasks = _load_specs(run.tasks, specs)
-    names = [check_name(spec.name) for spec in tasks]
+    trained = _load_specs(run.tasks, specs)
+    names = [check_name(spec.name) for spec in trained]
     output = output or run.output
     check_settings(run, names, output=output)
     if run.stage == "gate":
-        run, tasks = _gate_stage_run(run), []
+        run, trained = _gate_stage_run(run), []
         names = list(read_manifest(Path(run.start or ""))["tasks"])
     before = {} if run.start is None else _checkpoint_config(run.start).sources
     sources = {**before, **run.sources, **name_sources(data, names)}
     folder = next_output(names) if output is None else free_output(output)
     run = changed_config(run, {"sources": _paths(sources), "output": str(folder)})
-    return AssembledRun(run, tasks, sources, claimed=output is None)
+    return AssembledRun(run, trained, sources, claimed=output is None)
 
 
 def moved_backbone(run: RunConfig) -> str | None:

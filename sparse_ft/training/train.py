@@ -76,8 +76,8 @@ def train(
     Args:
         tasks: Bundled names, paths of task files, names of tasks in ``from_checkpoint``, or task objects.
         data: The data of the only task, or task name to data: a folder or file; or in memory a ``datasets.Dataset`` or
-            ``DatasetDict``, a pandas DataFrame, or ``(texts, labels)``. None takes bundled data, else the hub. No
-            config holds data in memory, so a resumed run must be given it again.
+            ``DatasetDict``, a pandas DataFrame, or ``(texts, labels)``, which a resumed run must be given again. None
+            takes bundled data, else the hub.
         output: Folder of the checkpoint; None takes the next free ``runs/<tasks>``.
         backbone: ``minilm``, a folder, or a hub id.
         config: A bundled name, the path of a YAML file, or a config.
@@ -94,25 +94,11 @@ def train(
     Raises:
         SparseFTError: For every mistake that the caller can correct; nothing is written then.
     """
-    requested = [tasks] if isinstance(tasks, str | TaskSpec) else list(tasks)
-    given = {task.name: task for task in requested if isinstance(task, TaskSpec)}
-    values = {
-        "tasks": [task.name if isinstance(task, TaskSpec) else str(task) for task in requested] or None,
-        "backbone": backbone,
-        "seed": seed,
-        "device": device,
-        "stage": stage,
-        "start": None if from_checkpoint is None else str(from_checkpoint),
-    }
+    start = None if from_checkpoint is None else str(from_checkpoint)
+    values = {"backbone": backbone, "seed": seed, "device": device, "stage": stage, "start": start}
     run, specs, sources, claimed = broadcast(
         lambda: assemble_run(
-            config,
-            overrides=overrides,
-            values={key: value for key, value in values.items() if value is not None},
-            specs=given,
-            data=data,
-            output=output,
-            resume=resume,
+            config, tasks=tasks, values=values, overrides=overrides, data=data, output=output, resume=resume
         )
     )
     try:

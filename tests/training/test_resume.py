@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from toy_checkpoints import assert_same_end, disk, tensors
-from toys import OPTIONS, POOL, run, settings, train_joint, write_toy
+from toys import OPTIONS, POOL, run, settings, toy_rows, train_joint, write_toy
 
 import sparse_ft
-from sparse_ft.errors import CheckpointError, ConfigError
+from sparse_ft.errors import CheckpointError, ConfigError, DataError
+from sparse_ft.tasks.spec import TaskSpec
 from sparse_ft.training.resume import find_resume
 
 
@@ -174,6 +175,23 @@ def test_a_resumed_run_ends_as_the_whole_one_also_if_settings_are_repeated(inter
     resumed = tensors(sparse_ft.train([task], output=output, **again).path)
     complete = tensors(run([task], tiny_bert, tmp_path / "complete", seed=4, train__batch_size=8).path)
     assert all(torch.equal(resumed[name], complete[name]) for name in complete)
+
+
+def test_a_run_on_data_in_memory_is_resumed_with_the_same_task_and_data_only(tmp_path, tiny_bert):
+    rows = toy_rows("mood", 40)
+    spec = TaskSpec(name="mood", kind="classification", metric="accuracy")
+    data = ([row["text"] for row in rows], [row["label"] for row in rows])
+    options = {"backbone": str(tiny_bert), "device": "cpu", "overrides": settings(train__epochs=1)}
+    complete = sparse_ft.train(spec, data=data, output=tmp_path / "complete", **options).path
+    output, options["overrides"] = tmp_path / "out", settings(train__epochs=1, train__save_steps=1)
+    interrupt(after=1, start=lambda: sparse_ft.train(spec, data=data, output=output, **options))
+    with pytest.raises(ConfigError, match=r"'mood'.*Give its TaskSpec to train\(\) again"):
+        sparse_ft.train(output=output, resume=True)
+    with pytest.raises(DataError, match="Task 'mood' comes without data"):
+        sparse_ft.train(spec, output=output, resume=True)
+    with pytest.raises(CheckpointError, match="not those of the interrupted run"):
+        sparse_ft.train(spec, data=(data[0][1:], data[1][1:]), output=output, resume=True)
+    assert_same_end(sparse_ft.train(spec, data=data, output=output, resume=True).path, complete)
 
 
 def test_tasks_of_a_checkpoint_may_be_repeated_when_resuming(tmp_path, uninterrupted):

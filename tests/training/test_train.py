@@ -4,11 +4,13 @@ import json
 import shutil
 import weakref
 
+import datasets
+import pandas
 import pytest
 import torch
 import yaml
 from toy_checkpoints import HEADS, equal, logits_of, saved, tensors, trainable_of
-from toys import run, settings, write_rows, write_toy
+from toys import run, settings, toy_rows, write_rows, write_toy
 
 import sparse_ft
 from sparse_ft.backbone.backbone import load_backbone, set_attention
@@ -17,6 +19,7 @@ from sparse_ft.checkpoint.manifest import read_config, read_manifest
 from sparse_ft.config import RunConfig, load_config
 from sparse_ft.errors import BackboneError, ConfigError, DataError, SparseFTError
 from sparse_ft.tasks.kinds.classification import Classification
+from sparse_ft.tasks.spec import TaskSpec
 from sparse_ft.training import loop as fitting
 from sparse_ft.training import train as training
 
@@ -398,3 +401,41 @@ def test_tagging_with_a_causal_backbone_warns(tmp_path, tiny_gpt2, caplog):
     warned = [record.getMessage() for record in caplog.records if "causal" in record.getMessage()]
     assert len(warned) == 1
     assert "names" in warned[0]
+
+
+# Data in memory
+
+
+def test_data_in_memory_trains_the_weights_of_the_same_rows_in_a_file(tmp_path, tiny_bert):
+    rows = toy_rows("mood", 40)
+    write_rows(tmp_path / "mood.jsonl", rows)
+    spec = TaskSpec(name="mood", kind="classification", metric="accuracy")
+    options = {**ONE, "backbone": str(tiny_bert)}
+    file = sparse_ft.train(spec, data=tmp_path / "mood.jsonl", output=tmp_path / "file", **options)
+    assert read_config(file.path / "config.yaml").sources == {"mood": str(tmp_path / "mood.jsonl")}
+    forms = {
+        "dataset": datasets.Dataset.from_list(rows),
+        "frame": pandas.DataFrame(rows),
+        "tuple": ([row["text"] for row in rows], [row["label"] for row in rows]),
+    }
+    for name, data in forms.items():
+        result = sparse_ft.train([spec], data={"mood": data}, output=tmp_path / name, **options)
+        assert equal(tensors(result.path), tensors(file.path)), name
+        assert (result.scores, result.history) == (file.scores, file.history)
+        config = read_config(result.path / "config.yaml")
+        assert (config.tasks, config.sources) == (["mood"], {})
+
+
+# Several problems at once
+
+
+def test_all_problems_of_a_run_are_told_in_one_error(tmp_path, old):
+    tasks, wrong = small(tmp_path, "about"), ["experts.pooling=first", "experts.shared=true", "gate.shortlist=2"]
+    with pytest.raises(ConfigError) as caught:
+        sparse_ft.train([*tasks, *tasks], from_checkpoint=old, overrides=wrong, output=old)
+    for problem in ("Two tasks have the same name", "experts.pooling is first", "experts.shared is for",
+                    "gate.shortlist is for tokens", "holds a checkpoint already"):  # fmt: skip
+        assert problem in str(caught.value)
+    with pytest.raises(ConfigError, match=r"gate\.block is 9.*gate\.top_k is 8"):
+        sparse_ft.train(tasks, from_checkpoint=old, overrides=["gate.block=9", "gate.top_k=8"], output=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
