@@ -24,7 +24,7 @@ class AssembledRun(NamedTuple):
     run: RunConfig
     """The config, with the tasks and the output folder."""
     specs: list[TaskSpec]
-    """The tasks in training; none in a gate stage."""
+    """The tasks in training; none in a gate stage, whose config is that of the checkpoint."""
     sources: dict[str, TaskData]
     """The data of each task: the paths that the config names, and data in memory, which no config can hold."""
     claimed: bool

@@ -102,7 +102,7 @@ def train(
         )
     )
     try:
-        if run.stage == "gate":
+        if not specs:
             evaluation, scored = broadcast(lambda: train_gate(run, sources=sources))
             return TrainResult(Path(run.output or ""), evaluation, [], scored, 0.0)
         return _train(run, specs, sources=sources, resume=resume)
