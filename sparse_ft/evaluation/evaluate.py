@@ -121,7 +121,7 @@ def evaluate_task(
     return ScoredTask(TaskReport(score=score, title=title, unseen_rows=unseen_rows), predictions)
 
 
-def _read_split(spec: TaskSpec, split: Split, *, source: str | None, encoder: Encoder) -> EncodedRows:
+def _read_split(spec: TaskSpec, split: Split, *, source: TaskData | None, encoder: Encoder) -> EncodedRows:
     """Read and encode the rows of a split that have answers."""
     splits = read(spec, data=source, splits=[split])
     if split not in splits:
