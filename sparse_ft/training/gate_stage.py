@@ -75,9 +75,8 @@ def rows_by_expert(model: SparseExpertModel, tasks: Mapping[str, TrainingTask]) 
             continue
         owners = [slot.experts[0]] * len(rows)
         if len(slot.experts) > 1:
-            weights = (
-                Route("task", model).rows(rows, task=name).dense_weights(len(model.experts.names))
-            )  # [rows, experts]
+            routing = Route("task", model).rows(rows, task=name)
+            weights = routing.dense_weights(len(model.experts.names))  # [rows, experts]
             owners = [model.experts.names[best] for best in weights.argmax(-1).tolist()]
         for owner, example in zip(owners, rows, strict=True):
             examples.setdefault(owner, []).append(example)

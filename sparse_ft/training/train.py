@@ -18,8 +18,10 @@ from sparse_ft.config import RunConfig
 from sparse_ft.errors import ConfigError, SparseFTError
 from sparse_ft.evaluation.evaluate import Evaluation, evaluate
 from sparse_ft.evaluation.score_report import report_json
+from sparse_ft.evaluation.scoring import score_rows
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.tasks.in_memory import TaskData
+from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.sources import scored_splits
 from sparse_ft.tasks.spec import Split, TaskSpec
 from sparse_ft.training.checks import check_model
@@ -123,6 +125,8 @@ def _train(run: RunConfig, specs: Sequence[TaskSpec], *, sources: Mapping[str, T
         spec.name: prepare_task(spec, run=run, encoder=encoder, before=old.get(spec.name), sources=sources)
         for spec in specs
     }
+    for task in tasks.values():  # refuse an impossible metric before training
+        score_rows(task.spec, task.validation, task.validation.columns[find_kind(task.spec.kind).answer_column])
     trained = {name: task.spec for name, task in tasks.items()}
     # Test rows are read once before training, so that errors in them do not show after it.
     splits = scored_splits(trained, sources)

@@ -8,7 +8,6 @@ from functools import cached_property
 from sparse_ft.backbone.encoding import Encoder, Example
 from sparse_ft.config import RunConfig
 from sparse_ft.errors import DataError, unknown_name
-from sparse_ft.evaluation.scoring import score_rows
 from sparse_ft.tasks.encoded_rows import EncodedRows, encode_rows, examples_by_row
 from sparse_ft.tasks.in_memory import TaskData
 from sparse_ft.tasks.kinds import find_kind
@@ -100,7 +99,6 @@ def prepare_task(
         raise DataError(
             f"Task {spec.name!r} has {len(examples)} training and {validation.num_rows} validation rows with answers."
         )
-    score_rows(spec, validation, validation.columns[kind.answer_column])  # refuses an impossible metric before training
     return TrainingTask(spec, examples, row_examples, validation)
 
 
