@@ -129,7 +129,7 @@ class SequenceGate(nn.Module):
             abstains: Whether ``selection.min_confidence`` holds.
             training: Whether ``selection.capacity`` holds.
         """
-        with _float32(means):
+        with without_autocast(means):
             features = self.features(means)
             confidence = None
             if tokens is not None and self.familiarity.fitted:
@@ -233,7 +233,7 @@ class TokenGate(nn.Module):
         """Choose experts for each token of one block."""
         linear = self.linears[self.blocks.index(inputs.block)]
         hidden, mask = inputs.hidden.float(), inputs.attention_mask
-        with _float32(hidden):
+        with without_autocast(hidden):
             logits = linear(self.selection.jittered(hidden, inputs.generator) if self.training else hidden)  # [N, S, E]
         if self.shortlist is None or self.shortlist >= len(self.names):
             return self.selection(logits, mask=mask, training=self.training)
@@ -270,6 +270,6 @@ def build_gate(described: Mapping[str, Any], hidden_size: int) -> SequenceGate |
     return kind(described["experts"], hidden_size, selection=selection, **arguments)
 
 
-def _float32(tensor: Tensor) -> torch.autocast:
-    """Disable autocast in a gate: in lower precision, near ties would be decided for another expert."""
+def without_autocast(tensor: Tensor) -> torch.autocast:
+    """Disable autocast: in lower precision, a gate would decide near ties for another expert."""
     return torch.autocast(tensor.device.type, enabled=False)

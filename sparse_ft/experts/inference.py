@@ -27,27 +27,42 @@ class EncodedTexts(NamedTuple):
 
 
 @torch.no_grad()
-def logits_by_task(model: SparseExpertModel, texts: Mapping[str, EncodedTexts]) -> dict[str, list[Tensor]]:
-    """Compute the logits of several tasks, each for its own texts, in batches that hold rows of all of them.
+def logits_by_task(
+    model: SparseExpertModel,
+    texts: Mapping[str, EncodedTexts],
+    *,
+    routing: Routing | None = None,
+    gate: Gate | None = None,
+    usage: Tensor | None = None,
+) -> dict[str, list[Tensor]]:
+    """Compute the logits of one or several tasks, each for its texts, in batches that hold rows of all of them.
 
     Args:
         model: In evaluation mode.
-        texts: Task to its texts; each task has one expert.
+        texts: Task to its texts.
+        routing: Routing of all examples, task after task; None takes the expert of each task, or the model's token gate
+            for joint tasks.
+        gate: Decides at every block instead of ``routing``.
+        usage: [examples, blocks, experts], filled with the mean weight that ``gate`` gave each expert over the tokens;
+            blocks from ``model.first_block`` on.
 
     Returns:
-        Task to one float32 CPU tensor a text, see ``row_logits``.
+        Task to one float32 CPU tensor a text: (labels,), or (words, tags), or (choices, 1).
     """
     results = {task: _blank_logits(model, task, encoded) for task, encoded in texts.items()}
     pairs = [(task, example) for task, encoded in texts.items() for example in encoded.examples]
     for members, batch in _batches(model, pairs):
-        logits = model(batch)
+        taken = None if routing is None else routing.take(members)
+        block_routings: dict[int, Routing] = {}
+        logits = model(batch, routing=taken, gate=gate, block_routings=block_routings)
+        if usage is not None:
+            usage[members] = _mean_weights(block_routings, batch, len(model.experts.names)).cpu()
         for rows in batch.tasks:
             examples = [pairs[member][1] for member in members[rows.start : rows.stop]]
             _scatter(logits[rows.task], examples, texts[rows.task].num_parts, into=results[rows.task])
     return results
 
 
-@torch.no_grad()
 def row_logits(
     model: SparseExpertModel,
     task: str,
@@ -59,31 +74,9 @@ def row_logits(
     gate: Gate | None = None,
     usage: Tensor | None = None,
 ) -> list[Tensor]:
-    """Compute the logits of one task for each text.
-
-    Args:
-        model: In evaluation mode.
-        task: One of its tasks.
-        examples: Rows of model input; windows of one text share a ``row``.
-        num_rows: Number of texts.
-        num_parts: Words or choices of each text, for tasks that give logits for these; see ``TaskKind.parts``.
-        routing: Routing of the examples; None takes the task's expert, or the model's token gate for joint tasks.
-        gate: Decides at every block instead of ``routing``.
-        usage: [examples, blocks, experts], filled with the mean weight that ``gate`` gave each expert over the tokens;
-            blocks from ``model.first_block`` on.
-
-    Returns:
-        One float32 CPU tensor a text: (labels,), or (words, tags), or (choices, 1).
-    """
-    results = _blank_logits(model, task, EncodedTexts(examples, num_rows, num_parts))
-    for members, batch in _batches(model, [(task, example) for example in examples]):
-        taken = None if routing is None else routing.take(members)
-        block_routings: dict[int, Routing] = {}
-        logits = model(batch, routing=taken, gate=gate, block_routings=block_routings)
-        if usage is not None:
-            usage[members] = _mean_weights(block_routings, batch, len(model.experts.names)).cpu()
-        _scatter(logits[task], [examples[member] for member in members], num_parts, into=results)
-    return results
+    """Compute the logits of one task; see ``EncodedTexts`` and ``logits_by_task`` for the arguments."""
+    texts = {task: EncodedTexts(examples, num_rows, num_parts)}
+    return logits_by_task(model, texts, routing=routing, gate=gate, usage=usage)[task]
 
 
 def _blank_logits(model: SparseExpertModel, task: str, texts: EncodedTexts) -> list[Tensor]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from sparse_ft.experts.gates import GateInput, _float32
+from sparse_ft.experts.gates import GateInput, without_autocast
 from sparse_ft.experts.model import SparseExpertModel, check_token_routing
 from sparse_ft.experts.routing import Routing
 from sparse_ft.experts.selection import Selection
@@ -40,7 +40,7 @@ class ArrowGate(nn.Module):
     def route(self, inputs: GateInput) -> Routing:
         """Choose experts for each token of one block."""
         vectors = self.vectors[self.blocks.index(inputs.block)]
-        with _float32(inputs.hidden):
+        with without_autocast(inputs.hidden):
             logits = (inputs.hidden.float() @ vectors.t()).abs()
         return self.selection(logits, mask=inputs.attention_mask)
 
