@@ -133,12 +133,11 @@ def test_a_gate_for_texts_is_fitted_before_and_stays_right(tmp_path, tiny_bert):
 
 
 def test_the_rows_of_a_token_run_teach_their_own_expert_to_the_gate(tmp_path, tiny_bert):
-    tasks = [marked(tmp_path, name, sizes=(24, 8, 8)) for name in ("mood", "names")]
-    changes = {"train__epochs": 4, "gate__type": "token", "gate__learning_rate": 0.03}
-    taught = train_joint(tasks, tiny_bert, tmp_path / "taught", gate__routing_loss=1.0, **changes).history
-    left = train_joint(tasks, tiny_bert, tmp_path / "left", gate__routing_loss=0.0, **changes).history
-    assert taught[-1]["auxiliary"]["routing"] < 0.7 * taught[0]["auxiliary"]["routing"]  # half, with four seeds
-    assert taught[-1]["auxiliary"]["routing"] < 0.7 * left[-1]["auxiliary"]["routing"]
+    tasks = [marked(tmp_path, name, sizes=(24, 4, 4)) for name in ("mood", "names")]
+    changes = {"train__epochs": 4, "gate__type": "token", "gate__learning_rate": 0.03, "gate__routing_loss": 1.0}
+    history = train_joint(tasks, tiny_bert, tmp_path / "out", **changes).history
+    losses = [epoch["auxiliary"]["routing"] for epoch in history]
+    assert losses[-1] < 0.7 * losses[0]  # half, with four seeds
 
 
 def test_evaluate_scores_mixed_tasks_as_the_gate_mixes_them_and_otherwise_if_it_is_said(mixture):

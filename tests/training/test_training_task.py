@@ -101,7 +101,7 @@ def test_choices_and_windows_of_a_row_are_one_group(tmp_path, tiny_bert):
 
 
 def test_a_batch_in_parts_learns_what_it_learns_whole(tmp_path, tiny_bert):
-    tasks = write_reading(tmp_path, number=24)
+    tasks = write_reading(tmp_path, number=16)
     short = {**OPTIONS, "train__epochs": 1, "train__batch_size": 8, "train__learning_rate": 1e-3}
     undivided = tensors(run(tasks, tiny_bert, tmp_path / "undivided", **short).path)
     parts = tensors(run(tasks, tiny_bert, tmp_path / "parts", **short, train__accumulation=4).path)
@@ -188,7 +188,7 @@ def test_questions_that_are_not_such_are_refused(reader, monkeypatch, capsys, li
 def test_a_run_of_reading_tasks_is_resumed(tmp_path, tiny_bert, monkeypatch):
     from sparse_ft.training import loop as fitting
 
-    tasks = write_reading(tmp_path, number=12)
+    tasks = write_reading(tmp_path, number=8)
     short = {**OPTIONS, "train__epochs": 2, "train__batch_size": 8}
     undivided = run(tasks, tiny_bert, tmp_path / "undivided", **short)
     end = fitting._Loop.end_epoch
