@@ -125,8 +125,7 @@ def run_card(folder, monkeypatch):
 def test_the_card_of_a_graph_runs(graph, monkeypatch):
     path, folder, _ = graph
     shown = run_card(folder, monkeypatch)
-    (row,) = shown["rows"]
-    ours = sparse_ft.load(path, device="cpu").logits([" ".join(row)], "mood")
+    ours = sparse_ft.load(path, device="cpu").logits(shown["rows"], "mood")
     assert_close(ours, torch.as_tensor(shown["logits"]))
     assert {"word_shapes", "expert"} <= shown["feed"].keys()
 

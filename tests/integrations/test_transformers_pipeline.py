@@ -51,6 +51,7 @@ def test_tasks_are_those_of_the_call_or_else_of_the_pipeline(pipe, model):
     tasks = ["names", "about"]
     assert pipe(TEXTS, tasks=tasks) == lines(model, TEXTS, tasks)
     own = pipeline("sparse-ft", model=model, device=-1, tasks=tasks)
+    assert own.device == torch.device("cpu")
     assert own(TEXTS) == lines(model, TEXTS, tasks)
     assert list(own(TEXTS[0], tasks="mood")["tasks"]) == ["mood"]
 
@@ -86,7 +87,6 @@ def test_a_loaded_model_stays_where_it_is(toys, monkeypatch):
     model = sparse_ft.load(toys, device="cpu")
     monkeypatch.setattr(model, "to", lambda device: pytest.fail(f"moved to {device}"))
     assert SparseFTPipeline(model).device == torch.device("cpu")
-    assert pipeline("sparse-ft", model=model, device=-1).device == torch.device("cpu")
 
 
 def test_the_backbone_may_have_moved(toys, tmp_path, tiny_bert):
