@@ -244,10 +244,8 @@ def _reports(
     if not settings.evaluate:
         return {}
     model, config = checkpoint.model, checkpoint.config
-    encoder, way = (
-        Encoder(model.backbone, max_length=config.data.max_length),
-        find_route(route, model, seed=config.seed),
-    )
+    encoder = Encoder(model.backbone, max_length=config.data.max_length)
+    way = find_route(route, model, seed=config.seed)
     return {
         name: evaluate_task(
             model, spec, split=settings.split, source=config.sources.get(name), encoder=encoder, route=way
