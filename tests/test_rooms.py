@@ -129,6 +129,11 @@ def test_importing_in_a_fresh_process_loads_nothing_heavy(module):
     assert not reachable(module) & HEAVY
 
 
+def test_the_rows_of_a_training_run_are_prepared_without_prediction():
+    rooms = {room(module) for module in reachable("sparse_ft.training.training_task") & FILES.keys()}
+    assert not rooms & {"prediction", "evaluation"}
+
+
 def test_nobody_imports_the_adapters_to_other_libraries():
     """Each loads a whole library; a user who needs one imports it."""
     adapters = {f"sparse_ft.integrations.{name}" for name in ("transformers_pipeline", "sklearn_estimator")}
