@@ -22,12 +22,17 @@ def shortened(words: list[str]) -> list[str]:
         words += ["--rows", "8"]
     if words[0] == "train":
         settings = [] if "gate" in words else list(SETTINGS)  # the gate alone has no settings of the loop
-        if not {"joint", "--from"} & set(words) and "gate.type" not in " ".join(words):
+        if not {"joint", "--from"} & set(words) and not {"gate.type", "experts.pool"} & _settings(words):
             settings.append(_QUICK_GATE)
         words += [word for setting in settings for word in ("--set", setting)]
         if not {"--from", "--backbone"} & set(words):
             words += ["--backbone", "my_backbone"]
     return words
+
+
+def _settings(words: list[str]) -> set[str]:
+    """Return the names of the settings that a command changes."""
+    return {word.partition("=")[0] for word in words if "=" in word}
 
 
 def make_room(words: list[str]) -> None:
@@ -78,12 +83,12 @@ def write_inputs(folder: Path) -> None:
 
 
 def write_bundled(folder: Path) -> None:
-    """Write the bundled tasks and configs with the first 24 rows of each sample, as they lie beside the package."""
+    """Write the bundled tasks and configs with the first 16 rows of each sample, as they lie beside the package."""
     for kind in ("tasks", "configs"):
         shutil.copytree(ROOT / kind, folder / kind)
     for path in (folder / "tasks/data").glob("*/*.*"):
         text = path.read_text(encoding="utf-8")
-        rows = text.split("\n\n")[:24] if path.suffix == ".txt" else text.splitlines(keepends=True)[:25]
+        rows = text.split("\n\n")[:16] if path.suffix == ".txt" else text.splitlines(keepends=True)[:17]
         path.write_text("\n\n".join(rows) + "\n" if path.suffix == ".txt" else "".join(rows), encoding="utf-8")
 
 
@@ -98,17 +103,17 @@ def write_peft_folder(folder: Path) -> None:
 
 
 def write_backbone(source: Path, folder: Path) -> None:
-    """Write a BERT of six tiny blocks with the tokenizer of ``source``."""
+    """Write a BERT of four tiny blocks with the tokenizer of ``source``."""
     import torch
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     torch.manual_seed(0)
-    AutoModel.from_config(AutoConfig.from_pretrained(source, num_hidden_layers=6)).save_pretrained(folder)
+    AutoModel.from_config(AutoConfig.from_pretrained(source, num_hidden_layers=4)).save_pretrained(folder)
 
 
 def write_checkpoints() -> None:
-    """Train the checkpoints that snippets name; where the content does not matter, one is a copy of another."""
+    """Train the checkpoints that snippets name and no earlier page writes; some are copies of others."""
     train("sentiment", "topic", "intent", "ner", output="runs/all")
     for task in ("ner", "intent", "sentiment"):
         train(task, output=f"runs/{task}")
@@ -116,6 +121,5 @@ def write_checkpoints() -> None:
     train("./mood.yaml", output="runs/a", data="mood.jsonl")
     train("sentiment", "./mood.yaml", output="runs/moods", data={"mood": "mood.jsonl"})
     train("conll2003", output="runs/conll2003", data="DATA/conll2003")
-    sparse_ft.edit("runs/all", output="runs/split", split=[("sentiment", "sentiment-2")])
     for source, copy in (("all", "four"), ("sentiment", "new"), ("a", "b")):
         shutil.copytree(f"runs/{source}", f"runs/{copy}")
