@@ -62,7 +62,7 @@ class SequenceGate(nn.Module):
     """
 
     every_block: Literal[False] = False
-    saved: ClassVar = {"block": "block", "pairs": "num_pairs"}
+    saved: ClassVar[dict[str, str]] = {"block": "block", "pairs": "num_pairs"}
     """Key in a manifest to argument of the constructor and attribute."""
 
     center: Tensor
@@ -194,11 +194,11 @@ class TokenGate(nn.Module):
         hidden_size: H.
         blocks: 0-based blocks with experts.
         selection: How the logits become a routing.
-        shortlist: Number of experts a text and block, at least ``selection.top_k``; None takes all.
+        shortlist: Number of experts per text and block, at least ``selection.top_k``; None takes all.
     """
 
     every_block: Literal[True] = True
-    saved: ClassVar = {"blocks": "blocks", "shortlist": "shortlist"}
+    saved: ClassVar[dict[str, str]] = {"blocks": "blocks", "shortlist": "shortlist"}
     """Key in a manifest to argument of the constructor and attribute."""
 
     def __init__(

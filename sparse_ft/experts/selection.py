@@ -31,7 +31,7 @@ class Selection:
     jitter: float = 0.0
     """In training, multiply the gate's input by numbers drawn from 1 - jitter to 1 + jitter (Switch)."""
     capacity: float | None = None
-    """In training, maximum of rows or tokens an expert, in multiples of an even share; None drops none."""
+    """In training, maximum of rows or tokens per expert, in multiples of an even share; None drops none."""
 
     @classmethod
     def from_settings(cls, settings: GateConfig, *, joint: bool) -> "Selection":

@@ -1,6 +1,7 @@
 """Gates: choosing from logits against a loop in float64, and what each gate answers."""
 
 import copy
+import json
 import math
 from dataclasses import replace
 
@@ -10,7 +11,14 @@ import torch
 from sklearn.covariance import ledoit_wolf_shrinkage, shrunk_covariance
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from sparse_ft.experts.gates import GateInput, PrototypeGate, SequenceGate, TokenGate
+from sparse_ft.experts.gates import (
+    GateInput,
+    PrototypeGate,
+    SequenceGate,
+    TokenGate,
+    build_gate,
+    describe_gate,
+)
 from sparse_ft.experts.selection import Selection, within_capacity
 from sparse_ft.prediction.arrow import ArrowGate
 
@@ -405,3 +413,16 @@ def test_token_gates_decide_in_float32_under_bf16_autocast_and_on_bf16_states(ki
     torch.testing.assert_close(exact.logits, gate.route(replace(low, hidden=low.hidden.float())).logits)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(gate.route(low).logits, exact.logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("gate", [
+    SequenceGate(["a", "b"], HIDDEN, block=1, selection=Selection(min_confidence=0.02), num_pairs=3),
+    PrototypeGate(["a", "b"], HIDDEN, block=0, selection=Selection()),
+    TokenGate(["a", "b", "c"], HIDDEN, blocks=[0, 2], selection=Selection(top_k=2, top_p=0.9), shortlist=2),
+], ids=["sequence", "prototype", "token"])  # fmt: skip
+def test_a_gate_is_built_again_from_its_entry_in_a_manifest(gate):
+    again = build_gate(json.loads(json.dumps(describe_gate(gate))), HIDDEN)
+    assert type(again) is type(gate)
+    assert (again.names, again.selection) == (gate.names, gate.selection)
+    assert describe_gate(again) == describe_gate(gate)
+    again.load_state_dict(gate.state_dict())
