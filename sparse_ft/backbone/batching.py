@@ -4,6 +4,8 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -97,17 +99,14 @@ def _pad_hidden(cached: Sequence[Tensor | None], length: int) -> Tensor | None:
 
 def _task_rows(rows: Sequence[tuple[str, Example]], device: torch.device | str) -> Iterator[TaskRows]:
     start = 0
-    while start < len(rows):
-        task = rows[start][0]
-        stop = start
-        while stop < len(rows) and rows[stop][0] == task:
-            stop += 1
-        examples = [example for _, example in rows[start:stop]]
+    for task, members in groupby(rows, key=itemgetter(0)):
+        examples = [example for _, example in members]
         words = None
         if any(example.word_positions for example in examples):
             word_rows = [row for row, example in enumerate(examples, start) for _ in example.word_positions]
             positions = [position for example in examples for position in example.word_positions]
             words = (torch.tensor(word_rows, device=device), torch.tensor(positions, device=device))
+        stop = start + len(examples)
         yield TaskRows(task, start, stop, words, _targets(examples, device))
         start = stop
 

@@ -4,13 +4,14 @@ Its output is the same for all tasks and never changes in training, so it is com
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sparse_ft.backbone.backbone import Backbone
 from sparse_ft.backbone.batching import collate, length_batches, token_limit
 from sparse_ft.backbone.encoding import Example
 from sparse_ft.backbone.pooling import pool
@@ -24,50 +25,42 @@ class _Reached(Exception):
         self.hidden = hidden
 
 
-def trunk_bytes(examples: Sequence[Example], *, hidden_size: int, dtype: torch.dtype) -> int:
+def trunk_bytes(backbone: Backbone, examples: Sequence[Example]) -> int:
     """Return the bytes of the cached hidden states of these rows."""
-    return sum(len(example.input_ids) for example in examples) * hidden_size * dtype.itemsize
+    itemsize = next(backbone.model.parameters()).dtype.itemsize
+    return sum(len(example.input_ids) for example in examples) * backbone.hidden_size * itemsize
 
 
 @torch.no_grad()
 def cache_trunk(
-    encoder: nn.Module,
-    blocks: nn.ModuleList,
-    examples: Sequence[Example],
-    *,
-    first_block: int,
-    pad_id: int,
-    hidden: bool = True,
-    means: bool = False,
+    backbone: Backbone, examples: Sequence[Example], *, first_block: int, hidden: bool = True, means: bool = False
 ) -> list[Example]:
     """Run the trunk over rows and cache the states that enter block ``first_block``.
 
     The batches depend on the rows only, so that a resumed run gets the same numbers bit for bit.
 
     Args:
-        encoder: The backbone's model, in evaluation mode.
-        blocks: Its blocks.
+        backbone: The backbone, in evaluation mode.
         examples: Rows of model input.
         first_block: 0-based index of the lowest block with expert layers; 0 caches the embeddings.
-        pad_id: Token id of the padding.
         hidden: Whether to cache the hidden states; False caches the means only.
         means: Whether to cache the means over the tokens of the states that enter each block up to ``first_block``.
 
     Returns:
         The same rows with ``trunk``, and on the CPU ``means``, filled in.
     """
-    device = next(encoder.parameters()).device
+    device, blocks = next(backbone.model.parameters()).device, backbone.blocks
     cached = list(examples)
     entering: list[Tensor] = []  # states that enter the blocks of the trunk, [N, S, hidden] each
-    with _stopping_before(blocks[first_block]), _recording(blocks[:first_block] if means else [], entering):
+    with _before([blocks[first_block]], _stop), _before(blocks[:first_block] if means else [], entering.append):
         for members in length_batches([len(example.input_ids) for example in examples], max_tokens=token_limit(device)):
             rows = [("", replace(examples[member], targets=[])) for member in members]  # of several tasks, no targets
-            batch = collate(rows, pad_id=pad_id, device=device)
+            batch = collate(rows, pad_id=backbone.pad_id, device=device)
             inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
             if batch.token_type_ids is not None:
                 inputs["token_type_ids"] = batch.token_type_ids
             try:
-                encoder(**inputs)
+                backbone.model(**inputs)
             except _Reached as reached:
                 for member, states in zip(members, reached.hidden, strict=True) if hidden else ():
                     size = len(examples[member].input_ids)
@@ -80,30 +73,20 @@ def cache_trunk(
     return cached
 
 
+def _stop(hidden: Tensor) -> None:
+    raise _Reached(hidden)
+
+
 @contextlib.contextmanager
-def _recording(blocks: Iterable[nn.Module], into: list[Tensor]) -> Iterator[None]:
-    """Append the states that enter each of the blocks to a list."""
+def _before(blocks: Iterable[nn.Module], call: Callable[[Tensor], None]) -> Iterator[None]:
+    """Call a function with the states that enter each of the blocks."""
 
-    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        into.append(args[0] if args else kwargs["hidden_states"])
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call(args[0] if args else kwargs["hidden_states"])
 
-    handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
+    handles = [block.register_forward_pre_hook(hook, with_kwargs=True) for block in blocks]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextlib.contextmanager
-def _stopping_before(block: nn.Module) -> Iterator[None]:
-    """Raise _Reached with the states that enter a block."""
-
-    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise _Reached(args[0] if args else kwargs["hidden_states"])
-
-    handle = block.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -177,15 +177,8 @@ def with_trunks(
     backbone = model.backbone
     lowest = min(model.first_block, backbone.num_blocks - 1)  # a model without experts has no block with experts
     with model.slot.filled(ForwardPass(None)):
-        return cache_trunk(
-            backbone.model,
-            backbone.blocks,
-            examples,
-            first_block=lowest if block is None else block,
-            pad_id=backbone.pad_id,
-            hidden=hidden,
-            means=means,
-        )
+        first_block = lowest if block is None else block
+        return cache_trunk(backbone, examples, first_block=first_block, hidden=hidden, means=means)
 
 
 def stacked_means(examples: Sequence[Example]) -> Tensor:

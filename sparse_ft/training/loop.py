@@ -250,12 +250,11 @@ def _cache_trunks(
     if first_block == 0 or not backbone.family.caches_trunk or model.backbone_dropout:
         return tasks
     rows = [example for task in tasks.values() for example in (*task.examples, *task.validation.examples)]
-    dtype = next(backbone.model.parameters()).dtype
-    if trunk_bytes(rows, hidden_size=backbone.hidden_size, dtype=dtype) > limit:
+    if trunk_bytes(backbone, rows) > limit:
         return tasks
 
     def cache(examples: list[Example]) -> list[Example]:
-        return cache_trunk(backbone.model, backbone.blocks, examples, first_block=first_block, pad_id=backbone.pad_id)
+        return cache_trunk(backbone, examples, first_block=first_block)
 
     return {
         name: replace(

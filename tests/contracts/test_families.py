@@ -251,13 +251,7 @@ def test_rows_with_a_cached_trunk_answer_and_learn_as_without(make_model, family
     if not model.backbone.family.caches_trunk:
         pytest.skip(f"{family} caches none")
     rows = [*rows_of(model, "names"), *rows_of(model, "mood")]
-    examples = cache_trunk(
-        model.encoder,
-        model.backbone.blocks,
-        [example for _, example in rows],
-        first_block=model.first_block,
-        pad_id=model.backbone.pad_id,
-    )
+    examples = cache_trunk(model.backbone, [example for _, example in rows], first_block=model.first_block)
     cached = [(task, example) for (task, _), example in zip(rows, examples, strict=True)]
     results = []
     for batch in (rows, cached):
