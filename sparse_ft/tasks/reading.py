@@ -1,19 +1,14 @@
 """Read the data of a task into Datasets that have the same columns whatever the source.
 
-=====================  =================================================================================================
-Kind                   Columns
-=====================  =================================================================================================
-classification         ``text``, ``label``
-multi_label            ``text``, ``labels``
-token_classification   ``tokens``, ``tags`` (IOB2); from character spans also ``text``, ``starts``, ``ends`` and, except
-                       in train, ``parents``: the index of the word in the plain text that each token is a piece of
-span_extraction        ``text``, ``text_pair`` (the question), ``tokens``, ``starts``, ``ends``, ``answers``,
-                       ``answer_starts``
-multiple_choice        ``text``, ``choices``, ``answer`` (0-based index of the right choice)
-=====================  =================================================================================================
+- classification: ``text``, ``label``
+- multi_label: ``text``, ``labels``
+- token_classification: ``tokens``, ``tags`` (IOB2). From character spans also ``text``, ``starts``, ``ends`` and, except
+  in train, ``parents``: the index of the word in the plain text that each token is a piece of
+- span_extraction: ``text``, ``text_pair`` (the question), ``tokens``, ``starts``, ``ends``, ``answers``, ``answer_starts``
+- multiple_choice: ``text``, ``choices``, ``answer`` (0-based index of the right choice)
 
-Every kind also has ``text_pair`` if the task declares it, and ``row``: the 0-based row of the source, in file order and
-before any row is left out; if a split consists of several files, the count runs on. Labels are names. Labels and
+Rows of a task that reads a second text also have ``text_pair``. ``row`` is the 0-based row of the source, in file order
+and before any row is left out; if a split consists of several files, the count runs on. Labels are names. Labels and
 answers are None where the publisher hides them.
 """
 
