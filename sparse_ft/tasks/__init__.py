@@ -1,1 +1,1 @@
-"""What a task is, how its files are read and divided, and its kinds."""
+"""Tasks: their files, how the files are read and divided, and the kinds of tasks."""

@@ -2,9 +2,9 @@
 
 - classification: ``text``, ``label``
 - multi_label: ``text``, ``labels``
-- token_classification: ``tokens``, ``tags`` (IOB2). From character spans also ``text``, ``starts``, ``ends`` and, except
-  in train, ``parents``: the index of the word in the plain text that each token is a piece of
-- span_extraction: ``text``, ``text_pair`` (the question), ``tokens``, ``starts``, ``ends``, ``answers``, ``answer_starts``
+- token_classification: ``tokens``, ``tags`` (IOB2). From character spans also ``text``, ``starts``, ``ends`` and,
+  except in train, ``parents``: for each token, the index of the word of the plain text that contains it
+- span_extraction: ``text``, ``text_pair`` (question), ``tokens``, ``starts``, ``ends``, ``answers``, ``answer_starts``
 - multiple_choice: ``text``, ``choices``, ``answer`` (0-based index of the right choice)
 
 Rows of a task that reads a second text also have ``text_pair``. ``row`` is the 0-based row of the source, in file order
