@@ -57,7 +57,7 @@ def read_file(folder: Path, name: str, *, format: str, options: FileOptions) -> 
     return records
 
 
-def own_columns(format: str, columns: dict[str, Column]) -> dict[str, Column]:
+def record_columns(format: str, columns: dict[str, Column]) -> dict[str, Column]:
     """Map the columns of a format's records: where the reader of a format has named them, our names."""
     renamed = {"conll": set(columns), "cluener": set(columns), "cluewsc": {"text"}}.get(format, set())
     return {name: name if name in renamed else column for name, column in columns.items()}

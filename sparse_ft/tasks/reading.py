@@ -21,7 +21,7 @@ from sparse_ft.errors import DataError
 from sparse_ft.tasks.clue_formats import mark_pronoun
 from sparse_ft.tasks.columns import Reading, fitting_columns, text_column, wanted_columns
 from sparse_ft.tasks.dividing import cut_validation, divide_rows
-from sparse_ft.tasks.formats import own_columns, read_file
+from sparse_ft.tasks.formats import record_columns, read_file
 from sparse_ft.tasks.in_memory import InMemory, TaskData, to_splits
 from sparse_ft.tasks.records import FileOptions, Record
 from sparse_ft.tasks.rows import to_dataset
@@ -163,7 +163,7 @@ def _read_folder(
             rows += [record._replace(row=record.row + len(rows)) for record in more]
         if rows:
             records[split] = rows
-    reading = reading._replace(columns=own_columns(files.format, reading.columns))
+    reading = reading._replace(columns=record_columns(files.format, reading.columns))
     if named["validation"] is None:
         cut_validation(spec, records, column=text_column(reading.columns))
     return _datasets(records, reading, splits, unlabelled=files.unlabelled)

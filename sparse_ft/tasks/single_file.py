@@ -4,7 +4,7 @@ from pathlib import Path
 
 from sparse_ft.errors import DataError
 from sparse_ft.tasks.columns import fitting_columns, wanted_columns
-from sparse_ft.tasks.formats import own_columns, read_file
+from sparse_ft.tasks.formats import record_columns, read_file
 from sparse_ft.tasks.records import FileOptions, Record, locate, read_text
 from sparse_ft.tasks.spec import Column, TaskSpec
 
@@ -40,7 +40,7 @@ def read_single(spec: TaskSpec, path: Path) -> tuple[list[Record], dict[str, Col
     header = (spec.files is not None and spec.files.header) or None  # another file may have one where the task's do not
     options = FileOptions(columns, separator=separator, header=header)
     records = read_file(path.parent, path.name, format=format, options=options)
-    return records, fitting_columns(own_columns(format, columns), records[0])
+    return records, fitting_columns(record_columns(format, columns), records[0])
 
 
 def _format_of(spec: TaskSpec, file: Path) -> str:
