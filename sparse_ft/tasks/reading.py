@@ -21,7 +21,7 @@ from sparse_ft.errors import DataError
 from sparse_ft.tasks.clue_formats import mark_pronoun
 from sparse_ft.tasks.columns import Reading, fitting_columns, text_column, wanted_columns
 from sparse_ft.tasks.dividing import cut_validation, divide_rows
-from sparse_ft.tasks.formats import record_columns, read_file
+from sparse_ft.tasks.formats import read_file, record_columns
 from sparse_ft.tasks.in_memory import InMemory, TaskData, to_splits
 from sparse_ft.tasks.records import FileOptions, Record
 from sparse_ft.tasks.rows import to_dataset

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from sparse_ft.errors import DataError
 from sparse_ft.tasks.columns import fitting_columns, wanted_columns
-from sparse_ft.tasks.formats import record_columns, read_file
+from sparse_ft.tasks.formats import read_file, record_columns
 from sparse_ft.tasks.records import FileOptions, Record, locate, read_text
 from sparse_ft.tasks.spec import Column, TaskSpec
 
