@@ -90,7 +90,8 @@ def _pair_records(spec: TaskSpec, data: tuple[Sequence[Any], Sequence[Any]]) -> 
     texts, labels = map(_plain_list, data)
     wanted = list(wanted_columns(spec, spec.columns))
     if spec.kind == "token_classification":
-        wanted = ["text", "spans"] if any(_has_spans(label) for label in labels) else wanted
+        raw = "spans" in wanted and all(isinstance(text, str) for text in texts)
+        wanted = ["text", "spans"] if raw or any(map(_has_spans, labels)) else ["tokens", "tags"]
     if len(wanted) != 2:
         raise DataError(
             f"The data of task {spec.name!r} is a tuple of texts and labels, but its rows have the columns "

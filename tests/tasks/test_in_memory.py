@@ -92,6 +92,8 @@ def test_tags_and_spans(tmp_path):
     expected = columns_of(tagging, in_a_file(tmp_path, rows))
     for data in [*forms(rows), (tokens, tags), (tokens, [np.array(row) for row in tags])]:
         assert columns_of(tagging, data) == expected
+        with_spans = spec_of("token_classification", "f1", columns={"text": "text", "spans": "spans"})
+        assert columns_of(with_spans, data) == expected
     texts, spans = [f"Ada ran{number}" for number in range(10)], [[{"start": 0, "end": 3, "type": "PER"}], []] * 5
     rows = [{"text": text, "spans": row} for text, row in zip(texts, spans, strict=True)]
     for data in [*forms(rows), (texts, spans)]:
