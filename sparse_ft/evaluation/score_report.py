@@ -47,9 +47,8 @@ class _Line(NamedTuple):
 
 @dataclass(frozen=True)
 class _Table:
-    """The first column is left-aligned text, the others are aligned right."""
+    """Columns of text, aligned left, and columns of numbers, aligned right."""
 
-    caption: str
     header: list[str]
     rows: list[list[str]]
     footer: list[list[str]] = field(default_factory=list)
@@ -231,7 +230,7 @@ def _scope_line(score: Score) -> _Line:
     )
 
 
-def _report_table(caption: str, report: Report) -> _Table:
+def _report_table(what: str, report: Report) -> _Table:
     rows: list[list[str]] = []
     footer: list[list[str]] = []
     total = report["weighted avg"]["support"]
@@ -242,16 +241,15 @@ def _report_table(caption: str, report: Report) -> _Table:
         else:
             cells = [name, "", "", _number(figures), _count(total)]
         (footer if name in _AVERAGES else rows).append(cells)
-    return _Table(caption, [caption, "precision", "recall", "f1-score", "support"], rows, footer)
+    return _Table([what, "precision", "recall", "f1-score", "support"], rows, footer)
 
 
 def _confusion_tables(confusion: Confusion, *, max_matrix: int) -> list[_Table]:
     tables = []
     pairs = _confused_pairs(confusion)
     if pairs:
-        tables.append(
-            _Table("most confused", ["most confused", "predicted as", "rows", "share of label"], pairs, [], 2)
-        )
+        header = ["most confused", "predicted as", "rows", "share of label"]
+        tables.append(_Table(header, pairs, num_text_columns=2))
     if 1 < len(confusion.labels) <= max_matrix:
         tables.append(_matrix_table(confusion))
     return tables
@@ -280,14 +278,14 @@ def _most_first(pair: tuple[int, int, int]) -> tuple[int, int, int]:
 
 def _matrix_table(confusion: Confusion) -> _Table:
     """Lay out the matrix; column names that would make it too wide are replaced by the numbers of their rows."""
-    caption = "reference \\ predicted"
+    corner = "reference \\ predicted"
     names = [printable(label) for label in confusion.labels]
     columns = names
     if sum(max(cell_len(name), 5) + 2 for name in names) + max(map(cell_len, names)) > _MAX_MATRIX_WIDTH:
         columns = [str(number) for number in range(1, len(names) + 1)]
         names = [f"{number:>2} {name}" for number, name in enumerate(names, start=1)]
     rows = [[name, *map(_count, counts)] for name, counts in zip(names, confusion.matrix, strict=True)]
-    return _Table(caption, [caption, *columns], rows)
+    return _Table([corner, *columns], rows)
 
 
 def _number(value: float) -> str:
