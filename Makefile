@@ -5,7 +5,8 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 install:  ## virtualenv in .venv, the package and everything for development, with the CPU build of torch
 	python3 -m venv .venv
-	.venv/bin/pip install -e ".[dev]" --extra-index-url $(TORCH_INDEX)
+	.venv/bin/pip install "torch<2.14" --index-url $(TORCH_INDEX) || true  # else the build of PyPI
+	.venv/bin/pip install -e ".[dev]"
 
 check:  ## static checks
 	ruff check .

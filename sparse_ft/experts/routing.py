@@ -24,7 +24,7 @@ class Routing:
     """
 
     experts: Tensor | None
-    """[N, K] indices, int64; None: every expert of the model, in their order."""
+    """[N, K] indices, int64; None: ``weights`` has a column for every expert of the model."""
     weights: Tensor
     """[N, K] per row or [N, S, K] per token, float32."""
     logits: Tensor | None = None
@@ -33,6 +33,8 @@ class Routing:
     """[N] or [N, S], 0 to 1; where it was too low all weights are 0."""
     dropped: Tensor | None = None
     """[N] or [N, S], number of selected experts that were full; None without a capacity."""
+    candidates: tuple[int, ...] | None = None
+    """The experts that may have a weight where ``experts`` is None; None: every expert of the model."""
 
     @classmethod
     def one_hot(cls, experts: Sequence[int], *, device: torch.device | str = "cpu") -> "Routing":
@@ -64,8 +66,9 @@ class Routing:
 
     @cached_property
     def present(self) -> list[int] | None:
-        """The experts that any row names, in ascending order; None if any expert of the model may serve."""
-        return None if self.experts is None else sorted(set(self.experts.flatten().tolist()))
+        """The experts that may serve a row, in ascending order; None if every expert of the model may."""
+        named = self.candidates if self.experts is None else self.experts.flatten().tolist()
+        return None if named is None else sorted(set(named))
 
     @cached_property
     def cache(self) -> dict[Any, Any]:
@@ -104,7 +107,7 @@ class Routing:
         if self.experts is not None:
             return replace(self, experts=in_model[self.experts])
         every = self.weights.new_zeros(*self.weights.shape[:-1], num_experts)
-        return replace(self, weights=every.index_copy(-1, in_model, self.weights))
+        return replace(self, weights=every.index_copy(-1, in_model, self.weights), candidates=tuple(indices))
 
     def with_expert(self, expert: int, rows: Tensor) -> "Routing":
         """Return this routing with one expert in some rows at a weight of 1, in addition to the selected ones.
@@ -116,7 +119,8 @@ class Routing:
         added = rows.to(self.weights).view(-1, *[1] * (self.weights.dim() - 1))  # [N, 1] or [N, 1, 1]
         if self.experts is None:
             named = torch.arange(self.weights.shape[-1], device=self.weights.device) == expert
-            return replace(self, weights=torch.where(named & (added > 0), 1.0, self.weights))
+            candidates = None if self.candidates is None else (*self.candidates, expert)
+            return replace(self, weights=torch.where(named & (added > 0), 1.0, self.weights), candidates=candidates)
         weights = torch.where(self._named(expert) & (added > 0), 0.0, self.weights)
         experts = torch.cat([self.experts, torch.full_like(self.experts[:, :1], expert)], -1)
         return replace(self, experts=experts, weights=torch.cat([weights, added.expand_as(weights[..., :1])], -1))
