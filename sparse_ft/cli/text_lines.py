@@ -79,8 +79,8 @@ def _lines(stream: Any, name: str) -> Iterator[str]:
 
 def format_prediction(prediction: "Prediction") -> str:
     """Show the answers to one text for people: the text, then a line a task."""
-    asked = [prediction.text, prediction.text_pair, *(prediction.choices or [])]
-    lines = ["\t".join(part for part in asked if part is not None)]
+    parts = [prediction.text, prediction.text_pair, *(prediction.choices or [])]
+    lines = ["\t".join(part for part in parts if part is not None)]
     if prediction.unknown:
         return f"{lines[0]}\n  unknown: no expert is for such a text"
     width = max((len(task) for task in prediction.tasks), default=0)

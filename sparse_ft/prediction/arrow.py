@@ -57,9 +57,9 @@ def arrow_gate(model: SparseExpertModel, *, top_k: int = 2) -> ArrowGate:
     """
     check_token_routing(model)
     names, hidden = model.routed, model.backbone.hidden_size
-    places = [model.experts.index(name) for name in names]
+    indices = [model.experts.index(name) for name in names]
     vectors = {
-        block: torch.stack([_first_singular_vector(model, index, block, hidden) for index in places])
+        block: torch.stack([_first_singular_vector(model, index, block, hidden) for index in indices])
         for block in range(model.first_block, model.backbone.num_blocks)
     }
     moved = {block: value.to(model.device) for block, value in vectors.items()}

@@ -71,8 +71,8 @@ class Route:
 
     def block_gate(self, task: str | None = None) -> Gate | None:
         """Return the gate that decides at every block for the rows of a task; None if ``rows`` decides."""
-        asked = self.name == "gate" or (self.name == "task" and task is not None and self.model.tasks[task].gated)
-        return self.model.token_gate if asked else self.arrow
+        uses_gate = self.name == "gate" or (self.name == "task" and task is not None and self.model.tasks[task].gated)
+        return self.model.token_gate if uses_gate else self.arrow
 
     @torch.no_grad()
     def rows(
