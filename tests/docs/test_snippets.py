@@ -85,7 +85,8 @@ def test_python_blocks_call_what_exists(block):
 @pytest.mark.parametrize("page", RUNNING, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_a_page_runs_from_top_to_bottom(page, sandbox, done, short_training, monkeypatch, capsys):
     monkeypatch.chdir(sandbox)
-    names = {"BACKBONE": "my_backbone", "texts": ["It was good.", "It was bad."] * 8, "labels": ["good", "bad"] * 8}
+    texts = [f"It was {word} {number}." for number in range(8) for word in ("good", "bad")]
+    names = {"BACKBONE": "my_backbone", "texts": texts, "labels": ["good", "bad"] * 8}
     for block in (block for block in ALL if block.page == page and not block.reason):
         if block.language == "yaml" and "support_queue" in block.text:
             (sandbox / "support_queue.yaml").write_text(block.text, encoding="utf-8")
