@@ -184,7 +184,7 @@ def test_a_run_on_data_in_memory_is_resumed_with_the_same_task_and_data_only(tmp
     options = {"backbone": str(tiny_bert), "device": "cpu", "overrides": settings(train__epochs=1)}
     complete = sparse_ft.train(spec, data=data, output=tmp_path / "complete", **options).path
     output, options["overrides"] = tmp_path / "out", settings(train__epochs=1, train__save_steps=1)
-    interrupt(after=1, start=lambda: sparse_ft.train(spec, data=data, output=output, **options))
+    interrupt(after=2, start=lambda: sparse_ft.train(spec, data=data, output=output, **options))
     with pytest.raises(ConfigError, match=r"'mood'.*Give its TaskSpec to train\(\) again"):
         sparse_ft.train(output=output, resume=True)
     with pytest.raises(DataError, match="Task 'mood' comes without data"):
