@@ -1,6 +1,5 @@
 """A scikit-learn classifier of texts: an expert and its head, trained by ``fit``."""
 
-import json
 import random
 import tempfile
 from collections.abc import Sequence
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import yaml
+from datasets import Dataset, DatasetDict
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import Tags, check_random_state
 from sklearn.utils.multiclass import check_classification_targets
@@ -19,6 +18,7 @@ from sparse_ft.checkpoint.folders import replace_folder, write_bytes
 from sparse_ft.checkpoint.outputs import free_output
 from sparse_ft.config import changed_config
 from sparse_ft.prediction.loaded_model import LoadedModel, load
+from sparse_ft.tasks.spec import Column, TaskSpec
 from sparse_ft.training.train import train
 
 TASK = "classifier"
@@ -28,24 +28,24 @@ TASK = "classifier"
 class SparseFTClassifier(ClassifierMixin, BaseEstimator):
     """Classify texts with an expert on a frozen backbone.
 
-    The fitted state is the files of a checkpoint, held in memory, so that pickle and joblib keep it whole; like any
-    checkpoint it does not contain the backbone. A tenth of the texts of each class, where it has ten, is held out to
-    choose the best epoch; without any such class all rows choose it.
+    The fitted state is the files of a checkpoint, held in memory, so that pickle and joblib work; like any checkpoint,
+    it lacks the backbone. A tenth of the texts of each class that has ten is held out to choose the best epoch; without
+    such a class all rows choose it.
 
     Args:
         backbone: As for ``sparse_ft.train``; None, here as below, takes the default of the run config.
-        rank: Of the expert's deltas.
+        rank: Rank of the expert's deltas.
         epochs: Passes over the data.
-        learning_rate: Of expert and head.
+        learning_rate: Learning rate of expert and head.
         overrides: Any other settings, as ``--set`` takes them, e.g. ``["train.min_steps=100"]``.
         device: ``auto``, ``cpu``, ``cuda`` …
-        random_state: Of everything random, as scikit-learn understands it: None draws it anew at each ``fit``.
+        random_state: Seed as in scikit-learn; None draws a new one at each ``fit``.
 
     Attributes:
         classes_: The labels, sorted, in the order of the columns of ``predict_proba``.
         checkpoint_: The files of the checkpoint, by path.
-        backbone_: The parameter ``backbone`` when it was fitted; where that has changed since, it says where the same
-            backbone is now.
+        backbone_: The parameter ``backbone`` at the time of ``fit``. A parameter that has changed since then says where
+            the same backbone is now.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class SparseFTClassifier(ClassifierMixin, BaseEstimator):
 
         Args:
             X: Texts, also as a 1-D array or a Series.
-            y: Their labels, at least two different ones.
+            y: Labels of the texts, at least two different ones.
 
         Raises:
             ValueError: If texts and labels do not fit each other, or there is only one class.
@@ -84,15 +84,16 @@ class SparseFTClassifier(ClassifierMixin, BaseEstimator):
         labels = column_or_1d(y, warn=True)
         check_consistent_length(texts, labels)
         check_classification_targets(labels)
-        classes, places = np.unique(labels, return_inverse=True)
+        classes, indices = np.unique(labels, return_inverse=True)
         if len(classes) < 2:
             raise ValueError(f"SparseFTClassifier needs at least two classes, the data has one class: {classes}.")
         seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
+        names = _label_names(classes)
         with tempfile.TemporaryDirectory() as folder:
-            task = _write_task(Path(folder), texts, places.tolist(), names=_label_names(classes))
             output = Path(folder) / "checkpoint"
             train(
-                [str(task)],
+                [_task(names)],
+                data=_splits(texts, indices.tolist(), names=names),
                 output=output,
                 backbone=self.backbone,
                 overrides=self._settings(),
@@ -113,29 +114,30 @@ class SparseFTClassifier(ClassifierMixin, BaseEstimator):
     def predict_proba(self, X: Sequence[str]) -> np.ndarray:
         """Return the probability of every class, (texts, classes), float32."""
         check_is_fitted(self, "checkpoint_")
-        found: np.ndarray = self.model.probabilities(_texts(X), TASK).numpy()
-        return found
+        probabilities: np.ndarray = self.model.probabilities(_texts(X), TASK).numpy()
+        return probabilities
 
     @property
     def model(self) -> LoadedModel:
-        """What ``sparse_ft.load`` gives for the fitted checkpoint; read again after unpickling."""
+        """The fitted checkpoint, loaded; read again after unpickling."""
         check_is_fitted(self, "checkpoint_")
         if "_model" not in self.__dict__:
             with tempfile.TemporaryDirectory() as folder:
                 _write_files(Path(folder), self.checkpoint_)
-                fitted_with = getattr(self, "backbone_", None)  # which the first pickles do not have
+                fitted_with = getattr(self, "backbone_", None)  # the first pickles lack it
                 moved = None if self.backbone == fitted_with else self.backbone
                 self._model = load(folder, device=self.device or "auto", backbone=moved)
         return self._model
 
     def save(self, path: str | Path) -> Path:
-        """Write the fitted checkpoint for ``sparse_ft.load`` and the command line; the folder must not hold anything.
+        """Write the fitted checkpoint for ``sparse_ft.load`` and the command line into an empty or new folder.
 
-        It knows no data, so ``sparse-ft evaluate`` needs ``--data``, a file with the columns ``text`` and ``label``.
+        The checkpoint names no data, so ``sparse-ft evaluate`` needs ``--data``, a file with the columns ``text`` and
+        ``label``.
 
         Raises:
-            ConfigError: If the folder holds something.
-            CheckpointError: If it cannot be written.
+            ConfigError: If the folder is not empty.
+            CheckpointError: If the checkpoint cannot be written.
         """
         check_is_fitted(self, "checkpoint_")
         output = free_output(path)
@@ -144,12 +146,12 @@ class SparseFTClassifier(ClassifierMixin, BaseEstimator):
 
     def _settings(self) -> list[str]:
         """Return the parameters as overrides of the run config."""
-        named = {
+        settings = {
             "experts.rank": self.rank,
             "train.epochs": self.epochs,
             "train.learning_rate": self.learning_rate,
         }
-        given = [f"{key}={value}" for key, value in named.items() if value is not None]
+        given = [f"{key}={value}" for key, value in settings.items() if value is not None]
         return ["train.patience=0", *given, *self.overrides]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -167,7 +169,7 @@ def _texts(X: Any) -> list[str]:
     """Return texts as a list.
 
     Raises:
-        ValueError: If these are no texts.
+        ValueError: If X is not a list or a 1-D array of texts, or is empty.
     """
     if isinstance(X, str | bytes):
         raise ValueError(f"Expected a list or 1-D array of texts, got a single {type(X).__name__}: {X!r}.")
@@ -185,46 +187,37 @@ def _texts(X: Any) -> list[str]:
 
 
 def _label_names(classes: np.ndarray) -> list[str]:
-    """Name the classes for the task file; by their place where they have no name that a file keeps."""
+    """Name the classes for the task, by their index if their own names collide or do not survive a file."""
     names = [str(entry) for entry in classes]
     good = len(set(names)) == len(names) and all(name and name == name.strip() for name in names)
-    return names if good else [f"class_{place}" for place in range(len(names))]
+    return names if good else [f"class_{index}" for index in range(len(names))]
 
 
-def _write_task(folder: Path, texts: Sequence[str], places: Sequence[int], *, names: Sequence[str]) -> Path:
-    """Write rows and their task file."""
-    rows = [json.dumps({"text": text, "label": names[place]}) for text, place in zip(texts, places, strict=True)]
-    held = _held_out(texts, places)
-    splits = {
-        "train": [row for row, out in zip(rows, held, strict=True) if not out],
-        "validation": [row for row, out in zip(rows, held, strict=True) if out] or rows,
-    }
-    for split, chosen in splits.items():
-        write_bytes(folder / "data" / f"{split}.jsonl", "".join(f"{row}\n" for row in chosen).encode())
-    task = {
-        "name": TASK,
-        "kind": "classification",
-        "files": {"format": "jsonl", "root": "data", **{split: f"{split}.jsonl" for split in splits}},
-        "columns": {"text": "text", "label": "label"},
-        "labels": list(names),
-        "metric": "accuracy",
-    }
-    path = folder / "task.yaml"
-    write_bytes(path, yaml.safe_dump(task, allow_unicode=True).encode())
-    return path
+def _task(labels: Sequence[str]) -> TaskSpec:
+    columns: dict[str, Column] = {"text": "text", "label": "label"}
+    return TaskSpec(name=TASK, kind="classification", columns=columns, labels=list(labels), metric="accuracy")
 
 
-def _held_out(texts: Sequence[str], places: Sequence[int]) -> list[bool]:
-    """Choose a tenth of each class by chance, but always alike, and rows of one class with the same text together."""
-    groups: dict[int, dict[str, list[int]]] = {}
-    for row, (text, place) in enumerate(zip(texts, places, strict=True)):
-        groups.setdefault(place, {}).setdefault(text, []).append(row)
+def _splits(texts: Sequence[str], indices: Sequence[int], *, names: Sequence[str]) -> DatasetDict:
+    """Divide rows into training and validation; all rows validate if none is held out."""
+    rows = Dataset.from_dict({"text": list(texts), "label": [names[index] for index in indices]})
+    held = _held_out(texts, indices)
+    validation = [row for row, out in enumerate(held) if out]
+    train = [row for row, out in enumerate(held) if not out]
+    return DatasetDict({"train": rows.select(train), "validation": rows.select(validation) if validation else rows})
+
+
+def _held_out(texts: Sequence[str], indices: Sequence[int]) -> list[bool]:
+    """Choose a tenth of each class at random, with a fixed seed; rows of one class with the same text stay together."""
+    classes: dict[int, dict[str, list[int]]] = {}
+    for row, (text, index) in enumerate(zip(texts, indices, strict=True)):
+        classes.setdefault(index, {}).setdefault(text, []).append(row)
     held = [False] * len(texts)
-    for place, alike in sorted(groups.items()):
-        order = list(alike.values())
-        random.Random(place).shuffle(order)
-        room = sum(map(len, order)) // 10
-        for rows in order:
+    for index, by_text in sorted(classes.items()):
+        groups = list(by_text.values())
+        random.Random(index).shuffle(groups)
+        room = sum(map(len, groups)) // 10
+        for rows in groups:
             if len(rows) <= room:
                 room -= len(rows)
                 for row in rows:
@@ -233,14 +226,13 @@ def _held_out(texts: Sequence[str], places: Sequence[int]) -> list[bool]:
 
 
 def _checkpoint_files(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """Return the files of a checkpoint by path; where its data was for the time of ``fit`` is left out."""
-    spec = checkpoint.tasks[TASK].model_copy(update={"files": None})
+    """Return the files of a checkpoint by path, without the temporary folder of ``fit``."""
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made) / "checkpoint"
         save_checkpoint(
             folder,
             model=checkpoint.model,
-            tasks={TASK: spec},
+            tasks=checkpoint.tasks,
             config=changed_config(checkpoint.config, {"tasks": [TASK], "sources": {}, "output": None}),
             metrics=checkpoint.metrics,
         )
