@@ -43,7 +43,7 @@ def span(routed: TokenRouting) -> str:
 def _headline(routed: TokenRouting) -> str:
     if not routed.choosable:
         return f"There is one expert, {routed.experts[0]}, so there is nothing to choose ({span(routed)})."
-    how = "every token has experts of its own in each block"
+    how = "each token has its own experts in each block"
     if not routed.by_token:
         how = "one routing for the whole text, the same for all its tokens in all blocks"
     return f"Route {routed.route}: {how} ({span(routed)})."

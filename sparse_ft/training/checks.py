@@ -11,6 +11,7 @@ from sparse_ft.config import RunConfig
 from sparse_ft.errors import ConfigError, unknown_name
 from sparse_ft.experts.model import SparseExpertModel, TaskSlot, check_token_routing
 from sparse_ft.experts.selection import Selection
+from sparse_ft.tasks.kinds import KINDS
 from sparse_ft.tasks.spec import TaskSpec
 from sparse_ft.training.joint import SHARED, has_gate, pool_names
 from sparse_ft.training.new_experts import planned_slots
@@ -63,6 +64,9 @@ def check_model(run: RunConfig, model: SparseExpertModel, specs: Sequence[TaskSp
     Raises:
         ConfigError: With every problem in one paragraph.
     """
+    _refuse([
+        f"Task {spec.name!r}: {unknown_name('kind', spec.kind, KINDS)}" for spec in specs if spec.kind not in KINDS
+    ])  # fmt: skip
     trained = [spec.name for spec in specs]
     slots = {**model.tasks, **planned_slots(model, specs, run=run)}
     shared = {slot.shared for slot in slots.values()}

@@ -161,7 +161,7 @@ def test_scores_that_cannot_be_written(monkeypatch, capsys, tmp_path, checkpoint
 
 @pytest.mark.parametrize(("changes", "said"), [
     ({"metrik": "f1"}, ["mood.yaml'", "'metrik'", "Did you mean 'metric'?"]),
-    ({"kind": "clasification"}, ["'clasification'", "Did you mean 'classification'?"]),
+    ({"kind": "clasification"}, ["Task 'mood'", "'clasification'", "Did you mean 'classification'?"]),
     ({"metric": "evaluate:./nothing"}, ["'evaluate:./nothing'"]),
     ({"columns": {"text": "txet", "label": "label"}}, ["'txet'", "train.jsonl', line 1", "Did you mean"]),
     ({"labels": ["good", "baad"]}, ["train.jsonl', line", "'bad'", "Did you mean 'baad'?"]),

@@ -205,7 +205,7 @@ def test_without_matplotlib_there_are_no_pictures_and_it_is_said_how_to_get_them
 def test_inspect_a_text(cli, toys, tmp_path):
     code, out, err = cli("inspect", toys, "--text", "Ada in London", "--route", "arrow", "--picture", "new/ada.png")
     assert (code, err) == (0, "")
-    assert out.startswith("Route arrow: every token chooses its experts anew in each block (7 tokens, blocks 0 to 2).")
+    assert out.startswith("Route arrow: each token has its own experts in each block (7 tokens, blocks 0 to 2).")
     assert out.endswith("\nPicture: new/ada.png\n")
     assert (tmp_path / "new/ada.png").read_bytes().startswith(b"\x89PNG")
     code, out, err = cli("inspect", toys, "--text", "Ada in London", "--route", "arrow", "--json")
