@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparse_ft.backbone.backbone import Backbone
 from sparse_ft.backbone.model_folder import MINILM_ID
-from sparse_ft.checkpoint.folders import damaged, write_bytes
+from sparse_ft.checkpoint.folders import damaged, write_bytes, write_json
 from sparse_ft.errors import CheckpointError
 from sparse_ft.experts.named_experts import Expert
 
@@ -148,5 +148,7 @@ def write_adapter(
         inference_mode=True,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(str(folder))
+    # PEFT itself writes its sets in an order that differs from process to process.
+    values = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    write_json(folder / ADAPTER_CONFIG, dict(sorted(values.items())))
     write_bytes(folder / ADAPTER_WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
