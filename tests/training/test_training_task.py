@@ -75,7 +75,7 @@ OPTIONS = {"train__epochs": 10, "train__batch_size": 16, "data__max_length": 32,
 def reader(tmp_path_factory, tiny_bert):
     """A checkpoint of both reading kinds and a classification, trained in one run."""
     folder = tmp_path_factory.mktemp("reading")
-    tasks = [*write_reading(folder, number=100), write_toy(folder, "mood", sizes=(96, 16, 16))]
+    tasks = [*write_reading(folder, number=64), write_toy(folder, "mood", sizes=(96, 16, 16))]
     return run(tasks, tiny_bert, folder / "checkpoint", **OPTIONS)
 
 
