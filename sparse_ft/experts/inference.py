@@ -23,7 +23,7 @@ class EncodedTexts(NamedTuple):
     num_rows: int
     """Number of texts."""
     num_parts: Sequence[int] | None
-    """Words or choices of each text, for tasks that give logits for these; see ``TaskKind.parts``."""
+    """Words or choices of each text, for tasks that give logits for these; see ``TaskKind.num_parts``."""
 
 
 @torch.no_grad()

@@ -142,7 +142,7 @@ class Routing:
         if rows == slice(None):
             return self
         selected = rows if isinstance(rows, slice) else list(rows)
-        return replace(
+        taken = replace(
             self,
             experts=None if self.experts is None else self.experts[selected],
             weights=self.weights[selected],
@@ -150,6 +150,9 @@ class Routing:
             confidence=None if self.confidence is None else self.confidence[selected],
             dropped=None if self.dropped is None else self.dropped[selected],
         )
+        if self.__dict__.get("only") is not None and len(taken.weights):
+            taken.__dict__["only"] = self.only  # spares reading the tensor back
+        return taken
 
 
 @dataclass
