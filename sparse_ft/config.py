@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from sparse_ft.documents import parse_yaml, read_yaml
 from sparse_ft.errors import ConfigError, explain, unknown_name
 from sparse_ft.resources import bundled_dir, bundled_names
 
@@ -190,7 +190,7 @@ def load_config(
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"--set {override!r} is not of the form section.key=value, e.g. train.epochs=3.")
-        _put(merged, key.strip().split("."), _parse_value(text, override), override)
+        _put(merged, key.strip().split("."), parse_yaml(text, f"--set {override!r}: the value"), override)
     merged.update(values or {})
     try:
         return RunConfig.model_validate(merged)
@@ -210,28 +210,10 @@ def _read(name_or_path: str | Path) -> dict[str, Any]:
         if str(name_or_path) not in known:
             raise ConfigError(unknown_name("config", str(name_or_path), known) + " Or give the path of a YAML file.")
         path = bundled_dir("configs") / f"{name_or_path}.yaml"
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"Config file {str(path)!r} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"Config file {str(path)!r} is not readable YAML: {' '.join(str(error).split())}") from error
+    values = read_yaml(path, f"Config file {str(path)!r}")
     if not isinstance(values, dict):
         raise ConfigError(f"Config file {str(path)!r} must hold a mapping of keys, not {type(values).__name__}.")
     return values
-
-
-def _parse_value(text: str, override: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"--set {override!r}: the value is not readable YAML.") from error
-    if isinstance(value, str):
-        try:  # YAML 1.1 reads 1e-3 as text, because it has no dot
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def _put(target: dict[str, Any], path: Sequence[str], value: Any, override: str) -> None:

@@ -81,7 +81,7 @@ def test_a_config_does_not_change():
     ("train.mixture=random", "'proportional', 'smoothed' or 'uniform'"),
     ("train.epochs", "--set 'train.epochs' is not of the form section.key=value, e.g. train.epochs=3"),
     ("=3", "is not of the form section.key=value"),
-    ("train.epochs=[1", "--set 'train.epochs=[1': the value is not readable YAML"),
+    ("train.epochs=[1", "--set 'train.epochs=[1': the value is not readable YAML: while parsing a flow sequence"),
     ("train=3", "train: "),
     ("seed.x=3", "seed: Input should be a valid integer"),
     ("experts.targets=query", "experts.targets: Input should be a valid list"),
@@ -108,7 +108,7 @@ def test_unreadable_files_are_named(file, tmp_path):
     assert "must hold a mapping of keys, not list" in message(file("- a"))
     assert "must hold a mapping of keys, not NoneType" in message(file(""))
     (tmp_path / "latin.yaml").write_bytes(b"backbone: caf\xe9")
-    assert "is not readable YAML" in message(tmp_path / "latin.yaml")
+    assert "is not UTF-8: byte 13 is 0xe9" in message(tmp_path / "latin.yaml")
     (tmp_path / "folder.yaml").mkdir()
     assert "cannot be read: Is a directory" in message(tmp_path / "folder.yaml")
 

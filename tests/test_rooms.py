@@ -14,6 +14,7 @@ import sparse_ft
 
 ROOMS = (
     {"errors", "resources", "version"},
+    {"documents"},
     {"config", "backbone"},
     {"tasks", "experts"},  # side by side: neither knows the other
     {"checkpoint"},

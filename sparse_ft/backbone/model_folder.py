@@ -1,10 +1,10 @@
 """The folder of a backbone on this machine: given by the user, packaged, or downloaded from the hub."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
+from sparse_ft.documents import read_json_object
 from sparse_ft.errors import BackboneError, unknown_name
 from sparse_ft.resources import packaged_minilm_dir
 
@@ -65,10 +65,11 @@ def read_architecture(folder: Path) -> dict[str, Any]:
     Raises:
         BackboneError: If it is missing or malformed.
     """
-    try:
-        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise BackboneError(f"Backbone folder {str(folder)!r} has no readable config.json: {error}.") from error
+    return read_json_object(
+        folder / "config.json",
+        "it",
+        error=lambda problem: BackboneError(f"Backbone folder {str(folder)!r} has no readable config.json: {problem}"),
+    )
 
 
 def hash_weights(folder: Path, name: str) -> str:

@@ -19,7 +19,7 @@ from sparse_ft.checkpoint.manifest import (
     read_config,
     read_manifest,
     read_metrics,
-    read_yaml,
+    read_spec,
     slot_experts,
 )
 from sparse_ft.config import RunConfig
@@ -27,7 +27,7 @@ from sparse_ft.errors import CheckpointError
 from sparse_ft.experts.gates import SequenceGate, TokenGate, build_gate, describe_gate
 from sparse_ft.experts.model import SparseExpertModel, TaskSlot
 from sparse_ft.tasks.kinds import find_kind
-from sparse_ft.tasks.spec import TaskSpec, parse_task
+from sparse_ft.tasks.spec import TaskSpec
 from sparse_ft.version import __version__
 
 MODEL_TYPE = "sparse-ft"
@@ -216,7 +216,7 @@ def load_task_into(
         shared: The expert that all rows of the task use, see ``TaskSlot``.
     """
     file = path / "tasks" / f"{check_name(task)}.yaml"
-    spec = parse_task(read_yaml(file), where=str(file)).model_copy(update={"name": as_name or task})
+    spec = read_spec(file).model_copy(update={"name": as_name or task})
     kind = find_kind(spec.kind)
     size = len(kind.outputs(spec.label_names or []))
     head = model.add_task(spec.name, expert=experts, level=kind.level, num_outputs=size, joint=joint, shared=shared)

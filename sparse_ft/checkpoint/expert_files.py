@@ -1,8 +1,8 @@
 """The files of an expert: a PEFT adapter, and word shapes beside it."""
 
-import json
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from sparse_ft.backbone.backbone import Backbone
 from sparse_ft.backbone.model_folder import MINILM_ID
 from sparse_ft.checkpoint.folders import damaged, write_bytes, write_json
+from sparse_ft.documents import read_json_object
 from sparse_ft.errors import CheckpointError
 from sparse_ft.experts.named_experts import Expert
 
@@ -39,10 +40,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         CheckpointError: If it is missing or damaged.
     """
     file = folder / ADAPTER_CONFIG
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise damaged(file, repr(error)) from error
+    return read_json_object(file, "it", error=partial(damaged, file))
 
 
 def read_adapter_tensors(folder: Path) -> AdapterTensors:

@@ -41,7 +41,9 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def damaged(file: Path, problem: str) -> CheckpointError:
     """Return the error for a file of a checkpoint whose content is wrong."""
-    return CheckpointError(f"{str(file)!r} is damaged: {problem}. Restore the folder from a copy or train again.")
+    return CheckpointError(
+        f"{str(file)!r} is damaged: {problem.rstrip('.')}. Restore the folder from a copy or train again."
+    )
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1,17 +1,18 @@
 """The manifest of a checkpoint, which lists the content of the folder. Needs no torch, so `inspect` is fast."""
 
-import json
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from sparse_ft.checkpoint.folders import damaged, recover_folder
 from sparse_ft.config import RunConfig
+from sparse_ft.documents import read_json_object, read_yaml
 from sparse_ft.errors import CheckpointError, explain
+from sparse_ft.tasks.spec import TaskSpec, parse_task
 from sparse_ft.version import __version__
 
 FORMAT = 1
@@ -42,8 +43,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     recover_folder(path)
     file = _manifest_file(path)
+    manifest = read_json_object(file, "it", error=partial(damaged, file))
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
         _check_format(path, manifest)
         _check_entries(file, manifest)
         sizes = dict(manifest["bytes"].items())
@@ -105,16 +106,14 @@ def slot_experts(entry: Mapping[str, Any]) -> list[str]:
     return [entry["expert"]] if "expert" in entry else list(entry["experts"])
 
 
-def read_yaml(path: Path) -> Any:
-    """Read a YAML file of a checkpoint.
+def read_spec(file: Path) -> TaskSpec:
+    """Read the file of a task.
 
     Raises:
-        CheckpointError: If it is damaged.
+        CheckpointError: If it is no YAML.
+        ConfigError: If it is no task.
     """
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, OSError) as error:
-        raise CheckpointError(f"{str(path)!r} is damaged: {' '.join(str(error).split())}") from error
+    return parse_task(read_yaml(file, "it", written=True, error=partial(damaged, file)), where=str(file))
 
 
 def read_config(file: Path) -> RunConfig:
@@ -124,7 +123,7 @@ def read_config(file: Path) -> RunConfig:
         CheckpointError: If it is damaged, or has settings that this version does not know.
     """
     try:
-        return RunConfig.model_validate(read_yaml(file))
+        return RunConfig.model_validate(read_yaml(file, "it", error=partial(damaged, file)))
     except ValidationError as error:
         raise CheckpointError(
             f"{str(file)!r} is not read by this version: {explain(error, RunConfig)} Update sparse-ft, or take these "
@@ -137,7 +136,8 @@ def read_metrics(path: Path) -> dict[str, Any]:
     file = path / "metrics.json"
     if not file.is_file():
         return {}
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise CheckpointError(f"{str(file)!r} is damaged: {error}. Delete it; it holds scores only.") from error
+    return read_json_object(
+        file,
+        "it",
+        error=lambda problem: CheckpointError(f"{str(file)!r} is damaged: {problem} Delete it; it holds scores only."),
+    )

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from sparse_ft.checkpoint.manifest import read_manifest, read_metrics, read_yaml, slot_experts
+from sparse_ft.checkpoint.manifest import read_manifest, read_metrics, read_spec, slot_experts
 from sparse_ft.evaluation.tables import text_table
-from sparse_ft.tasks.spec import FileSource, HubSource, TaskSpec, list_tasks, load_task, parse_task
+from sparse_ft.tasks.spec import FileSource, HubSource, TaskSpec, list_tasks, load_task
 
 
 def describe_tasks() -> str:
@@ -83,7 +83,7 @@ def _expert_rows(manifest: dict[str, Any]) -> list[list[str]]:
 def _task_rows(path: Path, manifest: dict[str, Any], metrics: dict[str, Any]) -> list[list[str]]:
     rows = []
     for name, entry in manifest["tasks"].items():
-        spec = parse_task(read_yaml(path / "tasks" / f"{name}.yaml"), where=name)
+        spec = read_spec(path / "tasks" / f"{name}.yaml")
         scores = metrics.get(name, {})
         shown = [f"{key} {value:.3f}" for key, value in list(scores.get("metrics", {}).items())[:2]]
         split = f" on {scores['split']} ({scores['n']} rows)" if shown else ""

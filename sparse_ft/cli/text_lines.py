@@ -1,11 +1,11 @@
 """Lines of text in, predictions out."""
 
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from sparse_ft.documents import parse_json
 from sparse_ft.errors import DataError
 from sparse_ft.prediction.requests import EXPECTED, read_request
 
@@ -55,10 +55,7 @@ def read_rows(lines: Iterable[str], *, form: Literal["text", "pair", "json"]) ->
 
 
 def _parsed(line: str, number: int) -> Any:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"Line {number} is no JSON ({error}): {line[:60]!r}. {EXPECTED}") from error
+    row = parse_json(line, f"Line {number}", error=lambda problem: DataError(f"{problem} {line[:60]!r}. {EXPECTED}"))
     try:
         read_request(row if isinstance(row, dict) else {})
     except DataError as error:

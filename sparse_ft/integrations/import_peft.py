@@ -1,8 +1,8 @@
 """Import a LoRA that PEFT saved as a new checkpoint: its expert, and its head where a head here computes the same."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +13,12 @@ from sparse_ft.backbone.backbone import Backbone, load_backbone
 from sparse_ft.backbone.model_folder import MINILM_ID
 from sparse_ft.checkpoint.checkpoint import save_checkpoint
 from sparse_ft.checkpoint.expert_files import ADAPTER_CONFIG
+from sparse_ft.checkpoint.folders import damaged
 from sparse_ft.checkpoint.foreign_adapters import read_adapter, read_lora_config
 from sparse_ft.checkpoint.manifest import MANIFEST, check_name
 from sparse_ft.checkpoint.outputs import free_output
 from sparse_ft.config import RunConfig
+from sparse_ft.documents import read_json_object
 from sparse_ft.errors import CheckpointError, ConfigError, ExportError
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.integrations.export import RECORD
@@ -141,10 +143,7 @@ def _read_record(file: Path) -> _Record | None:
 
 def _read_json(file: Path) -> dict[str, Any]:
     """Read a file; empty if there is none."""
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{str(file)!r} is damaged: {error}. Copy the folder again.") from error
+    return read_json_object(file, "it", error=partial(damaged, file)) if file.is_file() else {}
 
 
 def _named_backbone(config: Mapping[str, Any], folder: Path) -> str:

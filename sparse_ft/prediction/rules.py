@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
+from sparse_ft.documents import read_yaml
 from sparse_ft.errors import ConfigError, explain, unknown_name
 from sparse_ft.experts.routing import Routing
 from sparse_ft.prediction.requests import Metadata
@@ -114,13 +114,8 @@ def load_rules(path: str | Path) -> list[Rule]:
     Raises:
         ConfigError: If the file cannot be read or a rule is wrong; all problems in one message.
     """
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"Rules file {str(path)!r} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date that is in no calendar
-        raise ConfigError(f"Rules file {str(path)!r} is not readable YAML: {' '.join(str(error).split())}") from error
-    return parse_rules(values, where=f"Rules file {str(path)!r}")
+    where = f"Rules file {str(path)!r}"
+    return parse_rules(read_yaml(Path(path), where), where=where)
 
 
 def parse_rules(values: Any, *, where: str) -> list[Rule]:

@@ -1,10 +1,10 @@
 """Read JSON: one object a line, one list, or SQuAD's articles. Knows nothing of tasks."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sparse_ft.documents import parse_json
 from sparse_ft.errors import DataError
 from sparse_ft.tasks.records import QUESTION, FileOptions, Record, read_text, text_lines
 
@@ -13,7 +13,7 @@ def read_jsonl(path: Path, options: FileOptions) -> Iterator[Record]:
     """Yield one record a line."""
     for number, line in text_lines(path):
         if line.strip():
-            row = _checked_row(_parse_json(line, f"{str(path)!r}, line {number}"), path, number)
+            row = _checked_row(_parse(line, f"{str(path)!r}, line {number}"), path, number)
             yield Record(row, str(path), number)
 
 
@@ -40,17 +40,15 @@ def load_json(path: Path) -> Any:
     Raises:
         DataError: If it is not JSON, with line and column.
     """
-    return _parse_json(read_text(path), repr(str(path)))
+    return _parse(read_text(path), repr(str(path)))
 
 
-def _parse_json(text: str, location: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        within = f"line {error.lineno} column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-        raise DataError(
-            f"{location}: broken JSON at {within}: {error.msg}. Expected one object a line (jsonl) or one list (json)."
-        ) from error
+def _parse(text: str, location: str) -> Any:
+    return parse_json(text, location, written=True, error=_no_rows)
+
+
+def _no_rows(problem: str) -> DataError:
+    return DataError(f"{problem} Expected one object a line (jsonl) or one list (json).")
 
 
 def _checked_row(row: Any, path: Path, number: int) -> dict[str, Any] | list[Any]:

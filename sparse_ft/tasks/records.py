@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sparse_ft.documents import decode
 from sparse_ft.errors import DataError
 from sparse_ft.tasks.spec import Column
 
-_BOM = b"\xef\xbb\xbf"
 _REST = re.compile(r"(\d+)\.\.")
 QUESTION = "question"
 """Noun of a record that is one of several questions about a text; questions are counted through the file."""
@@ -87,15 +87,7 @@ def read_text(path: Path) -> str:
         raise DataError(
             f"Data file {str(path)!r} cannot be read: {error.strerror}. Check the path and its permissions."
         ) from error
-    offset = len(_BOM) if data.startswith(_BOM) else 0
-    try:
-        return data[offset:].decode("utf-8")
-    except UnicodeDecodeError as error:
-        position = error.start + offset
-        raise DataError(
-            f"Data file {str(path)!r} is not UTF-8: byte {position} is 0x{data[position]:02x}. "
-            "Convert the file to UTF-8, e.g. `iconv -f GB18030 -t UTF-8` for many Chinese files."
-        ) from error
+    return decode(data, f"Data file {str(path)!r}", error=DataError)
 
 
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -1,13 +1,12 @@
 """Tasks: data, labels and metric, declared in one YAML file. Knows nothing of tensors."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from sparse_ft.documents import read_yaml
 from sparse_ft.errors import ConfigError, explain, unknown_name
 from sparse_ft.resources import bundled_dir, bundled_names
 
@@ -155,18 +154,6 @@ class TaskSpec(_Section):
         return self.model_copy(update={"labels": labels})
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads yes, no, on and off as words, as YAML 1.2 does, because many tasks have such labels."""
-
-
-_BOOL = "tag:yaml.org,2002:bool"
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(_BOOL, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-
-
 def _as_text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
@@ -207,10 +194,7 @@ def load_task(name_or_path: str | Path) -> TaskSpec:
         ConfigError: If the name is unknown or the file is not a valid task; all problems in one message.
     """
     path = task_path(name_or_path)
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, ValueError, OSError) as error:
-        raise ConfigError(f"Task file {str(path)!r} is not readable YAML: {' '.join(str(error).split())}") from error
+    values = read_yaml(path, f"Task file {str(path)!r}", written=True)
     return parse_task(values, where=str(path), root=path.parent)
 
 

@@ -1,7 +1,6 @@
 """The state of a run that ``--resume`` continues: safetensors, JSON and YAML in ``<output>/resume``."""
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -17,6 +16,7 @@ from sparse_ft.checkpoint.expert_files import read_tensors
 from sparse_ft.checkpoint.folders import recover_folder, replace_folder, write_bytes, write_json
 from sparse_ft.checkpoint.manifest import read_config
 from sparse_ft.config import RunConfig
+from sparse_ft.documents import read_json_object
 from sparse_ft.errors import CheckpointError, ConfigError
 
 
@@ -206,15 +206,16 @@ def find_resume(output: Path) -> RunConfig:
 
 def _read_progress(file: Path) -> dict[str, Any]:
     known = {"data", *(field.name for field in fields(Progress))}
-    try:
-        values = dict(json.loads(file.read_text(encoding="utf-8")))
-        if set(values) != known:
-            raise ValueError(f"unknown or missing entries: {sorted(set(values) ^ known)}")
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"{str(file)!r} is damaged or of another version: {error}. Start anew in another --output; the run cannot "
-            "be resumed."
-        ) from error
+
+    def refusal(problem: str) -> CheckpointError:
+        return CheckpointError(
+            f"{str(file)!r} is damaged or of another version: {problem} Start anew in another --output; the run "
+            "cannot be resumed."
+        )
+
+    values = read_json_object(file, "it", error=refusal)
+    if set(values) != known:
+        raise refusal(f"unknown or missing entries: {sorted(set(values) ^ known)}.")
     return values
 
 

@@ -204,7 +204,7 @@ CONDITIONS = "contains, matches, language, metadata, longer_than, shorter_than, 
         ("[]", r"is empty\. Write"),
         ("contains: [x]\nexpert: code\n", r"must hold a list of rules, each begun with `- `, not dict\.$"),
         ("- [unclosed", r"is not readable YAML: while parsing .* line 1"),
-        (b"- {expert: \xff}", "is not readable YAML: .*invalid start byte"),
+        (b"- {expert: \xff}", "is not UTF-8: byte 11 is 0xff"),
         ("- code", r"Rule 1 must be a mapping of conditions and an expert, not 'code'\.$"),
         (
             "- {contians: [x], expert: code}",
@@ -216,7 +216,7 @@ CONDITIONS = "contains, matches, language, metadata, longer_than, shorter_than, 
             "- {contains: ['x', ' '], expert: code}",
             r"Rule 1: contains: a word must not be empty \(got \['x', ' '\]\)\.$",
         ),
-        ("- {language: no, expert: code}", r"Rule 1: language: Input should be a valid string \(got False\)\.$"),
+        ("- {language: true, expert: code}", r"Rule 1: language: Input should be a valid string \(got True\)\.$"),
         ("- {longer_than: -1, expert: code}", r"Rule 1: longer_than: Input should be greater than or equal to 0"),
         (
             "- {contains: [x], expert: code}\n- {matches: 'ab(c', expert: code}",
@@ -227,7 +227,6 @@ CONDITIONS = "contains, matches, language, metadata, longer_than, shorter_than, 
             "- {matches: 'a{99999999999}', expert: code}",
             "not a usable regular expression: the repetition number is too",
         ),
-        ("- {metadata: {day: 2024-02-30}, expert: code}", "is not readable YAML: day is out of range for month"),
         ("- {metadata: {a: [1, 2]}, expert: code}", r"Rule 1: metadata: give a single value for each key \(got"),
         (
             "- {contains: [x]}",
@@ -270,7 +269,9 @@ def test_all_problems_of_a_file_come_at_once(write):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"Rules file '.*none\.yaml' cannot be read: No such file or directory\.$"):
+    with pytest.raises(
+        ConfigError, match=r"Rules file '.*none\.yaml' cannot be read: No such file or directory\. Check"
+    ):
         load_rules(tmp_path / "none.yaml")
 
 

@@ -93,7 +93,7 @@ def test_hidden_answers_are_none_and_those_of_drcd_are_read(tmp_path):
     (squad(("谁？", [])), "question 1: the question has no answer"),
     (squad(("谁？", ["Ada"])), r"question 1: answers must be \[\{\"text\", \"answer_start\"\}, …\]"),
     (squad(("谁？", [answer("Ada", 1)]), ("谁？", None)), "question 2: a row of train has no answers"),
-    ("{", "broken JSON"),
+    ("{", "is not readable JSON"),
     ({"data": None}, "train.json': its beginning does not have the shape of the format 'squad'"),
     ({"data": [{"paragraphs": [{"context": "c", "qas": ["who"]}]}]}, "'str' object is not a mapping"),
 ])  # fmt: skip

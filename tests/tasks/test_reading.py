@@ -541,7 +541,7 @@ REFUSALS = [
     (classification(files={"format": "parquet", "test": "t.parquet"}), {"t.parquet": "no"},
      "t.parquet' is not readable Parquet"),
     (jsonl("classification"), {"t.jsonl": '{"text": "a", "label": 1}\n{"text": "b", \n'},
-     "t.jsonl', line 2: broken JSON"),
+     "t.jsonl', line 2 is not readable JSON"),
     (jsonl("classification"), {"t.jsonl": '"text"\n'}, "row 1: expected a JSON object or list, found 'text'"),
     # rows
     (jsonl("classification"), row(text=None, label=1), "line 1: text is null"),

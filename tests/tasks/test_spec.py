@@ -60,7 +60,7 @@ def test_task_file_of_the_user(tmp_path):
 
 @pytest.mark.parametrize(("content", "message"), [
     (b"a: [", "is not readable YAML"),
-    (b"\xff", "is not readable YAML"),
+    (b"\xff", "is not UTF-8"),
     (b"", r"mine\.yaml' must hold a mapping"),
     (b"[]", r"mine\.yaml' must hold a mapping"),
     (b"text", r"mine\.yaml' must hold a mapping"),

@@ -7,7 +7,6 @@ single expert is folded into the weights. All heads read all rows; the caller ta
 import contextlib
 import importlib.util
 import io
-import json
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from sparse_ft.backbone.words import SHAPES
 from sparse_ft.checkpoint.folders import write_json
+from sparse_ft.documents import read_json_object
 from sparse_ft.errors import ConfigError, ExportError
 from sparse_ft.integrations.exporters.graph import Graph
 from sparse_ft.integrations.exporters.modelling import write_words
@@ -74,7 +74,7 @@ def load_session(file: Path) -> Any:
 
 def read_tasks(folder: Path) -> dict[str, Any]:
     """Read the entries of tasks.json, by task."""
-    return dict(json.loads((folder / TASKS).read_text(encoding="utf-8"))["tasks"])
+    return dict(read_json_object(folder / TASKS, error=ExportError)["tasks"])
 
 
 def runner(session: Any, task: str, described: dict[str, Any]) -> Run:
