@@ -10,6 +10,7 @@ from torch import nn
 
 from sparse_ft.backbone.model_folder import MINILM_SHA256, find_folder, hash_weights, read_architecture
 from sparse_ft.errors import BackboneError, unknown_name
+from sparse_ft.paths import user_path
 
 # Files that hold a vocabulary; transformers builds an empty one where there is none.
 _VOCABULARIES = (
@@ -180,9 +181,9 @@ def load_backbone(
     num_ids = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
     pad_id = next((token_id for token_id in candidates if token_id is not None and token_id < num_ids), 0)
-    is_path = name != "minilm" and Path(name).expanduser().is_dir()
+    is_path = name != "minilm" and user_path(name).is_dir()
     return Backbone(
-        name=str(Path(name).expanduser().resolve()) if is_path else name,
+        name=str(user_path(name).resolve()) if is_path else name,
         revision=revision,
         folder=folder,
         weights_sha256=sha256,

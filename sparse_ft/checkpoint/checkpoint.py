@@ -26,6 +26,7 @@ from sparse_ft.config import RunConfig
 from sparse_ft.errors import CheckpointError
 from sparse_ft.experts.gates import SequenceGate, TokenGate, build_gate, describe_gate
 from sparse_ft.experts.model import SparseExpertModel, TaskSlot
+from sparse_ft.paths import user_path
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.spec import TaskSpec
 from sparse_ft.version import __version__
@@ -179,7 +180,7 @@ def load_bare(path: str | Path, *, backbone: str | None = None, dtype: torch.dty
 
     The arguments and errors are those of ``load_checkpoint``; the model is on the CPU.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     manifest = read_manifest(path)
     named = manifest["backbone"]
     loaded = load_backbone(

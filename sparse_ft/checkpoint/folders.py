@@ -5,17 +5,19 @@ import errno
 import glob
 import json
 import os
+import secrets
 import shutil
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from sparse_ft.checkpoint.locks import check_locks, is_held, lock_of_the_dead, locked
 from sparse_ft.errors import CheckpointError
 
-_LEFTOVER_SECONDS = 86_400
-"""Age from which a staged folder is a leftover of a killed process."""
+_STAGED = ".new-"
+"""Part of the name of a folder that is being filled, after that of the folder that it will be."""
+NAME_ROOM = len("..new-12345678")
+"""Bytes by which that name is longer than the folder's."""
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -51,62 +53,136 @@ def write_json(path: Path, content: Any) -> None:
     write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+@contextlib.contextmanager
+def claimed(target: Path) -> Iterator[None]:
+    """Lock a folder that will be written, and clear away what killed processes left of it and of its neighbours.
+
+    Args:
+        target: Folder that need not exist; parents that it lacks are created, and removed if nothing is written.
+
+    Raises:
+        ConfigError: If another process has locked it.
+        CheckpointError: If its parent may not be written.
+    """
+    with contextlib.ExitStack() as stack:
+        with explain_os_errors(target):
+            stack.enter_context(_with_parents(target))
+            stack.enter_context(locked(target))
+            recover_folder(target)
+            _remove_leftovers(target.parent)
+        yield
+
+
+@contextlib.contextmanager
+def _with_parents(target: Path) -> Iterator[None]:
+    """Create the parents of a folder; remove in the end what is new and empty, the folder included."""
+    missing = [folder for folder in (target, *target.parents) if not folder.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # the first that is not empty
+            for folder in missing:
+                if folder.exists():
+                    folder.rmdir()
+
+
 def replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a new folder and replace ``target`` with it.
+    """Fill a new folder and replace ``target`` with it; ``target`` is locked meanwhile, if it is not already.
 
     Args:
         target: Folder to create or replace; its parent is created.
         fill: Writes the content into the empty folder of its argument.
 
     Raises:
+        ConfigError: If another process writes ``target``.
         CheckpointError: If the disk is full or the path is not writable; ``target`` is then as it was.
     """
-    with explain_os_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.nullcontext() if is_held(target) else claimed(target), explain_os_errors(target):
         recover_folder(target)
-        _remove_leftovers(target)
-        staged = Path(tempfile.mkdtemp(prefix=_staged_prefix(target), dir=target.parent))
+        staged = _staged_path(target)
+        staged.mkdir(parents=True)
         try:
-            staged.chmod(0o755)
             fill(staged)
+            _open_to_readers(staged)
             _sync_folder(staged)
+            check_locks()
             _swap(staged, target)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
 
 
 def recover_folder(target: Path) -> None:
-    """Restore the old folder if a save was killed between moving it away and moving the new one in."""
-    old = _old_path(target)
-    if old.is_dir() and not target.exists():
-        old.rename(target)
+    """Undo or finish a save that was killed, and remove what it staged. Only the holder of the lock may call this.
+
+    A save that was killed between moving the old folder away and moving the new one in is undone. Where a folder
+    stands, an old one is obsolete.
+    """
+    old = old_path(target)
+    if old.is_dir():
+        with contextlib.suppress(OSError):  # it is not empty, or does not exist
+            target.rmdir()
+        if target.exists():
+            _discard(old, target)
+        else:
+            old.rename(target)
+    for left in _staged_paths(target):
+        shutil.rmtree(left, ignore_errors=True)
 
 
-def _remove_leftovers(target: Path) -> None:
-    """Remove folders that killed processes staged for ``target``; young ones may belong to a running process."""
-    for left in target.parent.glob(f"{glob.escape(_staged_prefix(target))}*"):
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > _LEFTOVER_SECONDS:
-                shutil.rmtree(left, ignore_errors=True)
+def _remove_leftovers(parent: Path) -> None:
+    """Remove what killed processes staged for other folders of a parent; their locks tell that they are gone."""
+    for left in parent.glob(f".*{_STAGED}*"):
+        target = parent / left.name[1 : left.name.rindex(_STAGED)]
+        if not is_held(target):
+            with lock_of_the_dead(target) as dead:
+                if dead:
+                    shutil.rmtree(left, ignore_errors=True)
 
 
-def _staged_prefix(target: Path) -> str:
-    return f".{target.name}.new-"
+def old_path(target: Path) -> Path:
+    """Return where the old folder lies while a new one takes its name."""
+    return target.with_name(f".{target.name}.old")
 
 
-def _old_path(target: Path) -> Path:
-    return target.parent / f".{target.name}.old"
+def is_leftover(path: Path, *, of: Path) -> bool:
+    """Return whether a path is what ``replace_folder`` stages for a folder."""
+    return path.name.startswith(f".{of.name}{_STAGED}")
+
+
+def _staged_path(target: Path) -> Path:
+    """Return a path beside a folder that no other process takes."""
+    return target.with_name(f".{target.name}{_STAGED}{secrets.token_hex(4)}")
+
+
+def _staged_paths(target: Path) -> Iterator[Path]:
+    return target.parent.glob(f"{glob.escape(f'.{target.name}{_STAGED}')}*")
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Give files the permissions of the umask; libraries that write through a temporary file make them private."""
+    mode = folder.stat().st_mode & 0o666
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
+
+
+def _discard(old: Path, target: Path) -> None:
+    """Remove an old folder; what a kill leaves of it bears the name of a leftover, and never comes back."""
+    rest = _staged_path(target)
+    old.rename(rest)
+    shutil.rmtree(rest, ignore_errors=True)
 
 
 def _swap(staged: Path, target: Path) -> None:
-    old = _old_path(target)
-    shutil.rmtree(old, ignore_errors=True)
+    old = old_path(target)
     if target.exists():
         target.rename(old)
     staged.rename(target)
     with contextlib.suppress(OSError):  # the new folder is in place, whether or not its renaming is synced
         _sync_folder(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    if old.exists():
+        _discard(old, target)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sparse_ft.checkpoint.folders import damaged, recover_folder
+from sparse_ft.checkpoint.folders import damaged, old_path
 from sparse_ft.config import RunConfig
 from sparse_ft.documents import read_json_object, read_yaml
 from sparse_ft.errors import CheckpointError, explain
@@ -41,7 +41,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: If the folder is no checkpoint, is incomplete, or was written by a newer version.
     """
-    recover_folder(path)
     file = _manifest_file(path)
     manifest = read_json_object(file, "it", error=partial(damaged, file))
     try:
@@ -57,6 +56,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
 def _manifest_file(path: Path) -> Path:
     """Return the file of a checkpoint's manifest, which must exist."""
     if not path.is_dir():
+        if old_path(path.absolute()).is_dir():
+            raise CheckpointError(
+                f"Checkpoint folder {str(path)!r} is being replaced, or its last save was killed. Try again; if no run "
+                f"writes it, `sparse-ft train --resume --output {path}` puts it back."
+            )
         raise CheckpointError(f"Checkpoint folder {str(path)!r} does not exist.")
     file, advice = path / MANIFEST, "Give the folder that `sparse-ft train` printed."
     if file.is_file():

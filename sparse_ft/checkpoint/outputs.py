@@ -1,12 +1,18 @@
-"""The folder that a command writes: new or empty, so that nothing is lost."""
+"""The folder that a command writes: new or empty, so that nothing is lost, and locked against other commands."""
 
 import contextlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sparse_ft.checkpoint.folders import explain_os_errors, recover_folder
+from sparse_ft.checkpoint.folders import NAME_ROOM, claimed, is_leftover, old_path, recover_folder
+from sparse_ft.checkpoint.locks import check_unlocked
 from sparse_ft.checkpoint.manifest import MANIFEST
 from sparse_ft.errors import ConfigError
+from sparse_ft.paths import output_path
+
+_RESUME = "resume"
+"""Folder of an unfinished run in its output folder."""
 
 
 def default_output(names: Sequence[str]) -> Path:
@@ -14,46 +20,77 @@ def default_output(names: Sequence[str]) -> Path:
     return Path("runs") / ("-".join(names) if len(names) <= 4 else f"{len(names)}-tasks")
 
 
-def next_output(names: Sequence[str]) -> Path:
-    """Create the first default folder of these tasks that does not exist, before another run can take it."""
-    base = default_output(names).absolute()
-    number, folder = 1, base
-    with explain_os_errors(base):
-        base.parent.mkdir(parents=True, exist_ok=True)
-        while True:
+@contextlib.contextmanager
+def claimed_default(names: Sequence[str]) -> Iterator[Path]:
+    """Claim the first default folder of these tasks that does not exist and that no other run has claimed."""
+    base = output_path(default_output(names), room=NAME_ROOM)
+    for number in itertools.count(1):
+        folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
+        if folder.exists() or old_path(folder).exists():
+            continue
+        with contextlib.ExitStack() as claim:
             try:
-                folder.mkdir()
-            except FileExistsError:
-                number += 1
-                folder = base.with_name(f"{base.name}-{number}")
-            else:
-                return folder
+                claim.enter_context(claimed(folder))
+            except ConfigError:  # another run has it
+                continue
+            if not folder.exists():
+                yield folder
+                return
 
 
-def give_back(output: Path) -> None:
-    """Remove the folder that ``next_output`` created, if it is still empty."""
-    with contextlib.suppress(OSError):  # it is not empty, or does not exist
-        output.rmdir()
-        output.parent.rmdir()
+@contextlib.contextmanager
+def claimed_output(output: str | Path) -> Iterator[Path]:
+    """Claim a folder that is empty or does not exist, for as long as a command runs.
+
+    Args:
+        output: The folder; the absolute path that is yielded has links resolved.
+
+    Raises:
+        ConfigError: If it is a file, not empty, or being written by another command.
+        CheckpointError: If it may not be written.
+    """
+    with claimed_run(output):
+        yield free_output(output)
+
+
+@contextlib.contextmanager
+def claimed_run(output: str | Path) -> Iterator[Path]:
+    """Claim the folder of a run, whatever it holds, and undo a save that was killed.
+
+    Raises:
+        ConfigError: If it is being written by another command.
+        CheckpointError: If it may not be written.
+    """
+    folder = output_path(output, room=NAME_ROOM)
+    with claimed(folder):
+        recover_folder(folder / _RESUME)
+        yield folder
 
 
 def free_output(output: str | Path) -> Path:
-    """Return the absolute path of a folder that is empty or does not exist, with links resolved.
+    """Return the absolute path of a folder that is empty or does not exist; what killed saves left does not count.
 
     Raises:
-        ConfigError: If it is a file or not empty.
+        ConfigError: If it is a file, not empty, or being written by another command.
     """
-    folder = Path(output).expanduser().resolve()
-    recover_folder(folder)
-    recover_folder(folder / "resume")
-    if (folder / MANIFEST).exists():
+    folder = output_path(output, room=NAME_ROOM)
+    check_unlocked(folder)
+    entries = _entries(folder) or _entries(old_path(folder))
+    if MANIFEST in entries:
         problem = "holds a checkpoint already. Choose another --output, or move the old one away."
-    elif (folder / "resume").exists():
+    elif _RESUME in entries or old_path(Path(_RESUME)).name in entries:
         problem = "holds an unfinished run. Add --resume to continue it, or choose another --output."
     elif folder.is_file():
         problem = "is a file, not a folder. Choose another --output."
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif entries:
         problem = "is not empty and no checkpoint. Choose another --output."
     else:
         return folder
     raise ConfigError(f"{str(output)!r} {problem}")
+
+
+def _entries(folder: Path) -> set[str]:
+    """Name what lies in a folder, but for what a killed save of a run's state staged."""
+    if not folder.is_dir():
+        return set()
+    return {entry.name for entry in folder.iterdir() if not is_leftover(entry, of=folder / _RESUME)}

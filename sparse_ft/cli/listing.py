@@ -5,6 +5,7 @@ from typing import Any
 
 from sparse_ft.checkpoint.manifest import read_manifest, read_metrics, read_spec, slot_experts
 from sparse_ft.evaluation.tables import text_table
+from sparse_ft.paths import user_path
 from sparse_ft.tasks.spec import FileSource, HubSource, TaskSpec, list_tasks, load_task
 
 
@@ -40,6 +41,7 @@ def describe_task(name: str) -> str:
 
 def describe_checkpoint(path: Path) -> str:
     """Show the backbone, the experts with their sizes, and the tasks with their scores."""
+    path = user_path(path)
     manifest, metrics = read_manifest(path), read_metrics(path)
     backbone = manifest["backbone"]
     lines = [

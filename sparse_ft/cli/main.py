@@ -1,5 +1,6 @@
 """The command line: parse, call one plain function, print. Heavy imports stand inside the commands."""
 
+import contextlib
 import logging
 import os
 import sys
@@ -14,6 +15,7 @@ from sparse_ft.cli.import_ import import_
 from sparse_ft.cli.inspect import inspect
 from sparse_ft.cli.merge import merge
 from sparse_ft.cli.predict import predict
+from sparse_ft.cli.streams import check_streams, discard_output, unprintable
 from sparse_ft.cli.tasks import tasks
 from sparse_ft.cli.train import train
 from sparse_ft.errors import SparseFTError
@@ -35,17 +37,20 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    _log_to_stderr()
     try:
+        check_streams(arguments)
+        _log_to_stderr()
         app(args=arguments, prog_name="sparse-ft")
     except BrokenPipeError:  # `sparse-ft predict … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         sys.exit(1)
     except Exception as error:
         if debug:
             raise
         message, code = _explain(error)
-        typer.echo(message, err=True)
+        with contextlib.suppress(OSError):  # standard error may be a full disk
+            typer.echo(message, err=True)
+        discard_output()
         sys.exit(code)
 
 
@@ -61,6 +66,11 @@ def _explain(error: Exception) -> tuple[str, int]:
     """Return the message for an error, and the exit code."""
     if isinstance(error, SparseFTError):
         return f"Error: {error}", 2
+    if isinstance(error, UnicodeEncodeError):
+        return f"Error: {unprintable(error)}", 2
+    if isinstance(error, OSError):
+        where = f"{os.fsdecode(error.filename)!r}" if error.filename else "a file or standard output"
+        return f"Error: {where} cannot be read or written: {error.strerror or error}.", 2
     if _is_out_of_memory(error):
         return (
             f"Error: Out of memory ({str(error) or type(error).__name__}). Expected room for the backbone, the experts "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from sparse_ft.cli.options import BackboneOption, CheckpointArgument, CombineOption, DeviceOption
+from sparse_ft.cli.streams import check_stdin
 from sparse_ft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ def predict(
     if text and file is not None:
         raise ConfigError("Texts and --file are both given. Choose one.")
     _check_route(route, names_tasks=bool(task or combine))
+    if not text and file in (None, "-"):
+        check_stdin()
     texts = iter(text) if text else read_texts(file or "-")
     from sparse_ft.prediction.loaded_model import load
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from sparse_ft.cli.options import DataOption, DeviceOption, TaskOption, parse_sources, short_path
+from sparse_ft.cli.streams import check_unicode_output
 
 if TYPE_CHECKING:
     from sparse_ft.tasks.spec import TaskSpec
@@ -43,6 +44,7 @@ def train(
     device: DeviceOption = None,
 ) -> None:
     """Train one expert per task on a frozen backbone, and print the classification report."""
+    check_unicode_output()
     from sparse_ft.training.processes import rank
     from sparse_ft.training.train import train as train_experts
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from sparse_ft.checkpoint.checkpoint import describe_origin
 from sparse_ft.checkpoint.folders import replace_folder, write_bytes, write_json
-from sparse_ft.checkpoint.outputs import free_output
+from sparse_ft.checkpoint.outputs import claimed_output
 from sparse_ft.errors import ConfigError
 from sparse_ft.integrations.exporters import Exporter, find_exporter
 from sparse_ft.integrations.exporters.int8 import int8_scores, quantise
@@ -63,12 +63,26 @@ def export(
     """
     exporter = find_exporter(format)
     _check_options(format, int8=int8, data=data)
-    folder = free_output(output)
-    model = checkpoint if isinstance(checkpoint, LoadedModel) else load(checkpoint, device="cpu", backbone=backbone)
-    names = _exported_tasks(model, exporter, task)
-    sources = {**model.checkpoint.config.sources, **name_sources(data, names)}
+    with claimed_output(output) as folder:
+        model = checkpoint if isinstance(checkpoint, LoadedModel) else load(checkpoint, device="cpu", backbone=backbone)
+        names = _exported_tasks(model, exporter, task)
+        sources = {**model.checkpoint.config.sources, **name_sources(data, names)}
+        return _write(model, names, folder, exporter, format=format, int8=int8, sources=sources)
+
+
+def _write(
+    model: LoadedModel,
+    names: Sequence[str],
+    folder: Path,
+    exporter: Exporter,
+    *,
+    format: str,
+    int8: bool,
+    sources: Mapping[str, Any],
+) -> Export:
+    """Write tasks into a folder, with their differences from the checkpoint."""
     apart = not exporter.together and len(names) > 1
-    folders = {name: [name] for name in names} if apart else {"": names}
+    folders = {name: [name] for name in names} if apart else {"": list(names)}
     differences: dict[str, Difference] = {}
     scores: dict[str, dict[str, Any]] = {}
 

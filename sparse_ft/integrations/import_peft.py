@@ -16,13 +16,14 @@ from sparse_ft.checkpoint.expert_files import ADAPTER_CONFIG
 from sparse_ft.checkpoint.folders import damaged
 from sparse_ft.checkpoint.foreign_adapters import read_adapter, read_lora_config
 from sparse_ft.checkpoint.manifest import MANIFEST, check_name
-from sparse_ft.checkpoint.outputs import free_output
+from sparse_ft.checkpoint.outputs import claimed_output
 from sparse_ft.config import RunConfig
 from sparse_ft.documents import read_json_object
 from sparse_ft.errors import CheckpointError, ConfigError, ExportError
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.integrations.export import RECORD
 from sparse_ft.integrations.exporters.parts import empty_classifier
+from sparse_ft.paths import user_path
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.spec import TaskSpec, list_tasks, load_task, parse_task
 
@@ -67,7 +68,13 @@ def import_adapter(
         CheckpointError: If the folder is no plain LoRA for this backbone.
         BackboneError: If the backbone is not found.
     """
-    folder, target = _adapter_folder(adapter), free_output(output)
+    folder = _adapter_folder(adapter)
+    with claimed_output(output) as target:
+        return _import(folder, target, task=task, labels=labels, backbone=backbone)
+
+
+def _import(folder: Path, target: Path, *, task: str | None, labels: Sequence[str], backbone: str | None) -> Import:
+    """Read the adapter of a folder and write a checkpoint; the arguments are those of ``import_adapter``."""
     config, record = read_lora_config(folder), _read_record(folder / RECORD)
     where, sha256 = backbone or _named_backbone(config, folder), record.weights_sha256 if record else None
     loaded = load_backbone(where, revision=None if backbone else config.get("revision"), expected_sha256=sha256)
@@ -98,7 +105,7 @@ def import_adapter(
 
 def _adapter_folder(adapter: str | Path) -> Path:
     """Return the folder of an adapter as a path, or raise which folder to name instead."""
-    folder = Path(adapter).expanduser().absolute()
+    folder = user_path(adapter).absolute()
     if not folder.is_dir():
         raise CheckpointError(f"Adapter folder {str(adapter)!r} does not exist. Give a folder that PEFT wrote.")
     if not (folder / ADAPTER_CONFIG).is_file():

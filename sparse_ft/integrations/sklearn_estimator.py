@@ -15,7 +15,7 @@ from sklearn.utils.validation import check_consistent_length, check_is_fitted, c
 
 from sparse_ft.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from sparse_ft.checkpoint.folders import replace_folder, write_bytes
-from sparse_ft.checkpoint.outputs import free_output
+from sparse_ft.checkpoint.outputs import claimed_output
 from sparse_ft.config import changed_config
 from sparse_ft.prediction.loaded_model import LoadedModel, load
 from sparse_ft.tasks.spec import Column, TaskSpec
@@ -140,9 +140,9 @@ class SparseFTClassifier(ClassifierMixin, BaseEstimator):
             CheckpointError: If the checkpoint cannot be written.
         """
         check_is_fitted(self, "checkpoint_")
-        output = free_output(path)
-        replace_folder(output, lambda folder: _write_files(folder, self.checkpoint_))
-        return output
+        with claimed_output(path) as output:
+            replace_folder(output, lambda folder: _write_files(folder, self.checkpoint_))
+            return output
 
     def _settings(self) -> list[str]:
         """Return the parameters as overrides of the run config."""

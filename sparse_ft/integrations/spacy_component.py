@@ -18,6 +18,7 @@ from spacy.util import filter_spans
 
 from sparse_ft.checkpoint.folders import write_json
 from sparse_ft.errors import ConfigError, unknown_name
+from sparse_ft.paths import user_path
 from sparse_ft.prediction.loaded_model import LoadedModel, load
 from sparse_ft.tasks.kinds.answers import Entity
 
@@ -60,7 +61,7 @@ class SparseFTComponent:
             "alignment": alignment,
             "backbone": backbone,
         }
-        self.settings = {**self.given, "checkpoint": str(Path(checkpoint).expanduser().absolute())}
+        self.settings = {**self.given, "checkpoint": str(user_path(checkpoint).absolute())}
         if Path(self.settings["checkpoint"]).exists():
             self.names  # noqa: B018  # reports unknown names at once
 

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 from sparse_ft.backbone.encoding import PROBE_TEXTS
 from sparse_ft.checkpoint.checkpoint import Checkpoint, load_task_into
 from sparse_ft.checkpoint.expert_files import ADAPTER_CONFIG, load_expert
-from sparse_ft.checkpoint.folders import recover_folder
 from sparse_ft.checkpoint.foreign_adapters import read_adapter
 from sparse_ft.checkpoint.manifest import MANIFEST, read_config, read_manifest, read_metrics, slot_experts
 from sparse_ft.errors import CheckpointError, ConfigError, unknown_name
@@ -19,6 +18,7 @@ from sparse_ft.merging.bookkeeping import (
     scores_without_gate,
     set_sources,
 )
+from sparse_ft.paths import user_path
 from sparse_ft.tasks.kinds import find_kind
 
 
@@ -43,7 +43,7 @@ def add_from(checkpoint: Checkpoint, path: str | Path, *, as_name: str | None = 
         ConfigError: If a name is taken or not allowed.
         CheckpointError: If the folder is none of the three, or its experts do not fit this backbone.
     """
-    folder = Path(path).expanduser().absolute()
+    folder = user_path(path).absolute()
     named = find_experts(folder)
     if named is not None:
         if as_name is not None and len(named.experts) > 1:
@@ -71,8 +71,7 @@ def find_experts(path: str | Path) -> NamedExperts | None:
         ConfigError: If the checkpoint has no expert of that name.
         CheckpointError: If the checkpoint is damaged.
     """
-    folder = Path(path).expanduser().absolute()
-    recover_folder(folder)
+    folder = user_path(path).absolute()
     parent = folder.parent.parent
     if folder.parent.name == "experts" and (parent / MANIFEST).is_file():
         experts = read_manifest(parent)["experts"]

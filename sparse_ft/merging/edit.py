@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sparse_ft.checkpoint.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from sparse_ft.checkpoint.outputs import free_output
+from sparse_ft.checkpoint.outputs import claimed_output
 from sparse_ft.errors import ConfigError
 from sparse_ft.merging.add import add_from
 from sparse_ft.merging.bookkeeping import (
@@ -68,18 +68,18 @@ def edit(
         raise ConfigError(
             "There is nothing to change. Give at least one --remove, --rename, --copy, --add, --prune or --split."
         )
-    folder = free_output(output)
-    loaded = load_checkpoint(checkpoint, backbone=backbone)
-    changes = [
-        *(remove_expert(loaded, name) for name in ([remove] if isinstance(remove, str) else remove)),
-        *(rename_expert(loaded, old, new) for old, new in rename),
-        *(copy_expert(loaded, old, new) for old, new in copy),
-        *(add_from(loaded, path, as_name=as_name) for as_name, path in add),
-        *(prune_expert(loaded, name, rank) for name, rank in prune),
-        *(split_expert(loaded, name, new) for name, new in split),
-    ]
-    save_checkpoint(folder, model=loaded.model, tasks=loaded.tasks, config=loaded.config, metrics=loaded.metrics)
-    return Edit(folder, [sentence for change in changes for sentence in change])
+    with claimed_output(output) as folder:
+        loaded = load_checkpoint(checkpoint, backbone=backbone)
+        changes = [
+            *(remove_expert(loaded, name) for name in ([remove] if isinstance(remove, str) else remove)),
+            *(rename_expert(loaded, old, new) for old, new in rename),
+            *(copy_expert(loaded, old, new) for old, new in copy),
+            *(add_from(loaded, path, as_name=as_name) for as_name, path in add),
+            *(prune_expert(loaded, name, rank) for name, rank in prune),
+            *(split_expert(loaded, name, new) for name, new in split),
+        ]
+        save_checkpoint(folder, model=loaded.model, tasks=loaded.tasks, config=loaded.config, metrics=loaded.metrics)
+        return Edit(folder, [sentence for change in changes for sentence in change])
 
 
 def remove_expert(checkpoint: Checkpoint, name: str) -> list[str]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from sparse_ft.backbone.devices import find_device
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.checkpoint.checkpoint import Checkpoint, save_checkpoint
-from sparse_ft.checkpoint.outputs import free_output
+from sparse_ft.checkpoint.outputs import claimed_output
 from sparse_ft.config import changed_config
 from sparse_ft.evaluation.evaluate import evaluate_task
 from sparse_ft.evaluation.score_report import TaskReport, report_json
@@ -105,15 +105,15 @@ def merge(  # noqa: D417  # MergeSettings describes the settings
         CheckpointError: If a folder is no checkpoint, or has another backbone or pooling than the first.
         DataError: If rows that scores need are missing.
     """
-    folder = free_output(output)
-    settings = merge_settings({
-        "method": method, "weights": weights, "density": density, "rank": rank, "energy": energy, "name": name,
-        "heads": heads, "seed": seed, "evaluate": evaluate, "split": split, "search": search, "budget": budget,
-        "rows": rows,
-    })  # fmt: skip
-    gathered = gather(checkpoints, number_names=method != STACK, backbone=backbone)
-    _prepare(gathered.checkpoint, data=data, device=device)
-    return (_stack if method == STACK else _merge_into_one)(gathered, settings, folder)
+    with claimed_output(output) as folder:
+        settings = merge_settings({
+            "method": method, "weights": weights, "density": density, "rank": rank, "energy": energy, "name": name,
+            "heads": heads, "seed": seed, "evaluate": evaluate, "split": split, "search": search, "budget": budget,
+            "rows": rows,
+        })  # fmt: skip
+        gathered = gather(checkpoints, number_names=method != STACK, backbone=backbone)
+        _prepare(gathered.checkpoint, data=data, device=device)
+        return (_stack if method == STACK else _merge_into_one)(gathered, settings, folder)
 
 
 def _prepare(checkpoint: Checkpoint, *, data: str | Path | Mapping[str, str] | None, device: str) -> None:

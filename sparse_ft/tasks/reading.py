@@ -18,6 +18,7 @@ from pathlib import Path
 import datasets
 
 from sparse_ft.errors import DataError
+from sparse_ft.paths import user_path
 from sparse_ft.tasks.clue_formats import mark_pronoun
 from sparse_ft.tasks.columns import Reading, fitting_columns, text_column, wanted_columns
 from sparse_ft.tasks.dividing import cut_validation, divide_rows
@@ -51,8 +52,8 @@ def read(
     """
     if data is not None and not isinstance(data, str | Path):
         return _read_in_memory(spec, data, splits)
-    if data is not None and not Path(data).expanduser().is_dir():
-        rows, columns = read_single(spec, Path(data).expanduser())
+    if data is not None and not user_path(data).is_dir():
+        rows, columns = read_single(spec, user_path(data))
         records = divide_rows(rows, column=text_column(columns))
         return _datasets(records, _reading(spec)._replace(columns=columns), splits)
     folder = _folder(spec, data)
@@ -111,14 +112,14 @@ def rows_seen_in_train(spec: TaskSpec, split: Split, *, data: TaskData | None = 
     if data is None:
         published = spec.files is not None and spec.files.root is not None
     else:
-        published = isinstance(data, str | Path) and Path(data).expanduser().is_dir()
+        published = isinstance(data, str | Path) and user_path(data).is_dir()
     return set(spec.leaks.get(split, [])) if published else set()
 
 
 def _folder(spec: TaskSpec, data: str | Path | None) -> Path | None:
     """Return the folder to read from; None stands for the hub."""
     if data is not None:
-        return Path(data).expanduser()
+        return user_path(data)
     root = Path(spec.files.root) if spec.files is not None and spec.files.root is not None else None
     if root is not None and (root.is_dir() or spec.hub is None):
         return root

@@ -7,6 +7,7 @@ from typing import overload
 import datasets
 
 from sparse_ft.errors import ConfigError, unknown_name
+from sparse_ft.paths import user_path
 from sparse_ft.tasks.in_memory import TaskData
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.reading import read
@@ -52,7 +53,7 @@ def name_sources(data: TaskData | Mapping[str, TaskData] | None, tasks: Sequence
 
 def _absolute(source: TaskData) -> TaskData:
     """Make a path absolute, so that it holds in every working directory."""
-    return str(Path(source).expanduser().absolute()) if isinstance(source, str | Path) else source
+    return str(user_path(source).absolute()) if isinstance(source, str | Path) else source
 
 
 def scored_splits(specs: Mapping[str, TaskSpec], sources: Mapping[str, TaskData]) -> dict[str, Split]:

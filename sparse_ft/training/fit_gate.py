@@ -121,6 +121,7 @@ def _fit_perceptron(classifier: nn.Module, features: Sequence[Tensor], *, genera
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    optimizer.zero_grad()  # a joint run goes on with these parameters
 
 
 def routing_accuracy(model: SparseExpertModel, examples: Sequence[Example], *, experts: Sequence[str]) -> float:

@@ -102,6 +102,7 @@ class _Loop:
         for parameter in group.parameters.values():
             parameter.requires_grad_(True)
         self.optimizer = build_optimizer(group.parameters, self.run)
+        self.optimizer.zero_grad()  # the first step is that of the run's batches alone, as in a resumed run
         self.gradients = Gradients(
             model, self.tasks, parameters=list(group.parameters.values()), run=self.run, routing=routing
         )

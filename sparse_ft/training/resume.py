@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from sparse_ft.backbone.encoding import Example
 from sparse_ft.checkpoint.expert_files import read_tensors
-from sparse_ft.checkpoint.folders import recover_folder, replace_folder, write_bytes, write_json
-from sparse_ft.checkpoint.manifest import read_config
+from sparse_ft.checkpoint.folders import replace_folder, write_bytes, write_json
+from sparse_ft.checkpoint.manifest import MANIFEST, read_config, read_metrics
 from sparse_ft.config import RunConfig
 from sparse_ft.documents import read_json_object
 from sparse_ft.errors import CheckpointError, ConfigError
@@ -187,21 +187,30 @@ def fingerprint(examples: Mapping[str, Sequence[Example]]) -> str:
 
 
 def find_resume(output: Path) -> RunConfig:
-    """Return the config of the unfinished run in a folder.
+    """Return the config of the unfinished run in a folder, or of a checkpoint that lacks only its scores.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If there is neither.
     """
     folder = output / "resume"
-    recover_folder(output)
-    recover_folder(folder)
-    if not (folder / "progress.json").is_file():
-        done = " It holds a finished checkpoint." if (output / "manifest.json").is_file() else ""
-        raise ConfigError(
-            f"There is no unfinished run in {str(output)!r} to resume.{done} "
-            "Give --output with the folder of the interrupted run, or leave --resume out."
-        )
-    return read_config(folder / "config.yaml")
+    if (folder / "progress.json").is_file():
+        return read_config(folder / "config.yaml")
+    finished = (output / MANIFEST).is_file()
+    if finished and unscored_tasks(output):
+        return read_config(output / "config.yaml")
+    if finished:
+        reason = " It holds a finished checkpoint."
+    else:
+        reason = " If a run was killed before its first save, leave --resume out to start it anew."
+    raise ConfigError(
+        f"There is no unfinished run in {str(output)!r} to resume.{reason} "
+        "Give --output with the folder of the interrupted run, or leave --resume out."
+    )
+
+
+def unscored_tasks(output: Path) -> list[str]:
+    """Return the tasks of a checkpoint whose run was killed after it saved them and before it scored them."""
+    return [task for task, entry in read_metrics(output).items() if "validation" in entry and "split" not in entry]
 
 
 def _read_progress(file: Path) -> dict[str, Any]:

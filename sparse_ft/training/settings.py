@@ -1,14 +1,16 @@
 """The config of a run, assembled from arguments, a config, the checkpoint to start from, or the interrupted run."""
 
+import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sparse_ft.checkpoint.manifest import check_name, read_config, read_manifest
-from sparse_ft.checkpoint.outputs import default_output, free_output, next_output
+from sparse_ft.checkpoint.manifest import MANIFEST, check_name, read_config, read_manifest
+from sparse_ft.checkpoint.outputs import claimed_default, claimed_output, claimed_run, default_output
 from sparse_ft.config import RunConfig, changed_config, load_config
 from sparse_ft.errors import ConfigError
+from sparse_ft.paths import user_path
 from sparse_ft.tasks.in_memory import TaskData
 from sparse_ft.tasks.sources import name_sources
 from sparse_ft.tasks.spec import TaskSpec, load_task
@@ -27,8 +29,8 @@ class AssembledRun(NamedTuple):
     """The tasks in training; none in a gate stage, whose config is that of the checkpoint."""
     sources: dict[str, TaskData]
     """The data of each task: the paths that the config names, and data in memory, which no config can hold."""
-    claimed: bool
-    """Whether the output folder was created for this run, under a default name."""
+    finished: bool = False
+    """Whether the output folder holds the checkpoint already, without its scores."""
 
 
 def assemble_run(
@@ -40,8 +42,9 @@ def assemble_run(
     data: TaskData | Mapping[str, TaskData] | None,
     output: str | Path | None,
     resume: bool,
+    claims: contextlib.ExitStack,
 ) -> AssembledRun:
-    """Assemble and check the config of a run.
+    """Assemble and check the config of a run, and claim its output folder.
 
     Args:
         config: A bundled name, the path of a YAML file, or a config.
@@ -51,9 +54,10 @@ def assemble_run(
         data: The data of the only task, or data by task.
         output: Folder of the checkpoint; None takes the config's, else the next free one.
         resume: Whether to continue the interrupted run in ``output``.
+        claims: Holds the output folder until it is closed.
 
     Raises:
-        SparseFTError: If a setting is wrong; nothing is written then.
+        SparseFTError: If a setting is wrong or another process writes the folder; nothing is written then.
     """
     requested = [tasks] if isinstance(tasks, str | TaskSpec) else list(tasks)
     specs = {task.name: task for task in requested if isinstance(task, TaskSpec)}
@@ -64,7 +68,7 @@ def assemble_run(
         run = changed_config(run, {"stage": "joint"})
     check_stage(run, resume=resume)
     if resume:
-        return _resumed_run(run, specs, data=data, output=output)
+        return _resumed_run(run, specs, data=data, output=output, claims=claims)
     run = _checkpoint_tasks(_checkpoint_settings(run), run.start, specs)
     trained = _load_specs(run.tasks, specs)
     names = [check_name(spec.name) for spec in trained]
@@ -75,9 +79,9 @@ def assemble_run(
         names = list(read_manifest(Path(run.start or ""))["tasks"])
     before = {} if run.start is None else _checkpoint_config(run.start).sources
     sources = {**before, **run.sources, **name_sources(data, names)}
-    folder = next_output(names) if output is None else free_output(output)
+    folder = claims.enter_context(claimed_default(names) if output is None else claimed_output(output))
     run = changed_config(run, {"sources": _paths(sources), "output": str(folder)})
-    return AssembledRun(run, trained, sources, claimed=output is None)
+    return AssembledRun(run, trained, sources)
 
 
 def moved_backbone(run: RunConfig) -> str | None:
@@ -91,12 +95,12 @@ def _absolute_paths(run: RunConfig) -> RunConfig:
     """Make the paths in a config absolute, so that a run can be resumed, and its checkpoint used, from elsewhere."""
     values = {
         "tasks": [str(Path(task).absolute()) if Path(task).suffix in {".yaml", ".yml"} else task for task in run.tasks],
-        "sources": {task: str(Path(source).expanduser().absolute()) for task, source in run.sources.items()},
-        "start": None if run.start is None else str(Path(run.start).expanduser().absolute()),
+        "sources": {task: str(user_path(source).absolute()) for task, source in run.sources.items()},
+        "start": None if run.start is None else str(user_path(run.start).absolute()),
         "backbone": run.backbone,
     }
-    if run.backbone != "minilm" and Path(run.backbone).expanduser().is_dir():
-        values["backbone"] = str(Path(run.backbone).expanduser().resolve())
+    if run.backbone != "minilm" and user_path(run.backbone).is_dir():
+        values["backbone"] = str(user_path(run.backbone).resolve())
     return changed_config(run, {key: value for key, value in values.items() if key in run.model_fields_set})
 
 
@@ -170,14 +174,15 @@ def _resumed_run(
     *,
     data: TaskData | Mapping[str, TaskData] | None,
     output: str | Path | None,
+    claims: contextlib.ExitStack,
 ) -> AssembledRun:
     """Take over the config of the interrupted run; refuse settings that differ from it."""
     output = output or run.output
     if output is None:
         tasks = _checkpoint_tasks(run, run.start, specs).tasks
         output = default_output([spec.name for spec in _load_specs(tasks, specs)])
-    folder = Path(output).expanduser()
-    saved = changed_config(find_resume(folder), {"output": str(folder.absolute())})
+    folder = claims.enter_context(claimed_run(output))
+    saved = changed_config(find_resume(folder), {"output": str(folder)})
     if run.tasks:
         run = _checkpoint_tasks(run, saved.start, specs)
     try:
@@ -195,7 +200,7 @@ def _resumed_run(
             f"The interrupted run in {str(folder)!r} has other settings: {', '.join(different)}. --resume continues it "
             "unchanged; leave these options out, or start anew in another --output."
         )
-    return AssembledRun(saved, loaded, {**saved.sources, **sources}, claimed=False)
+    return AssembledRun(saved, loaded, {**saved.sources, **sources}, finished=(folder / MANIFEST).is_file())
 
 
 def _paths(sources: Mapping[str, TaskData]) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Train experts: the recipe from arguments to a checkpoint, read downwards; the loop is in loop.py."""
 
+import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from sparse_ft.backbone.devices import find_device, find_dtype, is_out_of_memory
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.checkpoint.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from sparse_ft.checkpoint.folders import explain_os_errors, write_json
-from sparse_ft.checkpoint.outputs import give_back
+from sparse_ft.checkpoint.manifest import read_metrics, read_spec
 from sparse_ft.config import RunConfig
 from sparse_ft.errors import ConfigError, SparseFTError
 from sparse_ft.evaluation.evaluate import Evaluation, evaluate
@@ -31,7 +32,7 @@ from sparse_ft.training.loop import fit
 from sparse_ft.training.new_experts import add_tasks, start_gate
 from sparse_ft.training.new_heads import has_start, start_head
 from sparse_ft.training.processes import broadcast, broadcast_module, rank, rank_device
-from sparse_ft.training.resume import Progress
+from sparse_ft.training.resume import Progress, unscored_tasks
 from sparse_ft.training.settings import assemble_run, moved_backbone
 from sparse_ft.training.training_task import TrainingTask, prepare_task
 
@@ -98,19 +99,24 @@ def train(
     """
     start = None if from_checkpoint is None else str(from_checkpoint)
     values = {"backbone": backbone, "seed": seed, "device": device, "stage": stage, "start": start}
-    run, specs, sources, claimed = broadcast(
-        lambda: assemble_run(
-            config, tasks=tasks, values=values, overrides=overrides, data=data, output=output, resume=resume
+    with contextlib.ExitStack() as claims:
+        run, specs, sources, finished = broadcast(
+            lambda: assemble_run(
+                config,
+                tasks=tasks,
+                values=values,
+                overrides=overrides,
+                data=data,
+                output=output,
+                resume=resume,
+                claims=claims,
+            )
         )
-    )
-    try:
-        if not specs:
-            evaluation, scored = broadcast(lambda: train_gate(run, sources=sources))
+        if not specs or finished:
+            finish = _finish_scores if finished else train_gate
+            evaluation, scored = broadcast(lambda: finish(run, sources=sources))
             return TrainResult(Path(run.output or ""), evaluation, [], scored, 0.0)
         return _train(run, specs, sources=sources, resume=resume)
-    finally:
-        if claimed and rank() == 0:
-            give_back(Path(run.output or ""))
 
 
 def _train(run: RunConfig, specs: Sequence[TaskSpec], *, sources: Mapping[str, TaskData], resume: bool) -> TrainResult:
@@ -209,6 +215,15 @@ def _finish_gate(
             add_gate(model, {**others, **tasks}, run=run, metrics=metrics, untrained=untrained)
     except ConfigError as error:  # the trained experts are worth keeping without a gate, too
         _LOG.warning("The checkpoint gets no gate. %s", error)
+
+
+def _finish_scores(run: RunConfig, *, sources: Mapping[str, TaskData]) -> tuple[Evaluation, dict[str, TaskSpec]]:
+    """Score the trained tasks of a checkpoint whose run was killed before it did; return the scores and the tasks."""
+    output = Path(run.output or "")
+    specs = {task: read_spec(output / "tasks" / f"{task}.yaml") for task in unscored_tasks(output)}
+    _LOG.info("The checkpoint in %s is whole; its scores are missing", output)
+    splits = scored_splits(specs, sources)
+    return _score(run, splits, sources=sources, metrics=read_metrics(output)), specs
 
 
 def _score(

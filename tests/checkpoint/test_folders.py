@@ -3,11 +3,19 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from sparse_ft.checkpoint.folders import explain_os_errors, recover_folder, replace_folder, write_bytes, write_json
+from sparse_ft.checkpoint.folders import (
+    claimed,
+    explain_os_errors,
+    recover_folder,
+    replace_folder,
+    write_bytes,
+    write_json,
+)
 from sparse_ft.errors import CheckpointError
 
 
@@ -57,18 +65,37 @@ def test_what_is_no_file_is_written_as_it_is(tmp_path):
     os.close(write)
 
 
-def test_what_a_killed_process_staged_is_removed_a_day_later(tmp_path):
+def test_what_killed_processes_staged_is_removed_and_what_others_stage_is_not(tmp_path):
     target = tmp_path / "run[1]"
-    old, young, other = (tmp_path / f".{name}" for name in ("run[1].new-a", "run[1].new-b", "run1.new-c"))
-    for folder in (old, young, other):
+    ours, dead, alive, foreign = (tmp_path / f".{name}.new-a" for name in ("run[1]", "run1", "run2", "notes"))
+    for folder in (ours, dead, alive, foreign):
         folder.mkdir()
         (folder / "weights").write_text("half")
-    for folder in (old, other):
-        os.utime(folder, (0, 0))
-    replace_folder(target, fill_with(a="new"))
-    assert not old.exists()
-    assert young.exists()
-    assert other.exists()
+    (tmp_path / ".run1.lock").write_text('{"pid": 1, "host": "here"}')  # its process is gone, or the lock would be
+    with claimed(tmp_path / "run2"):
+        (tmp_path / ".run2.new-a").mkdir(exist_ok=True)
+        replace_folder(target, fill_with(a="new"))
+        assert sorted(path.name for path in tmp_path.iterdir()) == [
+            ".notes.new-a", ".run2.lock", ".run2.new-a", "run[1]"
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_permissions_are_those_of_the_umask_whoever_wrote_the_files(tmp_path, mask):
+    def fill(folder):
+        write_bytes(folder / "ours", b"1")
+        (folder / "inner").mkdir()
+        with tempfile.NamedTemporaryFile(dir=folder / "inner", delete=False) as file:  # for its owner alone
+            file.write(b"2")
+
+    before = os.umask(mask)
+    try:
+        replace_folder(tmp_path / "ner", fill)
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "ner").rglob("*") if path.is_file()}
+    assert modes == {0o666 & ~mask}
+    assert (tmp_path / "ner").stat().st_mode & 0o777 == 0o777 & ~mask
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, CheckpointError])
@@ -148,9 +175,10 @@ def test_recover_folder_prefers_the_folder_that_is_there(tmp_path):
     replace_folder(old, fill_with(a="old"))
     recover_folder(target)
     assert content_of(target) == {"a": "new"}
+    assert not old.exists()  # it is obsolete, and does not come back when the new one is moved away
     target.rename(tmp_path / "elsewhere")
     recover_folder(target)
-    assert content_of(target) == {"a": "old"}
+    assert not target.exists()
     recover_folder(tmp_path / "never-there")
     assert not (tmp_path / "never-there").exists()
 

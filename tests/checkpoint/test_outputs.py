@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from sparse_ft.checkpoint.outputs import default_output, free_output, give_back, next_output
+from sparse_ft.checkpoint import locks
+from sparse_ft.checkpoint.outputs import claimed_default, claimed_output, claimed_run, default_output, free_output
 from sparse_ft.errors import ConfigError
 
 
@@ -16,21 +17,48 @@ def test_a_run_is_named_after_its_tasks_unless_they_are_many():
 
 def test_the_next_free_folder_is_counted_up(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for expected in ("mood", "mood-2", "mood-3"):
-        folder = next_output(["mood"])
-        assert folder == tmp_path / "runs" / expected
-        assert folder.is_dir()  # so that no run beside takes it, too
+    monkeypatch.setattr(locks, "_PATIENCE", 0.0)
+    (tmp_path / "runs/mood").mkdir(parents=True)
+    with claimed_default(["mood"]) as first, claimed_default(["mood"]) as second:  # two runs at once
+        assert first == tmp_path / "runs/mood-2"
+        assert second == tmp_path / "runs/mood-3"
 
 
-def test_a_folder_is_given_back_only_while_it_is_empty(tmp_path):
-    (tmp_path / "some/full/resume").mkdir(parents=True)
-    (tmp_path / "some/empty").mkdir()
-    (tmp_path / "none/empty").mkdir(parents=True)
-    for name in ("some/full", "some/empty", "some/nothing", "none/empty"):
-        give_back(tmp_path / name)
-    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == [
-        "some", "some/full", "some/full/resume"
-    ]  # fmt: skip
+@pytest.mark.parametrize(("made", "left"), [
+    ([], []),
+    (["runs/out"], []),
+    (["runs/out/resume"], ["runs", "runs/out", "runs/out/resume"]),
+    (["runs/other"], ["runs", "runs/other"]),
+])  # fmt: skip
+def test_a_claim_leaves_nothing_but_what_was_written(tmp_path, made, left):
+    with claimed_output(tmp_path / "runs/out"):
+        for name in made:
+            (tmp_path / name).mkdir(parents=True)
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == left
+
+
+def test_a_folder_that_a_first_save_left_half_written_is_free(tmp_path):
+    (tmp_path / "out/.resume.new-12ab").mkdir(parents=True)
+    (tmp_path / "out/.resume.new-12ab/state.safetensors").write_text("half")
+    with claimed_output(tmp_path / "out") as folder:
+        assert list(folder.iterdir()) == []
+
+
+def test_a_state_whose_save_was_killed_is_put_back_by_the_run_that_goes_on(tmp_path):
+    (tmp_path / ".out.old/.resume.old").mkdir(parents=True)
+    (tmp_path / ".out.old/.resume.old/progress.json").write_text("whole")
+    with claimed_run(tmp_path / "out") as folder:
+        assert (folder / "resume/progress.json").read_text() == "whole"
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_a_folder_that_another_command_writes_is_refused_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "_PATIENCE", 0.0)
+    (tmp_path / "out/resume").mkdir(parents=True)
+    with claimed_run(tmp_path / "out"):
+        for claim in (claimed_output, claimed_run):
+            with pytest.raises(ConfigError, match=r"out' is being written by process \d+ on"), claim(tmp_path / "out"):
+                pass
 
 
 def test_a_folder_that_is_empty_or_not_there_is_free(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from toy_checkpoints import assert_same_end, disk, tensors
 from toys import OPTIONS, POOL, run, settings, toy_rows, train_joint, write_toy
 
 import sparse_ft
+from sparse_ft.checkpoint.manifest import read_metrics
 from sparse_ft.errors import CheckpointError, ConfigError, DataError
 from sparse_ft.tasks.spec import TaskSpec
 from sparse_ft.training.resume import find_resume
@@ -46,6 +47,7 @@ def train_and_die(tasks: list[str], backbone: str, output: Path, moment: str, nu
     from sparse_ft.checkpoint import checkpoint
     from sparse_ft.training import loop as fitting
     from sparse_ft.training import resume
+    from sparse_ft.training import train as training
 
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
@@ -59,9 +61,11 @@ def train_and_die(tasks: list[str], backbone: str, output: Path, moment: str, nu
         resume.write_bytes = Killing(resume.write_bytes, number, halfway=True)
     elif moment == "in final save":
         checkpoint.write_bytes = Killing(checkpoint.write_bytes, number, halfway=True)
-    elif moment == "between renames":  # two renames a save, of the old folder away and of the new one in
-        renames = Killing(Path.rename, 2 * number - 2)
+    elif moment == "between renames":  # three a save but the first: old away, new in, old off
+        renames = Killing(Path.rename, 3 * number - 4)
         Path.rename = lambda path, target: renames(path, target)
+    elif moment == "before scores":
+        training._score = lambda *args, **kwargs: die()
     else:  # the old folder of the run is moved away last of all
         rename = Path.rename
         Path.rename = lambda path, target: (rename(path, target), die() if path == output else None)
@@ -113,11 +117,39 @@ def test_a_killed_run_ends_where_the_uninterrupted_one_ends(tmp_path, tiny_bert,
     assert len(result.history) == 4
 
 
-@pytest.mark.parametrize(("gate", "moment", "number"), [("token", "after step", 5), ("sequence", "in save", 6)])
+def test_a_run_that_was_killed_in_its_first_save_starts_anew(tmp_path, tiny_bert, uninterrupted):
+    tasks, expected = uninterrupted
+    killed_run(tasks, tiny_bert, tmp_path / "out", "in save", 1)
+    with pytest.raises(ConfigError, match="killed before its first save, leave --resume out to start it anew"):
+        sparse_ft.train(output=tmp_path / "out", resume=True)
+    assert_same_end(run(tasks, tiny_bert, tmp_path / "out", **OPTIONS).path, expected)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_run_that_was_killed_before_its_scores_is_scored_when_resumed(tmp_path, tiny_bert, uninterrupted):
+    tasks, expected = uninterrupted
+    output = tmp_path / "out"
+    killed_run(tasks, tiny_bert, output, "before scores")
+    assert "metrics" not in read_metrics(output)["mood"]
+    with pytest.raises(ConfigError, match="has other settings: seed"):
+        sparse_ft.train(output=output, resume=True, seed=5)
+    result = sparse_ft.train(output=output, resume=True)
+    assert_same_end(result.path, expected)
+    assert result.scores == {task: entry["metrics"] for task, entry in read_metrics(expected).items()}
+    assert list(result.tasks) == ["mood", "names"]
+    with pytest.raises(ConfigError, match="holds a finished checkpoint"):
+        sparse_ft.train(output=output, resume=True)
+
+
+@pytest.mark.parametrize(("gate", "pool", "moment", "number"), [
+    ("token", POOL, "after step", 5),
+    ("sequence", POOL, "in save", 6),
+    ("sequence", {}, "after step", 3),  # its gate was fitted before the first step
+])  # fmt: skip
 def test_a_killed_joint_run_ends_where_the_uninterrupted_one_ends(
-    tmp_path, tiny_bert, uninterrupted, gate, moment, number
+    tmp_path, tiny_bert, uninterrupted, gate, pool, moment, number
 ):
-    tasks, joint = uninterrupted[0], {"gate__type": gate, "gate__jitter": 0.1, "train__workers": 1, **POOL}
+    tasks, joint = uninterrupted[0], {"gate__type": gate, "gate__jitter": 0.1, "train__workers": 1, **pool}
     expected = train_joint(tasks, tiny_bert, tmp_path / "expected", **OPTIONS, **joint)
     output = tmp_path / "out"
     killed_run(tasks, tiny_bert, output, moment, number, joint)

@@ -1,0 +1,66 @@
+"""Paths as users write them."""
+
+import os
+from pathlib import Path
+
+from sparse_ft.errors import ConfigError
+
+_PART_BYTES = 255
+"""Longest name of a file or folder that usual file systems allow."""
+_PATH_BYTES = 3_800
+"""Longest path of an output: systems allow 4,096 bytes, and the files inside have names, too."""
+
+
+def user_path(path: str | Path) -> Path:
+    """Return a path with ``~`` replaced by the home folder; nothing is read.
+
+    Raises:
+        ConfigError: If it can be no path: an unknown user, a name too long, or characters that no name has.
+    """
+    try:
+        expanded = Path(path).expanduser()
+        parts = [len(part.encode()) for part in expanded.parts]
+    except RuntimeError as error:
+        user = Path(path).parts[0]
+        raise ConfigError(
+            f"{str(path)!r} begins with {user!r}, and there is no such user. Write the folder."
+        ) from error
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{str(path)!r} is not UTF-8. Give the file or folder a name in UTF-8.") from error
+    if "\0" in str(path):
+        raise ConfigError(f"{str(path)!r} holds a NUL character, which no path can. Write the path without it.")
+    if max(parts, default=0) > _PART_BYTES:
+        raise ConfigError(
+            f"{str(path)[:60] + '…'!r} has a name of {max(parts)} bytes; a name has at most {_PART_BYTES}. Shorten it."
+        )
+    return expanded
+
+
+def output_path(path: str | Path, *, room: int) -> Path:
+    """Return the absolute path of a folder that will be written, with links resolved.
+
+    Args:
+        path: The folder; it need not exist.
+        room: Bytes that names beside the folder are longer than its own name.
+
+    Raises:
+        ConfigError: If nothing can be written there: its name is too long, or links lead in a circle.
+    """
+    folder = user_path(os.path.realpath(user_path(path)))
+    try:
+        folder.stat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise ConfigError(f"{str(path)!r} cannot be written: {error.strerror}. Choose another folder.") from error
+    name, whole = len(folder.name.encode()), len(str(folder).encode())
+    if name + room > _PART_BYTES:
+        most = _PART_BYTES - room
+        raise ConfigError(
+            f"{str(path)[:60] + '…'!r} has a name of {name} bytes; --output has at most {most}. Shorten it."
+        )
+    if whole > _PATH_BYTES:
+        raise ConfigError(
+            f"{str(path)[:60] + '…'!r} is a path of {whole} bytes; --output has at most {_PATH_BYTES}. Shorten it."
+        )
+    return folder
