@@ -36,12 +36,22 @@ def user_path(path: str | Path) -> Path:
     return expanded
 
 
+def check_output_file(path: str | Path) -> None:
+    """Refuse a file that cannot be written, before the work whose outcome it will hold.
+
+    Raises:
+        ConfigError: If it is a folder, or ``output_path`` refuses it.
+    """
+    if output_path(path, room=len("..new")).is_dir():
+        raise ConfigError(f"{str(path)!r} is a folder, not a file. Choose another file.")
+
+
 def output_path(path: str | Path, *, room: int) -> Path:
-    """Return the absolute path of a folder that will be written, with links resolved.
+    """Return the absolute path of a file or folder that will be written, with links resolved.
 
     Args:
-        path: The folder; it need not exist.
-        room: Bytes that names beside the folder are longer than its own name.
+        path: It need not exist.
+        room: Bytes that names beside it are longer than its own name.
 
     Raises:
         ConfigError: If nothing can be written there: its name is too long, or links lead in a circle.
@@ -52,15 +62,18 @@ def output_path(path: str | Path, *, room: int) -> Path:
     except FileNotFoundError:
         pass
     except OSError as error:
-        raise ConfigError(f"{str(path)!r} cannot be written: {error.strerror}. Choose another folder.") from error
+        files = [str(parent) for parent in folder.parents if parent.is_file()]
+        reason = f"{files[0]} is a file, not a folder" if files else error.strerror
+        raise ConfigError(f"{str(path)!r} cannot be written: {reason}. Choose another.") from error
     name, whole = len(folder.name.encode()), len(str(folder).encode())
     if name + room > _PART_BYTES:
         most = _PART_BYTES - room
         raise ConfigError(
-            f"{str(path)[:60] + '…'!r} has a name of {name} bytes; --output has at most {most}. Shorten it."
+            f"{str(path)[:60] + '…'!r} has a name of {name} bytes; what is written has at most {most}. Shorten it."
         )
     if whole > _PATH_BYTES:
         raise ConfigError(
-            f"{str(path)[:60] + '…'!r} is a path of {whole} bytes; --output has at most {_PATH_BYTES}. Shorten it."
+            f"{str(path)[:60] + '…'!r} is a path of {whole} bytes; what is written has at most {_PATH_BYTES}. "
+            "Shorten it."
         )
     return folder

@@ -3,7 +3,14 @@ from pathlib import Path
 import pytest
 
 from sparse_ft.errors import ConfigError
-from sparse_ft.paths import output_path, user_path
+from sparse_ft.paths import check_output_file, output_path, user_path
+
+
+def test_a_file_may_be_written_where_no_folder_is(tmp_path):
+    check_output_file(tmp_path / "deep/scores.json")
+    check_output_file("/dev/stdout")
+    with pytest.raises(ConfigError, match="is a folder, not a file"):
+        check_output_file(tmp_path)
 
 
 def test_the_home_folder_is_filled_in(monkeypatch, tmp_path):
@@ -32,9 +39,9 @@ def test_an_output_has_its_links_resolved(tmp_path):
 @pytest.mark.parametrize(("path", "message"), [
     ("loop", "'.*loop' cannot be written: Too many levels of symbolic links"),
     ("loop/in/it", "Too many levels of symbolic links"),
-    ("file/in/it", "Not a directory"),
-    ("a" * 242, "has a name of 242 bytes; --output has at most 241"),
-    ("/".join(["b" * 200] * 20), r"is a path of 4\d\d\d bytes; --output has at most 3800"),
+    ("file/in/it", "file is a file, not a folder"),
+    ("a" * 242, "has a name of 242 bytes; what is written has at most 241"),
+    ("/".join(["b" * 200] * 20), r"is a path of 4\d\d\d bytes; what is written has at most 3800"),
 ])  # fmt: skip
 def test_what_can_be_no_output_is_refused_before_it_is_needed(tmp_path, path, message):
     (tmp_path / "loop").symlink_to("loop")

@@ -71,7 +71,7 @@ def free_output(output: str | Path) -> Path:
     """Return the absolute path of a folder that is empty or does not exist; what killed saves left does not count.
 
     Raises:
-        ConfigError: If it is a file, not empty, or being written by another command.
+        ConfigError: If it is a file, not empty, being written by another command, or one that cannot be replaced.
     """
     folder = output_path(output, room=NAME_ROOM)
     check_unlocked(folder)
@@ -84,6 +84,9 @@ def free_output(output: str | Path) -> Path:
         problem = "is a file, not a folder. Choose another --output."
     elif entries:
         problem = "is not empty and no checkpoint. Choose another --output."
+    elif folder.is_mount() or Path.cwd().is_relative_to(folder):
+        what = "a mount point" if folder.is_mount() else "the current folder, or holds it"
+        problem = f"is {what}, which no new folder can replace. Choose a folder inside it."
     else:
         return folder
     raise ConfigError(f"{str(output)!r} {problem}")

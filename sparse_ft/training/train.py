@@ -113,8 +113,8 @@ def train(
             )
         )
         if not specs or finished:
-            finish = _finish_scores if finished else train_gate
-            evaluation, scored = broadcast(lambda: finish(run, sources=sources))
+            work = _finish_scores if finished else train_gate
+            evaluation, scored = broadcast(lambda: work(run, sources=sources))
             return TrainResult(Path(run.output or ""), evaluation, [], scored, 0.0)
         return _train(run, specs, sources=sources, resume=resume)
 

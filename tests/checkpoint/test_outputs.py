@@ -69,6 +69,25 @@ def test_a_folder_that_is_empty_or_not_there_is_free(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
+@pytest.mark.parametrize(("output", "message"), [
+    (".", r"'\.' is the current folder, or holds it, which no new folder can replace"),
+    ("..", r"is not empty"),
+])  # fmt: skip
+def test_a_folder_that_cannot_be_replaced_is_refused(tmp_path, monkeypatch, output, message):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(ConfigError, match=message):
+        free_output(output)
+
+
+def test_a_mount_point_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "disk")
+    (tmp_path / "disk").mkdir()
+    with pytest.raises(ConfigError, match="disk' is a mount point, which no new folder can replace"):
+        free_output(tmp_path / "disk")
+    assert free_output(tmp_path / "disk/ner") == tmp_path / "disk/ner"
+
+
 @pytest.mark.parametrize(("content", "message"), [
     ("out/manifest.json", r"'out' holds a checkpoint already\. Choose another --output, or move the old one away"),
     ("out/resume/config.yaml", r"'out' holds an unfinished run\. Add --resume to continue it, or choose another"),
