@@ -21,6 +21,7 @@ from sparse_ft.checkpoint.manifest import FORMAT, check_name, read_manifest
 from sparse_ft.cli.listing import describe_checkpoint
 from sparse_ft.errors import BackboneError, CheckpointError, ConfigError
 from sparse_ft.experts.routing import Routing
+from sparse_ft.merging.add import find_experts
 
 TEXTS = ["the table loved", "", "Ada Lovelace met Mozart in London", "at six " * 60]
 
@@ -262,6 +263,18 @@ def test_an_unfinished_run_says_how_to_finish_it(tmp_path):
 def save_again(path: Path, source: Path) -> None:
     loaded = load_checkpoint(source)
     save_checkpoint(path, model=loaded.model, tasks=loaded.tasks, config=loaded.config, metrics={"changed": True})
+
+
+def test_readers_change_nothing_where_a_save_was_killed(copied):
+    """The old folder has moved away and the new one has not come."""
+    old = copied.rename(copied.with_name(f".{copied.name}.old"))
+    before = sorted(copied.parent.rglob("*"))
+    for read in (read_manifest, load_checkpoint, describe_checkpoint):
+        with pytest.raises(CheckpointError, match=r"is being replaced, or its last save was killed\. Try again"):
+            read(copied)
+    assert find_experts(copied) is None
+    assert sorted(copied.parent.rglob("*")) == before
+    assert old.is_dir()
 
 
 @pytest.mark.parametrize("number", [1, 3, 16])  # the last is that of the staged folder
