@@ -36,16 +36,6 @@ def user_path(path: str | Path) -> Path:
     return expanded
 
 
-def check_output_file(path: str | Path) -> None:
-    """Refuse a file that cannot be written, before the work whose outcome it will hold.
-
-    Raises:
-        ConfigError: If it is a folder, or ``output_path`` refuses it.
-    """
-    if output_path(path, room=len("..new")).is_dir():
-        raise ConfigError(f"{str(path)!r} is a folder, not a file. Choose another file.")
-
-
 def output_path(path: str | Path, *, room: int) -> Path:
     """Return the absolute path of a file or folder that will be written, with links resolved.
 

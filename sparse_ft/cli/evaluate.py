@@ -16,7 +16,6 @@ from sparse_ft.cli.options import (
     parse_sources,
 )
 from sparse_ft.errors import ConfigError
-from sparse_ft.paths import check_output_file, output_path
 
 if TYPE_CHECKING:
     from sparse_ft.evaluation.evaluate import Evaluation
@@ -43,10 +42,6 @@ def evaluate(
     from sparse_ft.evaluation.evaluate import evaluate as evaluate_checkpoint
     from sparse_ft.evaluation.score_report import write_report
 
-    if json_ is not None:
-        check_output_file(json_)
-    if report is not None:
-        output_path(report, room=0)
     result = evaluate_checkpoint(
         checkpoint,
         tasks=task,

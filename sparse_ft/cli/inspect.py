@@ -9,7 +9,6 @@ import typer
 
 from sparse_ft.cli.options import BackboneOption, CheckpointArgument, DeviceOption, short_path
 from sparse_ft.errors import ConfigError
-from sparse_ft.paths import check_output_file
 
 
 def inspect(
@@ -66,7 +65,6 @@ def _inspect_text(
     from sparse_ft.evaluation.token_table import token_table
 
     if picture is not None:
-        check_output_file(picture)
         require_matplotlib()
     routing = route_tokens(checkpoint, text, route=route, device=device, backbone=backbone)
     if picture is not None:

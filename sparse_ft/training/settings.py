@@ -182,7 +182,7 @@ def _resumed_run(
         tasks = _checkpoint_tasks(run, run.start, specs).tasks
         output = default_output([spec.name for spec in _load_specs(tasks, specs)])
     folder = claims.enter_context(claimed_run(output))
-    saved = changed_config(find_resume(folder), {"output": str(folder)})
+    saved = changed_config(find_resume(user_path(output)), {"output": str(folder)})
     if run.tasks:
         run = _checkpoint_tasks(run, saved.start, specs)
     try:

@@ -302,8 +302,7 @@ def test_a_save_without_space_for_a_new_checkpoint_leaves_nothing(toys, tmp_path
     monkeypatch.setattr(checkpoint_module, "write_bytes", full)
     with pytest.raises(CheckpointError, match="no space left"):
         save_again(tmp_path / "deep/out", toys)
-    assert not (tmp_path / "deep/out").exists()
-    assert list((tmp_path / "deep").iterdir()) == []
+    assert not (tmp_path / "deep").exists()
 
 
 def test_a_full_disk_at_the_very_end_leaves_a_checkpoint_that_loads(tmp_path, tiny_bert, monkeypatch):
