@@ -105,9 +105,9 @@ class GateConfig(_Section):
     always selects top_k."""
     temperature: float = Field(default=1.0, gt=0)
     """Divisor of the gate's logits: a value above 1 makes the weights of several experts more equal."""
-    min_confidence: float = Field(default=0.0, ge=0, le=1)
-    """A text is answered with unknown if it is less familiar than all but this share of the training texts; 0 answers
-    every text."""
+    min_confidence: float | None = Field(default=None, ge=0, le=1)
+    """Familiarity below which a text is answered with unknown, where the user gives no --min-familiarity: the share of
+    its own texts that the gate turns away. 0 answers every text; null is 0.008."""
     rows: int = Field(default=10000, ge=2)
     """Most training rows of each expert that the gate is fitted on."""
     shortlist: int | None = Field(default=None, ge=1)

@@ -135,7 +135,7 @@ def _load_gate(path: Path, manifest: Mapping[str, Any], hidden_size: int) -> Seq
         return None
     try:
         gate = build_gate(described, hidden_size)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{str(path / MANIFEST)!r} describes a gate that this version does not know: {error!r}. Update "
             "sparse-ft, or train again if the checkpoint is the older of the two."

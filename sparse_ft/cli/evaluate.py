@@ -12,6 +12,7 @@ from sparse_ft.cli.options import (
     CombineOption,
     DataOption,
     DeviceOption,
+    MinFamiliarityOption,
     TaskNameOption,
     parse_sources,
 )
@@ -30,6 +31,7 @@ def evaluate(
         str, typer.Option(metavar="ROUTE", help="task, gate, an expert, a YAML file with rules, or a baseline.")
     ] = "task",
     combine: CombineOption = None,
+    min_familiarity: MinFamiliarityOption = None,
     json_: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the scores as JSON.")] = None,
     report: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write report.txt, report.md, report.json and pictures.")
@@ -51,6 +53,7 @@ def evaluate(
         combine=combine,
         device=device or "auto",
         backbone=backbone,
+        min_familiarity=min_familiarity,
     )
     typer.echo(result.to_text())
     content = result.to_dict()

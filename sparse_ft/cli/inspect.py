@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sparse_ft.cli.options import BackboneOption, CheckpointArgument, DeviceOption, short_path
+from sparse_ft.cli.options import BackboneOption, CheckpointArgument, DeviceOption, MinFamiliarityOption, short_path
 from sparse_ft.errors import ConfigError
 
 
@@ -21,6 +21,7 @@ def inspect(
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Also draw the experts of each token.")
     ] = None,
+    min_familiarity: MinFamiliarityOption = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the routing of the text as JSON.")] = False,
     device: DeviceOption = None,
     backbone: BackboneOption = None,
@@ -35,11 +36,15 @@ def inspect(
             as_json=json_,
             device=device or "auto",
             backbone=backbone,
+            min_familiarity=min_familiarity,
         )
         return
-    options = {"--route": route, "--picture": picture, "--json": json_, "--device": device, "--backbone": backbone}
+    options = {
+        "--route": route, "--picture": picture, "--min-familiarity": min_familiarity, "--json": json_ or None,
+        "--device": device, "--backbone": backbone,
+    }  # fmt: skip
     for option, value in options.items():
-        if value:
+        if value is not None:
             raise ConfigError(f"{option} needs a text to route, and there is none. Add --text TEXT.")
     from sparse_ft.cli.listing import describe_checkpoint
 
@@ -55,6 +60,7 @@ def _inspect_text(
     as_json: bool,
     device: str,
     backbone: str | None,
+    min_familiarity: float | None,
 ) -> None:
     """Show how one text is routed; write the picture first, so that nothing is printed if that fails."""
     if picture is not None and picture.suffix.lower() != ".png":
@@ -66,7 +72,9 @@ def _inspect_text(
 
     if picture is not None:
         require_matplotlib()
-    routing = route_tokens(checkpoint, text, route=route, device=device, backbone=backbone)
+    routing = route_tokens(
+        checkpoint, text, route=route, device=device, backbone=backbone, min_familiarity=min_familiarity
+    )
     if picture is not None:
         with explain_os_errors(picture):
             write_bytes(picture, token_picture(routing))

@@ -65,6 +65,8 @@ def _gate(gate: dict[str, Any] | None, metrics: dict[str, Any]) -> str:
     threshold = f", unknown below {gate['min_confidence']:g}" if gate["min_confidence"] else ""
     reads = f"blocks 0 to {gate['block']}" if "block" in gate else "every block with experts"
     about = f"{gate['type']}, top {gate['top_k']}, reads what enters {reads}{threshold}"
+    together = [f"{', '.join(group[:-1])} and {group[-1]} are answered together" for group in gate.get("groups", ())]
+    about = "; ".join([about, *together])
     return f"{about}; right on validation rows: {right}" if right else about
 
 

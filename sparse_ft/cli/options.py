@@ -30,6 +30,15 @@ CombineOption = Annotated[
         "their probabilities, or take the majority.",
     ),
 ]
+MinFamiliarityOption = Annotated[
+    float | None,
+    typer.Option(
+        "--min-familiarity",
+        metavar="SHARE",
+        help="Share of your own texts that the gate turns away as unknown, with all that are stranger; 0 answers every "
+        "text. Default: that of the checkpoint, 0.008.",
+    ),
+]
 CheckpointArgument = Annotated[Path, typer.Argument(help="Folder that `train` wrote.")]
 OutputOption = Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder to write; must be empty or new.")]
 

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from sparse_ft.cli.options import BackboneOption, CheckpointArgument, CombineOption, DeviceOption
+from sparse_ft.cli.options import (
+    BackboneOption,
+    CheckpointArgument,
+    CombineOption,
+    DeviceOption,
+    MinFamiliarityOption,
+)
 from sparse_ft.cli.streams import check_stdin
 from sparse_ft.errors import ConfigError
 
@@ -31,6 +37,7 @@ def predict(
         str, typer.Option(metavar="ROUTE", help="Without --task: gate, or a YAML file with rules, chooses the experts.")
     ] = "gate",
     combine: CombineOption = None,
+    min_familiarity: MinFamiliarityOption = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object a text.")] = False,
     device: DeviceOption = None,
     backbone: BackboneOption = None,
@@ -45,13 +52,18 @@ def predict(
     if text and file is not None:
         raise ConfigError("Texts and --file are both given. Choose one.")
     _check_route(route, names_tasks=bool(task or combine))
+    if min_familiarity is not None and (task or combine):
+        raise ConfigError(
+            "--min-familiarity turns away texts whose tasks the gate chooses, and --task or --combine names the tasks. "
+            "Leave one out."
+        )
     if not text and file in (None, "-"):
         check_stdin()
     texts = iter(text) if text else read_texts(file or "-")
     from sparse_ft.prediction.loaded_model import load
 
     rules = None if route == "gate" else route
-    model = load(checkpoint, device=device or "auto", backbone=backbone, rules=rules)
+    model = load(checkpoint, device=device or "auto", backbone=backbone, rules=rules, min_familiarity=min_familiarity)
     rows = read_rows(texts, form=_line_form(model, task or [], file))
     for prediction in model.stream(rows, "all" if task == ["all"] else task or None, combine=combine):
         line = json.dumps(prediction.to_dict(), ensure_ascii=False) if json_ else format_prediction(prediction)

@@ -1,7 +1,7 @@
 """Lines of text in, predictions out."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,6 +11,9 @@ from sparse_ft.prediction.requests import EXPECTED, read_request
 
 if TYPE_CHECKING:
     from sparse_ft.tasks.kinds.answers import Answer, Prediction
+
+_MOST_NAMES = 4
+"""Tasks that a line names."""
 
 
 def read_texts(source: str) -> Iterator[str]:
@@ -82,7 +85,14 @@ def format_prediction(prediction: "Prediction") -> str:
         return f"{lines[0]}\n  unknown: no expert is for such a text"
     width = max((len(task) for task in prediction.tasks), default=0)
     lines.extend(f"  {task:<{width}}  {_format_answer(answer)}" for task, answer in prediction.tasks.items())
+    if prediction.left_out:
+        lines.append(f"  not answered: {_listed(prediction.left_out)}")
     return "\n".join(lines)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """List names; of many the first and the number of further ones."""
+    return ", ".join(names) if len(names) <= _MOST_NAMES else f"{names[0]} and {len(names) - 1} others"
 
 
 def _format_answer(answer: "Answer") -> str:

@@ -144,6 +144,7 @@ def evaluate(
     combine: str | None = None,
     device: str = "auto",
     backbone: str | None = None,
+    min_familiarity: float | None = None,
 ) -> Evaluation:
     """Score a checkpoint.
 
@@ -159,15 +160,17 @@ def evaluate(
             with the same labels, answer together, on the data of the first of these tasks.
         device: ``auto``, ``cpu``, ``cuda`` …
         backbone: Path of the backbone, if not that in the checkpoint.
+        min_familiarity: With the route ``gate``, the share of each task's own texts to turn away as unknown, 0 to 1;
+            None takes that of the checkpoint.
 
     Raises:
-        ConfigError: If a name is unknown.
+        ConfigError: If a name is unknown, or there is nothing to turn texts away by.
         CheckpointError: If the folder is no complete checkpoint.
         DataError: If data is missing or malformed.
     """
     opened = _open(checkpoint, device=device, backbone=backbone)
     model = opened.model
-    way = find_route(route, model, seed=opened.config.seed)
+    way = find_route(route, model, seed=opened.config.seed, min_familiarity=min_familiarity)
     names = [tasks] if isinstance(tasks, str) else list(tasks or opened.tasks)
     splits = _splits_of(names, split, model=model)
     sources = {**opened.config.sources, **name_sources(data, names)}
@@ -236,6 +239,7 @@ def _report_routing(
             for task, ensemble in ensembles.items()
         },
         shared=set(model.experts.names) - set(model.routed),
+        groups=[] if model.sequence_gate is None else model.sequence_gate.groups,
         usage={task: predictions.usage for task, predictions in routed.items() if predictions.usage is not None},
         blocks={task: predictions.blocks for task, predictions in routed.items()},
     )

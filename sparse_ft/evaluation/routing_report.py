@@ -33,6 +33,9 @@ class RoutingReport:
     """Task to the experts that its rows are meant for."""
     blocks: dict[int, dict[str, dict[str, float]]] = field(default_factory=dict)
     """Block to task to expert to its mean weight in that block; empty if texts were routed as a whole."""
+    groups: list[list[str]] = field(default_factory=list)
+    """Experts among which the gate does not choose, because their tasks are answered together. Rows of their tasks that
+    reach the group count for the expert of the task; other rows count for the first expert."""
 
     @property
     def accuracy(self) -> float:
@@ -46,12 +49,15 @@ class RoutingReport:
 
     @property
     def dead(self) -> list[str]:
-        """Experts that have the largest weight in no row."""
+        """Experts that have the largest weight in no row, and whose group has none."""
         chosen = {expert for counts in self.confusion.values() for expert, number in counts.items() if number}
-        return [expert for expert in self.experts if expert not in chosen]
+        return [expert for expert in self.experts if chosen.isdisjoint(self._group(expert))]
+
+    def _group(self, expert: str) -> list[str]:
+        return next((group for group in self.groups if expert in group), [expert])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the ``routing`` of ``evaluate --json``, with ``blocks`` only if tokens were routed."""
+        """Return the ``routing`` of ``evaluate --json``; ``blocks`` only if tokens were routed, ``groups`` if any."""
         blocks = {str(block): usage for block, usage in self.blocks.items()}
         return {
             "accuracy": self.accuracy,
@@ -60,20 +66,23 @@ class RoutingReport:
             "confusion": self.confusion,
             "dead": self.dead,
             **({"blocks": blocks} if blocks else {}),
+            **({"groups": self.groups} if self.groups else {}),
         }
 
     def to_text(self) -> str:
-        """Lay out the confusion of tasks and experts as a table."""
-        unknown = [UNKNOWN] if any(UNKNOWN in counts for counts in self.confusion.values()) else []
-        columns = [*self.experts, *unknown]
+        """Lay out the confusion of tasks and groups of experts as a table."""
+        unknown = [[UNKNOWN]] if any(UNKNOWN in counts for counts in self.confusion.values()) else []
+        columns = [*map(self._group, self.experts), *unknown]
+        columns = [group for index, group in enumerate(columns) if group not in columns[:index]]
         wrong = any(set(self.experts) - set(own) for own in self.own.values())  # otherwise none can be
         accuracy = f", accuracy {self.accuracy:.4f}" if wrong else ""
         rows = []
         for task, counts in self.confusion.items():
             share = self.right(task) / max(1, sum(counts.values()))
-            numbers = [str(counts.get(column, 0)) for column in columns]
+            numbers = [str(sum(counts.get(expert, 0) for expert in group)) for group in columns]
             rows.append([task, *numbers, f"{share:.3f}", f"{self.entropy[task]:.3f}"])
-        table = text_table(["task", *columns, "right", "entropy"], rows, min_width=6)
+        header = ["task", *("+".join(group) for group in columns), "right", "entropy"]
+        table = text_table(header, rows, min_width=6)
         lines = [f"routing (rows of each task by the expert that the gate chose){accuracy}", "", *table]
         if self.dead:
             lines.append(f"Never chosen: {', '.join(self.dead)}")
@@ -88,6 +97,7 @@ def report_routing(
     shared: Collection[str] = (),
     usage: Mapping[str, Tensor] | None = None,
     blocks: Mapping[str, Sequence[int]] | None = None,
+    groups: Sequence[Sequence[str]] = (),
 ) -> RoutingReport:
     """Count the experts of each row.
 
@@ -98,6 +108,7 @@ def report_routing(
         shared: Experts that rows use whatever the route; they are not reported.
         usage: Task to the mean weights [rows, blocks, experts] in each block, if tokens were routed.
         blocks: Task to the blocks of ``usage``.
+        groups: Experts whose tasks are answered together.
     """
     confusion, shares, entropy = {}, {}, {}
     for task, routing in routings.items():
@@ -112,7 +123,7 @@ def report_routing(
         for block, mean in zip((blocks or {})[task], weights.mean(0), strict=True):
             by_block.setdefault(block, {})[task] = _above_zero(experts, mean)
     chosen = [expert for expert in experts if expert not in shared]
-    return RoutingReport(chosen, confusion, shares, entropy, dict(own), by_block)
+    return RoutingReport(chosen, confusion, shares, entropy, dict(own), by_block, [list(group) for group in groups])
 
 
 def _above_zero(experts: Sequence[str], weights: Tensor) -> dict[str, float]:

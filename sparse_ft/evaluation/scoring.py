@@ -80,7 +80,7 @@ def predict_by_ensemble(
 def _route_rows(spec: TaskSpec, data: EncodedRows, route: Route) -> Routing:
     """Route the rows of a task as ``predict`` would; the text and language of a row serve rules."""
     if route.once_a_text:
-        return route.rows(data.row_examples)
+        return route.serving(route.rows(data.row_examples), spec.name)
     if route.chooser is None:
         return route.rows(data.examples, task=spec.name)
     stated = spec.language != "en"  # English is also the language of task files that state none

@@ -51,7 +51,11 @@ class TokenRouting:
     by_token: bool
     """Whether every token was routed by itself; otherwise the text was routed as a whole."""
     probabilities: dict[str, float] | None = None
-    """Expert to the probability that a learned gate gives it for the whole text."""
+    """Expert to the probability that a learned gate gives it, or its group, for the whole text."""
+    familiarity: float | None = None
+    """Share of the chosen tasks' own texts that are at least as strange as this one, 0 to 1; None if it is unknown."""
+    min_familiarity: float = 0.0
+    """The familiarity below which the text is turned away."""
 
     @property
     def choosable(self) -> bool:
@@ -81,6 +85,7 @@ class TokenRouting:
             "blocks": self.blocks,
             "usage": _above_zero(self.experts, list(self.usage.values())),
             **({} if self.probabilities is None else {"probabilities": self.probabilities}),
+            **({} if self.familiarity is None else {"familiarity": self.familiarity}),
             "tokens": tokens,
         }
 
@@ -92,6 +97,7 @@ def route_tokens(
     route: str = "gate",
     device: str = "auto",
     backbone: str | None = None,
+    min_familiarity: float | None = None,
 ) -> TokenRouting:
     """Route one text and return the experts that each of its tokens was sent to.
 
@@ -104,6 +110,8 @@ def route_tokens(
         route: ``gate``, an expert, the path of a YAML file with rules, or one of ``routes.ROUTES`` but ``task``.
         device: ``auto``, ``cpu``, ``cuda`` …
         backbone: Path of the backbone, if not that in the checkpoint.
+        min_familiarity: With the route ``gate``, the share of each task's own texts to turn away as unknown, 0 to 1;
+            None takes that of the checkpoint.
 
     Raises:
         ConfigError: If the route is unknown, or needs what the checkpoint lacks.
@@ -112,24 +120,29 @@ def route_tokens(
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = load_checkpoint(checkpoint, device=find_device(device), backbone=backbone)
     model = checkpoint.model
-    way = _route_of_text(route, model, seed=checkpoint.config.seed)
+    way = _route_of_text(route, model, seed=checkpoint.config.seed, min_familiarity=min_familiarity)
     encoder = Encoder(model.backbone, max_length=checkpoint.config.data.max_length)
     pairs = any(spec.reads == "pair" for spec in checkpoint.tasks.values())
     form_of(text)  # refuses a text that is no Unicode
     parts = text.split("\t", 1) if pairs else [text]
     (example,) = encoder.texts(parts[:1], parts[1:] or None)
     tokens, truncated = _tokens(encoder, parts, example)
-    probabilities = None
+    probabilities, familiarity = None, None
     gate = way.block_gate()
     if gate is not None:
         blocks, weights = _token_weights(model, example, gate)
     else:
         blocks = list(range(model.first_block, model.backbone.num_blocks))
         routing = way.rows([example], texts=[text])
-        weights = routing.dense_weights(len(model.experts.names))[0].expand(len(blocks), len(tokens), -1).float().cpu()
+        served = routing.dense_weights(len(model.experts.names))[0].float().cpu()  # [E]
         if routing.logits is not None:
-            shares = routing.logits[0].softmax(-1).tolist()
-            probabilities = dict(zip(model.text_gate().names, shares, strict=True))
+            chooses = model.text_gate()
+            probabilities = dict(
+                zip(chooses.names, chooses.partition.probabilities(routing.logits)[0].tolist(), strict=True)
+            )
+            familiarity = _familiarity(routing) if chooses.familiarity.fitted else None
+            served = _spread_over_groups(served, model)
+        weights = served.expand(len(blocks), len(tokens), -1)
     return TokenRouting(
         checkpoint=str(checkpoint.path),
         route=way.name,
@@ -141,10 +154,32 @@ def route_tokens(
         weights=weights[..., [model.experts.index(name) for name in model.routed]],
         by_token=gate is not None,
         probabilities=probabilities,
+        familiarity=familiarity,
+        min_familiarity=_threshold(model, min_familiarity),
     )
 
 
-def _route_of_text(name: str, model: SparseExpertModel, *, seed: int) -> Route:
+def _familiarity(routing: Routing) -> float | None:
+    """Return the familiarity of the only text of a routing."""
+    return None if routing.confidence is None else float(routing.confidence[0])
+
+
+def _threshold(model: SparseExpertModel, min_familiarity: float | None) -> float:
+    """Return the familiarity below which a gate turns a text away: the user's, else the checkpoint's."""
+    if min_familiarity is not None or model.sequence_gate is None:
+        return min_familiarity or 0.0
+    return model.sequence_gate.selection.min_confidence
+
+
+def _spread_over_groups(weights: Tensor, model: SparseExpertModel) -> Tensor:
+    """Give every expert of a chosen group the weight of the group, as each serves its own tasks; [E] to [E]."""
+    gate, spread = model.text_gate(), weights.clone()
+    for group in gate.groups if not any(slot.joint for slot in model.tasks.values()) else []:
+        spread[[model.experts.index(name) for name in group]] = weights[model.experts.index(group[0])]
+    return spread
+
+
+def _route_of_text(name: str, model: SparseExpertModel, *, seed: int, min_familiarity: float | None) -> Route:
     """Build the route of a text that belongs to no task; a checkpoint with one expert needs no gate."""
     experts = model.experts.names
     others = ", ".join([*(route for route in ROUTES if route not in ("task", "gate")), *experts])
@@ -160,7 +195,7 @@ def _route_of_text(name: str, model: SparseExpertModel, *, seed: int) -> Route:
                 f"--from CHECKPOINT`, or choose another --route: {others}."
             )
         name = experts[0]
-    return find_route(name, model, seed=seed)
+    return find_route(name, model, seed=seed, min_familiarity=min_familiarity)
 
 
 @torch.no_grad()

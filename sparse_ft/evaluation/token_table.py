@@ -22,6 +22,9 @@ def token_table(routed: TokenRouting, *, width: int = 120) -> str:
     lines = [_headline(routed)]
     if routed.truncated:
         lines.append(f"The text is longer than the {len(routed.tokens)} tokens that are read (data.max_length).")
+    if routed.familiarity is not None:
+        least = f", unknown below {routed.min_familiarity:g}" if routed.min_familiarity else ""
+        lines.append(f"Familiarity {routed.familiarity:.3f}{least}.")
     if not routed.weights.any():
         lines.append("No expert was chosen: the text goes through the bare backbone.")
     if routed.choosable:

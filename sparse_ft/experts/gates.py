@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparse_ft.backbone.pooling import pool
 from sparse_ft.experts.familiarity import Familiarity
+from sparse_ft.experts.groups import Groups
 from sparse_ft.experts.routing import Routing
 from sparse_ft.experts.selection import Selection
 
@@ -59,32 +60,67 @@ class SequenceGate(nn.Module):
         block: 0-based; the gate reads the states that enter this block and each block below it.
         selection: How the logits become a routing.
         num_pairs: Number of token pairs of a familiarity whose weights will be loaded.
+        groups: Experts whose tasks are asked of the same texts, by group; every other expert is a group alone.
+        by_group: See ``Familiarity``.
+
+    Raises:
+        ValueError: If a group names an unknown expert, or two groups the same.
     """
 
     every_block: Literal[False] = False
     saved: ClassVar[dict[str, str]] = {"block": "block", "pairs": "num_pairs"}
     """Key in a manifest to argument of the constructor and attribute."""
+    added: ClassVar[dict[str, str]] = {"groups": "groups", "familiarity_by_group": "by_group"}
+    """The same for keys that are absent where they are empty, as in the manifests of version 0.1."""
 
     center: Tensor
     scale: Tensor
 
     def __init__(
-        self, names: Sequence[str], hidden_size: int, *, block: int, selection: Selection, num_pairs: int = 0
+        self,
+        names: Sequence[str],
+        hidden_size: int,
+        *,
+        block: int,
+        selection: Selection,
+        num_pairs: int = 0,
+        groups: Sequence[Sequence[str]] = (),
+        by_group: bool = True,
     ) -> None:
         super().__init__()
         self.names = list(names)
+        self.partition = Groups(self.names, groups)
         self.block = block
         self.selection = selection
         num_features = (block + 1) * hidden_size
         self.register_buffer("center", torch.zeros(num_features))
         self.register_buffer("scale", torch.ones(num_features))
         self.classifier = self._classifier(num_features)
-        self.familiarity = Familiarity(len(self.names), hidden_size, num_pairs=num_pairs)
+        self.familiarity = Familiarity(len(self.partition), hidden_size, num_pairs=num_pairs, by_group=by_group)
 
     @property
     def num_pairs(self) -> int:
         """Number of token pairs that the familiarity knows."""
         return len(self.familiarity.pairs)
+
+    @property
+    def by_group(self) -> bool:
+        """Whether the familiarity has a calibration for each group."""
+        return self.familiarity.by_group
+
+    @property
+    def groups(self) -> list[list[str]]:
+        """The experts of each group of several."""
+        return [[self.names[index] for index in members] for members in self.partition.members if len(members) > 1]
+
+    @property
+    def leads(self) -> list[str]:
+        """The first expert of every group, which stands for the group until the task is known."""
+        return [self.names[members[0]] for members in self.partition.members]
+
+    def companions(self, expert: str) -> list[str]:
+        """Return the experts of an expert's group, itself included."""
+        return next((group for group in self.groups if expert in group), [expert])
 
     def _classifier(self, num_features: int) -> nn.Module:
         last = nn.Linear(_PERCEPTRON_SIZE, len(self.names))
@@ -116,29 +152,37 @@ class SequenceGate(nn.Module):
         tokens: Sequence[Sequence[int]] | None = None,
         *,
         excluded: Sequence[int] = (),
-        abstains: bool = True,
+        min_familiarity: float | None = None,
+        mixes: bool = False,
         training: bool = False,
     ) -> Routing:
-        """Choose experts for texts.
+        """Choose groups of experts for texts, or experts to mix.
 
         Args:
             means: Mean over each text's real tokens of the states that enter the blocks 0 to ``block``,
                 [N, block + 1, H].
             tokens: Token ids of each text, for its familiarity; None takes the probability of the best expert instead.
             excluded: Indices of experts that may not be chosen.
-            abstains: Whether ``selection.min_confidence`` holds.
+            min_familiarity: In place of ``selection.min_confidence``; 0 turns no text away.
+            mixes: Whether experts are chosen one by one, as in tasks that were trained jointly, and not by group.
             training: Whether ``selection.capacity`` holds.
+
+        Returns:
+            A routing with indices of ``names`` if the gate mixes, else of ``leads``.
         """
         with without_autocast(means):
             features = self.features(means)
-            confidence = None
-            if tokens is not None and self.familiarity.fitted:
-                confidence = self.familiarity(self.top_block_features(features), tokens)
             logits = self.classifier(features)
             if excluded:
                 logits[:, list(excluded)] = -torch.inf
-            selection = self.selection if abstains else replace(self.selection, min_confidence=0.0)
-            return selection(logits, confidence=confidence, training=training)
+            by_group, confidence = self.partition.logits(logits), None
+            if tokens is not None and self.familiarity.fitted:
+                top = self.top_block_features(features)
+                confidence = self.familiarity(top, tokens, groups=by_group.argmax(-1))
+            selection = self.selection
+            if min_familiarity is not None:
+                selection = replace(selection, min_confidence=min_familiarity)
+            return selection(logits if mixes else by_group, confidence=confidence, training=training)
 
     def top_block_features(self, features: Tensor) -> Tensor:
         """Return the features of ``block``, the highest one that the gate reads, [N, H]."""
@@ -159,24 +203,26 @@ class PrototypeGate(SequenceGate):
         return linear
 
     def fit(self, features: Sequence[Tensor]) -> None:
-        """Estimate the mean of each expert's texts and their common covariance.
+        """Estimate the mean of each group's texts and their common covariance; a group's experts get the same logit.
 
         Args:
-            features: Texts of each expert, [rows, features].
+            features: Texts of each group, [rows, features].
         """
         from sklearn.covariance import ledoit_wolf_shrinkage
 
-        means = torch.stack([rows.double().mean(0) for rows in features])  # [E, F]
+        means = torch.stack([rows.double().mean(0) for rows in features])  # [G, F]
         centred = [rows.double() - mean for rows, mean in zip(features, means, strict=True)]
         covariance = torch.stack([rows.t() @ rows / len(rows) for rows in centred]).mean(0)
         level = covariance.diagonal().mean().clamp_min(1e-6)
         shrinkage = max(1e-3, float(ledoit_wolf_shrinkage(torch.cat(centred).numpy(), assume_centered=True)))
         covariance = (1 - shrinkage) * covariance + shrinkage * level * torch.eye(len(covariance), dtype=torch.float64)
-        weight = torch.cholesky_solve(means.t(), torch.linalg.cholesky(covariance)).t()  # [E, F]
+        weight = torch.cholesky_solve(means.t(), torch.linalg.cholesky(covariance)).t()  # [G, F]
+        bias = -(weight * means).sum(1) / 2
         assert isinstance(self.classifier, nn.Linear)
         with torch.no_grad():
-            self.classifier.weight.copy_(weight)
-            self.classifier.bias.copy_(-(weight * means).sum(1) / 2)
+            for group, members in enumerate(self.partition.members):
+                self.classifier.weight[list(members)] = weight[group].float()
+                self.classifier.bias[list(members)] = bias[group].float()
 
 
 TEXT_GATES: dict[str, type[SequenceGate]] = {"sequence": SequenceGate, "prototype": PrototypeGate}
@@ -200,6 +246,7 @@ class TokenGate(nn.Module):
     every_block: Literal[True] = True
     saved: ClassVar[dict[str, str]] = {"blocks": "blocks", "shortlist": "shortlist"}
     """Key in a manifest to argument of the constructor and attribute."""
+    added: ClassVar[dict[str, str]] = {}
 
     def __init__(
         self,
@@ -254,6 +301,7 @@ def describe_gate(gate: SequenceGate | TokenGate) -> dict[str, Any]:
         "type": next(name for name, known in GATES.items() if type(gate) is known),
         "experts": gate.names,
         **{key: getattr(gate, attribute) for key, attribute in gate.saved.items()},
+        **{key: value for key, attribute in gate.added.items() if (value := getattr(gate, attribute))},
         **{key: getattr(gate.selection, key) for key in _SAVED_SELECTION},
     }
 
@@ -262,11 +310,12 @@ def build_gate(described: Mapping[str, Any], hidden_size: int) -> SequenceGate |
     """Build a gate without weights from its entry in a manifest.
 
     Raises:
-        KeyError, TypeError: If the entry lacks a key, or names an unknown type.
+        KeyError, TypeError, ValueError: If the entry lacks a key, or names an unknown type or expert.
     """
     kind = GATES[described["type"]]
     selection = Selection(**{key: described[key] for key in _SAVED_SELECTION})
     arguments = {argument: described[key] for key, argument in kind.saved.items()}
+    arguments |= {argument: described.get(key, ()) for key, argument in kind.added.items()}
     return kind(described["experts"], hidden_size, selection=selection, **arguments)
 
 

@@ -27,20 +27,22 @@ class Selection:
     normalise: bool = True
     """Whether the weights of the selected experts sum to 1 (Mixtral) or are the probabilities (Switch)."""
     min_confidence: float = 0.0
-    """Below this familiarity (without one: probability of the best expert) the routing abstains: weights of 0."""
+    """Below this familiarity (without one: probability of the best expert) the routing abstains: weights of 0. A route
+    may hold another number that the user gave."""
     jitter: float = 0.0
     """In training, multiply the gate's input by numbers drawn from 1 - jitter to 1 + jitter (Switch)."""
     capacity: float | None = None
     """In training, maximum of rows or tokens per expert, in multiples of an even share; None drops none."""
 
     @classmethod
-    def from_settings(cls, settings: GateConfig, *, joint: bool) -> "Selection":
+    def from_settings(cls, settings: GateConfig, *, joint: bool, min_confidence: float = 0.0) -> "Selection":
         """Return the rule of a run's gate.
 
         Args:
             settings: Section ``gate`` of the run's config.
             joint: Whether the gate is trained with its experts: then two experts by default, Switch's weights for one
                 expert, and jitter and capacity hold.
+            min_confidence: Used if the run sets none.
         """
         top_k = settings.top_k or (2 if joint else 1)
         return cls(
@@ -48,7 +50,7 @@ class Selection:
             top_p=settings.top_p,
             temperature=settings.temperature,
             normalise=top_k > 1 or not joint,
-            min_confidence=settings.min_confidence,
+            min_confidence=min_confidence if settings.min_confidence is None else settings.min_confidence,
             jitter=settings.jitter if joint else 0.0,
             capacity=settings.capacity if joint else None,
         )

@@ -20,7 +20,7 @@ from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.routing import Routing
 from sparse_ft.prediction.ensembles import Ensemble, ensemble_logits
 from sparse_ft.prediction.requests import FORMS, Request, Text, columns_of, form_of, joined, parts_of
-from sparse_ft.prediction.routes import Route, heaviest
+from sparse_ft.prediction.routes import Route
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.kinds.answers import Answer, Prediction
 
@@ -171,19 +171,25 @@ class Answering:
             routing = route.choose(shown, [request.metadata for request in requests])
         else:
             routing = self._ask_gate(texts, route, caches)
-        experts = heaviest(routing, self.model.experts.names)
-        shares: list[dict[str, float]] = [{} if expert is None else {expert: 1.0} for expert in experts]
+        experts = route.answering(routing)
+        shares = [dict.fromkeys(chosen, 1.0) for chosen in experts]
         if routing.logits is not None:
-            rows = routing.logits.softmax(-1).tolist()
-            shares = [dict(zip(self.model.text_gate().names, row, strict=True)) for row in rows]
-        answers = self._answer_by_experts(texts, experts, routing, caches)
-        for text, form, expert, answered in zip(texts, forms, experts, answers, strict=True):
-            if expert is not None and not answered:
+            gate = self.model.text_gate()
+            rows = gate.partition.probabilities(routing.logits).tolist()
+            shares = [dict(zip(gate.names, row, strict=True)) for row in rows]
+        answers = self._answer_by_experts(texts, experts, routing, route, caches)
+        for text, form, chosen, answered in zip(texts, forms, experts, answers, strict=True):
+            if chosen and not answered:
                 raise DataError(
-                    f"The rules send {text!r} to expert {expert!r}, which serves no task on {FORMS[form]}. "
+                    f"The rules send {text!r} to expert {chosen[0]!r}, which serves no task on {FORMS[form]}. "
                     "Change the rule, or name the tasks."
                 )
-        return list(map(_prediction, texts, answers, shares, [expert is None for expert in experts]))
+        unknown = [not chosen for chosen in experts]
+        left_out = [
+            [name for name, spec in self.tasks.items() if spec.reads == form and name not in answered]
+            for form, answered in zip(forms, answers, strict=True)
+        ]
+        return list(map(_prediction, texts, answers, shares, unknown, left_out))
 
     def _ask_gate(self, texts: Sequence[Text], route: Route, caches: dict[str, _Cache]) -> Routing:
         """Let the gate choose among the experts that serve tasks on such texts, and fill the caches of these tasks."""
@@ -205,19 +211,26 @@ class Answering:
         return routing
 
     def _answer_by_experts(
-        self, texts: Sequence[Text], experts: Sequence[str | None], routing: Routing, caches: Mapping[str, _Cache]
+        self,
+        texts: Sequence[Text],
+        experts: Sequence[Sequence[str]],
+        routing: Routing,
+        route: Route,
+        caches: Mapping[str, _Cache],
     ) -> list[dict[str, Answer]]:
-        """Answer for each text the tasks that its expert serves, of those that read such texts; none for None."""
+        """Answer for each text the tasks that its experts serve, of those that read such texts."""
         answers: list[dict[str, Answer]] = [{} for _ in texts]
         for name, slot in self.model.tasks.items():
             reads = self.tasks[name].reads
             rows = [
-                row for row, expert in enumerate(experts) if expert in slot.experts and form_of(texts[row]) == reads
+                row
+                for row, chosen in enumerate(experts)
+                if not set(chosen).isdisjoint(slot.experts) and form_of(texts[row]) == reads
             ]
             if not rows:
                 continue
             chosen = [texts[row] for row in rows]
-            own = None if slot.joint and name in caches else routing.take(rows)
+            own = None if slot.joint and name in caches else route.serving(routing, name).take(rows)
             logits = self._task_logits(name, chosen, cache=caches.get(name, {}), routing=own)
             for row, answer in zip(rows, self._decode(name, chosen, logits), strict=True):
                 answers[row][name] = answer
@@ -326,6 +339,12 @@ def _mean_by_text(weights: Tensor, examples: Sequence[Example], num_texts: int) 
     return sums / rows.bincount(minlength=num_texts).clamp_min(1).unsqueeze(1)
 
 
-def _prediction(text: Text, tasks: dict[str, Answer], routing: dict[str, float], unknown: bool = False) -> Prediction:
+def _prediction(
+    text: Text,
+    tasks: dict[str, Answer],
+    routing: dict[str, float],
+    unknown: bool = False,
+    left_out: Sequence[str] = (),
+) -> Prediction:
     first, second, choices = parts_of(text)
-    return Prediction(first, tasks, routing, second, unknown, choices)
+    return Prediction(first, tasks, routing, second, unknown, choices, left_out)

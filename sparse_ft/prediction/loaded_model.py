@@ -14,7 +14,7 @@ from sparse_ft.errors import ConfigError
 from sparse_ft.prediction.answering import Answering
 from sparse_ft.prediction.ensembles import Ensemble, find_ensembles
 from sparse_ft.prediction.requests import Request, RequestLike, Text, read_request
-from sparse_ft.prediction.routes import Route
+from sparse_ft.prediction.routes import Route, check_familiarity
 from sparse_ft.prediction.rules import Rules, load_rules
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.kinds.answers import Prediction
@@ -31,10 +31,19 @@ class LoadedModel:
     Args:
         checkpoint: As ``load_checkpoint`` returns it.
         rules: Choose an expert for each text that names no task, in place of the gate of the checkpoint.
+        min_familiarity: The share of each task's own texts that the gate turns away as unknown, 0 to 1; None takes that
+            of the checkpoint. A text whose task is named is never unknown.
+
+    Raises:
+        ConfigError: If the checkpoint cannot measure the familiarity of a text.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, rules: Rules | None = None) -> None:
-        self.checkpoint, self.rules = checkpoint, rules
+    def __init__(
+        self, checkpoint: Checkpoint, *, rules: Rules | None = None, min_familiarity: float | None = None
+    ) -> None:
+        if min_familiarity is not None:
+            check_familiarity(checkpoint.model, min_familiarity, route="gate" if rules is None else "rules")
+        self.checkpoint, self.rules, self.min_familiarity = checkpoint, rules, min_familiarity
         self._answering = Answering(checkpoint)
 
     @property
@@ -105,7 +114,7 @@ class LoadedModel:
         model = self.checkpoint.model
         if self.rules is not None:
             return Route("rules", model, chooser=self.rules)
-        return None if model.sequence_gate is None else Route("gate", model)
+        return None if model.sequence_gate is None else Route("gate", model, min_familiarity=self.min_familiarity)
 
     def stream(
         self, texts: Iterable[RequestLike], tasks: Sequence[str] | str | None = None, *, combine: str | None = None
@@ -162,7 +171,12 @@ def _check_no_tasks(requests: Sequence[Request], combine: str) -> None:
 
 
 def load(
-    path: str | Path, *, device: str = "auto", backbone: str | None = None, rules: str | Path | None = None
+    path: str | Path,
+    *,
+    device: str = "auto",
+    backbone: str | None = None,
+    rules: str | Path | None = None,
+    min_familiarity: float | None = None,
 ) -> LoadedModel:
     """Load a checkpoint for prediction.
 
@@ -171,15 +185,19 @@ def load(
         device: ``auto``, ``cpu``, ``cuda`` …
         backbone: Path of the backbone, if not that in the checkpoint.
         rules: A YAML file with rules, see ``rules.Rule``, which choose the expert of a text in place of the gate.
+        min_familiarity: The share of each task's own texts that the gate turns away as unknown, 0 to 1; None takes that
+            of the checkpoint, 0.008 by default.
 
     Raises:
         CheckpointError: If the folder is no complete checkpoint.
         BackboneError: If the backbone is missing or another one.
-        ConfigError: If a rule is wrong or leads to an unknown expert.
+        ConfigError: If a rule is wrong or leads to an unknown expert, or the checkpoint cannot measure the familiarity
+            of a text.
     """
     parsed = None if rules is None else load_rules(rules)
     checkpoint = load_checkpoint(path, device=find_device(device), backbone=backbone)
-    return LoadedModel(checkpoint, rules=None if parsed is None else Rules(checkpoint.model.routed, parsed))
+    chooser = None if parsed is None else Rules(checkpoint.model.routed, parsed)
+    return LoadedModel(checkpoint, rules=chooser, min_familiarity=min_familiarity)
 
 
 def predict(

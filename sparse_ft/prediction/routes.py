@@ -1,5 +1,6 @@
 """Who serves a row: one ``Route`` decides for predict, evaluate, inspect and training alike."""
 
+import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,8 @@ from sparse_ft.prediction.baselines import (
 )
 from sparse_ft.prediction.requests import Metadata
 from sparse_ft.prediction.rules import Rules, load_rules
+
+_LOG = logging.getLogger("sparse_ft")
 
 
 class TextChooser(Protocol):
@@ -63,6 +66,8 @@ class Route:
     expert: str | None = None
     chooser: TextChooser | None = None
     arrow: Gate | None = None
+    min_familiarity: float | None = None
+    """Least familiarity of a text that the route ``gate`` answers, 0 to 1; None takes that of the checkpoint."""
 
     @property
     def once_a_text(self) -> bool:
@@ -124,15 +129,42 @@ class Route:
     ) -> Routing:
         """Let the model's gate decide from the means that the examples carry, or else compute the means."""
         model = self.model
-        gate = model.text_gate() if task is None else model.sequence_gate
+        gate, mixes = model.sequence_gate, any(slot.joint for slot in model.tasks.values())
+        if task is None:
+            gate = model.text_gate()
         if gate is None:
             raise ConfigError(f"Task {task!r} needs a gate that chooses among its experts, and this model has none.")
         carried = bool(examples) and all(example.means is not None for example in examples)
         means = stacked_means(examples) if carried else mean_states(model, examples, block=gate.block)
         tokens = [example.input_ids for example in examples] if task is None else None  # a known task is never unknown
         excluded = [] if among is None else [index for index, name in enumerate(gate.names) if name not in among]
-        decision = gate.decide(means.to(model.device), tokens, excluded=excluded, abstains=task is None)
-        return model.reindexed(decision, gate.names)
+        threshold = self.min_familiarity if task is None else 0.0
+        decision = gate.decide(
+            means.to(model.device), tokens, excluded=excluded, min_familiarity=threshold, mixes=mixes
+        )
+        return model.reindexed(decision, gate.names if mixes else gate.leads)
+
+    def serving(self, routing: Routing, task: str) -> Routing:
+        """Return a routing of texts as the routing for one of the tasks that are answered together.
+
+        Where the gate has chosen a group, its first expert stands for the group; the task's expert takes its place.
+        """
+        slot, gate = self.model.tasks[task], self.model.sequence_gate
+        if self.name != "gate" or gate is None or routing.experts is None or slot.gated:
+            return routing
+        (expert,) = slot.experts
+        lead, own = (self.model.experts.index(name) for name in (gate.companions(expert)[0], expert))
+        return routing if lead == own else replace(routing, experts=routing.experts.where(routing.experts != lead, own))
+
+    def answering(self, routing: Routing) -> list[list[str]]:
+        """Return the experts whose tasks are answered for each text: a group, one, or none if it is unknown."""
+        if self.name != "gate":
+            return [[] if name is None else [name] for name in heaviest(routing, self.model.experts.names)]
+        gate, weights = self.model.text_gate(), routing.dense_weights(len(self.model.experts.names))
+        of_gate = weights[:, [self.model.experts.index(name) for name in gate.names]]  # [N, gate's experts]
+        sums = torch.stack([of_gate[:, list(members)].sum(-1) for members in gate.partition.members], -1)  # [N, groups]
+        best = zip(gate.partition.best(sums), sums.sum(-1).tolist(), strict=True)
+        return [[gate.names[index] for index in members] if total > 0 else [] for members, total in best]
 
     def warnings(self) -> list[str]:
         """Name the rules that matched no text so far."""
@@ -141,21 +173,26 @@ class Route:
         return [f"Rule {number} of {self.name} never matched." for number in self.chooser.unmatched()]
 
 
-def find_route(name: str, model: SparseExpertModel, *, seed: int = 0) -> Route:
+def find_route(name: str, model: SparseExpertModel, *, seed: int = 0, min_familiarity: float | None = None) -> Route:
     """Build a route by its name.
 
     Args:
         name: One of ROUTES, an expert, or the path of a YAML file with rules.
         model: The model whose experts serve the rows.
         seed: Of the baselines that draw.
+        min_familiarity: Least familiarity of a text that the route ``gate`` answers, 0 to 1; None takes that of the
+            checkpoint.
 
     Raises:
-        ConfigError: If the name means nothing, or the model has no gate or experts that fit.
+        ConfigError: If the name means nothing, the model has no gate or experts that fit, or nothing by which texts are
+            turned away.
     """
+    if min_familiarity is not None:
+        check_familiarity(model, min_familiarity, route=name)
     if name == "gate" and model.token_gate is None:
         model.text_gate()  # refuses a gate that does not fit
     if name in ("task", "gate"):
-        return Route(name, model)
+        return Route(name, model, min_familiarity=min_familiarity)
     if name in BASELINES:
         if not model.routed:
             raise ConfigError(f"Route {name!r} needs at least one expert, and the model has none. Train one first.")
@@ -168,6 +205,38 @@ def find_route(name: str, model: SparseExpertModel, *, seed: int = 0) -> Route:
         return Route(name, model, expert=name)
     known = [*ROUTES, *model.experts.names]
     raise ConfigError(unknown_name("route", name, known) + " A YAML file with rules works, too.")
+
+
+def check_familiarity(model: SparseExpertModel, threshold: float, *, route: str = "gate") -> None:
+    """Refuse a least familiarity that nothing can be measured by.
+
+    Raises:
+        ConfigError: If it is no share, the gate does not choose, or the gate has no statistics of its texts.
+    """
+    if not 0 <= threshold <= 1:
+        raise ConfigError(
+            f"--min-familiarity is {threshold}, but it is the share of your own texts to turn away, from 0 to 1. Give "
+            "e.g. 0.01, or 0 to answer every text."
+        )
+    if route != "gate":
+        raise ConfigError(
+            f"--min-familiarity is for texts that the gate chooses the tasks of, and the route is {route!r}. Leave one "
+            "of the two out."
+        )
+    gate = model.sequence_gate
+    if gate is None or not gate.familiarity.fitted:
+        what = "gate" if model.gate is None else "gate for whole texts" if gate is None else "statistics of its texts"
+        fit = "Fit one with `sparse-ft train --stage gate --from CHECKPOINT`."
+        if len(model.routed) < 2 or any(slot.joint for slot in model.tasks.values()):
+            fit = "None can be fitted, because its tasks share their experts. Leave the option out."
+        raise ConfigError(
+            f"--min-familiarity is {threshold}, but this checkpoint has no {what} to measure it by. {fit}"
+        )
+    if not gate.by_group:
+        _LOG.warning(
+            "The gate of this checkpoint was fitted by version 0.1, so --min-familiarity is the share of all training "
+            "texts together, not of each task's. `sparse-ft train --stage gate --from CHECKPOINT` fits it anew."
+        )
 
 
 def heaviest(routing: Routing, names: Sequence[str]) -> list[str | None]:

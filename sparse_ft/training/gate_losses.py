@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparse_ft.config import GateConfig
+from sparse_ft.experts.groups import Groups
 from sparse_ft.experts.routing import Routing
 
 _IDLE = 0.1
@@ -42,6 +43,7 @@ def auxiliary_losses(
     top_k: int,
     targets: Tensor,
     mask: Tensor | None = None,
+    partition: Groups | None = None,
 ) -> AuxiliaryLosses:
     """Compute the auxiliary losses of one forward pass.
 
@@ -51,8 +53,10 @@ def auxiliary_losses(
         num_experts: Number of experts of the model.
         settings: Weights of the losses.
         top_k: Number of experts that the gate selects.
-        targets: [N], the gate's index of the expert of each row's task, or -100 for none.
+        targets: [N], the gate's index of the expert of each row's task, or with a partition that of the expert's group;
+            -100 for none.
         mask: [N, S], 1 for real tokens; None for routings of rows.
+        partition: Groups of the gate's experts. A text may go to any expert of its task's group.
     """
     values: dict[str, list[Tensor]] = {"balance": [], "z": [], "routing": [], "dropped": []}
     shares = []
@@ -61,7 +65,8 @@ def auxiliary_losses(
         tempered, selected = routing.logits / settings.temperature, _selected(routing, top_k, experts)
         values["balance"].append(load_balancing_loss(tempered, experts=selected, mask=mask))
         values["z"].append(z_loss(routing.logits, mask=mask))
-        values["routing"].append(routing_cross_entropy(routing.logits, targets, mask=mask))
+        by_group = routing.logits if partition is None else partition.logits(routing.logits)
+        values["routing"].append(routing_cross_entropy(by_group, targets, mask=mask))
         real = torch.ones_like(routing.logits[..., 0]) if mask is None else mask.to(routing.logits.dtype)
         lost = torch.zeros(()) if routing.dropped is None else routing.dropped.sum()
         values["dropped"].append(lost / (real.sum() * top_k))

@@ -126,14 +126,15 @@ def add_gate(
 
 
 def note_accuracy(model: SparseExpertModel, tasks: Mapping[str, TrainingTask], *, metrics: dict[str, Any]) -> None:
-    """Note which share of each task's validation rows a gate for texts sends to the task's experts."""
+    """Note which share of each task's validation rows a gate for texts sends to the experts of the task's group."""
     _forget_accuracy(metrics)
     for name, task in tasks.items():
         experts, gate = model.tasks[name].experts, model.sequence_gate
-        if gate is not None and set(experts) < set(gate.names):
+        if gate is not None and len(gate.partition) > 1 and set(experts) < set(gate.names):
             accuracy = routing_accuracy(model, task.validation.row_examples, experts=experts)
             metrics.setdefault(name, {})["routing_accuracy"] = accuracy
-            _LOG.info("The gate sends %.1f %% of the validation rows of %s to its expert", 100 * accuracy, name)
+            where = "its group" if len(gate.companions(experts[0])) > 1 else "its expert"
+            _LOG.info("The gate sends %.1f %% of the validation rows of %s to %s", 100 * accuracy, name, where)
 
 
 def _forget_accuracy(metrics: dict[str, Any]) -> None:

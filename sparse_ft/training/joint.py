@@ -35,14 +35,21 @@ class JointRouting:
         assert gate is not None
         self.gate, self.settings, self.names = gate, run.gate, gate.names
         self.experts = [model.experts.index(name) for name in gate.names]
+        self.partition = None if gate.every_block else gate.partition
         self.targets = {task: self._target(model, task) for task in examples}
         self.means: dict[str, Tensor] = {}
         if not gate.every_block:  # it reads the bare backbone, whose states never change
             self.means = {task: mean_states(model, rows, block=gate.block) for task, rows in examples.items()}
 
     def _target(self, model: SparseExpertModel, task: str) -> int:
+        """Return the index of a task's expert, or of the expert's group; -100 for none."""
         experts = model.tasks[task].experts
-        return self.names.index(experts[0]) if len(experts) == 1 and experts[0] in self.names else -100
+        if len(experts) != 1 or experts[0] not in self.names:
+            return -100
+        index = self.names.index(experts[0])
+        if self.partition is None:
+            return index
+        return self.partition.group_of[index]
 
     def forward(
         self, model: SparseExpertModel, batch: Batch, rows: Rows, *, generator: torch.Generator | None
@@ -62,7 +69,8 @@ class JointRouting:
             routings, mask = list(seen.values()), batch.attention_mask
         else:
             means = torch.stack([self.means[task][index] for task, index in rows]).to(model.device)
-            decision = gate.decide(gate.selection.jittered(means, generator), abstains=False, training=True)
+            jittered = gate.selection.jittered(means, generator)
+            decision = gate.decide(jittered, min_familiarity=0.0, mixes=True, training=True)
             routing = model.reindexed(decision, gate.names)
             logits = model(batch, routing=routing, generator=generator)
             routings, mask = [routing], None
@@ -74,6 +82,7 @@ class JointRouting:
             top_k=gate.selection.top_k,
             targets=torch.tensor([self.targets[task] for task, _ in rows], device=model.device),
             mask=mask,
+            partition=self.partition,
         )
 
 

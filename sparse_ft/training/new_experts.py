@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from sparse_ft.backbone.encoding import Example
 from sparse_ft.config import GateConfig, RunConfig
+from sparse_ft.experts.familiarity import DEFAULT_MIN_FAMILIARITY
 from sparse_ft.experts.gates import SequenceGate, TokenGate
 from sparse_ft.experts.inference import mean_states
 from sparse_ft.experts.model import SparseExpertModel, TaskSlot
@@ -108,7 +109,8 @@ def start_gate(
         gate = fit_gate(model, examples, names=names, settings=run.gate, seed=run.seed)
     else:
         gate = _random_gate(model, names, tasks, run=run)
-    gate.selection = Selection.from_settings(run.gate, joint=True)
+    threshold = DEFAULT_MIN_FAMILIARITY if gate.familiarity.fitted else 0.0
+    gate.selection = Selection.from_settings(run.gate, joint=True, min_confidence=threshold)
     return gate
 
 

@@ -103,7 +103,7 @@ def test_the_form_of_the_json(toys):
     by_token, whole = (route_tokens(toys, TEXT, route=route).to_dict() for route in ("arrow", "gate"))
     keys = ["checkpoint", "route", "text", "truncated", "by_token", "experts", "blocks", "usage", "tokens"]
     assert list(by_token) == keys
-    assert list(whole) == [*keys[:-1], "probabilities", "tokens"]
+    assert list(whole) == [*keys[:-1], "probabilities", "familiarity", "tokens"]
     assert json.loads(json.dumps(by_token)) == by_token
     for token in by_token["tokens"]:
         assert list(token) == ["text", "start", "end", "blocks"]

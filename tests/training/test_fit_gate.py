@@ -160,7 +160,7 @@ def test_stage_gate_keeps_the_settings_of_the_old_gate_and_heeds_the_seed(gated,
     assert [gate.selection.min_confidence for gate in gates] == [0.1, 0.1]
     assert not torch.equal(*(gate.classifier[0].weight for gate in gates))
     prototypes = fit(first, tmp_path / "other", "gate.type=prototype").path
-    assert read_config(prototypes / "config.yaml").gate.min_confidence == 0  # another gate, another threshold
+    assert read_config(prototypes / "config.yaml").gate.min_confidence is None  # another gate, another threshold
 
 
 def test_top_two_mixes_the_experts(gated, tmp_path):

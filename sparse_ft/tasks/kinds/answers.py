@@ -78,11 +78,14 @@ class Prediction:
     """Task to its answer."""
     routing: dict[str, float]
     """Expert to weight: 1 for the expert of a named task; the mean over tokens and blocks if a gate mixes experts for
-    that task; without a named task, the probability that the gate gives each expert."""
+    that task; without a named task, the probability that the gate gives each expert. Experts of one group have the
+    probability of their group, so that the sum may pass 1."""
     text_pair: str | None = None
     unknown: bool = False
     """Whether the gate rejected the text as unfamiliar to all experts; ``tasks`` is empty then."""
     choices: Sequence[str] | None = None
+    left_out: Sequence[str] = ()
+    """Tasks on such texts that were not answered, because no task was named and the gate, or a rule, chose others."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the object that ``predict --json`` writes on one line."""
