@@ -92,7 +92,7 @@ def joint_tokens(shop: Workshop, resume: bool) -> None:
 
 
 def edit_experts(shop: Workshop, resume: bool) -> None:
-    edit(shop.start, output=shop.output, copy=[("mood", "again")], prune=[("names", 2)], rename=[("mood", "feeling")])
+    edit(shop.start, output=shop.output, copy=[("names", "again")], prune=[("names", 2)], rename=[("mood", "feeling")])
 
 
 def merge_experts(shop: Workshop, resume: bool) -> None:
@@ -226,6 +226,7 @@ def reference(shop: Workshop, command: str, log: Path) -> Reference:
     ends, seconds = [], 0.0
     for _ in range(2):
         clear(shop)
+        log.unlink(missing_ok=True)
         started = time.monotonic()
         if in_child(work, log):
             sys.exit(f"{command} fails without a kill:\n{log.read_text()}")

@@ -134,10 +134,11 @@ def _remove_leftovers(parent: Path) -> None:
     """Remove what killed processes staged for other folders of a parent; their locks tell that they are gone."""
     for left in parent.glob(f".*{_STAGED}*"):
         target = parent / left.name[1 : left.name.rindex(_STAGED)]
-        if not is_held(target):
-            with lock_of_the_dead(target) as dead:
-                if dead:
-                    shutil.rmtree(left, ignore_errors=True)
+        if is_held(target):
+            continue
+        with contextlib.suppress(OSError), lock_of_the_dead(target) as dead:  # it may belong to another user
+            if dead:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def old_path(target: Path) -> Path:

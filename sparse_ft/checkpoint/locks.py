@@ -94,7 +94,7 @@ def check_locks() -> None:
     Raises:
         CheckpointError: With the folder's name.
     """
-    for folder, descriptor in _HELD.items():
+    for folder, descriptor in list(_HELD.items()):  # another thread may lock and release meanwhile
         file = lock_file(folder)
         if not _is_ours(file, descriptor):
             raise CheckpointError(

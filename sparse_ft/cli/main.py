@@ -68,7 +68,7 @@ def _explain(error: Exception) -> tuple[str, int]:
         return f"Error: {error}", 2
     if isinstance(error, UnicodeEncodeError):
         return f"Error: {unprintable(error)}", 2
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno is not None:  # those of the network have none
         where = f"{os.fsdecode(error.filename)!r}" if error.filename else "a file or standard output"
         return f"Error: {where} cannot be read or written: {error.strerror or error}.", 2
     if _is_out_of_memory(error):
