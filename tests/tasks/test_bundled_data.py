@@ -1,5 +1,7 @@
 """The samples that come with the package."""
 
+import itertools
+import re
 import unicodedata
 
 import pytest
@@ -52,6 +54,17 @@ def test_no_text_stands_twice(sample):
             place = f"{split} row {row}"
             assert normalised(text)
             assert places.setdefault(normalised(text), place) == place, text
+
+
+def test_no_text_is_almost_one_of_another_split(sample):
+    """Two texts of three words or more have less than 7 of 10 words in common."""
+    _, splits = sample
+    words = {
+        split: [set(re.findall(r"\w+", text.casefold())) for text in texts_of(rows)] for split, rows in splits.items()
+    }
+    for one, other in itertools.combinations(words.values(), 2):
+        for left, right in itertools.product(one, other):
+            assert min(len(left), len(right)) < 3 or len(left & right) < 0.7 * len(left | right), (left, right)
 
 
 def test_no_label_has_more_than_its_share(sample):
