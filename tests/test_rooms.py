@@ -14,7 +14,7 @@ import sparse_ft
 
 ROOMS = (
     {"errors", "resources", "version"},
-    {"documents", "paths"},
+    {"documents", "json_output", "paths"},
     {"config", "backbone"},
     {"tasks", "experts"},  # side by side: neither knows the other
     {"checkpoint"},

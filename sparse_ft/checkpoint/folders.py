@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import glob
-import json
 import os
 import secrets
 import shutil
@@ -13,6 +12,7 @@ from typing import Any
 
 from sparse_ft.checkpoint.locks import check_locks, is_held, lock_of_the_dead, locked
 from sparse_ft.errors import CheckpointError
+from sparse_ft.json_output import json_text
 
 _STAGED = ".new-"
 """Part of the name of a folder that is being filled, after that of the folder that it will be."""
@@ -50,7 +50,7 @@ def damaged(file: Path, problem: str) -> CheckpointError:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON, indented, and wait until the disk has it."""
-    write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    write_bytes(path, (json_text(content, indent=2) + "\n").encode())
 
 
 @contextlib.contextmanager

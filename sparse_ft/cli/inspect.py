@@ -1,6 +1,5 @@
 """The command inspect."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +8,7 @@ import typer
 
 from sparse_ft.cli.options import BackboneOption, CheckpointArgument, DeviceOption, MinFamiliarityOption, short_path
 from sparse_ft.errors import ConfigError
+from sparse_ft.json_output import json_text
 
 
 def inspect(
@@ -79,7 +79,7 @@ def _inspect_text(
         with explain_os_errors(picture):
             write_bytes(picture, token_picture(routing))
     if as_json:
-        typer.echo(json.dumps(routing.to_dict(), ensure_ascii=False))
+        typer.echo(json_text(routing.to_dict()))
         return
     typer.echo(token_table(routing, width=shutil.get_terminal_size((120, 24)).columns))
     if picture is not None:

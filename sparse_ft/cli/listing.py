@@ -89,7 +89,8 @@ def _task_rows(path: Path, manifest: dict[str, Any], metrics: dict[str, Any]) ->
     for name, entry in manifest["tasks"].items():
         spec = read_spec(path / "tasks" / f"{name}.yaml")
         scores = metrics.get(name, {})
-        shown = [f"{key} {value:.3f}" for key, value in list(scores.get("metrics", {}).items())[:2]]
+        first = list(scores.get("metrics", {}).items())[:2]
+        shown = [f"{key} undefined" if value is None else f"{key} {value:.3f}" for key, value in first]
         split = f" on {scores['split']} ({scores['n']} rows)" if shown else ""
         rows.append(
             [

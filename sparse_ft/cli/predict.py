@@ -1,6 +1,5 @@
 """The command predict."""
 
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -48,6 +47,7 @@ def predict(
     may also name its own tasks, and hold metadata for rules.
     """
     from sparse_ft.cli.text_lines import format_prediction, read_rows, read_texts
+    from sparse_ft.json_output import json_text
 
     if text and file is not None:
         raise ConfigError("Texts and --file are both given. Choose one.")
@@ -66,7 +66,7 @@ def predict(
     model = load(checkpoint, device=device or "auto", backbone=backbone, rules=rules, min_familiarity=min_familiarity)
     rows = read_rows(texts, form=_line_form(model, task or [], file))
     for prediction in model.stream(rows, "all" if task == ["all"] else task or None, combine=combine):
-        line = json.dumps(prediction.to_dict(), ensure_ascii=False) if json_ else format_prediction(prediction)
+        line = json_text(prediction.to_dict()) if json_ else format_prediction(prediction)
         typer.echo(line)
     if model.rules is not None:
         for number in model.rules.unmatched():

@@ -3,7 +3,6 @@
 Text and Markdown are two renderings of the same blocks: lines and tables.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from rich.cells import cell_len
 from sparse_ft.checkpoint.folders import write_bytes
 from sparse_ft.errors import SparseFTError
 from sparse_ft.evaluation.tables import markdown_table, printable, text_table
+from sparse_ft.json_output import json_text, null_if_undefined
 from sparse_ft.tasks.kinds.scores import Confusion, Report, Score
 
 MAX_CONFUSED_PAIRS = 10
@@ -96,9 +96,9 @@ def report_json(score: Score, *, unseen_rows: Score | None = None) -> dict[str, 
 
     Returns:
         ``n``, ``metrics`` and ``report``, and those of ``token_report``, ``confusion``, ``unseen_labels`` and
-        ``unseen_rows`` that the task has.
+        ``unseen_rows`` that the task has. A metric without a value is None.
     """
-    content: dict[str, Any] = {"n": score.n, "metrics": score.metrics, "report": score.report}
+    content: dict[str, Any] = {"n": score.n, "metrics": null_if_undefined(score.metrics), "report": score.report}
     if score.token_report is not None:
         content["token_report"] = score.token_report
     if score.confusion is not None:
@@ -106,7 +106,7 @@ def report_json(score: Score, *, unseen_rows: Score | None = None) -> dict[str, 
     if score.unseen_labels:
         content["unseen_labels"] = score.unseen_labels
     if unseen_rows is not None:
-        content["unseen_rows"] = {"n": unseen_rows.n, "metrics": unseen_rows.metrics}
+        content["unseen_rows"] = {"n": unseen_rows.n, "metrics": null_if_undefined(unseen_rows.metrics)}
     return content
 
 
@@ -177,7 +177,7 @@ def _markdown_file(tasks: Mapping[str, TaskReport], *, about: Mapping[str, str],
 def _json_file(tasks: Mapping[str, TaskReport], *, about: Mapping[str, str], routing: Mapping[str, Any] | None) -> str:
     entries = {name: report_json(task.score, unseen_rows=task.unseen_rows) for name, task in tasks.items()}
     content = {**about, "tasks": entries, **({} if routing is None else {"routing": routing})}
-    return json.dumps(content, ensure_ascii=False) + "\n"
+    return json_text(content) + "\n"
 
 
 def _blocks(score: Score, *, unseen_rows: Score | None, max_matrix: int) -> list[_Line | _Table]:

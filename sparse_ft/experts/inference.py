@@ -10,6 +10,7 @@ from torch import Tensor
 from sparse_ft.backbone.batching import Batch, collate, length_batches, token_limit
 from sparse_ft.backbone.encoding import NO_TOKEN_LOGIT, Example
 from sparse_ft.backbone.trunk import cache_trunk
+from sparse_ft.errors import CheckpointError
 from sparse_ft.experts.gates import Gate
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.routing import ForwardPass, Routing
@@ -48,6 +49,9 @@ def logits_by_task(
 
     Returns:
         Task to one float32 CPU tensor a text: (labels,), or (words, tags), or (choices, 1).
+
+    Raises:
+        CheckpointError: If a logit is not finite.
     """
     results = {task: _blank_logits(model, task, encoded) for task, encoded in texts.items()}
     pairs = [(task, example) for task, encoded in texts.items() for example in encoded.examples]
@@ -59,7 +63,10 @@ def logits_by_task(
             usage[members] = _mean_weights(block_routings, batch, len(model.experts.names)).cpu()
         for rows in batch.tasks:
             examples = [pairs[member][1] for member in members[rows.start : rows.stop]]
-            _scatter(logits[rows.task], examples, texts[rows.task].num_parts, into=results[rows.task])
+            task_logits = logits[rows.task].float().cpu()
+            if not bool(task_logits.isfinite().all()):
+                raise _not_finite(model, rows.task, taken)
+            _scatter(task_logits, examples, texts[rows.task].num_parts, into=results[rows.task])
     return results
 
 
@@ -93,7 +100,6 @@ def _scatter(
     logits: Tensor, examples: Sequence[Example], num_parts: Sequence[int] | None, *, into: list[Tensor]
 ) -> None:
     """Write the logits of one task in a batch, one a row or one a word, to the texts of its examples."""
-    logits = logits.float().cpu()
     if num_parts is None:
         for example, row in zip(examples, logits, strict=True):
             into[example.row] = row
@@ -101,6 +107,20 @@ def _scatter(
     parts = logits.split([len(example.word_indices) for example in examples])
     for example, part in zip(examples, parts, strict=True):
         into[example.row][example.word_indices] = part
+
+
+def _not_finite(model: SparseExpertModel, task: str, routing: Routing | None) -> CheckpointError:
+    """Return the error for logits that are NaN or infinite, with the experts of the batch."""
+    names = model.tasks[task].experts
+    if routing is not None:
+        used = routing.dense_weights(len(model.experts.names)).flatten(0, -2).ne(0).any(0).tolist()
+        names = tuple(name for name, use in zip(model.experts.names, used, strict=True) if use)
+    experts = ", ".join(map(repr, names)) or "none"
+    return CheckpointError(
+        f"Task {task!r} has logits that are NaN or infinite, from its head and the experts {experts}. Expected finite "
+        "numbers: their weights, or lora_alpha in adapter_config.json, are damaged or too large. Restore the "
+        "checkpoint from a copy, or train again with a lower train.learning_rate."
+    )
 
 
 def _mean_weights(block_routings: Mapping[int, Routing], batch: Batch, num_experts: int) -> Tensor:

@@ -18,6 +18,7 @@ from spacy.util import filter_spans
 
 from sparse_ft.checkpoint.folders import write_json
 from sparse_ft.errors import ConfigError, unknown_name
+from sparse_ft.json_output import json_text
 from sparse_ft.paths import user_path
 from sparse_ft.prediction.loaded_model import LoadedModel, load
 from sparse_ft.tasks.kinds.answers import Entity
@@ -87,7 +88,7 @@ class SparseFTComponent:
 
     def to_bytes(self, *, exclude: Sequence[str] = ()) -> bytes:
         """Return the settings as bytes."""
-        return json.dumps(self._state()).encode()
+        return json_text(self._state()).encode()
 
     def from_bytes(self, content: bytes, *, exclude: Sequence[str] = ()) -> "SparseFTComponent":
         """Read the settings that ``to_bytes`` returned."""

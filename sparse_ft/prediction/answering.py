@@ -4,7 +4,6 @@ Every text answers the same tasks, or names its own, or is answered by the tasks
 choose for it.
 """
 
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,6 +18,7 @@ from sparse_ft.experts.inference import EncodedTexts, logits_by_task, row_logits
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.routing import Routing
 from sparse_ft.prediction.ensembles import Ensemble, ensemble_logits
+from sparse_ft.prediction.fork_lock import ForkLock
 from sparse_ft.prediction.requests import FORMS, Request, Text, columns_of, form_of, joined, parts_of
 from sparse_ft.prediction.routes import Route
 from sparse_ft.tasks.kinds import find_kind
@@ -38,7 +38,7 @@ class Answering:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint, self.tasks = checkpoint, checkpoint.tasks
         self.encoder = Encoder(checkpoint.model.backbone, max_length=checkpoint.config.data.max_length)
-        self.lock = threading.Lock()
+        self.lock = ForkLock()
 
     @property
     def model(self) -> SparseExpertModel:

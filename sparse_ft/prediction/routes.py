@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from sparse_ft.backbone.encoding import Example
-from sparse_ft.errors import ConfigError, unknown_name
+from sparse_ft.errors import CheckpointError, ConfigError, unknown_name
 from sparse_ft.experts.gates import Gate
 from sparse_ft.experts.inference import mean_states, stacked_means
 from sparse_ft.experts.model import SparseExpertModel
@@ -100,6 +100,7 @@ class Route:
 
         Raises:
             ConfigError: If a gate has to decide and the model has none that fits.
+            CheckpointError: If its weights are not finite.
         """
         if self.chooser is not None:
             indices = [example.row for example in examples]
@@ -142,6 +143,12 @@ class Route:
         decision = gate.decide(
             means.to(model.device), tokens, excluded=excluded, min_familiarity=threshold, mixes=mixes
         )
+        if any(bool(numbers.isnan().any()) for numbers in (decision.weights, decision.logits) if numbers is not None):
+            raise CheckpointError(
+                f"The gate gives weights that are NaN to the experts {', '.join(map(repr, gate.names))}. Expected "
+                "finite numbers: its tensors or its temperature are damaged. Restore the checkpoint from a copy, or "
+                "fit the gate again (train --from CHECKPOINT --stage gate)."
+            )
         return model.reindexed(decision, gate.names if mixes else gate.leads)
 
     def serving(self, routing: Routing, task: str) -> Routing:

@@ -18,6 +18,7 @@ from sparse_ft.config import RunConfig
 from sparse_ft.errors import SparseFTError
 from sparse_ft.evaluation.scoring import predict_rows, score_rows
 from sparse_ft.experts.model import SparseExpertModel
+from sparse_ft.json_output import null_if_undefined
 from sparse_ft.training.gate_losses import alarms
 from sparse_ft.training.gradients import Gradients
 from sparse_ft.training.joint import FixedRouting, JointRouting, Rows, has_gate
@@ -197,11 +198,11 @@ class _Loop:
         progress.stale[self.name] = 0 if score > best else progress.stale.get(self.name, 0) + 1
         if score >= best:  # of equal scores the latest: few validation rows tie early
             progress.best[self.name] = score
-            progress.scores.update(scores)
+            progress.scores.update(null_if_undefined(scores))
             for name, parameter in self.group.parameters.items():
                 self.state.best[name] = parameter.detach().clone()
         entry = {"epoch": progress.epoch + 1, "step": progress.step, "loss": progress.mean_losses()}
-        progress.history.append({**entry, "validation": scores, **self._gate_report()})
+        progress.history.append({**entry, "validation": null_if_undefined(scores), **self._gate_report()})
         progress.next_epoch()
 
     def _validation_score(self, task: TrainingTask) -> float:
@@ -279,7 +280,7 @@ def _postfix(progress: Progress) -> dict[str, str]:
     """Show the loss of each task in this epoch, its last validation score, and how a gate uses the experts."""
     last = progress.history[-1] if progress.history else {}
     losses = progress.mean_losses() or last.get("loss", {})
-    scores = last.get("validation", {})
+    scores = {task: score for task, score in last.get("validation", {}).items() if score is not None}
     shown = {task: f"{loss:.3f}" + (f"/{scores[task]:.3f}" if task in scores else "") for task, loss in losses.items()}
     usage = progress.batch_means(progress.usage) or last.get("usage", {})
     if usage:

@@ -39,8 +39,8 @@ class Progress:
     """Time in training steps, over all sessions of the run."""
     best: dict[str, float] = field(default_factory=dict)
     """Best mean validation score of each task group."""
-    scores: dict[str, float] = field(default_factory=dict)
-    """Validation score of each task in the best state of its group."""
+    scores: dict[str, float | None] = field(default_factory=dict)
+    """Validation score of each task in the best state of its group; None for one without a value."""
     stale: dict[str, int] = field(default_factory=dict)
     """Evaluations of each task group since its best one."""
     history: list[dict[str, Any]] = field(default_factory=list)

@@ -6,6 +6,7 @@ import torch
 
 from sparse_ft.backbone.batching import collate
 from sparse_ft.backbone.encoding import Encoder
+from sparse_ft.errors import CheckpointError
 from sparse_ft.experts.inference import mean_states, row_logits, with_trunks
 from sparse_ft.experts.routing import Routing
 from sparse_ft.prediction.arrow import arrow_gate
@@ -144,3 +145,13 @@ def test_usage_is_the_mean_over_the_tokens_of_each_text_in_each_block(model, wra
         for block, routing in seen.items():
             torch.testing.assert_close(mean[block], routing.dense_weights(2)[0].mean(0), atol=1e-5, rtol=1e-5)
     assert usage.sum(-1) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_name_task_and_expert(make_model, value):
+    broken = make_model("bert", {"names": ("word", 5), "mood": ("text", 3)})
+    broken.experts.replace(replace(broken.experts.get("mood"), alpha=value))
+    broken.requires_grad_(False)
+    assert len(tag(broken, [["Ada"]])) == 1
+    with pytest.raises(CheckpointError, match=r"Task 'mood' has logits that are NaN.* the experts 'mood'\."):
+        classify(broken, ["Ada"])

@@ -1,6 +1,7 @@
 """The ways to route that evaluate compares."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from toys import marked, run, write_toy
 import sparse_ft
 from sparse_ft.backbone.words import join_words
 from sparse_ft.checkpoint.checkpoint import load_checkpoint
-from sparse_ft.errors import ConfigError
+from sparse_ft.errors import CheckpointError, ConfigError
 from sparse_ft.prediction.arrow import arrow_gate
 from sparse_ft.prediction.routes import BASELINES, ROUTES, find_route, heaviest
 
@@ -166,3 +167,12 @@ def test_a_route_gives_a_routing_of_rows_or_hands_over_the_gate_that_decides_in_
     assert heaviest(find_route("gate", model).rows(examples, among=["names"]), experts) == ["names", "names"]
     assert heaviest(find_route(str(rules), model).rows(examples, texts=texts), experts) == [None, "names"]
     assert [name for name in ROUTES if find_route(name, model).block_gate("mood") is not None] == ["arrow"]
+
+
+def test_a_gate_whose_weights_are_not_finite_is_named(pair):
+    model = sparse_ft.load(pair, device="cpu")
+    gate = model.checkpoint.model.gate
+    gate.selection = replace(gate.selection, temperature=0.0)
+    with pytest.raises(CheckpointError, match="gate gives weights that are NaN to the experts 'mood', 'names'"):
+        model("Ada")
+    assert model.predict(["Ada"], "mood")[0].tasks["mood"]["label"] in {"good", "bad"}
