@@ -50,7 +50,7 @@ class Familiarity(nn.Module):
 
     def __init__(self, num_groups: int, num_features: int, *, num_pairs: int = 0, by_group: bool = True) -> None:
         super().__init__()
-        self.by_group = by_group
+        self.by_group = bool(by_group)
         calibrations = [num_groups] if by_group else []
         self.register_buffer("means", torch.zeros(num_groups, num_features))
         self.register_buffer("whitening", torch.eye(num_features).repeat(num_groups, 1, 1))

