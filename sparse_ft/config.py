@@ -107,7 +107,7 @@ class GateConfig(_Section):
     """Divisor of the gate's logits: a value above 1 makes the weights of several experts more equal."""
     min_confidence: float | None = Field(default=None, ge=0, le=1)
     """Familiarity below which a text is answered with unknown, where the user gives no --min-familiarity: the share of
-    its own texts that the gate turns away. 0 answers every text; null is 0.008."""
+    its own texts that the gate turns away. 0 answers every text; null is 0.005."""
     rows: int = Field(default=10000, ge=2)
     """Most training rows of each expert that the gate is fitted on."""
     shortlist: int | None = Field(default=None, ge=1)

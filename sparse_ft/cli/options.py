@@ -36,7 +36,7 @@ MinFamiliarityOption = Annotated[
         "--min-familiarity",
         metavar="SHARE",
         help="Share of your own texts that the gate turns away as unknown, with all that are stranger; 0 answers every "
-        "text. Default: that of the checkpoint, 0.008.",
+        "text. Default: that of the checkpoint, 0.005.",
     ),
 ]
 CheckpointArgument = Annotated[Path, typer.Argument(help="Folder that `train` wrote.")]

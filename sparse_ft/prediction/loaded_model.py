@@ -186,7 +186,7 @@ def load(
         backbone: Path of the backbone, if not that in the checkpoint.
         rules: A YAML file with rules, see ``rules.Rule``, which choose the expert of a text in place of the gate.
         min_familiarity: The share of each task's own texts that the gate turns away as unknown, 0 to 1; None takes that
-            of the checkpoint, 0.008 by default.
+            of the checkpoint, 0.005 by default.
 
     Raises:
         CheckpointError: If the folder is no complete checkpoint.
