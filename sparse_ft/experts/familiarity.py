@@ -17,8 +17,8 @@ _PAIR = 1 << 31
 """A pair of neighbouring tokens is stored as the number first * _PAIR + second."""
 
 DEFAULT_MIN_FAMILIARITY = 0.005
-"""Least familiarity of a text that is answered, where neither the user nor the run chose another: the largest tried that
-turned away at most 1 % of the held-out texts of every public task (benchmarks/results.md)."""
+"""Least familiarity of a text that is answered, where neither the user nor the run chose another. The largest tried
+that turned away at most 1 % of the held-out texts of every public task (benchmarks/results.md)."""
 
 
 class Familiarity(nn.Module):
