@@ -92,7 +92,7 @@ def settings() -> str:
 def task_keys() -> str:
     """List the keys of a task file."""
     parts = [fields(spec.TaskSpec)]
-    for name, section in (("files", spec.FileSource), ("hub", spec.HubSource)):
+    for name, section in (("files", spec.FileSource), ("hub", spec.HubSource), ("division", spec.Division)):
         parts.append(f"### {name}\n\n{first_paragraph(section)}\n\n{fields(section, prefix=f'{name}.')}")
     return "\n".join(parts)
 
@@ -187,7 +187,8 @@ def readable(annotation: str) -> str:
     """Write a type as the reader of a YAML file knows it."""
     while literal := re.search(r"Literal\[([^\[\]]*)\]", annotation):
         annotation = annotation.replace(literal[0], literal[1].replace("'", "").replace(", ", " | "))
-    annotation = re.sub(r"Annotated\[(list\[str\]), [^\]]*\]", r"\1", annotation)
+    annotation = re.sub(r"Annotated\[(\w+\[[^\[\]]*\]), [^\]]*\]", r"\1", annotation)
+    annotation = re.sub(r"\bFlag\b", "bool", re.sub(r"\bTexts\b", "list[str]", annotation))
     names = {"None": "null", "Column": "name or index", "Split": "train | validation | test", "Any": "value"}
     return re.sub(r"\b(None|Column|Split|Any)\b", lambda match: names[match[0]], annotation)
 

@@ -2,20 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from sparse_ft.documents import parse_yaml, read_yaml
 from sparse_ft.errors import ConfigError, explain, unknown_name
 from sparse_ft.resources import bundled_dir, bundled_names
+from sparse_ft.sections import MAX_SEED, Flag, Section, Texts
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ExpertConfig(_Section):
+class ExpertConfig(Section):
     """The trained experts."""
 
     rank: int = Field(default=8, ge=1, le=1024)
@@ -26,9 +23,9 @@ class ExpertConfig(_Section):
     """Dropout on the input of the deltas."""
     first_block: int = Field(default=0, ge=0)
     """0-based index of the lowest block with expert layers; the blocks below are computed once for all tasks."""
-    targets: list[str] | None = None
+    targets: Texts | None = None
     """Linears that get experts, by the last part of their name, e.g. [query, value]; null is all linears of a block."""
-    word_shapes: bool | None = None
+    word_shapes: Flag | None = None
     """Whether experts of tagging tasks see the capitals and digits of a word; null: if the backbone drops case."""
     pooling: Literal["auto", "unit", "mean", "first", "last"] = "auto"
     """The vector that represents a text: that of its first or last token, the mean over its tokens, or that mean scaled
@@ -36,23 +33,24 @@ class ExpertConfig(_Section):
     pool: int = Field(default=0, ge=0, le=1024)
     """Number of experts that belong to no task and are trained jointly with the gate; 1 is one expert for all tasks,
     without a gate; 0 is one expert per task."""
-    shared: bool = False
+    shared: Flag = False
     """In a joint run, whether every row also uses one additional expert, whatever the gate selects."""
-    shared_a: bool = False
+    shared_a: Flag = False
     """Whether the experts of a pool have one A in common and differ only in B (HydraLoRA)."""
-    frozen: list[str] = Field(default_factory=list)
+    frozen: Texts = Field(default_factory=list)
     """Experts of the checkpoint in ``start`` that do not change; the heads of their tasks, and the gate of a joint run,
     are trained."""
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """The training loop."""
 
     epochs: int = Field(default=5, ge=1)
-    """Number of passes over the rows of a task, or over the rows of all tasks that share experts. Where small data is
-    passed over several times between two evaluations (see min_steps), it is rounded up to a multiple of that number."""
+    """Number of passes over the rows of a task, or over the rows of all tasks that share experts. Setting it sets
+    min_steps to 0, unless that is set, too."""
     min_steps: int = Field(default=240, ge=0)
-    """Fewest optimizer steps: small data is repeated until they are reached, with an evaluation at most every tenth."""
+    """Fewest optimizer steps: small data is repeated until they are reached, with an evaluation at most every tenth,
+    so the number of passes is a multiple of those between two evaluations; 0 where only epochs is set."""
     batch_size: int = Field(default=32, ge=1)
     """Rows per optimizer step."""
     accumulation: int = Field(default=1, ge=1)
@@ -71,7 +69,7 @@ class TrainConfig(_Section):
     """Largest gradient norm of the parameters that are trained together; 0 does not clip."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target probability that is spread evenly over all labels."""
-    backbone_dropout: bool = False
+    backbone_dropout: Flag = False
     """Whether the dropout of the frozen backbone is active in training; it makes a step a quarter slower, or more."""
     head_dropout: float = Field(default=0.1, ge=0, lt=1)
     """Dropout on the input of the heads."""
@@ -89,7 +87,7 @@ class TrainConfig(_Section):
     """Steps between two saves of the state that ``--resume`` continues from."""
 
 
-class GateConfig(_Section):
+class GateConfig(Section):
     """The gate, which selects the experts of a text or of each of its tokens."""
 
     type: Literal["sequence", "prototype", "token"] = "sequence"
@@ -127,22 +125,26 @@ class GateConfig(_Section):
     task."""
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Reading and encoding of rows."""
 
     max_length: int = Field(default=256, ge=8)
     """Most tokens of a row; longer texts are cut, or read in overlapping windows if their words are classified."""
     train_limit: int | None = Field(default=None, ge=1)
     """Most training rows of each task, drawn at random by ``seed``; null is all."""
+    division: Literal["stratified", "random", "all"] = "stratified"
+    """How rows without splits are divided: stratified holds out a tenth of each class for validation and a tenth for
+    test; random, the rule before version 0.2, a tenth of all rows; all trains on every row, so that none is left to
+    score."""
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """All settings of a training run."""
 
     stage: Literal["experts", "gate", "joint"] = "experts"
     """experts trains experts and then fits the gate; gate fits only the gate; joint trains experts and gate together,
     with several experts per text or token."""
-    tasks: list[str] = Field(default_factory=list)
+    tasks: Texts = Field(default_factory=list)
     """Bundled names or paths of task files."""
     sources: dict[str, str] = Field(default_factory=dict)
     """Task name to the folder or file of its data."""
@@ -155,7 +157,7 @@ class RunConfig(_Section):
     start: str | None = None
     """Checkpoint to start from (``--from``): its experts are kept, and those of ``tasks`` are trained further; null
     starts with none."""
-    seed: int = Field(default=13, ge=0)
+    seed: int = Field(default=13, ge=0, le=MAX_SEED)
     """Seed of all random numbers."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps; auto is a CUDA device if there is one, else the CPU."""
@@ -190,7 +192,8 @@ def load_config(
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"--set {override!r} is not of the form section.key=value, e.g. train.epochs=3.")
-        _put(merged, key.strip().split("."), parse_yaml(text, f"--set {override!r}: the value"), override)
+        path = key.strip().split(".")
+        _put(merged, path, _parse_value(path, text, override), override)
     merged.update(values or {})
     try:
         return RunConfig.model_validate(merged)
@@ -214,6 +217,23 @@ def _read(name_or_path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"Config file {str(path)!r} must hold a mapping of keys, not {type(values).__name__}.")
     return values
+
+
+def _parse_value(path: Sequence[str], text: str, override: str) -> Any:
+    """Read a value as YAML; a setting that is text takes it as it stands, so that a revision may consist of digits."""
+    value = parse_yaml(text, f"--set {override!r}: the value")
+    verbatim = _is_text(path) and value is not None and not isinstance(value, str | list | dict)
+    return text.strip() if verbatim else value
+
+
+def _is_text(path: Sequence[str]) -> bool:
+    """Tell whether the setting at a path is text and nothing else."""
+    section: Any = RunConfig
+    for part in path[:-1]:
+        field = getattr(section, "model_fields", {}).get(part)
+        section = None if field is None else field.annotation
+    field = getattr(section, "model_fields", {}).get(path[-1])
+    return field is not None and {*(get_args(field.annotation) or [field.annotation])} <= {str, type(None)}
 
 
 def _put(target: dict[str, Any], path: Sequence[str], value: Any, override: str) -> None:

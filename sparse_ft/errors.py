@@ -62,7 +62,12 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         if problem["type"] == "extra_forbidden":
             problems.append(unknown_name("key", field, _keys(model)))
         else:
-            problems.append(f"{field}: {problem['msg']} (got {problem['input']!r}).")
+            advice = ""
+            if problem["type"] == "string_type" and isinstance(problem["input"], int | float):
+                advice = " Put it in quotes."
+            if problem["type"] in {"int_type", "float_type"} and isinstance(problem["input"], str):
+                advice = " Write a number in digits, without quotes, _ or leading zeros."
+            problems.append(f"{field}: {problem['msg']} (got {problem['input']!r}).{advice}")
     return " ".join(problems)
 
 

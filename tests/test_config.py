@@ -92,6 +92,53 @@ def test_bad_overrides_are_refused(override, said):
     assert said in message(overrides=[override])
 
 
+INTEGER, NUMBER = "train.batch_size: Input should be a valid integer", "train.learning_rate: Input should be a "
+
+
+@pytest.mark.parametrize(("key", "text", "said"), [
+    ("train.batch_size", "true", f"{INTEGER} (got True)."),
+    ("train.batch_size", "'32'", "(got '32'). Write a number in digits, without quotes, _ or leading zeros."),
+    *(("train.batch_size", text, f"{INTEGER} (got '{text}')") for text in ("010", "1_000", "1:30", "0x20", "on",
+                                                                              "2024-01-31", ".inf")),
+    ("train.batch_size", "32.0", f"{INTEGER} (got 32.0)."),
+    ("train.batch_size", "1e2", f"{INTEGER} (got 100.0)."),
+    ("train.learning_rate", "true", f"{NUMBER}valid number (got True)."),
+    *(("train.learning_rate", text, f"{NUMBER}valid number (got '{text}')") for text in (".inf", ".nan", "1e999", "inf",
+                                                                                          "1:30.5", "0.1.2")),
+    ("gate.capacity", "1:30", "gate.capacity: Input should be a valid number (got '1:30')"),
+    ("experts.shared", "1", "experts.shared: Input should be a valid boolean (got 1)."),
+    ("experts.shared", "y", "experts.shared: Input should be a valid boolean (got 'y')."),
+    ("experts.targets", "[true]", "experts.targets.0: Input should be a valid string (got True). Put it in quotes."),
+    ("sources", "{a: 1}", "sources.a: Input should be a valid string (got 1). Put it in quotes."),
+    ("seed", "9223372036854775808", "seed: Input should be less than or equal to 9223372036854775807"),
+])  # fmt: skip
+def test_types_are_strict_in_files_and_overrides(file, key, text, said):
+    section, _, name = key.rpartition(".")
+    assert said in message(overrides=[f"{key}={text}"])
+    assert said in message(file(f"{section}: {{{name}: {text}}}" if section else f"{name}: {text}"))
+
+
+@pytest.mark.parametrize(("value", "said"), [
+    ({"train": {"batch_size": True}}, f"{INTEGER} (got True)."),
+    ({"train": {"learning_rate": float("inf")}}, f"{NUMBER}finite number (got inf)."),
+    ({"gate": {"capacity": float("nan")}}, "gate.capacity: Input should be a finite number (got nan)."),
+    ({"seed": "7"}, "seed: Input should be a valid integer (got '7')."),
+    ({"gate": {"min_confidence": "x"}}, "gate.min_confidence: Input should be a valid number (got 'x')."),
+    ({"backbone": 7}, "backbone: Input should be a valid string (got 7). Put it in quotes."),
+])  # fmt: skip
+def test_types_are_strict_in_python(value, said):
+    assert said in message(values=value)
+
+
+def test_text_of_digits_and_words_for_booleans_are_read(file):
+    config = load_config(overrides=["revision=1234567", "output=010", "backbone=true", "revision=12e45", "start=null"])
+    assert (config.revision, config.output, config.backbone, config.start) == ("12e45", "010", "true", None)
+    for word, value in {"yes": True, "on": True, "True": True, "no": False, "off": False, "false": False}.items():
+        assert load_config(file(f"experts: {{shared: {word}}}")).experts.shared is value
+    config = load_config(values={"experts": {"targets": ("query",)}, "train": {"learning_rate": 1}})
+    assert (config.experts.targets, config.train.learning_rate) == (["query"], 1.0)
+
+
 def test_an_override_into_a_value_is_refused(file):
     assert "'seed' is a value, not a section" in message(file({"seed": 1}), overrides=["seed.x=3"])
 

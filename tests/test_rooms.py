@@ -13,7 +13,7 @@ import pytest
 import sparse_ft
 
 ROOMS = (
-    {"errors", "resources", "version"},
+    {"errors", "resources", "sections", "version"},
     {"documents", "json_output", "paths"},
     {"config", "backbone"},
     {"tasks", "experts"},  # side by side: neither knows the other

@@ -12,7 +12,7 @@ from sparse_ft.checkpoint.folders import damaged, old_path
 from sparse_ft.config import RunConfig
 from sparse_ft.documents import read_json_object, read_yaml
 from sparse_ft.errors import CheckpointError, explain
-from sparse_ft.tasks.spec import TaskSpec, parse_task
+from sparse_ft.tasks.spec import Division, TaskSpec, parse_task
 from sparse_ft.version import __version__
 
 FORMAT = 1
@@ -111,13 +111,14 @@ def slot_experts(entry: Mapping[str, Any]) -> list[str]:
 
 
 def read_spec(file: Path) -> TaskSpec:
-    """Read the file of a task.
+    """Read the file of a task; versions that wrote no division drew the rows at random.
 
     Raises:
         CheckpointError: If it is no YAML.
         ConfigError: If it is no task.
     """
-    return parse_task(read_yaml(file, "it", written=True, error=partial(damaged, file)), where=str(file))
+    spec = parse_task(read_yaml(file, "it", written=True, error=partial(damaged, file)), where=str(file))
+    return spec.model_copy(update={"division": spec.division or Division(rule="random")})
 
 
 def read_config(file: Path) -> RunConfig:
@@ -126,8 +127,11 @@ def read_config(file: Path) -> RunConfig:
     Raises:
         CheckpointError: If it is damaged, or has settings that this version does not know.
     """
+    values = read_yaml(file, "it", error=partial(damaged, file))
+    if isinstance(values, dict) and isinstance(values.setdefault("data", {}), dict):
+        values["data"].setdefault("division", "random")  # the rule of versions that did not write it
     try:
-        return RunConfig.model_validate(read_yaml(file, "it", error=partial(damaged, file)))
+        return RunConfig.model_validate(values)
     except ValidationError as error:
         raise CheckpointError(
             f"{str(file)!r} is not read by this version: {explain(error, RunConfig)} Update sparse-ft, or take these "

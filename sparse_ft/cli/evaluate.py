@@ -46,7 +46,7 @@ def evaluate(
 
     result = evaluate_checkpoint(
         checkpoint,
-        tasks=task,
+        tasks=task or None,
         data=parse_sources(data),
         split=split,  # type: ignore[arg-type]  # checked there
         route=route,

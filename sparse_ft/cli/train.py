@@ -42,6 +42,10 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in --output.")] = False,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of all random numbers.")] = None,
     device: DeviceOption = None,
+    folds: Annotated[
+        int | None,
+        typer.Option(metavar="K", help="Test every row of one file once, over K folds; then train on all rows."),
+    ] = None,
 ) -> None:
     """Train one expert per task on a frozen backbone, and print the classification report."""
     check_unicode_output()
@@ -61,6 +65,7 @@ def train(
             seed=seed,
             device=device,
             stage=stage,
+            folds=folds,
         )
     except KeyboardInterrupt:
         typer.echo(
@@ -75,7 +80,10 @@ def train(
 
 def _print_result(result: "TrainResult", *, starts_from_checkpoint: bool) -> None:
     """Print the scores, the folder of the checkpoint, and a command that uses it."""
-    typer.echo(result.evaluation.to_text())
+    for task, entry in result.folds.items():
+        typer.echo(entry.to_text(task) + "\n")
+    if result.evaluation.tasks:
+        typer.echo(result.evaluation.to_text())
     path = short_path(result.path)
     speed = f"Trained on {result.tokens_per_second:,.0f} tokens per second. " if result.history else ""
     typer.echo(f"\n{speed}Checkpoint: {path}")

@@ -18,8 +18,8 @@ from sparse_ft.prediction.ensembles import Ensemble, find_ensembles
 from sparse_ft.prediction.routes import Route, find_route
 from sparse_ft.tasks.encoded_rows import EncodedRows, encode_rows
 from sparse_ft.tasks.in_memory import TaskData
-from sparse_ft.tasks.reading import read, rows_seen_in_train
-from sparse_ft.tasks.sources import name_sources
+from sparse_ft.tasks.reading import rows_seen_in_train
+from sparse_ft.tasks.sources import ScoredRows, name_sources, read_scored, source_name
 from sparse_ft.tasks.spec import SPLITS, Split, TaskSpec
 
 _LOG = logging.getLogger("sparse_ft")
@@ -39,6 +39,8 @@ class ScoredTask(NamedTuple):
 
     report: TaskReport
     predictions: RoutedPredictions
+    held_out: bool = False
+    """Whether the rows are those of one source that were held out of the training on it."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,9 @@ def evaluate_task(
     route: Route,
     ensemble: Ensemble | None = None,
     specs: Mapping[str, TaskSpec] | None = None,
+    trained_on: TaskData | None = None,
 ) -> ScoredTask:
-    """Read a split of a task and score the model, or an ensemble of its experts, on it.
+    """Read a split of a task, or a file whole, and score the model, or an ensemble of its experts, on it.
 
     Args:
         model: In evaluation mode.
@@ -97,12 +100,14 @@ def evaluate_task(
         route: Chooses the experts of the rows.
         ensemble: Experts that answer in place of those of the route.
         specs: All task files of the model, for an ensemble of several tasks.
+        trained_on: The data that the checkpoint names for the task, see ``sources.read_scored``.
 
     Raises:
         DataError: If the source has no such split, or its answers are hidden.
     """
-    data = _read_split(spec, split, source=source, encoder=encoder)
-    title = f"{spec.name} · {split}"
+    scored = read_scored(spec, split, source, trained_on=trained_on)
+    data = _encode_split(spec, scored, encoder=encoder)
+    title = f"{spec.name} · {scored.name}"
     if ensemble is None:
         predictions = predict_by_route(model, spec, data, route=route)
     else:
@@ -112,24 +117,25 @@ def evaluate_task(
     if score.unseen_labels:
         _LOG.warning(
             "Task %s: labels in %s that training never had, counted as errors: %s",
-            spec.name, split, ", ".join(score.unseen_labels),
+            spec.name, scored.name, ", ".join(score.unseen_labels),
         )  # fmt: skip
     seen = rows_seen_in_train(spec, split, data=source)
     unseen = [index for index, row in enumerate(data.columns["row"]) if row not in seen]
     partial = 0 < len(unseen) < data.num_rows
     unseen_rows = score_rows(spec, data, predictions.rows, rows=unseen) if partial else None
-    return ScoredTask(TaskReport(score=score, title=title, unseen_rows=unseen_rows), predictions)
+    return ScoredTask(TaskReport(score=score, title=title, unseen_rows=unseen_rows), predictions, scored.held_out)
 
 
-def _read_split(spec: TaskSpec, split: Split, *, source: TaskData | None, encoder: Encoder) -> EncodedRows:
-    """Read and encode the rows of a split that have answers."""
-    splits = read(spec, data=source, splits=[split])
-    if split not in splits:
-        raise DataError(f"Task {spec.name!r} has no {split} split in its data. Choose another with --split.")
-    data = encode_rows(splits[split].to_dict(), spec=spec, encoder=encoder)
+def _encode_split(spec: TaskSpec, scored: ScoredRows, *, encoder: Encoder) -> EncodedRows:
+    """Encode the rows of a split, or of a file, that have answers."""
+    data = encode_rows(scored.rows.to_dict(), spec=spec, encoder=encoder)
     if data.num_rows == 0:
+        whole = scored.name not in SPLITS
         raise DataError(
-            f"The {split} split of task {spec.name!r} has no answers; its publisher hides them. Use --split validation."
+            f"{scored.name} has no answers for task {spec.name!r}. Give its rows answers, or name another file."
+            if whole
+            else f"The {scored.name} split of task {spec.name!r} has no answers; its publisher hides them. Use --split "
+            "validation."
         )
     return data
 
@@ -152,6 +158,8 @@ def evaluate(
         checkpoint: A folder, or what ``load`` or ``load_checkpoint`` returned, which no other thread may use meanwhile.
         tasks: Some of its tasks; None scores all.
         data: Folder or file for the one task, or task name to such; None takes the data that the task was trained on.
+            One file, or rows in memory without splits, are scored whole, unless the task was trained on these rows:
+            then those that were held out for ``split`` are.
         split: ``train``, ``validation`` or ``test``; or task name to such.
         route: ``task``: the expert of its task serves each row; ``gate``: the gate chooses for each row; the name of
             an expert, which serves all rows; the path of a YAML file with rules; or a baseline, see ``routes.ROUTES``.
@@ -171,9 +179,10 @@ def evaluate(
     opened = _open(checkpoint, device=device, backbone=backbone)
     model = opened.model
     way = find_route(route, model, seed=opened.config.seed, min_familiarity=min_familiarity)
-    names = [tasks] if isinstance(tasks, str) else list(tasks or opened.tasks)
+    names = [tasks] if isinstance(tasks, str) else list(opened.tasks if tasks is None else tasks)
     splits = _splits_of(names, split, model=model)
-    sources = {**opened.config.sources, **name_sources(data, names)}
+    given = name_sources(data, names)
+    sources = {**opened.config.sources, **given}
     ensembles = _ensembles_of(names, combine, route=route, checkpoint=opened)
     encoder = Encoder(model.backbone, max_length=opened.config.data.max_length)
     scored = {}
@@ -181,8 +190,13 @@ def evaluate(
         spec, source = opened.tasks[task], sources.get(task)
         scored[task] = evaluate_task(
             model, spec, split=splits[task], source=source, encoder=encoder, route=way, ensemble=ensemble,
-            specs=opened.tasks,
+            specs=opened.tasks, trained_on=opened.config.sources.get(task),
         )  # fmt: skip
+        if task in given and scored[task].held_out:
+            _LOG.info(
+                "Task %s was trained on %s: of its rows, the %d held out for %s are scored.",
+                task, source_name(source), scored[task].report.score.n, splits[task],
+            )  # fmt: skip
     for warning in way.warnings():
         _LOG.warning("%s", warning)
     return Evaluation(
@@ -191,7 +205,7 @@ def evaluate(
         route=route,
         tasks={task: entry.report for task, entry in scored.items()},
         routing=_report_routing(model, scored, ensembles),
-        gated=route != "task" or any(model.tasks[task].gated for task in names),
+        gated=bool(scored) and (route != "task" or any(model.tasks[task].gated for task in names)),
     )
 
 

@@ -35,7 +35,7 @@ class SparseFTClassifier(ClassifierMixin, BaseEstimator):
     Args:
         backbone: As for ``sparse_ft.train``; None, here as below, takes the default of the run config.
         rank: Rank of the expert's deltas.
-        epochs: Passes over the data.
+        epochs: Passes over the data. None repeats small data until there are ``train.min_steps`` steps.
         learning_rate: Learning rate of expert and head.
         overrides: Any other settings, as ``--set`` takes them, e.g. ``["train.min_steps=100"]``.
         device: ``auto``, ``cpu``, ``cuda`` …

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import Field, Strict, ValidationError
 
 from sparse_ft.checkpoint.manifest import check_name
 from sparse_ft.errors import CheckpointError, ConfigError, explain, unknown_name
 from sparse_ft.merging.methods import MERGE_METHODS
+from sparse_ft.sections import Section
 from sparse_ft.tasks.spec import Split
 
 STACK = "stack"
@@ -20,14 +21,12 @@ _NEEDS = {"budget": "search", "rows": "search", "split": "evaluate"}
 """Setting to the one without which it has no meaning."""
 
 
-class MergeSettings(BaseModel):
+class MergeSettings(Section):
     """How experts are merged and scored; ``merge_settings`` builds it from a user's values."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: str
     """``stack``, which keeps all experts, or a name in ``MERGE_METHODS``, which makes one expert of them."""
-    weights: tuple[FiniteFloat, ...] = ()
+    weights: Annotated[tuple[float, ...], Strict(False)] = ()
     """One for each expert, in their order. Empty: all equal, with sum 1. Methods that add up accept negative ones."""
     density: float = Field(0.5, gt=0, le=1)
     """Share of the entries of a delta that sparse methods keep, above 0 to 1."""
@@ -41,7 +40,7 @@ class MergeSettings(BaseModel):
     heads: str = AVERAGE
     """Head of several tasks with the same labels: ``average``, the name of the expert whose head is taken, or
     ``separate``, which keeps the tasks apart."""
-    seed: int = 13
+    seed: int = Field(13, ge=0, lt=2**32)
     """Seed of the entries that are dropped at random, and of the search."""
     evaluate: bool = False
     """Whether to score all tasks before and after; after ``stack``, the gate routes if there is one."""

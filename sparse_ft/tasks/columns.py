@@ -76,11 +76,6 @@ def fitting_columns(columns: dict[str, Column], record: Record) -> dict[str, Col
     return fitting
 
 
-def text_column(columns: dict[str, Column]) -> Column | None:
-    """Return the column of the source that holds the text, or its words."""
-    return columns.get("text", columns.get("tokens"))
-
-
 def texts_of(record: Record, reading: Reading) -> dict[str, Any]:
     """Return ``text``, and ``text_pair`` if the task reads it.
 

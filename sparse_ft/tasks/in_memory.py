@@ -9,8 +9,7 @@ import datasets
 import pandas
 
 from sparse_ft.errors import DataError
-from sparse_ft.tasks.columns import fitting_columns, text_column, wanted_columns
-from sparse_ft.tasks.dividing import cut_validation, divide_rows
+from sparse_ft.tasks.columns import wanted_columns
 from sparse_ft.tasks.records import Record
 from sparse_ft.tasks.spec import SPLITS, Split, TaskSpec
 from sparse_ft.tasks.table_formats import named_records
@@ -21,17 +20,13 @@ TaskData: TypeAlias = str | Path | InMemory
 """The data of one task: the path of a file or folder, or a value in memory."""
 
 
-def to_splits(spec: TaskSpec, data: InMemory) -> dict[Split, list[Record]]:
-    """Turn data in memory into the records of each split.
+def to_records(spec: TaskSpec, data: InMemory) -> list[Record] | dict[Split, list[Record]]:
+    """Turn data in memory into records: of each split of a DatasetDict, otherwise of rows without splits.
 
     Args:
         spec: The task, whose ``columns`` name the columns of the data; a column may also have our name.
-        data: A DatasetDict keeps its splits; a missing validation split is a fixed tenth of train, taken out of train.
-            Rows without splits are divided 80/10/10 by a fixed seed, as the rows of one file are. The second part of a
-            tuple holds labels, lists of labels (``multi_label``), or tags or spans (``token_classification``).
-
-    Returns:
-        The records of each split that the data has.
+        data: The second part of a tuple holds labels, lists of labels (``multi_label``), or tags or spans
+            (``token_classification``).
 
     Raises:
         DataError: If the data is of another type or has no rows, or splits or parts that the task does not read.
@@ -51,7 +46,7 @@ def to_splits(spec: TaskSpec, data: InMemory) -> dict[Split, list[Record]]:
         )
     if not records:
         raise DataError(f"The data of task {spec.name!r} in memory has no rows. Expected at least three.")
-    return divide_rows(records, column=text_column(fitting_columns(wanted_columns(spec, spec.columns), records[0])))
+    return records
 
 
 def _of_splits(spec: TaskSpec, data: datasets.DatasetDict) -> dict[Split, list[Record]]:
@@ -68,9 +63,6 @@ def _of_splits(spec: TaskSpec, data: datasets.DatasetDict) -> dict[Split, list[R
     empty = [split for split, rows in records.items() if not rows]
     if empty or not records:
         raise DataError(f"The DatasetDict of task {spec.name!r} has no rows in {' and '.join(empty) or 'any split'}.")
-    if "validation" not in records and "train" in records:
-        columns = fitting_columns(wanted_columns(spec, spec.columns), records["train"][0])
-        cut_validation(spec, records, column=text_column(columns))
     return records
 
 

@@ -14,22 +14,30 @@ answers are None where the publisher hides them.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 
 from sparse_ft.errors import DataError
 from sparse_ft.paths import user_path
 from sparse_ft.tasks.clue_formats import mark_pronoun
-from sparse_ft.tasks.columns import Reading, fitting_columns, text_column, wanted_columns
-from sparse_ft.tasks.dividing import cut_validation, divide_rows
+from sparse_ft.tasks.columns import Reading, fitting_columns, wanted_columns
+from sparse_ft.tasks.dividing import OWN, cut_validation, divide_rows, rows_digest
 from sparse_ft.tasks.formats import read_file, record_columns
-from sparse_ft.tasks.in_memory import InMemory, TaskData, to_splits
+from sparse_ft.tasks.in_memory import TaskData, to_records
 from sparse_ft.tasks.records import FileOptions, Record
 from sparse_ft.tasks.rows import to_dataset
 from sparse_ft.tasks.schemes import split_tag
 from sparse_ft.tasks.single_file import read_single
-from sparse_ft.tasks.spec import SPLITS, FileSource, HubSource, Split, TaskSpec
+from sparse_ft.tasks.spec import SPLITS, Division, FileSource, HubSource, Split, TaskSpec
 from sparse_ft.tasks.table_formats import named_records
+
+
+class Divided(NamedTuple):
+    """Splits of a task, and how the rows without splits were divided into them."""
+
+    splits: dict[Split, datasets.Dataset]
+    division: Division
 
 
 def read(
@@ -38,9 +46,9 @@ def read(
     """Read splits of a task.
 
     Args:
-        spec: The task.
+        spec: The task, whose ``division`` says how rows without splits are divided.
         data: A folder with the files that the task names; one file, which is divided 80/10/10 by a fixed seed; data in
-            memory (see ``in_memory.to_splits``); or None for the bundled files, else the hub.
+            memory (see ``in_memory.to_records``); or None for the bundled files, else the hub.
         splits: Which splits to return.
 
     Returns:
@@ -50,16 +58,55 @@ def read(
         DataError: If a file is missing or malformed, with its path and line; if the hub cannot be reached; or if there
             is no source at all.
     """
-    if data is not None and not isinstance(data, str | Path):
-        return _read_in_memory(spec, data, splits)
-    if data is not None and not user_path(data).is_dir():
-        rows, columns = read_single(spec, user_path(data))
-        records = divide_rows(rows, column=text_column(columns))
-        return _datasets(records, _reading(spec)._replace(columns=columns), splits)
+    return read_divided(spec, data=data, splits=splits).splits
+
+
+def read_divided(
+    spec: TaskSpec,
+    *,
+    data: TaskData | None = None,
+    splits: Sequence[Split] = SPLITS,
+    before: Division | None = None,
+) -> Divided:
+    """Read splits of a task, and say how its rows were divided.
+
+    The arguments and errors are those of ``read``; ``before`` is that of ``dividing.divide_rows``.
+    """
+    if is_undivided(data):
+        rows, reading = _read_rows(spec, data)
+        records, division = divide_rows(spec, rows, columns=reading.columns, before=before)
+        return Divided(_datasets(records, reading, splits), division)
+    if isinstance(data, datasets.DatasetDict):
+        return _read_in_memory(spec, data, splits, before)
+    assert data is None or isinstance(data, str | Path)
     folder = _folder(spec, data)
     if folder is not None and spec.files is not None:
-        return _read_folder(spec, spec.files, folder, splits)
-    return _read_hub(spec, str(folder) if folder else None, splits)
+        return _read_folder(spec, spec.files, folder, splits, before)
+    return _read_hub(spec, str(folder) if folder else None, splits, before)
+
+
+def is_undivided(data: TaskData | None) -> bool:
+    """Tell whether data is one file, or rows in memory without splits."""
+    if isinstance(data, str | Path):
+        return not user_path(data).is_dir()
+    return data is not None and not isinstance(data, datasets.DatasetDict)
+
+
+def read_whole(spec: TaskSpec, data: TaskData) -> tuple[datasets.Dataset, str]:
+    """Read all rows of one file, or of rows in memory, as rows to score; return them and their ``rows_digest``."""
+    rows, reading = _read_rows(spec, data)
+    return to_dataset(rows, reading), rows_digest(spec, rows, columns=reading.columns)
+
+
+def _read_rows(spec: TaskSpec, data: TaskData | None) -> tuple[list[Record], Reading]:
+    """Read the records of a source without splits."""
+    reading = _reading(spec)
+    if isinstance(data, str | Path):
+        rows, columns = read_single(spec, user_path(data))
+        return rows, reading._replace(columns=columns)
+    records = to_records(spec, data)
+    assert isinstance(records, list)
+    return records, reading._replace(columns=fitting_columns(reading.columns, records[0]))
 
 
 def label_names(spec: TaskSpec, train: datasets.Dataset) -> list[str]:
@@ -148,8 +195,8 @@ def _datasets(
 
 
 def _read_folder(
-    spec: TaskSpec, files: FileSource, root: Path, splits: Sequence[Split]
-) -> dict[Split, datasets.Dataset]:
+    spec: TaskSpec, files: FileSource, root: Path, splits: Sequence[Split], before: Division | None
+) -> Divided:
     reading = _reading(spec)
     named = {split: getattr(files, split) for split in SPLITS}
     records: dict[Split, list[Record]] = {}
@@ -165,9 +212,10 @@ def _read_folder(
         if rows:
             records[split] = rows
     reading = reading._replace(columns=record_columns(files.format, reading.columns))
+    division = OWN
     if named["validation"] is None:
-        cut_validation(spec, records, column=text_column(reading.columns))
-    return _datasets(records, reading, splits, unlabelled=files.unlabelled)
+        division = cut_validation(spec, records, columns=reading.columns, before=before)
+    return Divided(_datasets(records, reading, splits, unlabelled=files.unlabelled), division)
 
 
 def _needed(splits: Sequence[Split], *, has_validation: bool) -> list[Split]:
@@ -176,14 +224,18 @@ def _needed(splits: Sequence[Split], *, has_validation: bool) -> list[Split]:
     return [split for split in SPLITS if split in splits or (split == "train" and cut)]
 
 
-def _read_in_memory(spec: TaskSpec, data: InMemory, splits: Sequence[Split]) -> dict[Split, datasets.Dataset]:
-    reading = _reading(spec)
-    records = to_splits(spec, data)
-    columns = fitting_columns(reading.columns, next(iter(records.values()))[0])
-    return _datasets(records, reading._replace(columns=columns), splits)
+def _read_in_memory(
+    spec: TaskSpec, data: datasets.DatasetDict, splits: Sequence[Split], before: Division | None
+) -> Divided:
+    reading, records, division = _reading(spec), to_records(spec, data), OWN
+    assert isinstance(records, dict)
+    reading = reading._replace(columns=fitting_columns(reading.columns, next(iter(records.values()))[0]))
+    if "validation" not in records:
+        division = cut_validation(spec, records, columns=reading.columns, before=before)
+    return Divided(_datasets(records, reading, splits), division)
 
 
-def _read_hub(spec: TaskSpec, folder: str | None, splits: Sequence[Split]) -> dict[Split, datasets.Dataset]:
+def _read_hub(spec: TaskSpec, folder: str | None, splits: Sequence[Split], before: Division | None) -> Divided:
     """Read from the hub, or from a local folder in hub layout."""
     hub = spec.hub or HubSource(path=str(folder))
     if folder is not None:
@@ -206,9 +258,8 @@ def _read_hub(spec: TaskSpec, folder: str | None, splits: Sequence[Split]) -> di
         reading = reading._replace(columns=wanted_columns(spec, hub.columns))
     if hub.labels is not None:
         reading = reading._replace(labels=hub.labels)
-    if not has_validation:
-        cut_validation(spec, records, column=text_column(reading.columns))
-    return _datasets(records, reading, splits)
+    division = OWN if has_validation else cut_validation(spec, records, columns=reading.columns, before=before)
+    return Divided(_datasets(records, reading, splits), division)
 
 
 def _load_hub(hub: HubSource) -> datasets.DatasetDict:

@@ -4,22 +4,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, Strict, ValidationError, model_validator
 
 from sparse_ft.documents import read_yaml
 from sparse_ft.errors import ConfigError, explain, unknown_name
 from sparse_ft.resources import bundled_dir, bundled_names
+from sparse_ft.sections import Flag, Section
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 Column = str | int | list[str | int]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class HubSource(_Section):
+class HubSource(Section):
     """A data set that the ``datasets`` library loads: a hub id, or a local folder in hub layout."""
 
     path: str
@@ -38,7 +35,7 @@ class HubSource(_Section):
     """Tagging scheme on the hub; null takes ``label_scheme`` of the task."""
 
 
-class FileSource(_Section):
+class FileSource(Section):
     """Local files as published. The ``.gz`` of a compressed file may be left out of its name."""
 
     format: Literal[
@@ -49,7 +46,7 @@ class FileSource(_Section):
     """Folder of the files, relative to the task file; used without ``--data``."""
     separator: str | None = None
     """Column separator of ``conll``; null is any run of spaces and tabs."""
-    header: bool = True
+    header: Flag = True
     """Whether the first line of a ``csv`` or ``tsv`` names the columns."""
     train: str | list[str] | None = None
     """One file or several; ``file.json#key`` selects one key of a JSON object; a folder for ``lines``."""
@@ -61,6 +58,23 @@ class FileSource(_Section):
     """Splits whose labels the publisher hides."""
 
 
+class Division(Section):
+    """How rows without splits were divided; ``train`` writes it into the task files of a checkpoint."""
+
+    rule: Literal["stratified", "random", "all", "own"]
+    """The rule ``data.division`` of the run; own where the data has all its splits."""
+    fold: Annotated[tuple[int, int], Strict(False)] | None = None
+    """Number of the fold that is tested, from 1, and number of folds; null in runs without ``--folds``."""
+    train: int = Field(default=0, ge=0)
+    """Number of rows in train."""
+    validation: int = Field(default=0, ge=0)
+    """Number of rows that are held out for validation."""
+    test: int = Field(default=0, ge=0)
+    """Number of rows that are held out for test."""
+    sha256: str = ""
+    """Digest of the texts and labels of all divided rows, by which a copy of the file is known."""
+
+
 def _all_different(names: list[str]) -> list[str]:
     twice = next((name for index, name in enumerate(names) if name in names[:index]), None)
     if twice is not None:
@@ -68,7 +82,7 @@ def _all_different(names: list[str]) -> list[str]:
     return names
 
 
-class TaskSpec(_Section):
+class TaskSpec(Section):
     """A task as its YAML file declares it."""
 
     name: str
@@ -98,6 +112,8 @@ class TaskSpec(_Section):
     """Metric for early stopping and headlines, higher is better: a figure of the task kind, or ``evaluate:<id>``."""
     leaks: dict[Split, list[int]] = Field(default_factory=dict)
     """0-based rows of an evaluation split whose text also occurs in train; scores are also given without them."""
+    division: Division | None = None
+    """How ``train`` divided the rows, in the task files of checkpoints; null divides by ``data.division``."""
     example: str = ""
     """One row, for ``sparse-ft tasks NAME``."""
     license: str = ""
@@ -117,7 +133,7 @@ class TaskSpec(_Section):
         for key in ("labels", "drop_labels"):
             if isinstance(values.get(key), list):
                 values[key] = [_as_text(name) for name in values[key]]
-        if isinstance(values.get("out_of_scope"), int):
+        if "out_of_scope" in values:
             values["out_of_scope"] = _as_text(values["out_of_scope"])
         return values
 
@@ -154,8 +170,11 @@ class TaskSpec(_Section):
         return self.model_copy(update={"labels": labels})
 
 
-def _as_text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def _as_text(value: Any) -> Any:
+    """Write a number or a boolean as text; whatever else it is, the check of its type says."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, int | float) else value
 
 
 def list_tasks() -> list[str]:

@@ -46,7 +46,7 @@ def train_gate(run: RunConfig, *, sources: Mapping[str, TaskData]) -> tuple[Eval
     add_gate(model, tasks, run=run, metrics=metrics)
     output = Path(run.output or "")
     save_checkpoint(output, model=model, tasks=specs, config=run, metrics=metrics)
-    evaluation = evaluate(output, tasks=list(specs), data=sources, split=splits, route="gate", device=run.device)
+    evaluation = evaluate(output, tasks=list(splits), data=sources, split=splits, route="gate", device=run.device)
     return evaluation, specs
 
 

@@ -118,6 +118,14 @@ class _Loop:
         steps = len(self.plan(0))
         self.epochs = max(math.ceil(settings.epochs / self.passes), math.ceil(settings.min_steps / steps))
         self.total_steps = self.epochs * steps
+        passes = self.epochs * self.passes
+        if passes > settings.epochs and settings.min_steps and rank() == 0:
+            rows = sum(map(len, self.lengths.values()))
+            _LOG.info(
+                "%s: %d rows are passed over up to %d times, in place of train.epochs=%d, to reach train.min_steps=%d. "
+                "Set train.epochs to choose the number of passes.",
+                self.name, rows, passes, settings.epochs, settings.min_steps,
+            )  # fmt: skip
 
     def plan(self, epoch: int) -> list[list[tuple[str, int]]]:
         """Return the batches of an epoch: one pass over the rows, or several passes over few rows."""

@@ -13,7 +13,7 @@ from sparse_ft.errors import ConfigError
 from sparse_ft.paths import user_path
 from sparse_ft.tasks.in_memory import TaskData
 from sparse_ft.tasks.sources import name_sources
-from sparse_ft.tasks.spec import TaskSpec, load_task
+from sparse_ft.tasks.spec import Division, TaskSpec, load_task
 from sparse_ft.training.checks import check_settings, check_stage
 from sparse_ft.training.resume import find_resume
 
@@ -69,8 +69,9 @@ def assemble_run(
     check_stage(run, resume=resume)
     if resume:
         return _resumed_run(run, specs, data=data, output=output, claims=claims)
+    run = _explicit_epochs(run)
     run = _checkpoint_tasks(_checkpoint_settings(run), run.start, specs)
-    trained = _load_specs(run.tasks, specs)
+    trained = _load_specs(run.tasks, specs, run=run)
     names = [check_name(spec.name) for spec in trained]
     output = output or run.output
     check_settings(run, names, output=output)
@@ -82,6 +83,13 @@ def assemble_run(
     folder = claims.enter_context(claimed_default(names) if output is None else claimed_output(output))
     run = changed_config(run, {"sources": _paths(sources), "output": str(folder)})
     return AssembledRun(run, trained, sources)
+
+
+def _explicit_epochs(run: RunConfig) -> RunConfig:
+    """Let epochs that the user sets win over the default of the fewest steps."""
+    if "epochs" not in run.train.model_fields_set or "min_steps" in run.train.model_fields_set:
+        return run
+    return changed_config(run, {"train": {**run.train.model_dump(exclude_unset=True), "min_steps": 0}})
 
 
 def moved_backbone(run: RunConfig) -> str | None:
@@ -144,9 +152,10 @@ def _checkpoint_tasks(run: RunConfig, start: str | None, specs: Mapping[str, Tas
     return changed_config(run, {"tasks": [files.get(task, task) for task in tasks]}) if tasks else run
 
 
-def _load_specs(tasks: Sequence[str], specs: Mapping[str, TaskSpec]) -> list[TaskSpec]:
-    """Return tasks from memory where ``specs`` has the name, else from their task files."""
-    return [specs[task] if task in specs else load_task(task) for task in tasks]
+def _load_specs(tasks: Sequence[str], specs: Mapping[str, TaskSpec], *, run: RunConfig) -> list[TaskSpec]:
+    """Return tasks from memory where ``specs`` has the name, else from their task files; the run says the division."""
+    loaded = [specs[task] if task in specs else load_task(task) for task in tasks]
+    return [spec.model_copy(update={"division": Division(rule=run.data.division)}) for spec in loaded]
 
 
 def _gate_stage_run(run: RunConfig) -> RunConfig:
@@ -180,13 +189,13 @@ def _resumed_run(
     output = output or run.output
     if output is None:
         tasks = _checkpoint_tasks(run, run.start, specs).tasks
-        output = default_output([spec.name for spec in _load_specs(tasks, specs)])
+        output = default_output([spec.name for spec in _load_specs(tasks, specs, run=run)])
     folder = claims.enter_context(claimed_run(output))
     saved = changed_config(find_resume(user_path(output)), {"output": str(folder)})
     if run.tasks:
         run = _checkpoint_tasks(run, saved.start, specs)
     try:
-        loaded = _load_specs(saved.tasks, specs)
+        loaded = _load_specs(saved.tasks, specs, run=saved)
     except ConfigError as error:
         raise ConfigError(
             f"{error} The interrupted run in {str(folder)!r} trains this task. Give its TaskSpec to train() again."

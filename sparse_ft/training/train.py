@@ -2,8 +2,10 @@
 
 import contextlib
 import logging
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +17,7 @@ from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.checkpoint.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from sparse_ft.checkpoint.folders import explain_os_errors, write_json
 from sparse_ft.checkpoint.manifest import read_metrics, read_spec
-from sparse_ft.config import RunConfig
+from sparse_ft.config import RunConfig, changed_config
 from sparse_ft.errors import ConfigError, SparseFTError
 from sparse_ft.evaluation.evaluate import Evaluation, evaluate
 from sparse_ft.evaluation.score_report import report_json
@@ -23,9 +25,10 @@ from sparse_ft.evaluation.scoring import score_rows
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.tasks.in_memory import TaskData
 from sparse_ft.tasks.kinds import find_kind
-from sparse_ft.tasks.sources import scored_splits
-from sparse_ft.tasks.spec import Split, TaskSpec
+from sparse_ft.tasks.sources import say_division, scored_splits
+from sparse_ft.tasks.spec import Division, Split, TaskSpec
 from sparse_ft.training.checks import check_model
+from sparse_ft.training.folds import FoldScores, check_folds, fold_specs, gather_scores
 from sparse_ft.training.gate_stage import add_gate, available_rows, note_accuracy, rows_by_expert, train_gate
 from sparse_ft.training.joint import has_gate
 from sparse_ft.training.loop import fit
@@ -53,11 +56,14 @@ class TrainResult:
     """The trained tasks, with their labels."""
     tokens_per_second: float
     """Tokens, without padding, per second of the training steps."""
+    folds: dict[str, FoldScores] = field(default_factory=dict)
+    """Scores of each task over the folds of a run with ``folds``."""
 
     @property
     def scores(self) -> dict[str, dict[str, float]]:
-        """Metrics of each task."""
-        return {task: entry.score.metrics for task, entry in self.evaluation.tasks.items()}
+        """Metrics of each task, of a run with ``folds`` their means."""
+        means = {task: entry.mean for task, entry in self.folds.items()}
+        return means | {task: entry.score.metrics for task, entry in self.evaluation.tasks.items()}
 
 
 def train(
@@ -73,6 +79,7 @@ def train(
     seed: int | None = None,
     device: str | None = None,
     stage: Literal["experts", "gate", "joint"] | None = None,
+    folds: int | None = None,
 ) -> TrainResult:
     """Train one expert and one head per task, fit the gate that chooses among them, and write a checkpoint.
 
@@ -93,6 +100,9 @@ def train(
             experts and gate together, the gate mixing ``gate.top_k`` experts for each text or token. A joint run with
             ``from_checkpoint`` and without ``tasks`` trains all tasks of the checkpoint further; a pool of experts
             (``experts.pool``) is always trained jointly.
+        folds: Divide the rows of one file, or rows in memory, into this number of folds, at least 2: for each fold a
+            model is trained on the others, scored on it, and thrown away. The checkpoint is then trained on all rows,
+            as with ``data.division=all``, and carries the mean scores.
 
     Raises:
         SparseFTError: For every mistake that the caller can correct; nothing is written then.
@@ -112,11 +122,45 @@ def train(
                 claims=claims,
             )
         )
+        if folds is not None:
+            check_folds(run, specs, folds=folds, sources=sources, resume=resume)
+            return _train_folds(run, specs, sources=sources, folds=folds)
         if not specs or finished:
             work = _finish_scores if finished else train_gate
             evaluation, scored = broadcast(lambda: work(run, sources=sources))
             return TrainResult(Path(run.output or ""), evaluation, [], scored, 0.0)
         return _train(run, specs, sources=sources, resume=resume)
+
+
+def _train_folds(
+    run: RunConfig, specs: Sequence[TaskSpec], *, sources: Mapping[str, TaskData], folds: int
+) -> TrainResult:
+    """Score a model on each fold, then train the checkpoint on all rows."""
+    evaluations = []
+    for number in range(1, folds + 1):
+        _LOG.info("Fold %d of %d", number, folds)
+        folder = Path(broadcast(lambda: tempfile.mkdtemp(prefix="sparse-ft-fold-")))
+        try:
+            fold = changed_config(run, {"output": str(folder / "checkpoint")})
+            scored = _train(fold, fold_specs(specs, number, folds=folds), sources=sources, resume=False)
+            evaluations.append(scored.evaluation)
+        finally:
+            if rank() == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+    scores = gather_scores(evaluations)
+    for task, entry in scores.items():
+        name = next(spec.metric for spec in specs if spec.name == task)
+        _LOG.info("Task %s: %s %.3f, spread %.3f over the folds", task, name, entry.mean[name], entry.spread[name])
+    run = changed_config(run, {"data": {**run.data.model_dump(exclude_unset=True), "division": "all"}})
+    whole = [spec.model_copy(update={"division": Division(rule="all")}) for spec in specs]
+    result = replace(_train(run, whole, sources=sources, resume=False), folds=scores)
+    if rank() == 0:
+        metrics = read_metrics(result.path)
+        for task, entry in scores.items():
+            metrics.setdefault(task, {}).update(entry.to_dict())
+        with explain_os_errors(result.path / "metrics.json"):
+            write_json(result.path / "metrics.json", metrics)
+    return result
 
 
 def _train(run: RunConfig, specs: Sequence[TaskSpec], *, sources: Mapping[str, TaskData], resume: bool) -> TrainResult:
@@ -136,6 +180,8 @@ def _train(run: RunConfig, specs: Sequence[TaskSpec], *, sources: Mapping[str, T
     trained = {name: task.spec for name, task in tasks.items()}
     # Test rows are read once before training, so that errors in them do not show after it.
     splits = scored_splits(trained, sources)
+    for name, spec in trained.items():
+        say_division(spec, sources.get(name))
     add_tasks(model, tasks, run=run)
     model.experts.set_dropout(run.experts.dropout)
     model.to(device).eval()
@@ -152,7 +198,7 @@ def _train(run: RunConfig, specs: Sequence[TaskSpec], *, sources: Mapping[str, T
         broadcast_module(model.gate)
     progress = _fit(model, tasks, run=run, resume=resume)
     metrics = {} if before is None else before.metrics
-    metrics.update({task: {"validation": score} for task, score in progress.scores.items()})
+    metrics.update({task: {"validation": progress.scores[task]} if task in splits else {} for task in tasks})
 
     def finish() -> Evaluation:
         rows = {} if run.stage == "joint" else available_rows(others, run=run, encoder=encoder, sources=sources)
@@ -229,10 +275,10 @@ def _finish_scores(run: RunConfig, *, sources: Mapping[str, TaskData]) -> tuple[
 def _score(
     run: RunConfig, splits: Mapping[str, Split], *, sources: Mapping[str, TaskData], metrics: dict[str, Any]
 ) -> Evaluation:
-    """Read the checkpoint back, score the trained tasks, and note their scores in it."""
+    """Read the checkpoint back, score the trained tasks that have rows to score, and note their scores in it."""
     output = Path(run.output or "")
-    data = {name: sources[name] for name in splits if name in sources}
-    evaluation = evaluate(output, tasks=list(splits), data=data, split=splits, device=run.device)
+    in_memory = {name: sources[name] for name in splits if not isinstance(sources.get(name), str | None)}
+    evaluation = evaluate(output, tasks=list(splits), data=in_memory, split=splits, device=run.device)
     for name, entry in evaluation.tasks.items():
         scores = report_json(entry.score, unseen_rows=entry.unseen_rows)
         metrics[name].update({"split": evaluation.splits[name], **scores})

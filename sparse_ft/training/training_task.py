@@ -12,7 +12,7 @@ from sparse_ft.tasks.encoded_rows import EncodedRows, encode_rows, examples_by_r
 from sparse_ft.tasks.in_memory import TaskData
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.kinds.kind import IGNORED
-from sparse_ft.tasks.reading import label_names, read
+from sparse_ft.tasks.reading import label_names, read_divided
 from sparse_ft.tasks.spec import TaskSpec
 
 _LOG = logging.getLogger("sparse_ft")
@@ -74,9 +74,11 @@ def prepare_task(
         DataError: If there are no rows, or a label is unknown to the head.
     """
     data = (run.sources if sources is None else sources).get(spec.name)
-    splits = read(spec, data=data, splits=["train", "validation"])
+    known = None if before is None else before.division
+    splits, division = read_divided(spec, data=data, splits=["train", "validation"], before=known)
     if "train" not in splits or len(splits["train"]) == 0:
         raise DataError(f"Task {spec.name!r} has no training rows. Name a folder or file that has some with --data.")
+    spec = spec.model_copy(update={"division": division})
     spec = spec.with_labels(_labels(spec, label_names(spec, splits["train"]), before=before, start=run.start))
     labels, kind = spec.label_names or [], find_kind(spec.kind)
     if spec.out_of_scope is not None and spec.out_of_scope not in labels:
@@ -94,7 +96,8 @@ def prepare_task(
     examples = kind.encode(columns, encoder=encoder, labels=labels, language=spec.language)
     row_examples = examples_by_row(examples, columns, spec=spec, encoder=encoder)
     examples = [example for example in examples if any(target != IGNORED for target in example.targets)]
-    validation = encode_rows(splits["validation"].to_dict(), spec=spec, encoder=encoder)
+    held_out = splits.get("validation", rows)  # where every row is trained on, these choose the state that is kept
+    validation = encode_rows(held_out.to_dict(), spec=spec, encoder=encoder)
     if not examples or validation.num_rows == 0:
         raise DataError(
             f"Task {spec.name!r} has {len(examples)} training and {validation.num_rows} validation rows with answers."

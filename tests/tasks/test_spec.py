@@ -95,3 +95,39 @@ def test_label_names_keep_their_order():
     assert parse_task({**base, "labels": ["b", 1, True]}, where="x").label_names == ["b", "1", "true"]
     assert parse_task({**base, "labels": {1: "b", 2: "a", 3: "b"}}, where="x").label_names == ["b", "a"]
     assert parse_task(base, where="x").label_names is None
+
+
+@pytest.mark.parametrize(("line", "said"), [
+    ("labels: [null, spam]", "(got None)"),
+    ("labels: {a: [b]}", "(got ['b'])"),
+    ("name: 12", "name: Input should be a valid string (got 12). Put it in quotes."),
+    ("files: {format: csv, header: 1}", "files.header: Input should be a valid boolean (got 1)."),
+    ("leaks: {test: ['1']}", "leaks.test.0: Input should be a valid integer (got '1')."),
+    ("leaks: {test: [1.0]}", "leaks.test.0: Input should be a valid integer (got '1.0')."),
+    ("columns: {text: null}", "(got None)"),
+    ("out_of_scope: [a]", "out_of_scope: Input should be a valid string (got ['a'])."),
+    ("division: {rule: own, train: -1}", "division.train: Input should be greater than or equal to 0 (got -1)."),
+])  # fmt: skip
+def test_types_of_a_task_file_are_strict(tmp_path, line, said):
+    path = tmp_path / "mine.yaml"
+    start = "" if line.startswith("name") else "name: mine\n"
+    path.write_text(f"{start}kind: classification\nmetric: accuracy\n{line}\n", encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_task(path)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(("word", "label"), [
+    ("no", "no"), ("on", "on"), ("010", "010"), ("1:30", "1:30"), ("1_000", "1_000"), ("2024-01-31", "2024-01-31"),
+    ("1.50", "1.50"), ("1e5", "1e5"), (".inf", ".inf"), ("0x1F", "0x1F"), ("7", "7"), ("-3", "-3"), ("+1", "+1"),
+    ("true", "true"), ("'null'", "null"),
+])  # fmt: skip
+def test_labels_are_what_stands_in_the_file(tmp_path, word, label):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        f"name: mine\nkind: classification\nmetric: accuracy\nlabels: [{word}, other]\nout_of_scope: {word}\n"
+        "files: {format: csv, header: no}\n",
+        encoding="utf-8",
+    )
+    spec = load_task(path)
+    assert (spec.labels, spec.out_of_scope, spec.files.header) == ([label, "other"], label, False)

@@ -14,8 +14,8 @@ from sparse_ft.integrations.round_trip import foreign_logits, rows_of_columns, r
 from sparse_ft.prediction.loaded_model import LoadedModel
 from sparse_ft.tasks.encoded_rows import EncodedRows, encode_rows
 from sparse_ft.tasks.kinds import find_kind
-from sparse_ft.tasks.reading import read
-from sparse_ft.tasks.sources import scored_split
+from sparse_ft.tasks.reading import is_undivided
+from sparse_ft.tasks.sources import read_scored, scored_split
 from sparse_ft.tasks.spec import TaskSpec
 
 INT8_GRAPH = "model.int8.onnx"
@@ -47,8 +47,8 @@ def int8_scores(
         sources: Task to the path of its data.
 
     Returns:
-        By task: the split (test, or validation where test has no answers), the rows, the metric, its value with
-        ``float32`` and ``int8``, and the ``loss``, the first minus the second.
+        By task: the split (test, or validation where test has no answers) or the file, the rows, the metric, its value
+        with ``float32`` and ``int8``, and the ``loss``, the first minus the second.
 
     Raises:
         DataError: If the data of a task is not found.
@@ -59,8 +59,9 @@ def int8_scores(
     scores: dict[str, dict[str, Any]] = {}
     for task in tasks:
         spec, source = model.tasks[task], sources.get(task)
-        split = scored_split(spec, source)
-        data = encode_rows(read(spec, data=source, splits=[split])[split].to_dict(), spec=spec, encoder=model.encoder)
+        split = "test" if is_undivided(source) else scored_split(spec, source)
+        scored_rows = read_scored(spec, split, source, trained_on=model.checkpoint.config.sources.get(task))
+        data = encode_rows(scored_rows.rows.to_dict(), spec=spec, encoder=model.encoder)
         by_text = "parents" in data.columns  # words as split here, not as the annotation cuts them
         rows = rows_of_texts(spec, data.columns["text"]) if by_text else rows_of_columns(data.columns)
         values: dict[str, float] = {}
@@ -70,11 +71,11 @@ def int8_scores(
             logits = foreign_logits(rows, spec=spec, encoder=model.encoder, run=run, tokenizer=tokenizer)
             if not logits:
                 raise DataError(
-                    f"The {split} split of task {task!r} has no row that fits {model.encoder.max_length} tokens."
+                    f"{scored_rows.name} of task {task!r} has no row that fits {model.encoder.max_length} tokens."
                 )
             values[name], scored = _score(spec, data, logits), len(logits)
         loss = values["float32"] - values["int8"]
-        scores[task] = {"split": split, "rows": scored, "metric": spec.metric, **values, "loss": loss}
+        scores[task] = {"split": scored_rows.name, "rows": scored, "metric": spec.metric, **values, "loss": loss}
     return scores
 
 
