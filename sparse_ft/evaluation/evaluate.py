@@ -181,22 +181,8 @@ def evaluate(
     way = find_route(route, model, seed=opened.config.seed, min_familiarity=min_familiarity)
     names = [tasks] if isinstance(tasks, str) else list(opened.tasks if tasks is None else tasks)
     splits = _splits_of(names, split, model=model)
-    given = name_sources(data, names)
-    sources = {**opened.config.sources, **given}
     ensembles = _ensembles_of(names, combine, route=route, checkpoint=opened)
-    encoder = Encoder(model.backbone, max_length=opened.config.data.max_length)
-    scored = {}
-    for task, ensemble in ensembles.items():
-        spec, source = opened.tasks[task], sources.get(task)
-        scored[task] = evaluate_task(
-            model, spec, split=splits[task], source=source, encoder=encoder, route=way, ensemble=ensemble,
-            specs=opened.tasks, trained_on=opened.config.sources.get(task),
-        )  # fmt: skip
-        if task in given and scored[task].held_out:
-            _LOG.info(
-                "Task %s was trained on %s: of its rows, the %d held out for %s are scored.",
-                task, source_name(source), scored[task].report.score.n, splits[task],
-            )  # fmt: skip
+    scored = _score_tasks(opened, ensembles, splits=splits, given=name_sources(data, names), route=way)
     for warning in way.warnings():
         _LOG.warning("%s", warning)
     return Evaluation(
@@ -207,6 +193,32 @@ def evaluate(
         routing=_report_routing(model, scored, ensembles),
         gated=bool(scored) and (route != "task" or any(model.tasks[task].gated for task in names)),
     )
+
+
+def _score_tasks(
+    opened: Checkpoint,
+    ensembles: Mapping[str, Ensemble | None],
+    *,
+    splits: Mapping[str, Split],
+    given: Mapping[str, TaskData],
+    route: Route,
+) -> dict[str, ScoredTask]:
+    """Score each task on the data that the caller gives for it, or on that of its training."""
+    encoder = Encoder(opened.model.backbone, max_length=opened.config.data.max_length)
+    scored = {}
+    for task, ensemble in ensembles.items():
+        trained_on = opened.config.sources.get(task)
+        source = given.get(task, trained_on)
+        scored[task] = evaluate_task(
+            opened.model, opened.tasks[task], split=splits[task], source=source, encoder=encoder, route=route,
+            ensemble=ensemble, specs=opened.tasks, trained_on=trained_on,
+        )  # fmt: skip
+        if task in given and scored[task].held_out:
+            _LOG.info(
+                "Task %s was trained on %s: of its rows, the %d held out for %s are scored.",
+                task, source_name(source), scored[task].report.score.n, splits[task],
+            )  # fmt: skip
+    return scored
 
 
 def _open(checkpoint: str | Path | Checkpoint | HasCheckpoint, *, device: str, backbone: str | None) -> Checkpoint:

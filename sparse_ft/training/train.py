@@ -36,7 +36,7 @@ from sparse_ft.training.new_experts import add_tasks, start_gate
 from sparse_ft.training.new_heads import has_start, start_head
 from sparse_ft.training.processes import broadcast, broadcast_module, rank, rank_device
 from sparse_ft.training.resume import Progress, unscored_tasks
-from sparse_ft.training.settings import assemble_run, moved_backbone
+from sparse_ft.training.settings import AssembledRun, assemble_run, moved_backbone
 from sparse_ft.training.training_task import TrainingTask, prepare_task
 
 _LOG = logging.getLogger("sparse_ft")
@@ -100,9 +100,8 @@ def train(
             experts and gate together, the gate mixing ``gate.top_k`` experts for each text or token. A joint run with
             ``from_checkpoint`` and without ``tasks`` trains all tasks of the checkpoint further; a pool of experts
             (``experts.pool``) is always trained jointly.
-        folds: Divide the rows of one file, or rows in memory, into this number of folds, at least 2: for each fold a
-            model is trained on the others, scored on it, and thrown away. The checkpoint is then trained on all rows,
-            as with ``data.division=all``, and carries the mean scores.
+        folds: At least 2: for each fold of the rows of one file, or rows in memory, a model is trained on the others,
+            scored, and thrown away; the checkpoint is trained on all rows (``data.division=all``) and has the means.
 
     Raises:
         SparseFTError: For every mistake that the caller can correct; nothing is written then.
@@ -110,7 +109,7 @@ def train(
     start = None if from_checkpoint is None else str(from_checkpoint)
     values = {"backbone": backbone, "seed": seed, "device": device, "stage": stage, "start": start}
     with contextlib.ExitStack() as claims:
-        run, specs, sources, finished = broadcast(
+        assembled = broadcast(
             lambda: assemble_run(
                 config,
                 tasks=tasks,
@@ -122,14 +121,20 @@ def train(
                 claims=claims,
             )
         )
-        if folds is not None:
-            check_folds(run, specs, folds=folds, sources=sources, resume=resume)
-            return _train_folds(run, specs, sources=sources, folds=folds)
-        if not specs or finished:
-            work = _finish_scores if finished else train_gate
-            evaluation, scored = broadcast(lambda: work(run, sources=sources))
-            return TrainResult(Path(run.output or ""), evaluation, [], scored, 0.0)
-        return _train(run, specs, sources=sources, resume=resume)
+        return _run(assembled, resume=resume, folds=folds)
+
+
+def _run(assembled: AssembledRun, *, resume: bool, folds: int | None) -> TrainResult:
+    """Run what was assembled: folds, the missing scores of a checkpoint, its gate, or experts."""
+    run, specs, sources, finished = assembled
+    if folds is not None:
+        check_folds(run, specs, folds=folds, sources=sources, resume=resume)
+        return _train_folds(run, specs, sources=sources, folds=folds)
+    if not specs or finished:
+        work = _finish_scores if finished else train_gate
+        evaluation, scored = broadcast(lambda: work(run, sources=sources))
+        return TrainResult(Path(run.output or ""), evaluation, [], scored, 0.0)
+    return _train(run, specs, sources=sources, resume=resume)
 
 
 def _train_folds(
