@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -63,6 +63,11 @@ def name_sources(data: TaskData | Mapping[str, TaskData] | None, tasks: Sequence
 def _absolute(source: TaskData) -> TaskData:
     """Make a path absolute, so that it holds in every working directory."""
     return str(user_path(source).absolute()) if isinstance(source, str | Path) else source
+
+
+def sources_in_memory(sources: Mapping[str, TaskData], tasks: Iterable[str]) -> dict[str, TaskData]:
+    """Return the data of tasks that no config can name."""
+    return {task: sources[task] for task in tasks if not isinstance(sources.get(task), str | None)}
 
 
 class ScoredRows(NamedTuple):

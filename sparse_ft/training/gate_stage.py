@@ -14,7 +14,7 @@ from sparse_ft.evaluation.evaluate import Evaluation, evaluate
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.prediction.routes import Route
 from sparse_ft.tasks.in_memory import TaskData
-from sparse_ft.tasks.sources import scored_splits
+from sparse_ft.tasks.sources import scored_splits, sources_in_memory
 from sparse_ft.tasks.spec import TaskSpec
 from sparse_ft.training.checks import check_gate_stage
 from sparse_ft.training.fit_gate import fit_gate, routing_accuracy
@@ -46,7 +46,8 @@ def train_gate(run: RunConfig, *, sources: Mapping[str, TaskData]) -> tuple[Eval
     add_gate(model, tasks, run=run, metrics=metrics)
     output = Path(run.output or "")
     save_checkpoint(output, model=model, tasks=specs, config=run, metrics=metrics)
-    evaluation = evaluate(output, tasks=list(splits), data=sources, split=splits, route="gate", device=run.device)
+    data = sources_in_memory(sources, splits)
+    evaluation = evaluate(output, tasks=list(splits), data=data, split=splits, route="gate", device=run.device)
     return evaluation, specs
 
 

@@ -25,7 +25,7 @@ from sparse_ft.evaluation.scoring import score_rows
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.tasks.in_memory import TaskData
 from sparse_ft.tasks.kinds import find_kind
-from sparse_ft.tasks.sources import say_division, scored_splits
+from sparse_ft.tasks.sources import say_division, scored_splits, sources_in_memory
 from sparse_ft.tasks.spec import Division, Split, TaskSpec
 from sparse_ft.training.checks import check_model
 from sparse_ft.training.folds import FoldScores, check_folds, fold_specs, gather_scores
@@ -282,8 +282,8 @@ def _score(
 ) -> Evaluation:
     """Read the checkpoint back, score the trained tasks that have rows to score, and note their scores in it."""
     output = Path(run.output or "")
-    in_memory = {name: sources[name] for name in splits if not isinstance(sources.get(name), str | None)}
-    evaluation = evaluate(output, tasks=list(splits), data=in_memory, split=splits, device=run.device)
+    data = sources_in_memory(sources, splits)
+    evaluation = evaluate(output, tasks=list(splits), data=data, split=splits, device=run.device)
     for name, entry in evaluation.tasks.items():
         scores = report_json(entry.score, unseen_rows=entry.unseen_rows)
         metrics[name].update({"split": evaluation.splits[name], **scores})
