@@ -67,7 +67,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
                 advice = " Put it in quotes."
             if problem["type"] in {"int_type", "float_type"} and isinstance(problem["input"], str):
                 advice = " Write a number in digits, without quotes, _ or leading zeros."
-            problems.append(f"{field}: {problem['msg']} (got {problem['input']!r}).{advice}")
+            problems.append(f"{field}: {problem['msg']} (got {problem['input']!r:.200}).{advice}")
     return " ".join(problems)
 
 

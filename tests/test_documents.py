@@ -103,8 +103,8 @@ def test_json_that_is_refused(text, reason):
 
 
 @pytest.mark.parametrize(("content", "reason"), [
-    ("text,label".encode("utf-16"), "is UTF-16, not UTF-8: it begins with the byte-order mark ff fe. Convert the file, "
-     "e.g. `iconv -f UTF-16 -t UTF-8 OLD > NEW`"),
+    ("text,label".encode("utf-16"), "is UTF-16, not UTF-8: it begins with the byte-order mark ff fe. "
+     "Convert the file to UTF-8, e.g. `iconv -f UTF-16 -t UTF-8 OLD > NEW`"),
     ("text,label".encode("utf-16-le"), "is UTF-16LE, not UTF-8"),
     ("text,label".encode("utf-16-be"), "is UTF-16BE, not UTF-8"),
     ("text".encode("utf-32"), "is UTF-32, not UTF-8"),

@@ -47,6 +47,11 @@ class Word(NamedTuple):
     end: int
 
 
+def is_single(character: str) -> bool:
+    """Whether a character belongs to a script in which every character is a word."""
+    return _ALONE.fullmatch(character) is not None
+
+
 def split_words(text: str, language: str = "en") -> list[Word]:
     """Split text into words.
 

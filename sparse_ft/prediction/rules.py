@@ -23,7 +23,7 @@ from sparse_ft.documents import read_yaml
 from sparse_ft.errors import ConfigError, explain, unknown_name
 from sparse_ft.experts.routing import Routing
 from sparse_ft.prediction.requests import Metadata
-from sparse_ft.tasks.records import label_text
+from sparse_ft.tasks.values import label_text
 
 _HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _KANA = "\u3041-\u30ff"

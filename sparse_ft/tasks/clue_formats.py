@@ -9,6 +9,7 @@ from sparse_ft.backbone.words import BLANK
 from sparse_ft.errors import DataError
 from sparse_ft.tasks.json_formats import load_json, read_jsonl
 from sparse_ft.tasks.records import QUESTION, FileOptions, Record, pick
+from sparse_ft.tasks.values import exact_text
 
 
 def read_cluener(path: Path, options: FileOptions) -> Iterator[Record]:
@@ -88,7 +89,9 @@ def read_c3(path: Path, options: FileOptions) -> Iterator[Record]:
             )
         for question in parts[1]:
             number += 1
-            yield Record({**question, "context": "\n".join(map(str, parts[0]))}, str(path), number, QUESTION)
+            record = Record(question, str(path), number, QUESTION)
+            context = "\n".join(exact_text(part, "a document", record.location) for part in parts[0])
+            yield record._replace(values={**question, "context": context})
 
 
 def read_chid(path: Path, options: FileOptions) -> Iterator[Record]:

@@ -3,8 +3,9 @@
 from typing import Any, NamedTuple
 
 from sparse_ft.errors import ConfigError, DataError, unknown_name
-from sparse_ft.tasks.records import Record, label_text, pick, plain_text
+from sparse_ft.tasks.records import Record, pick
 from sparse_ft.tasks.spec import Column, TaskSpec
+from sparse_ft.tasks.values import exact_text, label_key, list_cell
 
 _COLUMNS: dict[str, list[str]] = {
     "classification": ["text", "label"],
@@ -29,6 +30,8 @@ class Reading(NamedTuple):
     """True for the train split: every row needs a label, which the task must declare if it declares any."""
     labelled: bool = True
     """False: the label column may be missing."""
+    multi_hot: list[str] | None = None
+    """Names of the labels of multi-label rows that hold a zero or a one for each."""
 
 
 def wanted_columns(spec: TaskSpec, columns: dict[str, Column]) -> dict[str, Column]:
@@ -80,7 +83,7 @@ def texts_of(record: Record, reading: Reading) -> dict[str, Any]:
     """Return ``text``, and ``text_pair`` if the task reads it.
 
     Raises:
-        DataError: If one of them is null.
+        DataError: If one of them is null, or neither a string nor a number.
     """
     texts: dict[str, Any] = {}
     for name in ("text", "text_pair"):
@@ -88,7 +91,7 @@ def texts_of(record: Record, reading: Reading) -> dict[str, Any]:
             value = pick(record, reading.columns[name])
             if value is None:
                 raise DataError(f"{record.location}: {name} is null. Give every row a text, or leave the row out.")
-            texts[name] = plain_text(value)
+            texts[name] = exact_text(value, name, record.location)
     return texts
 
 
@@ -110,9 +113,23 @@ def source_label(record: Record, reading: Reading, column: str, *, empty: str | 
     return value
 
 
-def label_name(value: Any, record: Record, reading: Reading) -> str:
+def source_value(value: Any, noun: str, record: Record, reading: Reading) -> str:
+    """Return a label, tag or entity type as the text that stands in the source.
+
+    Raises:
+        DataError: If it is neither a string, nor a number, nor a boolean that the task declares.
+    """
+    if isinstance(value, str) and value and value[0] != "[":
+        return value
+    mapped = reading.spec.labels if isinstance(reading.spec.labels, dict) else {}
+    declared = {*reading.labels, *mapped, *(reading.spec.label_names or []), *reading.spec.drop_labels}
+    if isinstance(value, str) and value not in declared and list_cell(value) is not None:
+        value = list_cell(value)
+    return label_key(value, noun, record.location, declared)
+
+
+def label_name(text: str, record: Record, reading: Reading) -> str:
     """Map a source label to its name; in train it must be a label that the task declares."""
-    text = label_text(value)
     name = reading.labels.get(text, text)
     check_declared(name, record, reading)
     return name
@@ -132,7 +149,8 @@ def check_declared(name: str, record: Record, reading: Reading) -> None:
 
 
 def list_of(value: Any, column: str, record: Record) -> list[Any]:
-    """Return the value of a column that must be a list without null."""
-    if not isinstance(value, list) or None in value:
+    """Return the value of a column that must be a list without null; pandas writes lists into cells as text."""
+    items = list_cell(value) if isinstance(value, str) else value
+    if not isinstance(items, list) or None in items:
         raise DataError(f"{record.location}: {column} must be a list without null, not {str(value)[:60]!r}.")
-    return value
+    return items

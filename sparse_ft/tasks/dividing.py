@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 from sparse_ft.errors import DataError
-from sparse_ft.tasks.records import Record, label_text, pick, plain_text
-from sparse_ft.tasks.rows import LABEL_SEPARATOR
+from sparse_ft.tasks.label_lists import LABEL_SEPARATOR
+from sparse_ft.tasks.records import Record, pick, plain_text
 from sparse_ft.tasks.spec import SPLITS, Column, Division, Split, TaskSpec
+from sparse_ft.tasks.values import label_text
 
 _LOG = logging.getLogger("sparse_ft")
 

@@ -1,5 +1,6 @@
 """Read JSON: one object a line, one list, or SQuAD's articles. Knows nothing of tasks."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ def read_jsonl(path: Path, options: FileOptions) -> Iterator[Record]:
 
 
 def read_json(path: Path, options: FileOptions) -> Iterator[Record]:
-    """Yield the items of a JSON list, or of the list under one key of an object."""
+    """Yield the items of a JSON list, or of the list under one key of an object: its only one, or ``options.key``."""
     content = load_json(path)
     if options.key is not None:
         if not isinstance(content, dict) or options.key not in content:
@@ -27,11 +28,48 @@ def read_json(path: Path, options: FileOptions) -> Iterator[Record]:
                 f"{str(path)!r} has no key {options.key!r}. Its keys: {keys}. Correct the part after # in the name."
             )
         content = content[options.key]
-    if isinstance(content, dict) and any(isinstance(value, list) for value in content.values()):
-        raise DataError(f"{str(path)!r} is an object with the keys {', '.join(content)}. Choose one: {path.name}#KEY.")
+    wanted = {str(column) for column in (*options.columns, *options.columns.values())}
+    if isinstance(content, dict):
+        _refuse_columns(content, path)
+        content = _list_within(content, path) if wanted.isdisjoint(content) else content  # else it is a row
     rows = content if isinstance(content, list) else [content]
     for number, row in enumerate(rows, start=1):
         yield Record(_checked_row(row, path, number), str(path), number, "record")
+
+
+def _list_within(content: dict[str, Any], path: Path) -> dict[str, Any] | list[Any]:
+    """Return the only list of an object, such as that under ``data``; an object without lists is a row itself."""
+    lists = [name for name, value in content.items() if isinstance(value, list)]
+    if len(lists) == 1 and all(isinstance(row, dict | list) for row in content[lists[0]]):
+        return list(content[lists[0]])
+    if lists:
+        raise DataError(
+            f"{str(path)!r} is an object with the keys {', '.join(content)}. Choose one: {path.name}#KEY. Expected a "
+            "list of rows under it."
+        )
+    return content
+
+
+def _refuse_columns(content: dict[str, Any], path: Path) -> None:
+    if content and all(isinstance(value, dict) for value in content.values()):
+        raise DataError(
+            f"{str(path)!r} holds columns ({', '.join(content)}), not rows. Expected a list of rows, which pandas "
+            "writes with to_json(orient='records')."
+        )
+
+
+def holds_lines(text: str) -> bool:
+    """Whether a text has one JSON value a line, and is not one document that holds a list of rows."""
+    first, _, rest = text.lstrip().partition("\n")
+    try:
+        row = json.loads(first)
+    except (ValueError, RecursionError):
+        return first.startswith("{") and rest.lstrip().startswith("{")  # a broken line is reported as such
+    if rest.strip():
+        return True
+    values = row.values() if isinstance(row, dict) else [row]
+    items = [item for value in values for item in (value if isinstance(value, list) else [value])]
+    return not any(isinstance(item, dict | list) for item in items)
 
 
 def load_json(path: Path) -> Any:

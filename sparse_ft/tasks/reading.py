@@ -24,13 +24,13 @@ from sparse_ft.tasks.clue_formats import mark_pronoun
 from sparse_ft.tasks.columns import Reading, fitting_columns, wanted_columns
 from sparse_ft.tasks.dividing import OWN, cut_validation, divide_rows, rows_digest
 from sparse_ft.tasks.formats import read_file, record_columns
+from sparse_ft.tasks.hub import load_hub
 from sparse_ft.tasks.in_memory import TaskData, to_records
 from sparse_ft.tasks.records import FileOptions, Record
 from sparse_ft.tasks.rows import to_dataset
 from sparse_ft.tasks.schemes import split_tag
 from sparse_ft.tasks.single_file import read_single
 from sparse_ft.tasks.spec import SPLITS, Division, FileSource, HubSource, Split, TaskSpec
-from sparse_ft.tasks.table_formats import named_records
 
 
 class Divided(NamedTuple):
@@ -178,8 +178,9 @@ def _folder(spec: TaskSpec, data: str | Path | None) -> Path | None:
 
 
 def _reading(spec: TaskSpec) -> Reading:
-    """Return the reading of a task's files; in tagging its labels map entity types, which stand inside of tags."""
-    labels = spec.labels if isinstance(spec.labels, dict) and spec.kind != "token_classification" else {}
+    """Return the reading of a task's files; in tagging its labels may map entity types, which stand inside of tags."""
+    mapped = spec.maps_tags or spec.kind != "token_classification"
+    labels = spec.labels if isinstance(spec.labels, dict) and mapped else {}
     return Reading(spec, wanted_columns(spec, spec.columns), labels, spec.label_scheme)
 
 
@@ -240,14 +241,14 @@ def _read_hub(spec: TaskSpec, folder: str | None, splits: Sequence[Split], befor
     hub = spec.hub or HubSource(path=str(folder))
     if folder is not None:
         hub = hub.model_copy(update={"path": folder, "name": None, "revision": None})
-    loaded = _load_hub(hub)
+    loaded = load_hub(hub, wanted_columns(spec, spec.columns if hub.columns is None else hub.columns))
     theirs = {split: hub.splits.get(split, split) for split in SPLITS}
     has_validation = theirs["validation"] in loaded
     marked = spec.files is not None and spec.files.format == "cluewsc"
     records: dict[Split, list[Record]] = {}
     for split in _needed(splits, has_validation=has_validation):
         if theirs[split] in loaded:
-            rows = named_records(loaded[theirs[split]], f"{hub.path} ({theirs[split]})")
+            rows = loaded[theirs[split]]
             records[split] = [mark_pronoun(record) if marked else record for record in rows]
     if not records:
         raise DataError(
@@ -260,15 +261,3 @@ def _read_hub(spec: TaskSpec, folder: str | None, splits: Sequence[Split], befor
         reading = reading._replace(labels=hub.labels)
     division = OWN if has_validation else cut_validation(spec, records, columns=reading.columns, before=before)
     return Divided(_datasets(records, reading, splits), division)
-
-
-def _load_hub(hub: HubSource) -> datasets.DatasetDict:
-    try:
-        return datasets.load_dataset(hub.path, hub.name, revision=hub.revision)
-    except Exception as error:  # the library raises a dozen types, from httpx, huggingface_hub, pyarrow and its own
-        reason = " ".join(str(error).split()).rstrip(".")
-        config = f" ({hub.name})" if hub.name else ""
-        raise DataError(
-            f"Data set {hub.path!r}{config} could not be loaded from the hub: {reason}. Check the network and the id, "
-            "or download the files and name their folder with --data FOLDER."
-        ) from error

@@ -7,15 +7,25 @@ import difflib
 import gzip
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparse_ft.documents import decode
 from sparse_ft.errors import DataError
 from sparse_ft.tasks.spec import Column
+from sparse_ft.tasks.values import exact_text
 
 _REST = re.compile(r"(\d+)\.\.")
+USUAL_NAMES: dict[str, tuple[str, ...]] = {
+    "text": ("sentence", "review", "content", "body", "message", "utterance", "comment", "document", "tweet"),
+    "label": ("category", "class", "target", "sentiment", "intent", "labels", "topic"),
+    "labels": ("label", "categories", "tags", "topics"),
+    "tokens": ("words", "token", "word", "text"),
+    "tags": ("ner_tags", "labels", "tag", "ner", "label"),
+    "spans": ("entities", "ents", "labels"),
+}
+"""Names that other data sets give to our columns, lower case, for suggestions."""
 QUESTION = "question"
 """Noun of a record that is one of several questions about a text; questions are counted through the file."""
 SENTENCE = "sentence at line"
@@ -70,7 +80,7 @@ def locate(folder: Path, name: str) -> Path:
 
 
 def read_text(path: Path) -> str:
-    """Read a UTF-8 file; decompress ``.gz`` and drop a byte-order mark.
+    r"""Read a UTF-8 file; decompress ``.gz``, drop a byte-order mark, and write ``\n`` where only ``\r`` ends lines.
 
     Raises:
         DataError: If the file cannot be read, is a broken gzip or is not UTF-8.
@@ -87,7 +97,8 @@ def read_text(path: Path) -> str:
         raise DataError(
             f"Data file {str(path)!r} cannot be read: {error.strerror}. Check the path and its permissions."
         ) from error
-    return decode(data, f"Data file {str(path)!r}", error=DataError)
+    text = decode(data, f"Data file {str(path)!r}", error=DataError)
+    return text if "\n" in text else text.replace("\r", "\n")  # the line ends of old Macs and of some spreadsheets
 
 
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -103,21 +114,22 @@ def pick(record: Record, column: Column) -> Any:
     Args:
         record: A record.
         column: A name; a position (negative from the end); ``"1.."`` for position 1 and all after it, joined by a
-            space; or a list of columns, joined by a space, without those that are null.
+            space; or a list of columns, joined by a space, without those that are null. Lists in joined columns are
+            joined, too.
 
     Raises:
-        DataError: If there is no such column; lists the columns that exist.
+        DataError: If there is no such column, with the columns that exist; or if a joined value is no text.
     """
     if isinstance(column, list):
         parts = [value for value in (pick(record, part) for part in column) if value is not None]
-        return " ".join(map(plain_text, parts)) if parts else None
+        return " ".join(_joined(value, record.location) for value in parts) if parts else None
     values = record.values
     if isinstance(column, str) and isinstance(values, dict) and column in values:
         return values[column]
     in_order = list(values.values()) if isinstance(values, dict) else values
     rest = _REST.fullmatch(column) if isinstance(column, str) else None
     if rest and int(rest[1]) < len(in_order):
-        return " ".join(plain_text(value) for value in in_order[int(rest[1]) :])
+        return " ".join(_joined(value, record.location) for value in in_order[int(rest[1]) :])
     if isinstance(column, int) and -len(in_order) <= column < len(in_order):
         return in_order[column]
     raise DataError(_missing_column(record, column))
@@ -125,27 +137,35 @@ def pick(record: Record, column: Column) -> Any:
 
 def _missing_column(record: Record, column: str | int) -> str:
     if isinstance(record.values, dict):
-        close = difflib.get_close_matches(str(column), record.values, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        there = "The columns are: " + ", ".join(record.values) + "."
+        names, there = list(record.values), f"The columns are: {', '.join(record.values)}."
     else:
-        hint, there = "", f"There are {len(record.values)} columns, without names."
-    advice = "Name the columns in the task file under `columns`."
-    return f"No column {column!r} in {record.location}.{hint} {there} {advice}"
+        names = [value for value in record.values if isinstance(value, str)] if record.number == 1 else []
+        there = f"There are {len(record.values)} columns, without names."
+        if names and isinstance(column, str):
+            there = f"No column of the first line has this name: {', '.join(repr(name[:40]) for name in names)}."
+    close = _close_name(str(column), names) if isinstance(column, str) else None
+    hint = f" Did you mean {close!r}? Then write `columns: {{{column}: {close}}}`." if close else ""
+    return (
+        f"No column {column!r} in {record.location}.{hint} {there} Name the columns in the task file under `columns`."
+    )
+
+
+def _close_name(column: str, names: Sequence[str]) -> str | None:
+    """Return the name that a source is likely to give one of our columns."""
+    by_lower = {name.strip().lower(): name for name in reversed(names)}
+    usual = next((by_lower[name] for name in (column, *USUAL_NAMES.get(column, ())) if name in by_lower), None)
+    close = difflib.get_close_matches(column, by_lower, n=1)
+    return usual or (by_lower[close[0]] if close else None)
+
+
+def _joined(value: Any, location: str) -> str:
+    """Write a value of a joined column as text."""
+    return " ".join(exact_text(item, "text", location) for item in (value if isinstance(value, list) else [value]))
 
 
 def plain_text(value: Any) -> str:
-    """Write a value as text; the items of a list are joined by one space."""
+    """Write any value as text, to compare rows; the items of a list are joined by one space."""
     return " ".join(str(item) for item in value) if isinstance(value, list) else str(value)
-
-
-def label_text(value: Any) -> str:
-    """Write a label as the text that a YAML file would hold: ``true``, ``1``, ``news``."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value)
 
 
 def split_tokens(line: str, separator: str | None = None) -> list[str]:

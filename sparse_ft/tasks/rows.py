@@ -10,15 +10,14 @@ import datasets
 
 from sparse_ft.backbone.words import split_words
 from sparse_ft.errors import DataError
-from sparse_ft.tasks.columns import Reading, label_name, list_of, source_label, texts_of
-from sparse_ft.tasks.records import Record, label_text, pick
+from sparse_ft.tasks.columns import Reading, label_name, source_label, source_value, texts_of
+from sparse_ft.tasks.label_lists import multi_hot_names, source_labels
+from sparse_ft.tasks.records import Record, pick
 from sparse_ft.tasks.spec import Column, TaskSpec
 from sparse_ft.tasks.tagged_rows import tagged_row
+from sparse_ft.tasks.values import exact_text, list_cell
 
 _LOG = logging.getLogger("sparse_ft")
-
-LABEL_SEPARATOR = "|"
-"""Divides the labels of a multi-label row that the source writes as one string; label names may contain commas."""
 
 _STRING = datasets.Value("string")
 _STRINGS = datasets.List(_STRING)
@@ -55,6 +54,8 @@ def to_dataset(records: Sequence[Record], reading: Reading) -> datasets.Dataset:
         DataError: If a record does not fit; with file and line.
     """
     reading = reading._replace(columns=_with_question(reading.spec, reading.columns, records[0]))
+    if reading.spec.kind == "multi_label":
+        reading = reading._replace(multi_hot=multi_hot_names(records, reading))
     rows = [{**row, "row": record.row} for record in records if (row := _row(record, reading)) is not None]
     if not rows:
         raise DataError(
@@ -102,23 +103,22 @@ def _warn_of_losses(rows: Sequence[dict[str, Any]], path: str) -> None:
 
 
 def _classification_row(record: Record, reading: Reading) -> dict[str, Any] | None:
-    value = source_label(record, reading, "label")
-    if value is not None and label_text(value) in reading.spec.drop_labels:
-        return None
-    return {**texts_of(record, reading), "label": None if value is None else label_name(value, record, reading)}
+    texts, value = texts_of(record, reading), source_label(record, reading, "label")
+    if value is None:
+        return {**texts, "label": None}
+    label = source_value(value, "label", record, reading)
+    return None if label in reading.spec.drop_labels else {**texts, "label": label_name(label, record, reading)}
 
 
 def _multi_label_row(record: Record, reading: Reading) -> dict[str, Any] | None:
-    """Split a string at LABEL_SEPARATOR; an empty string or list means no label at all, null hidden labels."""
-    value = source_label(record, reading, "labels", empty="")
-    if value is None:
-        return {**texts_of(record, reading), "labels": None}
-    if isinstance(value, str):
-        value = [part.strip() for part in value.split(LABEL_SEPARATOR) if part.strip()]
-    items = list_of(value, "labels", record)
-    if not {label_text(item) for item in items}.isdisjoint(reading.spec.drop_labels):
+    """Name the labels of a row; null means hidden labels."""
+    texts, items = texts_of(record, reading), source_labels(record, reading)
+    if items is None:
+        return {**texts, "labels": None}
+    labels = [source_value(item, "label", record, reading) for item in items]
+    if not set(labels).isdisjoint(reading.spec.drop_labels):
         return None
-    return {**texts_of(record, reading), "labels": [label_name(item, record, reading) for item in items]}
+    return {**texts, "labels": [label_name(label, record, reading) for label in labels]}
 
 
 def _question_row(record: Record, reading: Reading) -> dict[str, Any]:
@@ -149,10 +149,22 @@ def _question_row(record: Record, reading: Reading) -> dict[str, Any]:
 def _source_answers(value: Any, record: Record) -> list[tuple[str, int]]:
     """Return the texts and starts of a list of answers, or of two parallel lists, as the hub has them."""
     if isinstance(value, dict) and {"text", "answer_start"} <= set(value):
-        return [(str(text), int(start)) for text, start in zip(value["text"], value["answer_start"], strict=True)]
+        value = [
+            {"text": text, "answer_start": start}
+            for text, start in zip(value["text"], value["answer_start"], strict=True)
+        ]
     if isinstance(value, list) and all(isinstance(item, dict) and "text" in item for item in value):
-        return [(str(item["text"]), int(item.get("answer_start", -1))) for item in value]
+        return [
+            (exact_text(item["text"], "an answer", record.location), _start(item.get("answer_start", -1), record))
+            for item in value
+        ]
     raise DataError(f'{record.location}: answers must be [{{"text", "answer_start"}}, …], not {str(value)[:60]!r}.')
+
+
+def _start(value: Any, record: Record) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise DataError(f"{record.location}: answer_start must be an index of a character, not {value!r}.")
+    return value
 
 
 def _nearest(text: str, answer: str, start: int) -> int:
@@ -166,14 +178,15 @@ def _nearest(text: str, answer: str, start: int) -> int:
 def _choice_row(record: Record, reading: Reading) -> dict[str, Any]:
     """Read the choices and the right one, which the source gives by its 0-based index or its text."""
     texts = texts_of(record, reading)
-    choices = pick(record, reading.columns["choices"])
+    value = pick(record, reading.columns["choices"])
+    choices = list_cell(value) if isinstance(value, str) else value
     if not isinstance(choices, list) or not choices:
-        raise DataError(f"{record.location}: choices must be a list of texts with one at least, not {choices!r}.")
-    choices = [str(choice) for choice in choices]
+        raise DataError(f"{record.location}: choices must be a list of texts with one at least, not {value!r}.")
+    choices = [exact_text(choice, "a choice", record.location) for choice in choices]
     value = source_label(record, reading, "answer")
     if isinstance(value, str) and value in choices:
         value = choices.index(value)
-    if value is not None and (not isinstance(value, int) or not 0 <= value < len(choices)):
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < len(choices)):
         raise DataError(
             f"{record.location}: the answer {value!r} is none of the choices, nor the index of one from 0 to "
             f"{len(choices) - 1}: {', '.join(choices)}."

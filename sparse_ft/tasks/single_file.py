@@ -5,6 +5,7 @@ from pathlib import Path
 from sparse_ft.errors import DataError
 from sparse_ft.tasks.columns import fitting_columns, wanted_columns
 from sparse_ft.tasks.formats import read_file, record_columns
+from sparse_ft.tasks.json_formats import holds_lines
 from sparse_ft.tasks.records import FileOptions, Record, locate, read_text
 from sparse_ft.tasks.spec import Column, TaskSpec
 
@@ -61,6 +62,8 @@ def _format_of(spec: TaskSpec, file: Path) -> str:
         return str(declared)
     if suffix == ".json" and declared not in {"json", "squad", "c3"} and first_line.lstrip().startswith("["):
         return "json"
+    if suffix == ".json" and declared not in known and not holds_lines(read_text(file)):
+        return "json"
     tagging = spec.kind == "token_classification"
     if tagging and "conll" in known and not {"tokens", "text"} & set(first_line.strip().split("\t")):
         return "conll"
@@ -69,7 +72,7 @@ def _format_of(spec: TaskSpec, file: Path) -> str:
 
 def _separator(spec: TaskSpec, file: Path) -> str | None:
     """Return the task's separator if the first line with columns has it, else a tab if it has one, else None."""
-    lines = (line for line in read_text(file).split("\n") if line.strip() and not line.startswith("-DOCSTART-"))
+    lines = (line for line in read_text(file).split("\n") if line.strip() and not line.startswith(("-DOCSTART-", "# ")))
     first_line = next(lines, "")
     declared = spec.files.separator if spec.files is not None else None
     return next((mark for mark in (declared, "\t") if mark is not None and mark in first_line), None)

@@ -1,10 +1,12 @@
 """Tasks: data, labels and metric, declared in one YAML file. Knows nothing of tensors."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, Strict, ValidationError, model_validator
+from pydantic import Field, Strict, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from sparse_ft.documents import read_yaml
 from sparse_ft.errors import ConfigError, explain, unknown_name
@@ -14,6 +16,14 @@ from sparse_ft.sections import Flag, Section
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 Column = str | int | list[str | int]
+METRICS = {
+    "classification": "accuracy",
+    "multi_label": "micro_f1",
+    "token_classification": "f1",
+    "span_extraction": "exact_match",
+    "multiple_choice": "accuracy",
+}
+"""Metric of a task that names none, by its kind."""
 
 
 class HubSource(Section):
@@ -33,6 +43,11 @@ class HubSource(Section):
     """Label values on the hub to names; null takes ``labels`` of the task."""
     label_scheme: str | None = None
     """Tagging scheme on the hub; null takes ``label_scheme`` of the task."""
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        return _named_labels(value)
 
 
 class FileSource(Section):
@@ -75,13 +90,6 @@ class Division(Section):
     """Digest of the texts and labels of all divided rows, by which a copy of the file is known."""
 
 
-def _all_different(names: list[str]) -> list[str]:
-    twice = next((name for index, name in enumerate(names) if name in names[:index]), None)
-    if twice is not None:
-        raise ValueError(f"{twice!r} is listed twice")
-    return names
-
-
 class TaskSpec(Section):
     """A task as its YAML file declares it."""
 
@@ -100,8 +108,9 @@ class TaskSpec(Section):
     columns: dict[str, Column] = Field(default_factory=dict)
     """Our column (``text``, ``text_pair``, ``label``, ``labels``, ``tokens``, ``tags``, ``spans``, ``choices``,
     ``answer``, ``answers``) to the source's name or 0-based position, where they differ."""
-    labels: Annotated[list[str], AfterValidator(_all_different)] | dict[str, str] | None = None
-    """All label names in order, or source values mapped to names; null takes the names that occur in train, sorted."""
+    labels: list[str] | dict[str, str] | None = None
+    """All label names in order, or source values mapped to names; null takes the names that occur in train, sorted. In
+    tagging these are entity types, or integers mapped to tags, e.g. {0: O, 1: B-PER, 2: I-PER}."""
     drop_labels: list[str] = Field(default_factory=list)
     """Source labels whose rows are left out, e.g. ``-`` where annotators disagreed."""
     out_of_scope: str | None = None
@@ -109,7 +118,9 @@ class TaskSpec(Section):
     label_scheme: str = "iob2"
     """Tagging scheme of the source: iob1, iob2, bioes or bmes."""
     metric: str
-    """Metric for early stopping and headlines, higher is better: a figure of the task kind, or ``evaluate:<id>``."""
+    """Metric for early stopping and headlines, higher is better: a figure of the task kind, or ``evaluate:<id>``.
+    Without one it is accuracy, micro_f1 for multi_label, f1 for token_classification, exact_match for
+    span_extraction."""
     leaks: dict[Split, list[int]] = Field(default_factory=dict)
     """0-based rows of an evaluation split whose text also occurs in train; scores are also given without them."""
     division: Division | None = None
@@ -123,19 +134,24 @@ class TaskSpec(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _text_labels(cls, values: Any) -> Any:
-        """Turn labels that YAML reads as numbers or booleans into the text that stands in the file."""
+    def _with_defaults(cls, values: Any) -> Any:
+        """Fill in the metric of the kind, and number a list of tags, as integer tags count them."""
         if not isinstance(values, dict):
             return values
-        values = dict(values)
-        if isinstance(values.get("labels"), dict):
-            values["labels"] = {_as_text(key): _as_text(name) for key, name in values["labels"].items()}
-        for key in ("labels", "drop_labels"):
-            if isinstance(values.get(key), list):
-                values[key] = [_as_text(name) for name in values[key]]
-        if "out_of_scope" in values:
-            values["out_of_scope"] = _as_text(values["out_of_scope"])
-        return values
+        labels, kind = values.get("labels"), str(values.get("kind"))
+        if kind == "token_classification" and isinstance(labels, list) and _are_tags(labels):
+            values = {**values, "labels": dict(enumerate(labels))}
+        return {**values, "metric": values.get("metric") or METRICS.get(kind, "")}
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        return _named_labels(value)
+
+    @field_validator("drop_labels", "out_of_scope", mode="before")
+    @classmethod
+    def _texts(cls, value: Any) -> Any:
+        return _label_texts(value)
 
     @property
     def reads(self) -> Literal["text", "pair", "choices"]:
@@ -151,10 +167,17 @@ class TaskSpec(Section):
 
     @property
     def label_names(self) -> list[str] | None:
-        """All label names in order, or None while only the train split knows them."""
+        """All label names in order (of tags, the entity types), or None while only the train split knows them."""
         if isinstance(self.labels, dict):
-            return list(dict.fromkeys(self.labels.values()))
+            names = [_type_of(name) if self.maps_tags else name for name in self.labels.values()]
+            return [name for name in dict.fromkeys(names) if name]
         return self.labels
+
+    @property
+    def maps_tags(self) -> bool:
+        """Whether ``labels`` maps source values to tags, such as 1 to B-PER, instead of entity types to names."""
+        tagging = self.kind == "token_classification" and isinstance(self.labels, dict)
+        return tagging and _are_tags(list(self.labels.values()))  # type: ignore[union-attr]
 
     def with_labels(self, names: Sequence[str]) -> "TaskSpec":
         """Return the task with these labels in this order; source values stay mapped to their names.
@@ -163,18 +186,58 @@ class TaskSpec(Section):
             names: All labels of the head; for tags, the entity types.
         """
         labels: list[str] | dict[str, str] = list(names)
-        if isinstance(self.labels, dict):
+        if isinstance(self.labels, dict) and self.maps_tags and set(names) == set(self.label_names or []):
+            tags = sorted(self.labels.items(), key=lambda item: ["", *names].index(_type_of(item[1])))
+            return self.model_copy(update={"labels": dict(tags)})
+        if isinstance(self.labels, dict) and not self.maps_tags:
             known = self.labels.items()
             sources = {name: [key for key, other in known if other == name] or [name] for name in names}
             labels = {source: name for name in names for source in sources[name]}
         return self.model_copy(update={"labels": labels})
 
 
-def _as_text(value: Any) -> Any:
-    """Write a number or a boolean as text; whatever else it is, the check of its type says."""
+def _are_tags(names: Sequence[Any]) -> bool:
+    return len(names) > 1 and all(isinstance(name, str) and re.fullmatch(r"O|[A-Z]-.+", name) for name in names)
+
+
+def _type_of(tag: str) -> str:
+    return tag.partition("-")[2]
+
+
+def _label_texts(value: Any) -> Any:
+    """Write labels that YAML or Python holds as numbers or booleans as text."""
+    if isinstance(value, list):
+        return [_label_text(name) for name in value]
+    return None if value is None else _label_text(value)
+
+
+def _named_labels(value: Any) -> Any:
+    """Check a list of labels, or a mapping of source values to names, and write both as text."""
+    if value is None:
+        return None
+    if not isinstance(value, list | dict):
+        raise _wrong("expected a list of names, or source values mapped to names")
+    texts = [_label_text(name) for name in value]
+    twice = next((name for index, name in enumerate(texts) if name in texts[:index]), None)
+    if twice is not None:
+        raise _wrong(f"{twice!r} is listed twice")
+    return dict(zip(texts, map(_label_text, value.values()), strict=True)) if isinstance(value, dict) else texts
+
+
+def _wrong(problem: str) -> PydanticCustomError:
+    return PydanticCustomError("label", "{problem}", {"problem": problem})
+
+
+def _label_text(value: Any) -> str:
+    """Return the text of a label; refuse what is none, e.g. null, a list or an empty string."""
     if isinstance(value, bool):
         return str(value).lower()
-    return str(value) if isinstance(value, int | float) else value
+    problem = f"{value!r} is no label; expected a name or a number"
+    if value is None:
+        problem = "null is no label; a label that is spelled so stands in quotes, as in 'null'"
+    if not isinstance(value, str | int | float) or value == "" or value != value:
+        raise _wrong(problem)
+    return str(value)
 
 
 def list_tasks() -> list[str]:

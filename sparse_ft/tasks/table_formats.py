@@ -2,8 +2,9 @@
 
 import csv
 import io
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from sparse_ft.errors import DataError
 from sparse_ft.tasks.records import SENTENCE, FileOptions, Record, locate, read_text, split_tokens, text_lines
 from sparse_ft.tasks.spec import Column
 
+_TSV_FIELD = re.compile(r'(?:"(?P<quoted>(?:[^"]|"")*)"|[^"\t\r\n]*)(?:\t|\r?\n|$)')
+_TAG = re.compile(r"O|[A-Z]-.+")
+
 
 def read_conll(path: Path, options: FileOptions) -> Iterator[Record]:
     """Yield one record a sentence: a list of values for each wanted column."""
@@ -24,6 +28,8 @@ def read_conll(path: Path, options: FileOptions) -> Iterator[Record]:
     start = 0
     for number, line in text_lines(path):
         fields = split_tokens(line, options.separator)
+        if not start and _is_comment(line, fields, wanted):
+            continue
         if not line.strip(" \t") or fields[0] == "-DOCSTART-":
             if start:
                 yield Record(sentence, str(path), start, SENTENCE)
@@ -42,6 +48,14 @@ def read_conll(path: Path, options: FileOptions) -> Iterator[Record]:
         yield Record(sentence, str(path), start, SENTENCE)
 
 
+def _is_comment(line: str, fields: Sequence[str], wanted: Mapping[str, int]) -> bool:
+    """Whether a line before a sentence is a comment, e.g. ``# id 1``, and not the word # with its tag."""
+    if not line.startswith("# ") or "tags" not in wanted:
+        return line.startswith("# ")
+    index = wanted["tags"]
+    return not -len(fields) <= index < len(fields) or not _TAG.fullmatch(fields[index])
+
+
 def _position(name: str, column: Column) -> int:
     if not isinstance(column, int):
         raise DataError(f"Column {name!r} of a conll file must be a position such as 0 or -1, not {column!r}.")
@@ -53,9 +67,9 @@ def read_csv(path: Path, options: FileOptions) -> Iterator[Record]:
     yield from _table(path, _csv_rows(path), options)
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+def _csv_rows(path: Path, *, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
     csv.field_size_limit(sys.maxsize)  # the default, 131,072 characters, is less than a long text has
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
     number = 1
     try:
         for row in reader:
@@ -69,8 +83,25 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def read_tsv(path: Path, options: FileOptions) -> Iterator[Record]:
-    """Yield the rows of a TSV file; quotes mean nothing."""
-    yield from _table(path, ((number, line.split("\t") if line else []) for number, line in text_lines(path)), options)
+    """Yield the rows of a TSV file. Quotes mean nothing, unless the whole file is quoted as pandas and R write it."""
+    if _is_quoted(read_text(path)):
+        yield from _table(path, _csv_rows(path, delimiter="\t"), options)
+    else:
+        lines = ((number, line.split("\t") if line else []) for number, line in text_lines(path))
+        yield from _table(path, lines, options)
+
+
+def _is_quoted(text: str) -> bool:
+    """Whether every field with a quote is quoted, and one shows why: a doubled quote, a tab, a line break, a header."""
+    if '"' not in text:
+        return False
+    end, needed = 0, False
+    for field in _TSV_FIELD.finditer(text):
+        if field.start() != end:
+            return False
+        end, inner = field.end(), field["quoted"]
+        needed = needed or (inner is not None and (field.start() == 0 or re.search('""|[\t\n]', inner) is not None))
+    return needed and end == len(text)
 
 
 def _table(path: Path, rows: Iterator[tuple[int, list[str]]], options: FileOptions) -> Iterator[Record]:
@@ -134,6 +165,8 @@ def named_records(dataset: datasets.Dataset, path: str) -> Iterator[Record]:
 def _class_name(feature: Any, value: Any) -> Any:
     if isinstance(feature, datasets.ClassLabel) and value is not None:
         return None if value == -1 else feature.int2str(value)
+    if isinstance(value, float) and value != value:  # as pandas writes a missing value
+        return None
     inner = getattr(feature, "feature", None)
     if isinstance(inner, datasets.ClassLabel) and value is not None:
         return None if -1 in value else [inner.int2str(item) for item in value]

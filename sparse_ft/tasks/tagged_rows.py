@@ -6,9 +6,10 @@ from typing import Any
 
 from sparse_ft.backbone.words import Word, cut_words, split_words
 from sparse_ft.errors import DataError
-from sparse_ft.tasks.columns import Reading, check_declared, list_of, source_label, texts_of
-from sparse_ft.tasks.records import SENTENCE, Record, label_text, pick, split_tokens
+from sparse_ft.tasks.columns import Reading, check_declared, list_of, source_label, source_value, texts_of
+from sparse_ft.tasks.records import SENTENCE, Record, pick, split_tokens
 from sparse_ft.tasks.schemes import SCHEMES, Span, first_invalid, split_tag, tags_from_spans, to_iob2
+from sparse_ft.tasks.values import exact_text, list_cell
 
 
 def tagged_row(record: Record, reading: Reading) -> dict[str, Any] | None:
@@ -20,21 +21,27 @@ def tagged_row(record: Record, reading: Reading) -> dict[str, Any] | None:
     if "spans" in reading.columns:
         return _span_row(record, reading)
     value = pick(record, reading.columns["tokens"])
-    tokens = split_tokens(value) if isinstance(value, str) else list(map(str, list_of(value, "tokens", record)))
+    tokens = [exact_text(token, "a token", record.location) for token in _parts(value, "tokens", record)]
     if not "".join(tokens):
         return None
     tags = source_label(record, reading, "tags")
     if tags is None:
         return {"tokens": tokens, "tags": None}
-    tags = split_tokens(tags) if isinstance(tags, str) else list_of(tags, "tags", record)
+    tags = _parts(tags, "tags", record)
     if len(tags) != len(tokens):
         raise DataError(f"{record.location}: {len(tokens)} tokens but {len(tags)} tags. Give one tag a token.")
     return {"tokens": tokens, "tags": _tags(tags, record, reading)}
 
 
+def _parts(value: Any, column: str, record: Record) -> list[Any]:
+    """Return the tokens or tags of a row, which a table holds as one string."""
+    return split_tokens(value) if isinstance(value, str) and not list_cell(value) else list_of(value, column, record)
+
+
 def _tags(source: Sequence[Any], record: Record, reading: Reading) -> list[str]:
     """Name, check and convert the tags of one sentence to IOB2; ``labels`` of the task then map the entity types."""
-    tags = [reading.labels.get(label_text(tag), label_text(tag)) for tag in source]
+    texts = [source_value(tag, "a tag", record, reading) for tag in source]
+    tags = [reading.labels.get(text, text) for text in texts]
     invalid = first_invalid(tags, reading.label_scheme)
     if invalid is not None:
         location = f"{record.location}, word {invalid + 1}"
@@ -97,12 +104,16 @@ def _source_spans(record: Record, reading: Reading, text: str) -> list[Span] | N
     for span in list_of(value, "spans", record):
         if not isinstance(span, dict) or not {"start", "end", "type"} <= set(span):
             raise DataError(f"{record.location}: a span must be {{start, end, type}} with end exclusive, not {span!r}.")
+        offsets = {name: span[name] for name in ("start", "end")}
+        if not all(isinstance(offset, int) and not isinstance(offset, bool) for offset in offsets.values()):
+            raise DataError(f"{record.location}: start and end of a span must be whole numbers, not {offsets}.")
         if not 0 <= span["start"] < span["end"] <= len(text):
             raise DataError(
                 f"{record.location}: span {span['start']} to {span['end']} is not within the {len(text)} characters of "
                 "the text. Offsets count characters from 0, end exclusive."
             )
-        spans.append(Span(span["type"], span["start"], span["end"]))
+        entity_type = source_value(span["type"], "the type of a span", record, reading)
+        spans.append(Span(entity_type, span["start"], span["end"]))
     return spans
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from sparse_ft.backbone.coverage import misfit
 from sparse_ft.backbone.encoding import Encoder, Example
 from sparse_ft.config import RunConfig
 from sparse_ft.errors import DataError, unknown_name
@@ -93,6 +94,12 @@ def prepare_task(
     if run.data.train_limit is not None and len(rows) > run.data.train_limit:
         rows = rows.shuffle(seed=run.seed).select(range(run.data.train_limit))
     columns = rows.to_dict()
+    texts = columns["text"] if "text" in columns else [" ".join(tokens) for tokens in columns["tokens"]]
+    if reason := misfit(encoder.tokenizer, texts):
+        _LOG.warning(
+            "The tokenizer of backbone %s was not made for the texts of task %s (%s): %s. Expect low scores; choose a "
+            "backbone of this language or a multilingual one.", run.backbone, spec.name, spec.language, reason,
+        )  # fmt: skip
     examples = kind.encode(columns, encoder=encoder, labels=labels, language=spec.language)
     row_examples = examples_by_row(examples, columns, spec=spec, encoder=encoder)
     examples = [example for example in examples if any(target != IGNORED for target in example.targets)]

@@ -99,8 +99,8 @@ READS = [
      "unknown"]}),
     (classification(files={**CSV, "unlabelled": ["test"]}), {"test.csv": "text\na\n"}, {"label": [None]}),
     (jsonl("classification"),
-     {"t.jsonl": '{"text": "a\u2028b\u0085c", "label": 1}\r\n\n{"text": ["k", "l"], "label": true}\n'},
-     {"text": ["a\u2028b\u0085c", "k l"], "label": ["1", "true"], "row": [0, 1]}),
+     {"t.jsonl": '{"text": "a\u2028b\u0085c", "label": 1}\r\n\n{"text": 1.10, "label": 1.0}\n'},
+     {"text": ["a\u2028b\u0085c", "1.10"], "label": ["1", "1.0"], "row": [0, 1]}),
     (jsonl("classification", {"text": ["a", "b"], "label": "c"}), {"t.jsonl": '{"a": "x", "b": null, "c": 1}\n'},
      {"text": ["x"]}),
     (tagging(),
@@ -480,10 +480,10 @@ def test_parquet_files(tmp_path):
 
 
 def test_hub_that_cannot_be_reached(monkeypatch):
-    def unreachable(path, name=None, *, revision=None):
+    def unreachable(path, name=None, *, revision=None, cache_dir=None):
         raise ConnectionError("Couldn't reach the Hub\nafter 5 tries.")
 
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
     spec = classification(hub={"path": "some/set", "name": "part"})
     with pytest.raises(DataError) as caught:
         read(spec)
@@ -558,7 +558,7 @@ REFUSALS = [
     (SPANS, spans({"start": 2, "end": 2, "type": "X"}), "span 2 to 2 is not within"),
     (SPANS, spans({"start": 1, "end": 2, "type": "X"}), "holds white space only"),
     (SPANS, spans({"start": 1, "type": "X"}), "a span must be {start, end, type}"),
-    (SPANS, spans({"start": "0", "end": 1, "type": "X"}), "line 1 is no row of a token_classification"),
+    (SPANS, spans({"start": "0", "end": 1, "type": "X"}), "start and end of a span must be whole numbers"),
     # tagged words
     (tagging(), {"test.txt": "a O\nb\n"}, "Line 2 of|test.txt' has 1 columns, 2 are needed: 'b'"),
     (tagging(), {"test.txt": "a O\n\nb B-PER\nc S-PER\n"},

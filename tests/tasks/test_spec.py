@@ -80,13 +80,13 @@ def test_an_unknown_name_is_refused_with_the_closest_one():
 
 
 def test_all_problems_are_told_at_once():
-    values = {"name": "mine", "kind": "classification", "metrik": "accuracy", "files": {"format": "docx", "trian": "a"}}
+    values = {"name": "mine", "metrik": "accuracy", "files": {"format": "docx", "trian": "a"}}
     with pytest.raises(ConfigError) as caught:
         parse_task(values, where="mine.yaml")
     text = str(caught.value)
     assert "\n" not in text
     suggested = ("Did you mean 'metric'?", "Did you mean 'files.train'?")
-    for said in ("'mine.yaml'", "files.format", "'docx'", "metric: Field", *suggested):
+    for said in ("'mine.yaml'", "files.format", "'docx'", "kind: Field", *suggested):
         assert said in text
 
 
@@ -98,8 +98,8 @@ def test_label_names_keep_their_order():
 
 
 @pytest.mark.parametrize(("line", "said"), [
-    ("labels: [null, spam]", "(got None)"),
-    ("labels: {a: [b]}", "(got ['b'])"),
+    ("labels: [null, spam]", "labels: null is no label"),
+    ("labels: {a: [b]}", "labels: ['b'] is no label"),
     ("name: 12", "name: Input should be a valid string (got 12). Put it in quotes."),
     ("files: {format: csv, header: 1}", "files.header: Input should be a valid boolean (got 1)."),
     ("leaks: {test: ['1']}", "leaks.test.0: Input should be a valid integer (got '1')."),
