@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sparse_ft.checkpoint.locks import check_locks, is_held, lock_of_the_dead, locked
+from sparse_ft.checkpoint.locks import check_locks, is_held, lock_of_the_dead, locked, locked_folders
 from sparse_ft.errors import CheckpointError
 from sparse_ft.json_output import json_text
 
@@ -69,7 +69,7 @@ def claimed(target: Path) -> Iterator[None]:
             stack.enter_context(_with_parents(target))
             stack.enter_context(locked(target))
             recover_folder(target)
-            _remove_leftovers(target.parent)
+            _recover_neighbours(target.parent)
         yield
 
 
@@ -130,15 +130,14 @@ def recover_folder(target: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def _remove_leftovers(parent: Path) -> None:
-    """Remove what killed processes staged for other folders of a parent; their locks tell that they are gone."""
-    for left in parent.glob(f".*{_STAGED}*"):
-        target = parent / left.name[1 : left.name.rindex(_STAGED)]
+def _recover_neighbours(parent: Path) -> None:
+    """Do the same for the other folders of a parent whose writers were killed; their locks tell."""
+    for target in locked_folders(parent):
         if is_held(target):
             continue
         with contextlib.suppress(OSError), lock_of_the_dead(target) as dead:  # it may belong to another user
             if dead:
-                shutil.rmtree(left, ignore_errors=True)
+                recover_folder(target)
 
 
 def old_path(target: Path) -> Path:

@@ -32,6 +32,12 @@ def lock_file(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.lock")
 
 
+def locked_folders(parent: Path) -> list[Path]:
+    """Return the folders beside which processes have left their locks, or still hold them."""
+    files = (file for file in parent.glob(".*.lock") if _read(file))
+    return [file.with_name(file.name[1 : -len(".lock")]) for file in files]
+
+
 def is_held(folder: Path) -> bool:
     """Return whether this process has locked a folder, or one that it lies in."""
     return any(place in _HELD for place in (folder, *folder.parents))
@@ -136,7 +142,7 @@ def _lock(descriptor: int) -> bool:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        return not _may_live(_content(descriptor))
+        return not _may_live(_read(descriptor))
     return True
 
 
@@ -147,7 +153,7 @@ def _release(file: Path, descriptor: int) -> None:
 
 
 def _is_ours(file: Path, descriptor: int) -> bool:
-    return _same_file(file, descriptor) and _content(descriptor).get("pid") == os.getpid()
+    return _same_file(file, descriptor) and _read(descriptor).get("pid") == os.getpid()
 
 
 def _same_file(file: Path, descriptor: int) -> bool:
@@ -161,20 +167,22 @@ def _this_process() -> bytes:
     return json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()
 
 
-def _content(descriptor: int) -> dict[str, Any]:
+def _read(file: Path | int) -> dict[str, Any]:
+    """Return the process that a lock file names; nothing while it is being written, or if it is no lock."""
     try:
-        return dict(json.loads(os.pread(descriptor, 4096, 0)))
-    except (ValueError, TypeError):  # it is being written
+        with open(file, "rb", closefd=isinstance(file, Path)) as stream:
+            stream.seek(0)
+            content = json.loads(stream.read(4096))
+    except (OSError, ValueError, RecursionError):
         return {}
+    ours = isinstance(content, dict) and content.keys() == {"pid", "host"} and isinstance(content["pid"], int)
+    return content if ours else {}
 
 
 def _holder(file: Path) -> str:
     """Name the process that a lock file names."""
-    try:
-        content = dict(json.loads(file.read_bytes()))
-        return f"process {content['pid']} on {content['host']}"
-    except (OSError, ValueError, TypeError, KeyError):
-        return "another process"
+    content = _read(file)
+    return f"process {content['pid']} on {content['host']}" if content else "another process"
 
 
 def _may_live(process: Mapping[str, Any]) -> bool:

@@ -71,13 +71,18 @@ def test_what_killed_processes_staged_is_removed_and_what_others_stage_is_not(tm
     for folder in (ours, dead, alive, foreign):
         folder.mkdir()
         (folder / "weights").write_text("half")
+    for name in ("run1", ".run1.old"):  # killed between moving the new one in and the old one off
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text(name)
+    (tmp_path / ".package.lock").write_text("{}")  # of another program
     (tmp_path / ".run1.lock").write_text('{"pid": 1, "host": "here"}')  # its process is gone, or the lock would be
     with claimed(tmp_path / "run2"):
         (tmp_path / ".run2.new-a").mkdir(exist_ok=True)
         replace_folder(target, fill_with(a="new"))
         assert sorted(path.name for path in tmp_path.iterdir()) == [
-            ".notes.new-a", ".run2.lock", ".run2.new-a", "run[1]"
+            ".notes.new-a", ".package.lock", ".run2.lock", ".run2.new-a", "run1", "run[1]"
         ]  # fmt: skip
+        assert content_of(tmp_path / "run1") == {"weights": "run1"}
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])

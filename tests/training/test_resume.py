@@ -13,7 +13,10 @@ from toy_checkpoints import assert_same_end, disk, tensors
 from toys import OPTIONS, POOL, run, settings, toy_rows, train_joint, write_toy
 
 import sparse_ft
+from sparse_ft.checkpoint import locks
+from sparse_ft.checkpoint.locks import lock_file
 from sparse_ft.checkpoint.manifest import read_metrics
+from sparse_ft.checkpoint.outputs import claimed_run
 from sparse_ft.errors import CheckpointError, ConfigError, DataError
 from sparse_ft.tasks.spec import TaskSpec
 from sparse_ft.training.resume import find_resume
@@ -304,6 +307,35 @@ def test_an_unfinished_run_is_not_overwritten_wherever_it_stopped(interrupted, t
         (tmp_path / name).rename(tmp_path / target)
     with pytest.raises(ConfigError, match="holds an unfinished run"):
         run([task], tiny_bert, output)
+
+
+def test_a_second_run_into_a_folder_is_refused_while_the_first_one_runs(interrupted, tiny_bert, monkeypatch):
+    task, output = interrupted
+    monkeypatch.setattr(locks, "_PATIENCE", 0.0)
+    before = disk(output)
+    with claimed_run(output):
+        for start in (lambda: sparse_ft.train(output=output, resume=True), lambda: run([task], tiny_bert, output)):
+            with pytest.raises(ConfigError, match=rf"out' is being written by process {os.getpid()} on"):
+                start()
+    assert disk(output) == before
+
+
+def test_a_run_whose_folder_was_taken_overwrites_nothing(interrupted, tmp_path, monkeypatch):
+    """Somebody removed its lock, and another run went on in the folder."""
+    from sparse_ft.training import loop as fitting
+
+    _, output = interrupted
+    step = fitting._Loop.step
+
+    def taken(self, pairs):
+        step(self, pairs)
+        lock_file(output).unlink()
+        (output / "manifest.json").write_text("of the other run")
+
+    monkeypatch.setattr(fitting._Loop, "step", taken)
+    with pytest.raises(CheckpointError, match=r"out' was taken over by another process.*Nothing there is overwritten"):
+        sparse_ft.train(output=output, resume=True)
+    assert (output / "manifest.json").read_text() == "of the other run"
 
 
 def test_without_a_state_there_is_nothing_to_resume(tmp_path, uninterrupted):
