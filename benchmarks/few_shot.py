@@ -39,7 +39,7 @@ class Comparison:
 
     def run(self, method: str, task: Path, *, seed: int, output: Path) -> dict[str, float]:
         alone = method == "alone"
-        as_base = [f"data.max_length={self.config.data.max_length}", f"experts.pooling={self.manifest['pooling']}"]
+        as_base = [f"data.max_length={self.config.data.max_length}", f"experts.pooling={self.manifest.pooling}"]
         result = sparse_ft.train(
             [str(task)],
             backbone=self.config.backbone if alone else None,

@@ -20,16 +20,18 @@ import torch
 from script import listed, run
 
 from sparse_ft.backbone.backbone import load_backbone
-from sparse_ft.checkpoint.expert_files import load_expert
+from sparse_ft.checkpoint.foreign_adapters import read_adapter
 from sparse_ft.experts.model import SparseExpertModel
 
 
 def load_ours(paths: list[Path]) -> str:
     model = SparseExpertModel(load_backbone("minilm")).eval()
-    model.experts.add(load_expert(paths[0], name="first"))  # so that everything is imported
+    model.experts.add(
+        read_adapter(paths[0], name="first", backbone=model.backbone).expert
+    )  # so that everything is imported
     model.experts.remove("first")
     before, started = psutil.Process().memory_info().rss, time.process_time()
-    experts = [load_expert(path, name=f"e{index}") for index, path in enumerate(paths)]
+    experts = [read_adapter(path, name=f"e{index}", backbone=model.backbone).expert for index, path in enumerate(paths)]
     read = time.process_time()
     own = sum(part.nbytes for expert in experts for pair in expert.deltas.values() for part in pair)
     model.experts.add(*experts)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationError
 
@@ -11,13 +11,18 @@ from sparse_ft.errors import ConfigError, explain, unknown_name
 from sparse_ft.resources import bundled_dir, bundled_names
 from sparse_ft.sections import MAX_SEED, Flag, Section, Texts
 
+LARGEST_ALPHA = 1e6
+"""Largest alpha of an expert; with larger ones the deltas overflow."""
+Temperature = Annotated[float, Field(ge=1e-3, le=1e3)]
+"""Divisor of logits; beyond these bounds the probabilities are 0 and 1, or all equal."""
+
 
 class ExpertConfig(Section):
     """The trained experts."""
 
     rank: int = Field(default=8, ge=1, le=1024)
     """Rank of the experts' deltas."""
-    alpha: float = Field(default=16.0, gt=0)
+    alpha: float = Field(default=16.0, gt=0, le=LARGEST_ALPHA)
     """Scale of the deltas, which are multiplied by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the input of the deltas."""
@@ -101,7 +106,7 @@ class GateConfig(Section):
     top_p: float | None = Field(default=None, gt=0, le=1)
     """Probability that the selected experts must reach together; further experts, up to top_k, are left out. Null
     always selects top_k."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: Temperature = 1.0
     """Divisor of the gate's logits: a value above 1 makes the weights of several experts more equal."""
     min_confidence: float | None = Field(default=None, ge=0, le=1)
     """Familiarity below which a text is answered with unknown, where the user gives no --min-familiarity: the share of

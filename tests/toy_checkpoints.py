@@ -1,6 +1,7 @@
 """Checkpoints for tests: trained once a run or saved with random weights, and what is compared with them."""
 
 import copy
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,7 @@ from sparse_ft.backbone.batching import collate
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.backbone.words import split_words
 from sparse_ft.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+from sparse_ft.checkpoint.inventory import list_files
 from sparse_ft.config import RunConfig
 from sparse_ft.evaluation.token_routing import Token, TokenRouting
 from sparse_ft.experts.gates import Selection, SequenceGate, TokenGate
@@ -65,6 +67,16 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
         for file in sorted(checkpoint.rglob("*.safetensors"))
         for name, tensor in safetensors.torch.load_file(file).items()
     }
+
+
+def sign(checkpoint: Path, **changes) -> Path:
+    """Let the manifest list the files that are there now, as whoever forges a checkpoint would; change its entries."""
+    file = checkpoint / "manifest.json"
+    files = {part.relative_to(checkpoint).as_posix(): part.read_bytes() for part in list_files(checkpoint)}
+    sizes = {name: len(content) for name, content in files.items()}
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "bytes": sizes, "sha256": hashes, **changes}))
+    return checkpoint
 
 
 def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:

@@ -22,6 +22,10 @@ _VOCABULARIES = (
     "spm.model",
     "sentencepiece.bpe.model",
 )
+_RARE = "ꙮ 𓂀 𒐫"
+"""Letters that few vocabularies have."""
+_SHORTEST = 8
+"""Fewest tokens that a backbone must read."""
 
 
 @dataclass(frozen=True)
@@ -174,15 +178,15 @@ def load_backbone(
     sha256 = hash_weights(folder, name)
     _check_hash(sha256, folder, name, expected=expected_sha256)
     model = _load_model(folder, name, dtype)
-    tokenizer = _load_tokenizer(tokenizer_folder or folder, name)
     blocks = model.get_submodule(family.blocks)
     assert isinstance(blocks, nn.ModuleList)
     prefix = f"{family.blocks}."
-    num_ids = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    num_ids = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+    tokenizer = _load_tokenizer(tokenizer_folder or folder, name, num_ids=num_ids)
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
     pad_id = next((token_id for token_id in candidates if token_id is not None and token_id < num_ids), 0)
     is_path = name != "minilm" and user_path(name).is_dir()
-    return Backbone(
+    backbone = Backbone(
         name=str(user_path(name).resolve()) if is_path else name,
         revision=revision,
         folder=folder,
@@ -194,6 +198,8 @@ def load_backbone(
         blocks=blocks,
         pad_id=pad_id,
     )
+    _check_lengths(backbone)
+    return backbone
 
 
 def _family(config: dict[str, Any], name: str) -> Family:
@@ -205,6 +211,19 @@ def _family(config: dict[str, Any], name: str) -> Family:
     else:
         return FAMILIES[model_type]
     raise BackboneError(f"Backbone {name!r} {reason}. Supported: {', '.join(FAMILIES)}.")
+
+
+def _check_lengths(backbone: Backbone) -> None:
+    """Refuse a backbone whose config or tokenizer leaves no room for a text."""
+    try:
+        length = backbone.max_length
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
+        raise BackboneError(f"Backbone {backbone.name!r} does not say how many tokens it reads: {error}.") from error
+    if length < _SHORTEST:
+        raise BackboneError(
+            f"Backbone {backbone.name!r} reads {length} tokens of a text, expected at least {_SHORTEST}. Correct "
+            "max_position_embeddings in config.json, or model_max_length in tokenizer_config.json."
+        )
 
 
 def _check_hash(sha256: str, folder: Path, name: str, *, expected: str | None) -> None:
@@ -226,7 +245,12 @@ def _load_model(folder: Path, name: str, dtype: torch.dtype) -> nn.Module:
     transformers_logging.set_verbosity_error()
     try:
         model, info = AutoModel.from_pretrained(
-            folder, local_files_only=True, dtype=dtype, use_safetensors=True, output_loading_info=True
+            folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except Exception as error:  # a truncated file, a wrong shape … each raises another type
         raise BackboneError(
@@ -240,12 +264,14 @@ def _load_model(folder: Path, name: str, dtype: torch.dtype) -> nn.Module:
             f"The weights of backbone {name!r} lack {len(missing)} tensors, e.g. {missing[0]!r}; they would be random. "
             "The file is incomplete or belongs to another architecture than config.json says."
         )
+    vars(model.config).pop("auto_map", None)  # names code, and would be saved with an export
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # its output is unused, and many files lack its weights
     return model
 
 
-def _load_tokenizer(folder: Path, name: str) -> Any:
+def _load_tokenizer(folder: Path, name: str, *, num_ids: int) -> Any:
+    """Load a tokenizer without running code of the folder; its ids must be rows of the ``num_ids`` embeddings."""
     from transformers import AutoTokenizer
 
     if not any((folder / file).is_file() for file in _VOCABULARIES):
@@ -255,16 +281,37 @@ def _load_tokenizer(folder: Path, name: str) -> Any:
         )
     try:
         # add_prefix_space: byte-level vocabularies refuse lists of words without it; others ignore it.
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, add_prefix_space=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, add_prefix_space=True
+        )
     except Exception as error:  # each tokenizer class raises other types
         raise BackboneError(f"The tokenizer of backbone {name!r} in {str(folder)!r} cannot be read: {error}") from error
     if not tokenizer.is_fast:
         raise BackboneError(
             f"The tokenizer of backbone {name!r} has no fast version, which is required. Save its tokenizer.json."
         )
+    tokenizer.init_kwargs.pop("auto_map", None)  # names code, and would be saved with the tokenizer
     _put_space_before_words(tokenizer)
+    _check_vocabulary(tokenizer, name, num_ids=num_ids)
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True  # we cut or window
     return tokenizer
+
+
+def _check_vocabulary(tokenizer: Any, name: str, *, num_ids: int) -> None:
+    """Refuse a tokenizer that fails on some texts: it lacks an id for unknown pieces, or has ids without embedding."""
+    try:
+        tokenizer.backend_tokenizer.encode(_RARE)
+    except Exception as error:  # the tokenizers library raises a bare Exception
+        raise BackboneError(
+            f"The tokenizer of backbone {name!r} cannot encode characters that its vocabulary lacks: {error}. Save it "
+            "with its token for unknown pieces, e.g. [UNK]."
+        ) from error
+    highest = max(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
+    if highest >= num_ids:
+        raise BackboneError(
+            f"The tokenizer of backbone {name!r} gives ids up to {highest}, but the model has {num_ids} embeddings. "
+            "It belongs to another model."
+        )
 
 
 def _put_space_before_words(tokenizer: Any) -> None:

@@ -14,6 +14,18 @@ MINILM_ID = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
+# Settings by which transformers loads kernels or quantised weights from elsewhere, with the values that load nothing.
+_ATTENTION = (None, "eager", "sdpa")
+_PLAIN: dict[str, tuple[str | None, ...]] = {
+    "attn_implementation": _ATTENTION,
+    "_attn_implementation": _ATTENTION,
+    "experts_implementation": (None,),
+    "_experts_implementation": (None,),
+    "quantization_config": (None,),
+    "transformers_weights": (None,),
+}
+
+
 def find_folder(name: str, revision: str | None) -> Path:
     """Return the folder of a backbone, downloaded if necessary.
 
@@ -42,8 +54,12 @@ def find_folder(name: str, revision: str | None) -> Path:
 
 def _in_hub_cache(name: str, revision: str | None) -> bool:
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    return isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
+    except (HFValidationError, OSError, ValueError):  # no name that the hub could have
+        return False
 
 
 def _download(hub_id: str, revision: str | None, *, advice: str = "") -> Path:
@@ -61,16 +77,46 @@ def _download(hub_id: str, revision: str | None, *, advice: str = "") -> Path:
 
 
 def read_architecture(folder: Path) -> dict[str, Any]:
-    """Read the ``config.json`` of a backbone.
+    """Read the ``config.json`` of a backbone, and refuse what would load other code or weights than those beside it.
 
     Raises:
-        BackboneError: If it is missing or malformed.
+        BackboneError: If it is missing or malformed, or names code or files elsewhere.
     """
-    return read_json_object(
+    config = read_json_object(
         folder / "config.json",
         "it",
         error=lambda problem: BackboneError(f"Backbone folder {str(folder)!r} has no readable config.json: {problem}"),
     )
+    for key, allowed in _PLAIN.items():
+        if config.get(key) not in allowed:
+            raise BackboneError(
+                f"config.json in {str(folder)!r} has {key}={config[key]!r}, which would load code or weights from "
+                f"elsewhere. Expected {' or '.join(repr(value) for value in allowed)}."
+            )
+    if (folder / "adapter_config.json").exists():
+        raise BackboneError(
+            f"Backbone folder {str(folder)!r} holds an adapter_config.json, so transformers would load an adapter on "
+            "it. Name the folder of the model, and bring the adapter in with `sparse-ft import`."
+        )
+    _check_index(folder)
+    return config
+
+
+def _check_index(folder: Path) -> None:
+    """Refuse an index whose weights lie outside of the folder, where no hash covers them."""
+    file = folder / "model.safetensors.index.json"
+    if not file.is_file():
+        return
+
+    def refusal(problem: str) -> BackboneError:
+        return BackboneError(f"{str(file)!r} is damaged: {problem} Copy the folder again.")
+
+    named = read_json_object(file, "it", error=refusal).get("weight_map")
+    if not isinstance(named, dict):
+        raise refusal(f"weight_map is {named!r}, expected a mapping.")
+    for part in named.values():
+        if not isinstance(part, str) or not (folder / Path(part).name).is_file() or Path(part).name != part:
+            raise refusal(f"it names the weights {part!r}, which are no file in this folder.")
 
 
 def hash_weights(folder: Path, name: str) -> str:

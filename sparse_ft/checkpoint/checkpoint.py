@@ -1,6 +1,6 @@
 """The checkpoint: a folder with experts, heads, gate and tasks; it names its backbone and does not contain it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,19 +8,25 @@ from typing import Any
 import safetensors.torch
 import torch
 import yaml
+from torch import Tensor
 
 from sparse_ft.backbone.backbone import fresh_tokenizer, load_backbone
-from sparse_ft.checkpoint.expert_files import load_expert, read_tensors, save_expert
-from sparse_ft.checkpoint.folders import replace_folder, write_bytes, write_json
+from sparse_ft.checkpoint.expert_files import check_numbers, load_expert, read_tensors, save_expert
+from sparse_ft.checkpoint.folders import damaged, replace_folder, write_bytes, write_json
+from sparse_ft.checkpoint.inventory import hash_file, list_files
 from sparse_ft.checkpoint.manifest import (
     FORMAT,
+    GATE,
     MANIFEST,
+    Manifest,
+    TaskEntry,
+    TextGateEntry,
     check_name,
+    parse_manifest,
     read_config,
     read_manifest,
     read_metrics,
     read_spec,
-    slot_experts,
 )
 from sparse_ft.config import RunConfig
 from sparse_ft.errors import CheckpointError
@@ -33,8 +39,6 @@ from sparse_ft.version import __version__
 
 MODEL_TYPE = "sparse-ft"
 """``model_type`` in config.json, by which transformers' pipelines find this project's module."""
-
-_GATE = "gate.safetensors"
 
 
 @dataclass
@@ -49,7 +53,7 @@ class Checkpoint:
     """Config of the run that wrote it last."""
     metrics: dict[str, Any]
     """Per task: the best validation score, and the scores after training."""
-    manifest: dict[str, Any]
+    manifest: Manifest
 
 
 def save_checkpoint(
@@ -77,7 +81,7 @@ def save_checkpoint(
             write_bytes(folder / "heads" / f"{check_name(task)}.safetensors", _weights(model.head(task)))
             write_bytes(folder / "tasks" / f"{task}.yaml", _yaml(spec.model_dump(exclude_defaults=True)))
         if model.gate is not None:
-            write_bytes(folder / _GATE, _weights(model.gate))
+            write_bytes(folder / GATE, _weights(model.gate))
         write_bytes(folder / "config.yaml", _yaml(config.model_dump()))
         write_json(folder / "config.json", {"model_type": MODEL_TYPE})
         write_json(folder / "metrics.json", metrics)
@@ -99,8 +103,8 @@ def _yaml(content: Any) -> bytes:
 def _manifest(
     folder: Path, *, model: SparseExpertModel, experts: Mapping[str, Any], tasks: Mapping[str, TaskSpec]
 ) -> dict[str, Any]:
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != "metrics.json")
-    return {
+    files = {file.relative_to(folder).as_posix(): file for file in list_files(folder)}
+    values = {
         "format": FORMAT,
         **describe_origin(model),
         "first_block": model.first_block,
@@ -108,8 +112,11 @@ def _manifest(
         "experts": experts,
         "tasks": {task: {**_describe_slot(model.tasks[task]), "kind": spec.kind} for task, spec in tasks.items()},
         "gate": None if model.gate is None else describe_gate(model.gate),
-        "bytes": {file.relative_to(folder).as_posix(): file.stat().st_size for file in files},
+        "bytes": {name: file.stat().st_size for name, file in files.items()},
+        "sha256": {name: hash_file(file) for name, file in files.items()},
     }
+    parse_manifest(values, folder / MANIFEST)  # nothing is written that could not be read
+    return values
 
 
 def describe_origin(model: SparseExpertModel) -> dict[str, Any]:
@@ -129,18 +136,22 @@ def _describe_slot(slot: TaskSlot) -> dict[str, Any]:
     return {**experts, **({"mixed": True} if slot.joint else {}), **({"shared": slot.shared} if slot.shared else {})}
 
 
-def _load_gate(path: Path, manifest: Mapping[str, Any], hidden_size: int) -> SequenceGate | TokenGate | None:
-    described = manifest.get("gate")
-    if described is None:
+def _load_gate(path: Path, manifest: Manifest, model: SparseExpertModel) -> SequenceGate | TokenGate | None:
+    """Read the gate, whose sizes must be those of its file and of the backbone before memory is taken for them."""
+    entry, backbone = manifest.gate, model.backbone
+    if entry is None:
         return None
+    tensors = read_tensors(path / GATE)
+    blocks = [entry.block] if isinstance(entry, TextGateEntry) else entry.blocks
+    if max(blocks) >= backbone.num_blocks:
+        raise damaged(path / MANIFEST, f"its gate reads block {max(blocks)} of {backbone.num_blocks}")
+    if isinstance(entry, TextGateEntry) and entry.pairs != tensors.get("familiarity.pairs", torch.empty(0)).numel():
+        raise damaged(path / MANIFEST, f"its gate has {entry.pairs} pairs of tokens, {GATE} has others")
     try:
-        gate = build_gate(described, hidden_size)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{str(path / MANIFEST)!r} describes a gate that this version does not know: {error!r}. Update "
-            "sparse-ft, or train again if the checkpoint is the older of the two."
-        ) from error
-    _load_into(gate, path / _GATE, what="the experts that it chooses among")
+        gate = build_gate(entry.model_dump(), backbone.hidden_size)
+    except ValueError as error:
+        raise damaged(path / MANIFEST, f"its gate cannot be built: {error}") from error
+    _load_into(gate, tensors, path / GATE, what="the experts that it chooses among")
     return gate
 
 
@@ -165,12 +176,13 @@ def load_checkpoint(
     """
     checkpoint = load_bare(path, backbone=backbone, dtype=dtype)
     path, model, manifest = checkpoint.path, checkpoint.model, checkpoint.manifest
-    model.experts.add(*(load_expert(path / "experts" / check_name(name), name=name) for name in manifest["experts"]))
-    tasks = {}
-    for task, entry in manifest["tasks"].items():
-        joint, shared = entry.get("mixed", False), entry.get("shared")
-        tasks[task] = load_task_into(model, path, task, experts=slot_experts(entry), joint=joint, shared=shared)
-    model.gate = _load_gate(path, manifest, model.backbone.hidden_size)
+    model.experts.add(*(load_expert(path, name, entry=entry) for name, entry in manifest.experts.items()))
+    tasks = {task: load_task_into(model, path, task, entry=entry) for task, entry in manifest.tasks.items()}
+    if model.first_block != manifest.first_block:
+        raise damaged(
+            path / MANIFEST, f"its first_block is {manifest.first_block}, that of its experts is {model.first_block}"
+        )
+    model.gate = _load_gate(path, manifest, model)
     model.to(device).eval().requires_grad_(False)
     return replace(checkpoint, tasks=tasks, metrics=read_metrics(path))
 
@@ -182,15 +194,15 @@ def load_bare(path: str | Path, *, backbone: str | None = None, dtype: torch.dty
     """
     path = user_path(path)
     manifest = read_manifest(path)
-    named = manifest["backbone"]
+    named = manifest.backbone
     loaded = load_backbone(
-        backbone or named["name"],
-        revision=None if backbone else named["revision"],
-        expected_sha256=named["weights_sha256"],
+        backbone or named.name,
+        revision=None if backbone else named.revision,
+        expected_sha256=named.weights_sha256,
         tokenizer_folder=path / "tokenizer",
         dtype=dtype,
     )
-    model = SparseExpertModel(loaded, pooling=manifest["pooling"]).eval().requires_grad_(False)
+    model = SparseExpertModel(loaded, pooling=manifest.pooling).eval().requires_grad_(False)
     config = read_config(path / "config.yaml")
     return Checkpoint(path, model, {}, config, {}, manifest)
 
@@ -200,10 +212,9 @@ def load_task_into(
     path: Path,
     task: str,
     *,
-    experts: Sequence[str],
+    entry: TaskEntry,
     as_name: str | None = None,
-    joint: bool = False,
-    shared: str | None = None,
+    renamed: Mapping[str, str] | None = None,
 ) -> TaskSpec:
     """Add a task of a checkpoint to a model, with its head.
 
@@ -211,22 +222,39 @@ def load_task_into(
         model: Model that has the task's experts.
         path: Folder of the checkpoint.
         task: Name of the task in the checkpoint.
-        experts: Names in ``model`` of the experts that serve the task.
+        entry: The task in its manifest.
         as_name: Name of the task in ``model``, if another.
-        joint: Whether the task was trained together with the gate, see ``TaskSlot``.
-        shared: The expert that all rows of the task use, see ``TaskSlot``.
+        renamed: Experts of the task to their names in ``model``, if others.
     """
     file = path / "tasks" / f"{check_name(task)}.yaml"
     spec = read_spec(file).model_copy(update={"name": as_name or task})
+    if spec.kind != entry.kind:
+        raise damaged(file, f"its kind is {spec.kind!r}, {MANIFEST} says {entry.kind!r}")
     kind = find_kind(spec.kind)
     size = len(kind.outputs(spec.label_names or []))
-    head = model.add_task(spec.name, expert=experts, level=kind.level, num_outputs=size, joint=joint, shared=shared)
-    _load_into(head, path / "heads" / f"{task}.safetensors", what="the labels of its task")
+    experts = [(renamed or {}).get(expert, expert) for expert in entry.served_by]
+    head = model.add_task(
+        spec.name, expert=experts, level=kind.level, num_outputs=size, joint=entry.mixed, shared=entry.shared
+    )
+    weights = path / "heads" / f"{task}.safetensors"
+    tensors = read_tensors(weights)
+    for name, tensor in tensors.items():
+        check_numbers(weights, name, tensor)
+    _load_into(head, tensors, weights, what="the labels of its task")
     return spec
 
 
-def _load_into(module: torch.nn.Module, path: Path, *, what: str) -> None:
+def _load_into(module: torch.nn.Module, tensors: Mapping[str, Tensor], path: Path, *, what: str) -> None:
+    """Load weights of the same names, shapes and data types as those of a module."""
+    expected = {name: (value.dtype, value.shape) for name, value in module.state_dict().items()}
+    for name, value in tensors.items():
+        if name in expected and (value.dtype, value.shape) != expected[name]:
+            dtype, shape = expected[name]
+            raise CheckpointError(
+                f"{str(path)!r} does not fit {what}: {name} is {value.dtype} {tuple(value.shape)}, expected {dtype} "
+                f"{tuple(shape)}."
+            )
     try:
-        module.load_state_dict(read_tensors(path))
+        module.load_state_dict(dict(tensors))
     except RuntimeError as error:
         raise CheckpointError(f"{str(path)!r} does not fit {what}: {' '.join(str(error).split())}") from error

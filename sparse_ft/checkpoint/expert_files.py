@@ -2,9 +2,8 @@
 
 import math
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import safetensors.torch
 import torch
@@ -12,16 +11,20 @@ from torch import Tensor
 
 from sparse_ft.backbone.backbone import Backbone
 from sparse_ft.backbone.model_folder import MINILM_ID
+from sparse_ft.checkpoint.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from sparse_ft.checkpoint.folders import damaged, write_bytes, write_json
-from sparse_ft.documents import read_json_object
+from sparse_ft.checkpoint.manifest import ExpertEntry, check_name
 from sparse_ft.errors import CheckpointError
 from sparse_ft.experts.named_experts import Expert
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _WORD_SHAPES = "word_shapes.safetensors"
 _WRAPPER = "base_model.model."
 """Prefix of every tensor in PEFT's files."""
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""Data types that an expert may have in its file."""
+_LARGEST = 1e6
+"""Largest number in the file of an expert or head; those of trained ones are below 100."""
 
 
 class AdapterTensors(NamedTuple):
@@ -33,35 +36,48 @@ class AdapterTensors(NamedTuple):
     """All other tensors, e.g. of a head."""
 
 
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Read adapter_config.json.
-
-    Raises:
-        CheckpointError: If it is missing or damaged.
-    """
-    file = folder / ADAPTER_CONFIG
-    return read_json_object(file, "it", error=partial(damaged, file))
-
-
 def read_adapter_tensors(folder: Path) -> AdapterTensors:
     """Read adapter_model.safetensors.
 
     Raises:
-        CheckpointError: If the file is missing or damaged, or a matrix lacks its counterpart.
+        CheckpointError: If the file is missing or damaged, a matrix lacks its counterpart or does not fit it, or a
+            tensor holds no floating-point numbers.
     """
-    tensors = read_tensors(folder / ADAPTER_WEIGHTS)
-    pairs, others = {}, {}
-    for key, tensor in tensors.items():
+    file = folder / ADAPTER_WEIGHTS
+    sides: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}}
+    others = {}
+    for key, tensor in read_tensors(file).items():
+        check_numbers(file, key, tensor)
         module, separator, side = key.removeprefix(_WRAPPER).removesuffix(".weight").rpartition(".lora_")
-        if not separator or side not in ("A", "B"):
+        if not separator or side not in sides:
             others[key.removeprefix(_WRAPPER)] = tensor
-            continue
-        twin = key.replace(f".lora_{side}.", f".lora_{'B' if side == 'A' else 'A'}.")
-        if twin not in tensors:
-            raise damaged(folder / ADAPTER_WEIGHTS, f"it has {key!r} but not {twin!r}")
-        if side == "A":
-            pairs[module] = (tensor, tensors[twin])
+        elif module in sides[side]:
+            raise damaged(file, f"it has {side} of {module!r} twice")
+        else:
+            sides[side][module] = tensor
+    for module in sides["A"].keys() ^ sides["B"].keys():
+        has, lacks = ("A", "B") if module in sides["A"] else ("B", "A")
+        raise damaged(file, f"it has {has} of {module!r} but not {lacks}")
+    pairs = {module: (lora_a, sides["B"][module]) for module, lora_a in sides["A"].items()}
+    for module, (lora_a, lora_b) in pairs.items():
+        if lora_a.dim() != 2 or lora_b.dim() != 2 or len(lora_a) != lora_b.shape[1] or not len(lora_a):
+            shapes = f"{tuple(lora_a.shape)} and {tuple(lora_b.shape)}"
+            raise damaged(file, f"A and B of {module!r} are {shapes}, expected (r, inputs) and (outputs, r)")
     return AdapterTensors(pairs, others)
+
+
+def check_numbers(file: Path, name: str, tensor: Tensor) -> None:
+    """Refuse a tensor of an expert or head that is cast only with a loss, or has numbers that no training gives.
+
+    Raises:
+        CheckpointError: If its data type is none of floating-point numbers, or a number lies beyond 1e6.
+    """
+    if tensor.dtype not in _DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        raise damaged(file, f"{name!r} has the data type {str(tensor.dtype).removeprefix('torch.')}, expected {known}")
+    largest = max(-tensor.min().item(), tensor.max().item()) if tensor.numel() else 0.0
+    if largest > _LARGEST:
+        raise damaged(file, f"{name!r} holds {largest:.3g}, expected numbers within {_LARGEST:g}")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -75,31 +91,54 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # safetensors raises its own exception, and lets others through
         raise CheckpointError(f"{str(path)!r} cannot be read: {error}. Copy the file again, or train again.") from error
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or math.isfinite(tensor.sum()):  # a finite sum has finite terms
+        if tensor.dtype not in _DTYPES or math.isfinite(tensor.sum()):  # a finite sum has finite terms
             continue
         if not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{str(path)!r} holds NaN or infinite numbers in {name!r}. Train this expert again.")
     return tensors
 
 
-def load_expert(folder: Path, *, name: str) -> Expert:
+def load_expert(path: Path, name: str, *, entry: ExpertEntry, as_name: str | None = None) -> Expert:
     """Read an expert of a checkpoint.
 
     Args:
-        folder: Holds the expert's files.
-        name: The expert's name in this model.
+        path: Folder of the checkpoint.
+        name: The expert's name there.
+        entry: The expert in the manifest.
+        as_name: The expert's name in the model, if another.
 
     Raises:
-        CheckpointError: If a file is missing or damaged.
+        CheckpointError: If a file is missing or damaged, or not what the manifest says.
     """
-    config, deltas = read_adapter_config(folder), read_adapter_tensors(folder).pairs
-    try:
-        alpha = float(config["lora_alpha"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise damaged(folder / ADAPTER_CONFIG, repr(error)) from error
-    shapes = read_tensors(folder / _WORD_SHAPES) if (folder / _WORD_SHAPES).exists() else {}
-    block = int(shapes["block"]) if "block" in shapes else None  # the first checkpoints lack it
-    return Expert(name, alpha, deltas, shapes.get("weight"), block)
+    folder = path / "experts" / check_name(name)
+    config, (deltas, others) = read_adapter_config(folder), read_adapter_tensors(folder)
+    if others:
+        raise damaged(folder / ADAPTER_WEIGHTS, f"{next(iter(others))!r} belongs to no layer")
+    for module, (lora_a, _) in deltas.items():
+        rank, alpha = config.rank_of(module), config.alpha_of(module)
+        if rank != len(lora_a) or alpha != entry.alpha:
+            problem = f"it says rank {rank} and alpha {alpha:g} for {module!r}, whose rank is {len(lora_a)}"
+            raise damaged(folder / ADAPTER_CONFIG, f"{problem}, and whose alpha in the manifest is {entry.alpha:g}")
+    expert = Expert(as_name or name, entry.alpha, deltas, *_read_word_shapes(folder / _WORD_SHAPES))
+    shape = (max(expert.ranks.values(), default=0), len(expert.ranks))
+    if shape != (entry.rank, entry.layers):
+        problem = f"it has rank {shape[0]} on {shape[1]} layers"
+        raise damaged(folder / ADAPTER_WEIGHTS, f"{problem}, the manifest says rank {entry.rank} on {entry.layers}")
+    return expert
+
+
+def _read_word_shapes(file: Path) -> tuple[Tensor | None, int | None]:
+    """Return the vectors of word shapes and the block before which they are added; None without any."""
+    if not file.exists():
+        return None, None
+    tensors = read_tensors(file)
+    weight, block = tensors.get("weight"), tensors.get("block")  # the first checkpoints lack the block
+    if weight is None or weight.dim() != 2:
+        raise damaged(file, "it has no table `weight`")
+    check_numbers(file, "weight", weight)
+    if block is not None and (block.dtype != torch.long or block.dim() or block < 0):
+        raise damaged(file, "`block` is no number of a block")
+    return weight, None if block is None else int(block)
 
 
 def save_expert(folder: Path, expert: Expert, *, backbone: Backbone) -> None:

@@ -4,42 +4,24 @@ Files of PEFT 0.4 to 0.21 are read without PEFT, which would need the model that
 head.
 """
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from sparse_ft.backbone.backbone import Backbone
 from sparse_ft.backbone.model_folder import MINILM_ID
-from sparse_ft.checkpoint.expert_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config, read_adapter_tensors
+from sparse_ft.checkpoint.adapter_config import ADAPTER_CONFIG, AdapterConfig, read_adapter_config
+from sparse_ft.checkpoint.expert_files import ADAPTER_WEIGHTS, read_adapter_tensors
 from sparse_ft.checkpoint.folders import damaged
 from sparse_ft.errors import CheckpointError
 from sparse_ft.experts.named_experts import Expert
 
 LINEAR_HEADS = ("classifier", "score")
 """Names of the linear heads of transformers' classifiers."""
-
-# Settings that change what a layer computes, with the reason why it is no expert then. All are off by default.
-_REFUSED = {
-    "use_dora": "DoRA also rescales the frozen weight",
-    "lora_bias": "it adds a bias to B",
-    "use_qalora": "QALoRA pools its inputs",
-    "use_bdlora": "its matrices are block-diagonal",
-    "kasa_config": "KaSA changes the frozen weight",
-    "monteclora_config": "it draws its weights at random",
-    "arrow_config": "it is a router over other adapters",
-    "alora_invocation_tokens": "it works only behind certain tokens",
-    "layer_replication": "it repeats blocks of the backbone",
-    "target_parameters": "it changes parameters that are no linear",
-    "trainable_token_indices": "it changes embeddings",
-}
-# Initialisations that leave the frozen weight as it is; PiSSA, OLoRA, CorDA, LoftQ and the like change it.
-_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -77,7 +59,7 @@ def read_adapter(folder: Path, *, name: str, backbone: Backbone) -> ForeignExper
     Raises:
         CheckpointError: If it is no plain LoRA, changes more than linears in the blocks, or is damaged.
     """
-    config = read_lora_config(folder)
+    config = read_adapter_config(folder)
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise CheckpointError(
             f"Adapter {str(folder)!r} has no {ADAPTER_WEIGHTS}. Pickled weights (.bin) are not read; load it once with "
@@ -105,45 +87,24 @@ def read_adapter(folder: Path, *, name: str, backbone: Backbone) -> ForeignExper
             f"Adapter {str(folder)!r} changes no linear in the blocks of this backbone, e.g. "
             f"{next(iter(backbone.linears))!r}. It was trained on another architecture."
         )
-    head = _linear_head(others) if len(above) == 1 else {}
+    head = _linear_head(others, folder, width=backbone.hidden_size) if len(above) == 1 else {}
     return ForeignExpert(_with_one_alpha(name, deltas, alphas), head, above, _remarks(config, backbone=backbone))
 
 
-def read_lora_config(folder: Path) -> dict[str, Any]:
-    """Read adapter_config.json, and refuse an adapter that is more than a plain LoRA.
-
-    Raises:
-        CheckpointError: If it changes more than a product of two small matrices would, or its config is damaged.
-    """
-    config, advice = read_adapter_config(folder), "Only plain LoRA becomes an expert; train it as that."
-    if config.get("peft_type") != "LORA":
-        raise CheckpointError(
-            f"Adapter {str(folder)!r} is of type {config.get('peft_type')!r}. Expected 'LORA'; train it as one."
-        )
-    if config.get("bias", "none") != "none":
-        raise CheckpointError(
-            f"Adapter {str(folder)!r} has bias={config['bias']!r}: it changes biases of the backbone, which all "
-            f"experts share. Expected 'none'. {advice}"
-        )
-    for setting, reason in _REFUSED.items():
-        if config.get(setting):
-            raise CheckpointError(f"Adapter {str(folder)!r} has {setting}={config[setting]!r}: {reason}. {advice}")
-    start = config.get("init_lora_weights", True)
-    if start not in _INITIALISATIONS:
-        raise CheckpointError(
-            f"Adapter {str(folder)!r} has init_lora_weights={start!r}, which changed the weights of its backbone. Save "
-            "it with PEFT's path_initial_model_for_weight_conversion, which makes a plain LoRA of it."
-        )
-    return config
-
-
-def _linear_head(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return ``weight`` and perhaps ``bias`` of a linear head; empty without one."""
+def _linear_head(tensors: Mapping[str, Tensor], folder: Path, *, width: int) -> dict[str, Tensor]:
+    """Return ``weight`` [O, H] and perhaps ``bias`` [O] of a linear head; empty without one."""
     for name in LINEAR_HEADS:
         weights = {key: value for key, value in tensors.items() if key.startswith(f"{name}.")}
         head = {key.removeprefix(f"{name}."): value.float() for key, value in weights.items()}
-        if head.keys() in ({"weight"}, {"weight", "bias"}) and head["weight"].dim() == 2:
-            return head
+        if head.keys() not in ({"weight"}, {"weight", "bias"}):
+            continue
+        shape = head["weight"].shape
+        if len(shape) != 2 or shape[1] != width or ("bias" in head and head["bias"].shape != shape[:1]):
+            shapes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in head.items())
+            raise damaged(
+                folder / ADAPTER_WEIGHTS, f"its head has {shapes}, expected (outputs, {width}) and (outputs,)"
+            )
+        return head
     return {}
 
 
@@ -165,31 +126,15 @@ def _above_the_blocks(names: Iterable[str], *, backbone: Backbone, folder: Path)
     return list(dict.fromkeys(re.sub(r"\.(weight|bias)$", "", name) for name in names))
 
 
-def _alpha(config: Mapping[str, Any], module: str, *, rank: int, folder: Path) -> float:
+def _alpha(config: AdapterConfig, module: str, *, rank: int, folder: Path) -> float:
     """Return the alpha by which PEFT scales a layer (alpha / rank); the rank must agree with the config."""
-    try:
-        expected = int(_by_pattern(config.get("rank_pattern"), module, default=config["r"]))
-        alpha = float(_by_pattern(config.get("alpha_pattern"), module, default=config["lora_alpha"]))
-    except (KeyError, TypeError, ValueError, re.error) as error:
-        problem = f"{error!r}. Expected numbers for r, lora_alpha and their patterns"
-        raise damaged(folder / ADAPTER_CONFIG, problem) from error
+    expected = config.rank_of(module)
     if expected != rank:
         raise CheckpointError(
             f"Adapter {str(folder)!r} has rank {rank} in {module!r}, but its {ADAPTER_CONFIG} says {expected}. One of "
             "the two files belongs to another adapter."
         )
-    if not math.isfinite(alpha) or alpha == 0:
-        raise CheckpointError(f"Adapter {str(folder)!r} has alpha {alpha:g} for {module!r}. Expected one other than 0.")
-    # Rank-stabilised LoRA divides by the root of the rank: Kalajdzievski 2023, https://arxiv.org/abs/2312.03732
-    return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
-
-
-def _by_pattern(patterns: Mapping[str, Any] | None, module: str, *, default: Any) -> Any:
-    """Return the value for a layer as PEFT does: of the first pattern that matches the end of its name.
-
-    https://github.com/huggingface/peft/blob/v0.17.0/src/peft/utils/other.py, ``get_pattern_key``.
-    """
-    return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
+    return config.alpha_of(module)
 
 
 def _with_one_alpha(name: str, deltas: Mapping[str, tuple[Tensor, Tensor]], alphas: Mapping[str, float]) -> Expert:
@@ -202,9 +147,9 @@ def _with_one_alpha(name: str, deltas: Mapping[str, tuple[Tensor, Tensor]], alph
     return Expert(name, alpha, scaled)
 
 
-def _remarks(config: Mapping[str, Any], *, backbone: Backbone) -> list[str]:
+def _remarks(config: AdapterConfig, *, backbone: Backbone) -> list[str]:
     """Say that the adapter names another backbone than the one it is read for, if it does."""
-    base = config.get("base_model_name_or_path")
+    base = config.base_model_name_or_path
     here = str(Path(base).resolve()) if base and Path(base).is_dir() else base
     if not base or here in (backbone.name, MINILM_ID if backbone.name == "minilm" else backbone.name):
         return []

@@ -14,6 +14,7 @@ from sparse_ft.cli.options import (
     DeviceOption,
     MinFamiliarityOption,
     TaskNameOption,
+    TrustOption,
     parse_sources,
 )
 from sparse_ft.errors import ConfigError
@@ -38,6 +39,7 @@ def evaluate(
     ] = None,
     device: DeviceOption = None,
     backbone: BackboneOption = None,
+    trust_tasks: TrustOption = False,
 ) -> None:
     """Score a checkpoint and print the classification report of each task."""
     from sparse_ft.checkpoint.folders import explain_os_errors, write_json
@@ -54,6 +56,7 @@ def evaluate(
         device=device or "auto",
         backbone=backbone,
         min_familiarity=min_familiarity,
+        trust_tasks=trust_tasks,
     )
     typer.echo(result.to_text())
     content = result.to_dict()

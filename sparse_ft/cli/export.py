@@ -9,6 +9,7 @@ from sparse_ft.cli.options import (
     CheckpointArgument,
     DataOption,
     OutputOption,
+    TrustOption,
     parse_sources,
     short_path,
 )
@@ -24,12 +25,20 @@ def export(
     ] = False,
     data: DataOption = None,
     backbone: BackboneOption = None,
+    trust_tasks: TrustOption = False,
 ) -> None:
     """Write tasks for PEFT, transformers or onnxruntime, run the export, and compare its answers."""
     from sparse_ft.integrations.export import export as export_checkpoint
 
     result = export_checkpoint(
-        checkpoint, format=format_, output=output, task=task, int8=int8, data=parse_sources(data), backbone=backbone
+        checkpoint,
+        format=format_,
+        output=output,
+        task=task,
+        int8=int8,
+        data=parse_sources(data),
+        backbone=backbone,
+        trust_tasks=trust_tasks,
     )
     for name, difference in result.differences.items():
         typer.echo(

@@ -3,7 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from sparse_ft.checkpoint.manifest import read_manifest, read_metrics, read_spec, slot_experts
+from sparse_ft.checkpoint.manifest import (
+    Manifest,
+    TaskEntry,
+    TextGateEntry,
+    TokenGateEntry,
+    read_manifest,
+    read_metrics,
+    read_spec,
+)
 from sparse_ft.evaluation.tables import text_table
 from sparse_ft.paths import user_path
 from sparse_ft.tasks.spec import FileSource, HubSource, TaskSpec, list_tasks, load_task
@@ -43,12 +51,12 @@ def describe_checkpoint(path: Path) -> str:
     """Show the backbone, the experts with their sizes, and the tasks with their scores."""
     path = user_path(path)
     manifest, metrics = read_manifest(path), read_metrics(path)
-    backbone = manifest["backbone"]
+    backbone = manifest.backbone
     lines = [
-        f"checkpoint: {path} (format {manifest['format']}, sparse-ft {manifest['versions']['sparse_ft']})",
-        f"backbone:   {backbone['name']} (sha256 {backbone['weights_sha256'][:12]}…), "
-        f"experts from block {manifest['first_block']}, {manifest['pooling']} pooling",
-        f"gate:       {_gate(manifest.get('gate'), metrics)}",
+        f"checkpoint: {path} (format {manifest.format}, sparse-ft {manifest.versions.get('sparse_ft', '?')})",
+        f"backbone:   {backbone.name} (sha256 {backbone.weights_sha256[:12]}…), "
+        f"experts from block {manifest.first_block}, {manifest.pooling} pooling",
+        f"gate:       {_gate(manifest.gate, metrics)}",
         "",
         _table(["expert", "rank", "alpha", "layers", "MB", "tasks"], _expert_rows(manifest)),
         "",
@@ -57,46 +65,47 @@ def describe_checkpoint(path: Path) -> str:
     return "\n".join(lines)
 
 
-def _gate(gate: dict[str, Any] | None, metrics: dict[str, Any]) -> str:
+def _gate(gate: TextGateEntry | TokenGateEntry | None, metrics: dict[str, Any]) -> str:
     if gate is None:
         return "none; all tasks answer, unless some are named"
     shares = {task: entry["routing_accuracy"] for task, entry in metrics.items() if "routing_accuracy" in entry}
     right = ", ".join(f"{task} {share:.3f}" for task, share in shares.items())
-    threshold = f", unknown below {gate['min_confidence']:g}" if gate["min_confidence"] else ""
-    reads = f"blocks 0 to {gate['block']}" if "block" in gate else "every block with experts"
-    about = f"{gate['type']}, top {gate['top_k']}, reads what enters {reads}{threshold}"
-    together = [f"{', '.join(group[:-1])} and {group[-1]} are answered together" for group in gate.get("groups", ())]
+    threshold = f", unknown below {gate.min_confidence:g}" if gate.min_confidence else ""
+    reads = f"blocks 0 to {gate.block}" if isinstance(gate, TextGateEntry) else "every block with experts"
+    about = f"{gate.type}, top {gate.top_k}, reads what enters {reads}{threshold}"
+    groups = gate.groups if isinstance(gate, TextGateEntry) else []
+    together = [f"{', '.join(group[:-1])} and {group[-1]} are answered together" for group in groups]
     about = "; ".join([about, *together])
     return f"{about}; right on validation rows: {right}" if right else about
 
 
-def _expert_rows(manifest: dict[str, Any]) -> list[list[str]]:
+def _expert_rows(manifest: Manifest) -> list[list[str]]:
     return [
         [
             name,
-            str(entry["rank"]),
-            f"{entry['alpha']:g}",
-            str(entry["layers"]),
+            str(entry.rank),
+            f"{entry.alpha:g}",
+            str(entry.layers),
             _megabytes(manifest, f"experts/{name}/"),
-            ", ".join(task for task, served in manifest["tasks"].items() if name in _used(served)) or "none",
+            ", ".join(task for task, served in manifest.tasks.items() if name in served.used) or "none",
         ]
-        for name, entry in manifest["experts"].items()
+        for name, entry in manifest.experts.items()
     ]
 
 
-def _task_rows(path: Path, manifest: dict[str, Any], metrics: dict[str, Any]) -> list[list[str]]:
+def _task_rows(path: Path, manifest: Manifest, metrics: dict[str, Any]) -> list[list[str]]:
     rows = []
-    for name, entry in manifest["tasks"].items():
+    for name, entry in manifest.tasks.items():
         spec = read_spec(path / "tasks" / f"{name}.yaml")
         scores = metrics.get(name, {})
         first = list(scores.get("metrics", {}).items())[:2]
         shown = [f"{key} undefined" if value is None else f"{key} {value:.3f}" for key, value in first]
-        split = f" on {scores['split']} ({scores['n']} rows)" if shown else ""
+        split = f" on {scores.get('split')} ({scores.get('n')} rows)" if shown else ""
         rows.append(
             [
                 name,
                 _served_by(entry),
-                entry["kind"],
+                entry.kind,
                 _num_labels(spec),
                 _megabytes(manifest, f"heads/{name}."),
                 "  ".join(shown) + split,
@@ -105,19 +114,15 @@ def _task_rows(path: Path, manifest: dict[str, Any], metrics: dict[str, Any]) ->
     return rows
 
 
-def _used(entry: dict[str, Any]) -> list[str]:
-    return [*slot_experts(entry), *([entry["shared"]] if "shared" in entry else [])]
-
-
-def _served_by(entry: dict[str, Any]) -> str:
-    experts = slot_experts(entry)
+def _served_by(entry: TaskEntry) -> str:
+    experts = entry.served_by
     named = ", ".join(experts) if len(experts) <= 3 else f"{experts[0]} and {len(experts) - 1} others"
-    shared = f" + {entry['shared']}" if "shared" in entry else ""
-    return f"{named}{shared}, mixed by the gate" if entry.get("mixed") else named + shared
+    shared = f" + {entry.shared}" if entry.shared else ""
+    return f"{named}{shared}, mixed by the gate" if entry.mixed else named + shared
 
 
-def _megabytes(manifest: dict[str, Any], prefix: str) -> str:
-    size = sum(size for name, size in manifest["bytes"].items() if name.startswith(prefix))
+def _megabytes(manifest: Manifest, prefix: str) -> str:
+    size = sum(size for name, size in manifest.bytes.items() if name.startswith(prefix))
     return f"{size / 1e6:.2f}"
 
 

@@ -10,6 +10,7 @@ from sparse_ft.cli.options import (
     DataOption,
     DeviceOption,
     OutputOption,
+    TrustOption,
     parse_named_path,
     parse_numbers,
     parse_sources,
@@ -80,6 +81,7 @@ def merge(
     data: DataOption = None,
     device: DeviceOption = None,
     backbone: BackboneOption = None,
+    trust_tasks: TrustOption = False,
 ) -> None:
     """Merge the experts of checkpoints: side by side, or into one."""
     from sparse_ft.merging.merge import merge as merge_checkpoints
@@ -103,6 +105,7 @@ def merge(
         data=parse_sources(data),
         device=device or "auto",
         backbone=backbone,
+        trust_tasks=trust_tasks,
     )
     typer.echo(result.to_text())
     path = short_path(result.path)

@@ -39,6 +39,10 @@ MinFamiliarityOption = Annotated[
         "text. Default: that of the checkpoint, 0.005.",
     ),
 ]
+TrustOption = Annotated[
+    bool,
+    typer.Option("--trust-tasks", help="Let task files in a checkpoint name code (evaluate:...) and data on the hub."),
+]
 CheckpointArgument = Annotated[Path, typer.Argument(help="Folder that `train` wrote.")]
 OutputOption = Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder to write; must be empty or new.")]
 

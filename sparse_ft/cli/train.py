@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from sparse_ft.cli.options import DataOption, DeviceOption, TaskOption, parse_sources, short_path
+from sparse_ft.cli.options import DataOption, DeviceOption, TaskOption, TrustOption, parse_sources, short_path
 from sparse_ft.cli.streams import check_unicode_output
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def train(
         int | None,
         typer.Option(metavar="K", help="Test every row of one file once, over K folds; then train on all rows."),
     ] = None,
+    trust_tasks: TrustOption = False,
 ) -> None:
     """Train one expert per task on a frozen backbone, and print the classification report."""
     check_unicode_output()
@@ -66,6 +67,7 @@ def train(
             device=device,
             stage=stage,
             folds=folds,
+            trust_tasks=trust_tasks,
         )
     except KeyboardInterrupt:
         typer.echo(

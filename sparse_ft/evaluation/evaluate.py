@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -10,6 +10,7 @@ from sparse_ft.backbone.devices import find_device
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.checkpoint.checkpoint import Checkpoint, load_checkpoint
 from sparse_ft.errors import ConfigError, DataError, unknown_name
+from sparse_ft.evaluation.external_metrics import check_metric
 from sparse_ft.evaluation.routing_report import RoutingReport, report_routing
 from sparse_ft.evaluation.score_report import TaskReport, report_json, report_text
 from sparse_ft.evaluation.scoring import RoutedPredictions, predict_by_ensemble, predict_by_route, score_rows
@@ -103,8 +104,10 @@ def evaluate_task(
         trained_on: The data that the checkpoint names for the task, see ``sources.read_scored``.
 
     Raises:
+        ConfigError: If the metric is code that a checkpoint names.
         DataError: If the source has no such split, or its answers are hidden.
     """
+    check_metric(spec)
     scored = read_scored(spec, split, source, trained_on=trained_on)
     data = _encode_split(spec, scored, encoder=encoder)
     title = f"{spec.name} · {scored.name}"
@@ -151,6 +154,7 @@ def evaluate(
     device: str = "auto",
     backbone: str | None = None,
     min_familiarity: float | None = None,
+    trust_tasks: bool = False,
 ) -> Evaluation:
     """Score a checkpoint.
 
@@ -170,13 +174,14 @@ def evaluate(
         backbone: Path of the backbone, if not that in the checkpoint.
         min_familiarity: With the route ``gate``, the share of each task's own texts to turn away as unknown, 0 to 1;
             None takes that of the checkpoint.
+        trust_tasks: Whether task files in the checkpoint may name code (``metric: evaluate:…``) and data on the hub.
 
     Raises:
-        ConfigError: If a name is unknown, or there is nothing to turn texts away by.
+        ConfigError: If a name is unknown, there is nothing to turn texts away by, or a task may not name its metric.
         CheckpointError: If the folder is no complete checkpoint.
         DataError: If data is missing or malformed.
     """
-    opened = _open(checkpoint, device=device, backbone=backbone)
+    opened = _open(checkpoint, device=device, backbone=backbone, trust_tasks=trust_tasks)
     model = opened.model
     way = find_route(route, model, seed=opened.config.seed, min_familiarity=min_familiarity)
     names = [tasks] if isinstance(tasks, str) else list(opened.tasks if tasks is None else tasks)
@@ -221,11 +226,16 @@ def _score_tasks(
     return scored
 
 
-def _open(checkpoint: str | Path | Checkpoint | HasCheckpoint, *, device: str, backbone: str | None) -> Checkpoint:
-    """Load a folder, or take the checkpoint of a loaded model."""
+def _open(
+    checkpoint: str | Path | Checkpoint | HasCheckpoint, *, device: str, backbone: str | None, trust_tasks: bool
+) -> Checkpoint:
+    """Load a folder, or take the checkpoint of a loaded model; its tasks are foreign unless the user trusts them."""
     if isinstance(checkpoint, str | Path):
-        return load_checkpoint(checkpoint, device=find_device(device), backbone=backbone)
-    return checkpoint if isinstance(checkpoint, Checkpoint) else checkpoint.checkpoint
+        opened = load_checkpoint(checkpoint, device=find_device(device), backbone=backbone)
+    else:
+        opened = checkpoint if isinstance(checkpoint, Checkpoint) else checkpoint.checkpoint
+    tasks = {name: spec.marked(foreign=spec.foreign and not trust_tasks) for name, spec in opened.tasks.items()}
+    return replace(opened, tasks=tasks)
 
 
 def _splits_of(

@@ -8,6 +8,7 @@ from datasets import Value
 
 from sparse_ft.errors import ConfigError, unknown_name
 from sparse_ft.tasks.kinds.scores import Score
+from sparse_ft.tasks.spec import TaskSpec
 
 if TYPE_CHECKING:
     from evaluate import Metric
@@ -15,27 +16,42 @@ if TYPE_CHECKING:
 _PREFIX = "evaluate:"
 
 
+def check_metric(spec: TaskSpec) -> None:
+    """Refuse the metric of a checkpoint's task if it is code.
+
+    Raises:
+        ConfigError: If the metric is an ``evaluate:<id>``, and the user does not trust the task file.
+    """
+    if spec.foreign and spec.metric.startswith(_PREFIX):
+        raise ConfigError(
+            f"Task {spec.name!r} of the checkpoint is scored by {spec.metric!r}, which runs the code of that metric. "
+            "If you trust whoever made the checkpoint, add --trust-tasks (in Python trust_tasks=True)."
+        )
+
+
 def headline(
-    name: str, *, references: Sequence[Any], predictions: Sequence[Any], score: Score, labels: Sequence[str]
+    spec: TaskSpec, *, references: Sequence[Any], predictions: Sequence[Any], score: Score, labels: Sequence[str]
 ) -> float:
     """Return the figure that decides early stopping: one of the score, or that of an ``evaluate:<id>`` metric.
 
     Args:
-        name: The ``metric`` of the task; ``evaluate:<id>#<key>`` picks one figure of a metric that computes several.
+        spec: The task; as ``metric``, ``evaluate:<id>#<key>`` picks one figure of a metric that computes several.
         references: The right answer of each row.
         predictions: The predicted answer of each row.
         score: The figures that the task kind computed from them.
         labels: Labels of the task; a metric that reads numbers gets the index of each label.
 
     Raises:
-        ConfigError: If the metric does not fit the task, cannot be computed, or gives several figures of which none is
-            picked.
+        ConfigError: If the metric does not fit the task, cannot be computed, gives several figures of which none is
+            picked, or is code that a checkpoint names.
     """
+    name = spec.metric
     if name in score.metrics:
         return score.metrics[name]
     if not name.removeprefix(_PREFIX).partition("#")[0] or not name.startswith(_PREFIX):
         advice = f" To use any other metric of the evaluate library, write {_PREFIX}<id>."
         raise ConfigError(unknown_name("metric of this task", name, score.metrics) + advice)
+    check_metric(spec)
     metric = _load(name, known=list(score.metrics))
     code_of = {label: code for code, label in enumerate(labels)} if _wants_numbers(metric) else None
     try:

@@ -111,7 +111,5 @@ def score_rows(
     score = kind.score(right, predicted, labels=spec.label_names or [], out_of_scope=spec.out_of_scope)
     if spec.metric not in score.metrics:
         labels = kind.outputs(spec.label_names or [])
-        score.metrics[spec.metric] = headline(
-            spec.metric, references=right, predictions=predicted, score=score, labels=labels
-        )
+        score.metrics[spec.metric] = headline(spec, references=right, predictions=predicted, score=score, labels=labels)
     return score

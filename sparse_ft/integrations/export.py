@@ -41,6 +41,7 @@ def export(
     int8: bool = False,
     data: str | Path | Mapping[str, str] | None = None,
     backbone: str | None = None,
+    trust_tasks: bool = False,
 ) -> Export:
     """Write tasks of a checkpoint in a format that other libraries read, with tokenizer, model card and export.json.
 
@@ -55,6 +56,8 @@ def export(
         int8: With ``onnx``, write a second graph with int8 weights, and the score that it loses.
         data: For ``int8``: folder or file for the one task, or task name to such; None takes the data of training.
         backbone: Where the backbone is now, if not where the checkpoint says.
+        trust_tasks: For ``int8``: whether tasks of the checkpoint may name code (``metric: evaluate:…``) and data on
+            the hub.
 
     Raises:
         ConfigError: If a name is unknown, the output exists, or a package is missing.
@@ -67,7 +70,9 @@ def export(
         model = checkpoint if isinstance(checkpoint, LoadedModel) else load(checkpoint, device="cpu", backbone=backbone)
         names = _exported_tasks(model, exporter, task)
         sources = {**model.checkpoint.config.sources, **name_sources(data, names)}
-        return _write(model, names, folder, exporter, format=format, int8=int8, sources=sources)
+        return _write(
+            model, names, folder, exporter, format=format, int8=int8, sources=sources, trust_tasks=trust_tasks
+        )
 
 
 def _write(
@@ -79,6 +84,7 @@ def _write(
     format: str,
     int8: bool,
     sources: Mapping[str, Any],
+    trust_tasks: bool,
 ) -> Export:
     """Write tasks into a folder, with their differences from the checkpoint."""
     apart = not exporter.together and len(names) > 1
@@ -94,7 +100,7 @@ def _write(
                 differences[exported].check(exported)
             if int8:
                 quantise(staged / name)
-                scores.update(int8_scores(model, tasks, staged / name, sources=sources))
+                scores.update(int8_scores(model, tasks, staged / name, sources=sources, trust_tasks=trust_tasks))
             card = model_card(model, tasks, format=format, folder=(folder / name).name)
             write_bytes(staged / name / "README.md", card.encode())
             record = _record(model, tasks, format=format, differences=differences, int8=scores)

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from sparse_ft.backbone.backbone import Backbone, load_backbone
 from sparse_ft.backbone.model_folder import MINILM_ID
+from sparse_ft.checkpoint.adapter_config import ADAPTER_CONFIG, AdapterConfig, read_adapter_config
 from sparse_ft.checkpoint.checkpoint import save_checkpoint
-from sparse_ft.checkpoint.expert_files import ADAPTER_CONFIG
 from sparse_ft.checkpoint.folders import damaged
-from sparse_ft.checkpoint.foreign_adapters import read_adapter, read_lora_config
-from sparse_ft.checkpoint.manifest import MANIFEST, check_name
+from sparse_ft.checkpoint.foreign_adapters import read_adapter
+from sparse_ft.checkpoint.manifest import MANIFEST, BackboneEntry, check_name
 from sparse_ft.checkpoint.outputs import claimed_output
 from sparse_ft.config import RunConfig
 from sparse_ft.documents import read_json_object
@@ -75,9 +75,9 @@ def import_adapter(
 
 def _import(folder: Path, target: Path, *, task: str | None, labels: Sequence[str], backbone: str | None) -> Import:
     """Read the adapter of a folder and write a checkpoint; the arguments are those of ``import_adapter``."""
-    config, record = read_lora_config(folder), _read_record(folder / RECORD)
+    config, record = read_adapter_config(folder), _read_record(folder / RECORD)
     where, sha256 = backbone or _named_backbone(config, folder), record.weights_sha256 if record else None
-    loaded = load_backbone(where, revision=None if backbone else config.get("revision"), expected_sha256=sha256)
+    loaded = load_backbone(where, revision=None if backbone else config.revision, expected_sha256=sha256)
     model = SparseExpertModel(loaded, pooling=record.pooling if record else "auto")
     given = load_task(task) if task is not None and (_is_file(task) or task in list_tasks()) else task
     called = given.name if isinstance(given, TaskSpec) else given
@@ -137,7 +137,8 @@ def _read_record(file: Path) -> _Record | None:
         return None
     try:
         (entry,) = record["tasks"].values()
-        spec, sha256 = parse_task(entry["spec"], where=str(file)), record["backbone"]["weights_sha256"]
+        spec = parse_task(entry["spec"], where=str(file))
+        sha256 = BackboneEntry.model_validate(record["backbone"]).weights_sha256
         settings = {"data": {"max_length": record["max_length"]}, "experts": {"pooling": record["pooling"]}}
         run = RunConfig.model_validate(settings)  # raises ValueErrors
         return _Record(check_name(entry["expert"]), spec, run.experts.pooling, run.data.max_length, sha256)
@@ -153,8 +154,8 @@ def _read_json(file: Path) -> dict[str, Any]:
     return read_json_object(file, "it", error=partial(damaged, file)) if file.is_file() else {}
 
 
-def _named_backbone(config: Mapping[str, Any], folder: Path) -> str:
-    named = config.get("base_model_name_or_path")
+def _named_backbone(config: AdapterConfig, folder: Path) -> str:
+    named = config.base_model_name_or_path
     if not named:
         raise ConfigError(f"The adapter {str(folder)!r} does not name its backbone. Name it with --backbone.")
     return "minilm" if named == MINILM_ID else str(named)
@@ -193,11 +194,11 @@ def _has_linear_head(backbone: Backbone) -> bool:
     return True
 
 
-def _kind(config: Mapping[str, Any], backbone: Backbone, folder: Path) -> str | None:
+def _kind(config: AdapterConfig, backbone: Backbone, folder: Path) -> str | None:
     """Return the kind of task whose head here computes the same as the adapter's, or None."""
-    if config.get("task_type") == "TOKEN_CLS" and _has_linear_head(backbone):
+    if config.task_type == "TOKEN_CLS" and _has_linear_head(backbone):
         return "token_classification"
-    if config.get("task_type") == "SEQ_CLS" and backbone.family.causal:
+    if config.task_type == "SEQ_CLS" and backbone.family.causal:
         problem = _read_json(folder / "config.json").get("problem_type")
         return "multi_label" if problem == "multi_label_classification" else "classification"
     return None

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sparse_ft.backbone.encoding import PROBE_TEXTS
+from sparse_ft.checkpoint.adapter_config import ADAPTER_CONFIG
 from sparse_ft.checkpoint.checkpoint import Checkpoint, load_task_into
-from sparse_ft.checkpoint.expert_files import ADAPTER_CONFIG, load_expert
+from sparse_ft.checkpoint.expert_files import load_expert
 from sparse_ft.checkpoint.foreign_adapters import read_adapter
-from sparse_ft.checkpoint.manifest import MANIFEST, read_config, read_manifest, read_metrics, slot_experts
+from sparse_ft.checkpoint.manifest import MANIFEST, Manifest, read_config, read_manifest, read_metrics
 from sparse_ft.errors import CheckpointError, ConfigError, unknown_name
 from sparse_ft.merging.bookkeeping import (
     check_new_names,
@@ -74,11 +75,11 @@ def find_experts(path: str | Path) -> NamedExperts | None:
     folder = user_path(path).absolute()
     parent = folder.parent.parent
     if folder.parent.name == "experts" and (parent / MANIFEST).is_file():
-        experts = read_manifest(parent)["experts"]
+        experts = read_manifest(parent).experts
         if folder.name not in experts:
             raise ConfigError(unknown_name(f"expert of {str(parent)!r}", folder.name, experts))
         return NamedExperts(parent, [folder.name])
-    return NamedExperts(folder, list(read_manifest(folder)["experts"])) if (folder / MANIFEST).is_file() else None
+    return NamedExperts(folder, list(read_manifest(folder).experts)) if (folder / MANIFEST).is_file() else None
 
 
 def _add_saved(checkpoint: Checkpoint, path: Path, names: Mapping[str, str]) -> list[str]:
@@ -89,15 +90,15 @@ def _add_saved(checkpoint: Checkpoint, path: Path, names: Mapping[str, str]) -> 
     _check_tokenizer(checkpoint, path)
     tasks: dict[str, str] = {}
     for old, new in names.items():
-        served = [task for task, entry in manifest["tasks"].items() if slot_experts(entry) == [old]]
+        served = [task for task, entry in manifest.tasks.items() if entry.served_by == [old]]
         tasks |= {task: task for task in served} if old == new else new_task_names(served, expert=old, new=new)
     _check_pooling(checkpoint, path, manifest, tasks)
     advice = f" NAME={path / 'experts' / next(iter(names))} gives an expert, and the task that it serves, another name."
     check_new_names(checkpoint, experts=list(names.values()), tasks=list(tasks.values()), advice=advice)
-    model.experts.add(*(load_expert(path / "experts" / old, name=new) for old, new in names.items()))
+    model.experts.add(*(load_expert(path, old, entry=manifest.experts[old], as_name=new) for old, new in names.items()))
     for task, new in tasks.items():
-        experts = [names[expert] for expert in slot_experts(manifest["tasks"][task])]
-        checkpoint.tasks[new] = load_task_into(model, path, task, experts=experts, as_name=new)
+        entry = manifest.tasks[task]
+        checkpoint.tasks[new] = load_task_into(model, path, task, entry=entry, as_name=new, renamed=names)
     with_tasks = f", which serve{'s' if len(names) == 1 else ''} {listed_tasks(tasks.values())}" if tasks else ""
     return [
         f"Added {', '.join(repr(name) for name in names.values())} from {str(path)!r}{with_tasks}.",
@@ -122,22 +123,21 @@ def _take_over_scores(checkpoint: Checkpoint, path: Path, tasks: Mapping[str, st
     return []
 
 
-def _check_backbone(checkpoint: Checkpoint, path: Path, manifest: Mapping[str, Any]) -> None:
-    theirs, ours = manifest["backbone"], checkpoint.model.backbone
-    if theirs["weights_sha256"] != ours.weights_sha256:
+def _check_backbone(checkpoint: Checkpoint, path: Path, manifest: Manifest) -> None:
+    theirs, ours = manifest.backbone, checkpoint.model.backbone
+    if theirs.weights_sha256 != ours.weights_sha256:
         raise CheckpointError(
-            f"The experts of {str(path)!r} were trained on the backbone {theirs['name']!r} (sha256 "
-            f"{theirs['weights_sha256'][:12]}…), not on {ours.name!r} ({ours.weights_sha256[:12]}…). Train them anew "
+            f"The experts of {str(path)!r} were trained on the backbone {theirs.name!r} (sha256 "
+            f"{theirs.weights_sha256[:12]}…), not on {ours.name!r} ({ours.weights_sha256[:12]}…). Train them anew "
             "on this one."
         )
 
 
-def _check_lone_experts(path: Path, manifest: Mapping[str, Any], names: Mapping[str, str]) -> None:
+def _check_lone_experts(path: Path, manifest: Manifest, names: Mapping[str, str]) -> None:
     """Refuse experts of which a task needs several."""
-    for task, entry in manifest["tasks"].items():
-        experts, shared = slot_experts(entry), entry.get("shared")
-        mixes = entry.get("mixed") or len(experts) > 1
-        taken = sorted({*experts, shared} & set(names))
+    for task, entry in manifest.tasks.items():
+        shared, mixes = entry.shared, entry.mixed or len(entry.served_by) > 1
+        taken = sorted(set(entry.used) & set(names))
         if taken and (mixes or shared):
             how = "the gate there mixing several experts" if mixes else f"the shared expert {shared!r} in it"
             raise CheckpointError(
@@ -163,11 +163,11 @@ def _check_tokenizer(checkpoint: Checkpoint, path: Path) -> None:
         )
 
 
-def _check_pooling(checkpoint: Checkpoint, path: Path, manifest: Mapping[str, Any], tasks: Mapping[str, str]) -> None:
-    on_texts = [task for task in tasks if find_kind(manifest["tasks"][task]["kind"]).level == "text"]
-    if on_texts and manifest["pooling"] != checkpoint.model.pooling:
+def _check_pooling(checkpoint: Checkpoint, path: Path, manifest: Manifest, tasks: Mapping[str, str]) -> None:
+    on_texts = [task for task in tasks if find_kind(manifest.tasks[task].kind).level == "text"]
+    if on_texts and manifest.pooling != checkpoint.model.pooling:
         raise CheckpointError(
-            f"The head of task {on_texts[0]!r} in {str(path)!r} reads {manifest['pooling']} pooling; this checkpoint "
+            f"The head of task {on_texts[0]!r} in {str(path)!r} reads {manifest.pooling} pooling; this checkpoint "
             f"has {checkpoint.model.pooling}. Train the task anew with `sparse-ft train --from {checkpoint.path}`."
         )
 

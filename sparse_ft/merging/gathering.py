@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sparse_ft.checkpoint.checkpoint import Checkpoint, load_bare
-from sparse_ft.checkpoint.manifest import read_manifest, slot_experts
+from sparse_ft.checkpoint.manifest import read_manifest
 from sparse_ft.errors import CheckpointError, ConfigError
 from sparse_ft.merging.add import NamedExperts, add_from, find_experts
 from sparse_ft.merging.bookkeeping import new_task_names
@@ -63,8 +63,8 @@ def _add_numbered(checkpoint: Checkpoint, named: NamedExperts, numbered: dict[st
     """Add experts one by one under names that are free, and note the tasks that were renamed in ``numbered``."""
     notes = []
     for expert in named.experts:
-        tasks = read_manifest(named.checkpoint)["tasks"]
-        served = [task for task, entry in tasks.items() if slot_experts(entry) == [expert]]
+        tasks = read_manifest(named.checkpoint).tasks
+        served = [task for task, entry in tasks.items() if entry.served_by == [expert]]
         name = _free_name(checkpoint, expert, served)
         notes.extend(add_from(checkpoint, named.checkpoint / "experts" / expert, as_name=name)[1:])
         if name != expert:

@@ -84,6 +84,7 @@ def merge(  # noqa: D417  # MergeSettings describes the settings
     data: str | Path | Mapping[str, str] | None = None,
     device: str = "auto",
     backbone: str | None = None,
+    trust_tasks: bool = False,
 ) -> Merge:
     """Merge the experts of checkpoints and write the outcome as a new one.
 
@@ -99,6 +100,7 @@ def merge(  # noqa: D417  # MergeSettings describes the settings
         data: Folder or file for the one task, or task name to such; None takes the data of each task's training.
         device: ``auto``, ``cpu``, ``cuda`` …, for scores; the arithmetic is float64 on the CPU.
         backbone: Where the backbone is now, if not where the checkpoints say.
+        trust_tasks: Whether tasks of the checkpoints may name code (``metric: evaluate:…``) and data on the hub.
 
     Raises:
         ConfigError: If a setting is wrong, a name is taken, or the output exists.
@@ -112,6 +114,8 @@ def merge(  # noqa: D417  # MergeSettings describes the settings
             "rows": rows,
         })  # fmt: skip
         gathered = gather(checkpoints, number_names=method != STACK, backbone=backbone)
+        tasks = gathered.checkpoint.tasks
+        tasks.update({task: spec.marked(foreign=not trust_tasks) for task, spec in tasks.items()})
         _prepare(gathered.checkpoint, data=data, device=device)
         return (_stack if method == STACK else _merge_into_one)(gathered, settings, folder)
 

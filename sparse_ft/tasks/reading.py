@@ -30,7 +30,7 @@ from sparse_ft.tasks.records import FileOptions, Record
 from sparse_ft.tasks.rows import to_dataset
 from sparse_ft.tasks.schemes import split_tag
 from sparse_ft.tasks.single_file import read_single
-from sparse_ft.tasks.spec import SPLITS, Division, FileSource, HubSource, Split, TaskSpec
+from sparse_ft.tasks.spec import SPLITS, Division, FileSource, HubSource, Split, TaskSpec, list_tasks, load_task
 
 
 class Divided(NamedTuple):
@@ -174,7 +174,18 @@ def _folder(spec: TaskSpec, data: str | Path | None) -> Path | None:
         raise DataError(
             f"Task {spec.name!r} comes without data. Name the folder that holds its files, or one file, with --data."
         )
+    if spec.foreign and not _is_bundled(spec.hub):
+        raise DataError(
+            f"Task {spec.name!r} of the checkpoint names the data set {spec.hub.path!r} on the hub. Name its data with "
+            "--data; or, if you trust whoever made the checkpoint, add --trust-tasks (in Python trust_tasks=True)."
+        )
     return None
+
+
+def _is_bundled(hub: HubSource) -> bool:
+    """Whether a bundled task reads the same data set, so that a checkpoint did not choose it."""
+    known = [spec.hub for spec in map(load_task, list_tasks()) if spec.hub is not None]
+    return any((hub.path, hub.name, hub.revision) == (other.path, other.name, other.revision) for other in known)
 
 
 def _reading(spec: TaskSpec) -> Reading:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, Strict, ValidationError, field_validator, model_validator
+from pydantic import Field, PrivateAttr, Strict, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from sparse_ft.documents import read_yaml
@@ -152,6 +152,19 @@ class TaskSpec(Section):
     @classmethod
     def _texts(cls, value: Any) -> Any:
         return _label_texts(value)
+
+    _foreign: bool = PrivateAttr(default=False)
+
+    @property
+    def foreign(self) -> bool:
+        """Whether a checkpoint brought the task, which may then name neither code nor data on the hub."""
+        return self._foreign
+
+    def marked(self, *, foreign: bool) -> "TaskSpec":
+        """Return the task as one that a checkpoint brought, or as one that the user trusts."""
+        copied = self.model_copy()
+        copied._foreign = foreign
+        return copied
 
     @property
     def reads(self) -> Literal["text", "pair", "choices"]:

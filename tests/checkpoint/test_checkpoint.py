@@ -1,6 +1,7 @@
 """What a checkpoint holds, that it comes back bit by bit, and what a damaged one says."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from toy_checkpoints import save_model
+from safetensors import safe_open
+from toy_checkpoints import save_model, sign
 from toys import KINDS, run, settings, write_toy
 
 import sparse_ft
@@ -36,9 +38,12 @@ def all_files(folder: Path) -> dict[str, bytes]:
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
+def manifest_of(folder: Path) -> dict:
+    return json.loads((folder / "manifest.json").read_text())
+
+
 def change_manifest(folder: Path, **changes) -> None:
-    path = folder / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    (folder / "manifest.json").write_text(json.dumps({**manifest_of(folder), **changes}))
 
 
 # What is in it
@@ -78,9 +83,10 @@ def test_the_manifest_is_written_last_and_lists_the_rest(toys, tmp_path, monkeyp
     target = tmp_path / "out"
     save_checkpoint(target, model=loaded.model, tasks=loaded.tasks, config=loaded.config, metrics=loaded.metrics)
     assert present == [set(all_files(target)) - {"manifest.json"}]
-    listed = json.loads((target / "manifest.json").read_text())["bytes"]
-    assert set(listed) == present[0] - {"metrics.json"}
-    assert listed == {name: len(content) for name, content in all_files(target).items() if name in listed}
+    contents = {name: content for name, content in all_files(target).items() if name in present[0] - {"metrics.json"}}
+    assert manifest_of(target)["bytes"] == {name: len(content) for name, content in contents.items()}
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    assert manifest_of(target)["sha256"] == hashes
 
 
 def test_a_checkpoint_under_the_home_folder_is_found(toys, monkeypatch):
@@ -89,7 +95,7 @@ def test_a_checkpoint_under_the_home_folder_is_found(toys, monkeypatch):
 
 
 def test_the_manifest_refers_to_the_backbone(toys, tiny_bert):
-    manifest = read_manifest(toys)
+    manifest = manifest_of(toys)
     backbone = load_backbone(str(tiny_bert))
     assert manifest["backbone"] == {
         "name": str(tiny_bert.resolve()), "revision": None, "weights_sha256": backbone.weights_sha256
@@ -128,8 +134,7 @@ def test_an_expert_is_a_peft_adapter(tmp_path, tiny_folder, make_model, family, 
 
 def test_the_backbone_may_have_moved(copied, tiny_bert, tmp_path):
     moved = shutil.copytree(tiny_bert, tmp_path / "moved")
-    manifest = read_manifest(copied)
-    change_manifest(copied, backbone={**manifest["backbone"], "name": str(tmp_path / "gone")})
+    change_manifest(copied, backbone={**manifest_of(copied)["backbone"], "name": str(tmp_path / "gone")})
     with pytest.raises(BackboneError, match="gone"):
         sparse_ft.load(copied, device="cpu")
     there = sparse_ft.load(copied, device="cpu", backbone=str(moved))
@@ -165,46 +170,168 @@ def manifest(content):
     return lambda folder: change_manifest(folder, **content)
 
 
-def not_finite(name, value):
-    def spoil(folder):
-        from safetensors import safe_open
+def tensors(name, change):
+    """Change tensors of a file, which keeps its metadata."""
 
+    def spoil(folder):
         with safe_open(folder / name, "pt") as opened:
             metadata = opened.metadata()
-        tensors = safetensors.torch.load_file(folder / name)
-        tensors[min(tensors)].view(-1)[0] = value
-        (folder / name).write_bytes(safetensors.torch.save(tensors, metadata=metadata))
+        changed = change(safetensors.torch.load_file(folder / name))
+        (folder / name).write_bytes(safetensors.torch.save(changed, metadata=metadata))
+        sign(folder)
 
     return spoil
 
 
+def first(change):
+    """Change the first tensor."""
+    return lambda tensors: {**tensors, min(tensors): change(tensors[min(tensors)])}
+
+
+def with_number(value):
+    def change(tensor):
+        tensor.view(-1)[0] = value
+        return tensor
+
+    return first(change)
+
+
+def without(part):
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if part not in name}
+
+
+def adapter(**changes):
+    """Change adapter_config.json of an expert; infinity becomes the number that JSON lacks."""
+
+    def spoil(folder):
+        file = folder / "experts/mood/adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+        sign(folder)
+
+    return spoil
+
+
+def entries(section, name, **changes):
+    """Change an entry of the manifest."""
+
+    def spoil(folder):
+        entries = manifest_of(folder)[section]
+        change_manifest(folder, **{section: {**entries, name: {**entries[name], **changes}}})
+
+    return spoil
+
+
+def gate(**changes):
+    return lambda folder: change_manifest(folder, gate={**manifest_of(folder)["gate"], **changes})
+
+
 def other_head(folder):
-    sizes = read_manifest(folder)["bytes"]
     (folder / "heads/mood.safetensors").write_bytes((folder / "heads/names.safetensors").read_bytes())
-    change_manifest(folder, bytes={**sizes, "heads/mood.safetensors": sizes["heads/names.safetensors"]})
+    sign(folder)
+
+
+def other_kind(folder):
+    file = folder / "tasks/about.yaml"
+    file.write_text(file.read_text().replace("kind: multi_label", "kind: classification"))
+    sign(folder)
+
+
+def swapped(folder):
+    """Two experts of equal size take each other's files."""
+    one, other = (folder / f"experts/{name}/adapter_model.safetensors" for name in ("mood", "about"))
+    contents = one.read_bytes(), other.read_bytes()
+    assert len(contents[0]) == len(contents[1])
+    other.write_bytes(contents[0])
+    one.write_bytes(contents[1])
+
+
+def linked(folder):
+    file = folder / "heads/mood.safetensors"
+    file.rename(folder.parent / "elsewhere")
+    file.symlink_to(folder.parent / "elsewhere")
+
+
+def unlisted(folder):
+    (folder / "tokenizer/added_tokens.json").write_text("{}")
 
 
 def no_json(folder):
-    file = folder / "experts/mood/adapter_config.json"
-    file.write_bytes(b"{" * file.stat().st_size)
+    (folder / "experts/mood/adapter_config.json").write_text("{" * 9000)
+    sign(folder)
 
 
 NEWER = {"format": FORMAT + 1, "versions": {"sparse_ft": "9.8.7"}}
 NOT_FINITE = "{0}' holds NaN or infinite numbers in '|. Train this expert again."
 
+MOOD = "experts/mood/adapter_model.safetensors"
+
 DAMAGES = [
     *[(manifest(content), "manifest.json' is damaged")
-      for content in ("", "{", '{"format": 1,', "[]", "null", '{"format": "x"}', '{"format": 1}')],
-    *[(manifest(changes), "manifest.json' is damaged")
-      for changes in ({"bytes": []}, {"bytes": 5}, {"tasks": []}, {"tasks": {"mood": {}}},
-                      {"tasks": {"mood": {"expert": "nobody"}}})],
+      for content in ("", "{", '{"format": 1,', "[]", "null", '{"format": "x"}', '{"format": 1}', "[" * 9000)],
+    *[(manifest(changes), "manifest.json' is damaged|" + said)
+      for changes, said in (
+          ({"bytes": []}, "bytes: Input should be a valid dictionary"),
+          ({"bytes": {}, "sha256": {}}, "it does not list the file 'config.yaml'"),
+          ({"sha256": {}}, "`bytes` and `sha256` list different files"),
+          ({"tasks": []}, "tasks: Input should be a valid dictionary"),
+          ({"tasks": {"mood": {}}}, "tasks.mood.kind: Field required"),
+          ({"tasks": {"mood": {"kind": "classification"}}}, "needs either `expert` or `experts`"),
+          ({"tasks": {"mood": {"expert": "nobody", "kind": "classification"}}}, "it lacks the expert 'nobody'"),
+          ({"tasks": {"mood": {"expert": "mood", "kind": "classification", "shared": "x"}}}, "lacks the expert 'x'"),
+          ({"pooling": "median"}, "pooling: Input should be 'unit', 'mean', 'first' or 'last' (got 'median')"),
+          ({"first_block": "0"}, "first_block: Input should be a valid integer"),
+          ({"first_block": 2}, "its first_block is 2, that of its experts is "),
+          ({"backbone": ["minilm"]}, "backbone: Input should be a valid dictionary"),
+          ({"backbone": {"name": 5, "revision": None, "weights_sha256": "0" * 64}}, "backbone.name: "),
+          ({"backbone": {"name": "minilm", "revision": None, "weights_sha256": None}}, "backbone.weights_sha256: "),
+          ({"oracle": True}, "Unknown key 'oracle'"),
+      )],
+    (manifest({"bytes": {"../../etc/passwd": 5}}), "expected the path of a file inside the checkpoint"),
+    (manifest({"bytes": {"tokenizer/evil.py": 5}}), "a checkpoint holds only .jinja, .json"),
     (manifest(NEWER), f"has format {FORMAT + 1}; this sparse-ft {sparse_ft.__version__} reads up to {FORMAT}"),
     (manifest(NEWER), "written by sparse-ft 9.8.7: update with `pip install -U sparse-ft`"),
-    (not_finite("experts/mood/adapter_model.safetensors", float("nan")), NOT_FINITE.format("model.safetensors")),
-    (not_finite("heads/mood.safetensors", float("inf")), NOT_FINITE.format("mood.safetensors")),
+    (entries("experts", "mood", rank=5), "it has rank 8 on|, the manifest says rank 5"),
+    (entries("experts", "mood", layers=1), "layers, the manifest says rank 8 on 1"),
+    (entries("experts", "mood", alpha=1.0), "adapter_config.json' is damaged|whose alpha in the manifest is 1"),
+    (entries("experts", "mood", alpha=float("nan")), "NaN is no JSON value"),
+    (gate(temperature=0), "gate.sequence.temperature: Input should be greater than or equal to 0.001"),
+    (gate(min_confidence="x"), "gate.sequence.min_confidence: Input should be a valid number"),
+    (gate(type="oracle"), "gate: Input tag 'oracle'"),
+    (gate(pairs=10**12), "its gate has 1000000000000 pairs of tokens"),
+    (gate(block=10**9), "its gate reads block 1000000000 of 3"),
+    *[(adapter(lora_alpha=value), "adapter_config.json' is damaged: lora_alpha: Input should be|" + said)
+      for value, said in ((1e300, "less"), (-16.0, "greater"), (0, "greater"), ("16", "number"), (None, "number"))],
+    *[(adapter(**{name: value}), "adapter_config.json' is damaged| is no JSON value")
+      for name, value in (("lora_alpha", float("nan")), ("lora_alpha", float("inf")),
+                          ("base_model_name_or_path", float("inf")))],
+    (adapter(lora_alpha=32.0), "it says rank 8 and alpha 32|whose alpha in the manifest is 16"),
+    (adapter(r=4), "it says rank 4 and alpha 16|whose rank is 8"),
+    (adapter(alpha_pattern=3), "alpha_pattern: Input should be a valid dictionary"),
+    (adapter(rank_pattern={"(a+)+$": 8}), "without repeated groups"),
+    (adapter(base_model_name_or_path=5), "base_model_name_or_path: Input should be a valid string"),
+    (adapter(use_dora=True), "has use_dora=True: DoRA also rescales the frozen weight"),
+    (tensors(MOOD, with_number(float("nan"))), NOT_FINITE.format("model.safetensors")),
+    (tensors("heads/mood.safetensors", with_number(float("inf"))), NOT_FINITE.format("mood.safetensors")),
+    (tensors(MOOD, first(lambda tensor: tensor * 1e19)), "expected numbers within 1e+06"),
+    (tensors(MOOD, first(lambda tensor: torch.tensor(1.0))), "of|are ()|expected (r, inputs) and (outputs, r)"),
+    (tensors(MOOD, first(lambda tensor: tensor.to(torch.int64))), "has the data type int64, expected float32"),
+    (tensors(MOOD, first(lambda tensor: tensor.to(torch.complex64))), "has the data type complex64"),
+    (tensors(MOOD, first(lambda tensor: tensor.to(torch.float8_e4m3fn))), "has the data type float8_e4m3fn"),
+    (tensors(MOOD, without("layer.0.attention.self.query.lora_A")), "it has B of |query' but not A"),
+    (tensors(MOOD, without("layer.0.attention.self.query.lora_")), "layers, the manifest says rank 8"),
+    (tensors(MOOD, without("lora_")), "it has rank 0 on 0 layers"),
+    (tensors("heads/mood.safetensors", first(lambda tensor: tensor.to(torch.int64))), "has the data type int64"),
+    (tensors("heads/mood.safetensors", first(lambda tensor: tensor.to(torch.float64))), "is torch.float64"),
+    (tensors("heads/mood.safetensors", first(lambda tensor: tensor * 1e19)), "expected numbers within 1e+06"),
+    (tensors("gate.safetensors", first(lambda tensor: tensor.to(torch.float64))), "is torch.float64"),
     (other_head, "mood.safetensors' does not fit the labels of its task"),
+    (other_kind, "about.yaml' is damaged: its kind is 'classification', manifest.json says 'multi_label'"),
+    (swapped, "was changed: experts/|/adapter_model.safetensors has sha256|, its manifest says"),
+    (linked, "holds heads/mood.safetensors as a link to|outside of the folder"),
+    (unlisted, "holds tokenizer/added_tokens.json, which its manifest does not list"),
     (no_json, "adapter_config.json"),
     (lambda folder: (folder / "metrics.json").write_text("{"), "metrics.json' is damaged"),
+    (lambda folder: (folder / "metrics.json").write_text('{"mood": 1}'), "metrics.json' is damaged: "),
 ]  # fmt: skip
 
 
@@ -212,7 +339,7 @@ DAMAGES = [
 def test_a_damaged_checkpoint_is_refused(copied, spoil, said):
     spoil(copied)
     text = damaged(copied)
-    assert all(part in text for part in said.split("|"))
+    assert [part for part in said.split("|") if part not in text] == [], text
 
 
 def test_scores_may_be_missing(copied):
@@ -236,7 +363,7 @@ def test_a_name_is_no_path(name):
     (load_checkpoint, "experts"), (load_checkpoint, "tasks"), (describe_checkpoint, "tasks"),
 ])  # fmt: skip
 def test_a_name_from_a_manifest_never_becomes_a_path_unchecked(copied, section, read):
-    manifest = json.loads((copied / "manifest.json").read_text())
+    manifest = manifest_of(copied)
     shutil.copytree(copied / "experts/mood", copied.parent / "evil")
     shutil.copy(copied / "tasks/mood.yaml", copied / "evil.yaml")
     change_manifest(copied, **{section: {**manifest[section], "../evil": manifest[section]["mood"]}})

@@ -186,6 +186,9 @@ def test_a_metric_of_the_evaluate_library_decides(tmp_path, tiny_bert, monkeypat
     result = run([task], tiny_bert, tmp_path / "out", train__epochs=9, train__patience=2, train__batch_size=8)
     scores = [entry["validation"]["mood"] for entry in result.history]
     assert len(scores) == scores.index(max(scores)) + 3 < 9  # two evaluations without a better one
-    validation = sparse_ft.evaluate(result.path, split="validation", device="cpu").tasks["mood"].score
+    with pytest.raises(ConfigError, match="--trust-tasks"):
+        sparse_ft.evaluate(result.path, split="validation", device="cpu")
+    scored = sparse_ft.evaluate(result.path, split="validation", device="cpu", trust_tasks=True)
+    validation = scored.tasks["mood"].score
     assert validation.metrics[metric] == pytest.approx(max(scores))
     assert validation.metrics[metric] == pytest.approx(1 - validation.metrics["accuracy"])

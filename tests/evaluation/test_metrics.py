@@ -15,6 +15,7 @@ from sklearn.preprocessing import MultiLabelBinarizer
 from sparse_ft.errors import ConfigError
 from sparse_ft.evaluation.external_metrics import headline
 from sparse_ft.tasks.kinds.scores import score_classification, score_multi_label, score_tagging
+from sparse_ft.tasks.spec import TaskSpec
 
 TYPES = ["PER", "LOC", "ORG-NOM"]
 TAGS = ["O", *(f"{prefix}-{name}" for name in TYPES for prefix in "BI")]
@@ -275,7 +276,8 @@ def local_metric(tmp_path, monkeypatch):
 
 def headline_of(name, references=("b", "a", "new"), predictions=("b", "b", "a")):
     score = score_classification(references, predictions, labels=["a", "b"])
-    return headline(name, references=references, predictions=predictions, score=score, labels=["a", "b"])
+    spec = TaskSpec(name="mood", kind="classification", metric=name)
+    return headline(spec, references=references, predictions=predictions, score=score, labels=["a", "b"])
 
 
 def test_a_metric_that_cannot_be_computed_is_refused(local_metric, tmp_path):

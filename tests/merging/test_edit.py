@@ -56,7 +56,7 @@ def verbs(result):
 
 
 def served_by(path):
-    return {task: entry["expert"] for task, entry in read_manifest(path)["tasks"].items()}
+    return {task: entry.expert for task, entry in read_manifest(path).tasks.items()}
 
 
 def test_remove_takes_the_tasks_with_it(bert, tmp_path):
@@ -65,8 +65,8 @@ def test_remove_takes_the_tasks_with_it(bert, tmp_path):
     assert result.path == tmp_path / "out"
     assert_bit_identical(before, logits(tmp_path / "out", "about", "names"))
     manifest = read_manifest(tmp_path / "out")
-    assert list(manifest["experts"]) == list(manifest["tasks"]) == ["about", "names"]
-    assert manifest["first_block"] == 1  # mood was the only one in block 0
+    assert list(manifest.experts) == list(manifest.tasks) == ["about", "names"]
+    assert manifest.first_block == 1  # mood was the only one in block 0
     assert read_metrics(tmp_path / "out") == {"about": {"validation": 0.6}, "names": {"validation": 0.7}}
     assert not [name for name in disk(tmp_path / "out") if "mood" in name]
     assert load_checkpoint(tmp_path / "out").config.sources.keys() == {"about", "names"}
@@ -118,7 +118,7 @@ def test_prune_changes_only_its_own_tasks_and_drops_their_scores(bert, tmp_path)
     result = edit(bert, prune=[("about", 3)], output=tmp_path / "out")
     assert_bit_identical(logits(bert, "mood", "names"), logits(tmp_path / "out", "mood", "names"))
     assert not torch.equal(logits(bert, "about")["about alone"], logits(tmp_path / "out", "about")["about alone"])
-    assert read_manifest(tmp_path / "out")["experts"]["about"]["rank"] == 3
+    assert read_manifest(tmp_path / "out").experts["about"].rank == 3
     assert read_metrics(tmp_path / "out").keys() == {"mood", "names"}
     deltas = load_checkpoint(bert).model.experts.get("about").deltas
     assert [line.split()[1] for line in result.changes[1:-1]] == list(deltas)  # the error of each layer
@@ -337,9 +337,9 @@ def test_a_mixed_checkpoint_with_other_names_and_more_experts_answers_as_before(
     assert torch.equal(after["names"], after["names2"])
     assert set(after) == {*HEADS, "names2", "big"}
     manifest = read_manifest(tmp_path / "out")
-    assert manifest["gate"]["experts"] == ["feeling", "about"]
+    assert manifest.gate.experts == ["feeling", "about"]
     changed = {"expert": "feeling", "shared": "everyone"}
-    assert manifest["tasks"]["mood"] == {**read_manifest(mixed)["tasks"]["mood"], **changed}
+    assert manifest.tasks["mood"] == read_manifest(mixed).tasks["mood"].model_copy(update=changed)
 
 
 def test_an_expert_beside_the_mixed_ones_goes_and_those_that_are_needed_stay(mixed, tmp_path):

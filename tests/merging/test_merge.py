@@ -1,6 +1,5 @@
 """The merge command: what becomes of experts, heads, tasks and names, and what is refused."""
 
-import json
 import shlex
 import shutil
 from dataclasses import replace
@@ -10,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from toy_checkpoints import HEADS, LABELS, answers, assert_bit_identical, disk, logits, saved, saved_joint
+from toy_checkpoints import HEADS, LABELS, answers, assert_bit_identical, disk, logits, saved, saved_joint, sign
 from toys import call, write_toy
 
 import sparse_ft
@@ -44,10 +43,7 @@ def relabelled(checkpoint: Path, task: str, labels: list[str], **changes) -> Pat
     """Give a task of a checkpoint other labels; return the folder of its expert."""
     file = checkpoint / "tasks" / f"{task}.yaml"
     file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), "labels": labels, **changes}))
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
-    manifest["bytes"][f"tasks/{task}.yaml"] = file.stat().st_size
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
-    return checkpoint / "experts" / task
+    return sign(checkpoint) / "experts" / task
 
 
 def resave(loaded) -> None:
@@ -96,7 +92,7 @@ def test_all_weight_on_one_answers_as_that_one(bert, tmp_path):
 def test_merging_with_itself_answers_as_before_whatever_the_names(bert, tmp_path):
     names = bert / "experts/names"
     result = merge([names, names], method="ties", density=1.0, output=tmp_path / "out", name="both")
-    assert read_manifest(tmp_path / "out")["tasks"].keys() == {"names"}
+    assert read_manifest(tmp_path / "out").tasks.keys() == {"names"}
     assert torch.allclose(answers(tmp_path / "out")["names"], answers(bert)["names"], atol=1e-4)
     assert result.changes[0] == (
         "Merged 2 experts by ties (weights names 0.5, names-2 0.5; density 1) into 'both' of rank 6."
@@ -115,8 +111,8 @@ def test_a_lora_of_peft_is_merged_in_without_a_task(bert, tmp_path):
     shutil.copytree(bert / "experts/names", tmp_path / "plain")
     merge([bert / "experts/mood", tmp_path / "plain"], method="cat", output=tmp_path / "out")
     manifest = read_manifest(tmp_path / "out")
-    assert list(manifest["tasks"]) == ["mood"]
-    assert manifest["experts"]["merged"]["rank"] == 10
+    assert list(manifest.tasks) == ["mood"]
+    assert manifest.experts["merged"].rank == 10
     stacked = merge([bert / "experts/mood", tmp_path / "plain"], method="stack", output=tmp_path / "stacked")
     assert "'plain'" in stacked.changes[-1]
     assert load_checkpoint(tmp_path / "stacked").model.gate is None  # no texts belong to it
@@ -315,6 +311,7 @@ def damaged_numbers(checkpoint, *_):
     values = safetensors.torch.load_file(file)
     next(iter(values.values())).fill_(float("nan"))
     safetensors.torch.save_file(values, file, metadata={"format": "pt"})
+    sign(checkpoint)
 
 
 def other_tokenizer(checkpoint, *_):

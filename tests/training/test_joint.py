@@ -145,7 +145,7 @@ def test_evaluate_scores_mixed_tasks_as_the_gate_mixes_them_and_otherwise_if_it_
     assert by_task.gated
     assert by_task.to_dict()["tasks"] == by_gate.to_dict()["tasks"]
     assert by_task.routing.usage == by_gate.routing.usage
-    names = read_manifest(mixture)["gate"]["experts"]
+    names = read_manifest(mixture).gate.experts
     assert {name for used in by_task.routing.usage.values() for name in used} == set(names)
     assert all(sum(used.values()) == pytest.approx(1, abs=1e-4) for used in by_task.routing.usage.values())
     alone = sparse_ft.evaluate(mixture, route=names[0], tasks=["mood"], device="cpu")
@@ -331,7 +331,7 @@ def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path, tiny_bert, monkeypatc
     assert slot.joint
     assert slot.shared == ("shared" if pool else None)
     assert slot.experts == (("pool-0", "pool-1", "pool-2", "pool-3") if pool else ("mood",))
-    assert read_manifest(path)["gate"]["experts"] == (list(slot.experts) if pool else ["mood", "names"])
+    assert read_manifest(path).gate.experts == (list(slot.experts) if pool else ["mood", "names"])
 
 
 # From a checkpoint: which experts learn
@@ -407,9 +407,9 @@ def test_without_tasks_all_of_a_checkpoint_are_trained_on_the_data_they_had(tmp_
 def test_a_joint_run_goes_on_from_a_gate_of_prototypes_with_one_that_learns(tmp_path, untrained):
     options = {"from_checkpoint": untrained, "stage": "gate", "overrides": ["gate.type=prototype"], "device": "cpu"}
     old = sparse_ft.train(output=tmp_path / "old", **options).path
-    assert read_manifest(old)["gate"]["type"] == "prototype"
+    assert read_manifest(old).gate.type == "prototype"
     new = train_joint([], None, tmp_path / "new", start=old, train__epochs=1).path
-    assert read_manifest(new)["gate"]["type"] == "sequence"
+    assert read_manifest(new).gate.type == "sequence"
 
 
 @pytest.mark.parametrize("stage", ["experts", "joint"])

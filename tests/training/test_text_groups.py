@@ -53,7 +53,7 @@ OTHER = " ".join([*MARKS["mood"], "music at six"])
 
 
 def test_tasks_with_the_same_texts_are_answered_together_and_the_others_are_named(grouped, monkeypatch, capsys):
-    assert read_manifest(grouped)["gate"]["groups"] == [["mood", "names"]]
+    assert read_manifest(grouped).gate.groups == [["mood", "names"]]
     model = sparse_ft.load(grouped)
     mail, other = model([MAIL, OTHER])
     assert (list(mail.tasks), mail.left_out) == (["mood", "names"], ["about"])
@@ -104,7 +104,7 @@ def test_inspect_shows_every_expert_of_the_group(grouped, monkeypatch, capsys):
 
 def test_groups_stay_through_renaming_and_a_gate_without_a_member_goes(grouped, tmp_path):
     renamed = edit(grouped, output=tmp_path / "renamed", rename=[("mood", "feeling")]).path
-    assert read_manifest(renamed)["gate"]["groups"] == [["feeling", "names"]]
+    assert read_manifest(renamed).gate.groups == [["feeling", "names"]]
     assert len(sparse_ft.load(renamed)(MAIL).tasks) == 2
     removed = edit(grouped, output=tmp_path / "removed", remove=["names"])
     assert any("The gate is dropped" in line for line in removed.changes)
@@ -122,14 +122,14 @@ def test_a_stack_finds_the_groups_of_several_checkpoints(tmp_path, tiny_bert):
     paths = [run([task], tiny_bert, tmp_path / f"single{index}", train__epochs=1).path
              for index, task in enumerate(mails(tmp_path))]  # fmt: skip
     merge(paths, method="stack", output=tmp_path / "stack", device="cpu")
-    assert read_manifest(tmp_path / "stack")["gate"]["type"] == "prototype"
-    assert read_manifest(tmp_path / "stack")["gate"]["groups"] == [["mood", "names"]]
+    assert read_manifest(tmp_path / "stack").gate.type == "prototype"
+    assert read_manifest(tmp_path / "stack").gate.groups == [["mood", "names"]]
     assert list(sparse_ft.load(tmp_path / "stack")(MAIL).tasks) == ["mood", "names"]
 
 
 def test_a_joint_run_answers_the_group_of_the_expert_that_it_mixes_most(tmp_path, tiny_bert):
     path = train_joint(mails(tmp_path), tiny_bert, tmp_path / "joint", train__epochs=2).path
-    assert read_manifest(path)["gate"]["groups"] == [["mood", "names"]]
+    assert read_manifest(path).gate.groups == [["mood", "names"]]
     answer = sparse_ft.load(path)(MAIL)
     assert (list(answer.tasks), answer.left_out) == (["mood", "names"], ["about"])
     assert sum(answer.routing.values()) == pytest.approx(1, abs=1e-5)  # experts are mixed one by one

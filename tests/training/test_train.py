@@ -121,7 +121,7 @@ def test_a_new_task_leaves_the_others_as_they_were(tmp_path, old):
     assert list(after.tasks) == [*HEADS, "feeling"]
     scores, present = (json.loads((folder / "metrics.json").read_text())["mood"] for folder in (old, new))
     assert {**present, **scores} == present  # and how often the gate, now that there is one, is right
-    assert after.checkpoint.manifest["experts"]["feeling"]["rank"] == 3
+    assert after.checkpoint.manifest.experts["feeling"].rank == 3
 
 
 def test_a_task_of_the_checkpoint_is_trained_further_when_it_is_named(tmp_path, old):
@@ -155,7 +155,7 @@ def test_the_backbone_of_the_checkpoint_may_have_moved(tmp_path, make_model, tin
     shutil.rmtree(here)
     tasks, start = small(tmp_path, "about"), {"from_checkpoint": old, **ONE}
     path = sparse_ft.train(tasks, backbone=str(there), output=tmp_path / "second", **start).path
-    assert read_manifest(path)["backbone"]["name"] == read_config(path / "config.yaml").backbone == str(there)
+    assert read_manifest(path).backbone.name == read_config(path / "config.yaml").backbone == str(there)
     with pytest.raises(BackboneError, match="the checkpoint's backbone"):
         sparse_ft.train(tasks, backbone=str(tiny_folder("gpt2")), output=tmp_path / "third", **start)
 

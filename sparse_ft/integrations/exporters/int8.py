@@ -36,7 +36,7 @@ def quantise(folder: Path) -> None:
 
 
 def int8_scores(
-    model: LoadedModel, tasks: Sequence[str], folder: Path, *, sources: Mapping[str, str]
+    model: LoadedModel, tasks: Sequence[str], folder: Path, *, sources: Mapping[str, str], trust_tasks: bool = False
 ) -> dict[str, dict[str, Any]]:
     """Score both graphs of a folder on the same rows of each task's data.
 
@@ -45,6 +45,7 @@ def int8_scores(
         tasks: Tasks of the graphs.
         folder: Folder with both graphs.
         sources: Task to the path of its data.
+        trust_tasks: Whether the tasks may name code and data on the hub.
 
     Returns:
         By task: the split (test, or validation where test has no answers) or the file, the rows, the metric, its value
@@ -59,6 +60,7 @@ def int8_scores(
     scores: dict[str, dict[str, Any]] = {}
     for task in tasks:
         spec, source = model.tasks[task], sources.get(task)
+        spec = spec.marked(foreign=spec.foreign and not trust_tasks)
         split = "test" if is_undivided(source) else scored_split(spec, source)
         scored_rows = read_scored(spec, split, source, trained_on=model.checkpoint.config.sources.get(task))
         data = encode_rows(scored_rows.rows.to_dict(), spec=spec, encoder=model.encoder)

@@ -109,7 +109,7 @@ def empty_classifier(config: Any) -> TokenClassifier:
     from transformers import AutoModelForTokenClassification
 
     with torch.device("meta"):
-        model = AutoModelForTokenClassification.from_config(config)
+        model = AutoModelForTokenClassification.from_config(config, trust_remote_code=False)
     inside = [name for name, module in model.named_children() if any(True for _ in module.parameters())]
     heads = [name for name in inside if name in LINEAR_HEADS]
     if len(heads) != 1 or inside != [model.base_model_prefix, *heads]:
@@ -140,7 +140,8 @@ def load_tokenizer(folder: Path, *, exported_class: Any = None) -> Any:
     """Load an exported tokenizer as its user would, or by the class that the export brings."""
     from transformers import AutoTokenizer
 
-    tokenizer = (exported_class or AutoTokenizer).from_pretrained(folder, local_files_only=True)
+    loader = exported_class or AutoTokenizer
+    tokenizer = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = (
         True  # such rows are left out
     )
