@@ -6,7 +6,6 @@ an import once sparse-ft is installed.
 """
 
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +16,7 @@ from spacy.tokens import Doc, Span
 from spacy.util import filter_spans
 
 from sparse_ft.checkpoint.folders import write_json
+from sparse_ft.documents import parse_json, read_json_object
 from sparse_ft.errors import ConfigError, unknown_name
 from sparse_ft.json_output import json_text
 from sparse_ft.paths import user_path
@@ -83,7 +83,7 @@ class SparseFTComponent:
 
     def from_disk(self, path: str | Path, *, exclude: Sequence[str] = ()) -> "SparseFTComponent":
         """Read the settings that ``to_disk`` wrote; another checkpoint is loaded at the next doc."""
-        self._change(json.loads((Path(path) / "sparse_ft.json").read_text(encoding="utf-8")))
+        self._change(read_json_object(Path(path) / "sparse_ft.json"))
         return self
 
     def to_bytes(self, *, exclude: Sequence[str] = ()) -> bytes:
@@ -92,7 +92,7 @@ class SparseFTComponent:
 
     def from_bytes(self, content: bytes, *, exclude: Sequence[str] = ()) -> "SparseFTComponent":
         """Read the settings that ``to_bytes`` returned."""
-        self._change(json.loads(content))
+        self._change(parse_json(content.decode(), "The settings of the component"))
         return self
 
     def _state(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from sparse_ft.errors import DataError
 from sparse_ft.tasks.label_lists import LABEL_SEPARATOR
 from sparse_ft.tasks.records import Record, pick, plain_text
 from sparse_ft.tasks.spec import SPLITS, Column, Division, Split, TaskSpec
-from sparse_ft.tasks.values import label_text
+from sparse_ft.tasks.values import label_text, list_cell
 
 _LOG = logging.getLogger("sparse_ft")
 
@@ -221,7 +221,7 @@ def _labels_of(record: Record, columns: Mapping[str, Column]) -> tuple[str, ...]
     """Return the labels of a record as its source writes them; none where rows have no classes."""
     value = _value(record, columns.get("label", columns.get("labels")))
     if "labels" in columns and isinstance(value, str):
-        value = [part.strip() for part in value.split(LABEL_SEPARATOR)]
+        value = list_cell(value) or [part.strip() for part in value.split(LABEL_SEPARATOR)]
     return tuple(label_text(item) for item in (value if isinstance(value, list) else [value]) if item not in (None, ""))
 
 

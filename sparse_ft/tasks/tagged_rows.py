@@ -47,6 +47,11 @@ def _tags(source: Sequence[Any], record: Record, reading: Reading) -> list[str]:
         location = f"{record.location}, word {invalid + 1}"
         if record.noun == SENTENCE:
             location = record._replace(number=record.number + invalid, noun="line").location
+        if tags[invalid].isdigit():
+            raise DataError(
+                f"{location}: the tag is the number {tags[invalid]}, which has no name. Name the numbers in the task "
+                "file, e.g. `labels: {0: O, 1: B-PER, 2: I-PER}`."
+            )
         raise DataError(
             f"{location}: tag {tags[invalid]!r} is not valid in label scheme {reading.label_scheme!r}. "
             f"Correct it, or `label_scheme` in the task file ({', '.join(SCHEMES)})."

@@ -251,6 +251,12 @@ def test_integer_tags(tmp_path, labels):
     assert spec.with_labels(["ORG", "PER"]).label_names == ["ORG", "PER"]
 
 
+def test_integer_tags_without_names_are_refused(tmp_path):
+    file = jsonl(tmp_path / "t.jsonl", tokens=[["a", text] for text in TEXTS], tags=[[0, 1]] * 10)
+    with pytest.raises(DataError, match=r"line \d+, word 1: the tag is the number 0, which has no name"):
+        read(task("token_classification"), data=file)
+
+
 @pytest.mark.parametrize("indent", [None, 1])
 def test_a_list_under_the_only_key_of_an_object(tmp_path, indent):
     rows = [{"text": text, "label": "ab"[index % 2]} for index, text in enumerate(TEXTS)]
@@ -268,10 +274,12 @@ def test_a_list_under_the_only_key_of_an_object(tmp_path, indent):
 @pytest.mark.parametrize(("header", "said"), [
     ("Text,Label", "Did you mean 'Text'? Then write `columns: {text: Text}`"),
     ("sentence,category", "Did you mean 'sentence'? Then write `columns: {text: sentence}`"),
+    ("text;label", "If ';' divides the columns, write commas in a .csv file"),
     ("foo,bar", "No column of the first line has this name: 'foo', 'bar'"),
 ])  # fmt: skip
 def test_the_header_is_shown(tmp_path, header, said):
-    (tmp_path / "t.csv").write_text(header + "\n" + "".join(f"{text},a\n" for text in TEXTS))
+    mark = ";" if ";" in header else ","
+    (tmp_path / "t.csv").write_text(header + "\n" + "".join(f"{text}{mark}a\n" for text in TEXTS))
     with pytest.raises(DataError) as caught:
         read(task(), data=tmp_path / "t.csv")
     assert said in str(caught.value)
