@@ -1,7 +1,7 @@
 """Read YAML, JSON and text of foreign origin: bounded, strict, and with an error that names the file.
 
 Both languages hold the same values: null, booleans, numbers, strings, lists and mappings. YAML is read by the rules of
-YAML 1.2, in which ``no`` and ``1:30`` are strings and ``1e-3`` is a number. https://yaml.org/spec/1.2.2/#103-core-schema
+YAML 1.2, in which ``no`` and ``1:30`` are strings and ``1e-3`` is a number.
 """
 
 import json
@@ -14,14 +14,10 @@ from typing import Any, TypeAlias
 import yaml
 
 from sparse_ft.errors import ConfigError, SparseFTError
+from sparse_ft.yaml_schema import MAX_DEPTH, TOO_DEEP, Loader, WrittenLoader
 
 Refusal: TypeAlias = Callable[[str], SparseFTError]
 """Turns a message into an error."""
-
-MAX_DEPTH = 100
-"""Most lists and mappings inside each other."""
-MAX_ALIASED = 10_000
-"""Most values that the aliases of a YAML document may repeat."""
 
 
 class WrittenFloat(float):
@@ -101,10 +97,10 @@ def parse_yaml(text: str, where: str, *, written: bool = False, error: Refusal =
             MAX_DEPTH levels, aliases that repeat more than MAX_ALIASED values, or half a character.
     """
     try:
-        value = yaml.load(text, Loader=_WrittenLoader if written else _Loader)
+        value = yaml.load(text, Loader=WrittenLoader if written else Loader)
         _check_characters(value)
     except RecursionError as problem:
-        raise error(f"{where} is not readable YAML: {_TOO_DEEP}.") from problem
+        raise error(f"{where} is not readable YAML: {TOO_DEEP}.") from problem
     except (yaml.YAMLError, ValueError) as problem:
         reason = " ".join(str(problem).replace('"<unicode string>", ', "").split())
         raise error(f"{where} is not readable YAML: {reason}.") from problem
@@ -139,7 +135,7 @@ def parse_json(text: str, where: str, *, written: bool = False, error: Refusal =
         if _SURROGATE.search(text):
             _check_characters(value)
     except RecursionError as problem:
-        raise error(f"{where} is not readable JSON: {_TOO_DEEP}.") from problem
+        raise error(f"{where} is not readable JSON: {TOO_DEEP}.") from problem
     except json.JSONDecodeError as problem:
         line = f"line {problem.lineno} " if "\n" in text.strip() else ""
         position = f"{line}column {problem.colno}"
@@ -176,7 +172,6 @@ def decode(content: bytes, where: str, *, error: Refusal = ConfigError) -> str:
 
 _MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 _CONVERT = "Convert the file to UTF-8, e.g. `iconv -f {} -t UTF-8 OLD > NEW`"
-_TOO_DEEP = f"it has more than {MAX_DEPTH} lists and mappings inside each other"
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 
 
@@ -221,7 +216,7 @@ def _check_depth(value: Any) -> None:
         ]
         if not level:
             return
-    raise ValueError(_TOO_DEEP)
+    raise ValueError(TOO_DEEP)
 
 
 def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -248,98 +243,3 @@ def _written_float(text: str) -> float:
     value = WrittenFloat(_finite_float(text))
     value.text = text
     return value
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads the core schema of YAML 1.2 without infinities, and bounds what a short document can unfold to."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self._depth = 0
-        self._count = 0
-        self._aliased = 0
-        self._sizes: dict[Any, int] = {}
-        """Number of values in each node, with those that its aliases repeat."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        """Compose a value, counting levels and repeated values."""
-        mark = self.peek_event().start_mark
-        if self.check_event(yaml.AliasEvent):
-            node = super().compose_node(parent, index)
-            self._repeat(node, mark)
-            return node
-        before, self._depth = self._count, self._depth + 1
-        if self._depth > MAX_DEPTH + 1:
-            raise yaml.MarkedYAMLError(problem=_TOO_DEEP, problem_mark=mark)
-        node = super().compose_node(parent, index)
-        self._depth -= 1
-        self._count += 1
-        self._sizes[node] = self._count - before
-        return node
-
-    def _repeat(self, node: Any, mark: Any) -> None:
-        if node not in self._sizes:
-            raise yaml.MarkedYAMLError(problem="an alias stands inside the value that it repeats", problem_mark=mark)
-        self._count += self._sizes[node]
-        self._aliased += self._sizes[node]
-        if self._aliased > MAX_ALIASED:
-            raise yaml.MarkedYAMLError(problem=f"aliases repeat more than {MAX_ALIASED} values", problem_mark=mark)
-
-    def compose_mapping_node(self, anchor: Any) -> Any:
-        """Compose a mapping, whose keys must differ."""
-        node = super().compose_mapping_node(anchor)
-        keys = set()
-        for key, _ in node.value:
-            name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else key
-            if name in keys:
-                problem = f"the key {key.value!r} stands twice in one mapping"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-            keys.add(name)
-        return node
-
-    def construct_bool(self, node: Any) -> bool:
-        """Construct a boolean."""
-        if node.value.lower() not in {"true", "false"}:
-            raise yaml.MarkedYAMLError(problem=f"{node.value!r} is no boolean", problem_mark=node.start_mark)
-        return bool(node.value.lower() == "true")
-
-    def construct_int(self, node: Any) -> int:
-        """Construct a whole number."""
-        return int(node.value)
-
-    def construct_float(self, node: Any) -> Any:
-        """Construct a fraction; one that is too large stays a string."""
-        value = float(node.value)
-        return value if math.isfinite(value) else node.value
-
-
-class _WrittenLoader(_Loader):
-    """Leaves booleans and fractions as they are written."""
-
-
-_TAG = "tag:yaml.org,2002:"
-_CONSTRUCTORS: dict[str, Any] = {
-    "null": _Loader.construct_yaml_null,
-    "bool": _Loader.construct_bool,
-    "int": _Loader.construct_int,
-    "float": _Loader.construct_float,
-    "str": _Loader.construct_yaml_str,
-    "seq": _Loader.construct_yaml_seq,
-    "map": _Loader.construct_yaml_map,
-}
-_RESOLVERS = {
-    "merge": ("<<", "<"),
-    "null": ("~|null|Null|NULL|", ["~", "n", "N", ""]),
-    "int": ("0|-?[1-9][0-9]*", "-0123456789"),
-    "bool": ("true|True|TRUE|false|False|FALSE", "tTfF"),
-    "float": (r"[-+]?(?:(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)", "-+.0123456789"),
-}
-_Loader.yaml_constructors = {}
-_Loader.yaml_implicit_resolvers, _WrittenLoader.yaml_implicit_resolvers = {}, {}
-for _name, _construct in _CONSTRUCTORS.items():
-    _Loader.add_constructor(_TAG + _name, _construct)
-_Loader.add_constructor(None, _Loader.construct_undefined)  # type: ignore[type-var]
-for _name, (_pattern, _first) in _RESOLVERS.items():
-    _Loader.add_implicit_resolver(_TAG + _name, re.compile(f"^(?:{_pattern})$"), list(_first))
-    if _name in {"merge", "null", "int"}:
-        _WrittenLoader.add_implicit_resolver(_TAG + _name, re.compile(f"^(?:{_pattern})$"), list(_first))

@@ -3,9 +3,11 @@
 import time
 
 import pytest
+import yaml
 
-from sparse_ft.documents import MAX_DEPTH, decode, parse_json, parse_yaml, read_json, read_json_object, read_yaml
+from sparse_ft.documents import decode, parse_json, parse_yaml, read_json, read_json_object, read_yaml
 from sparse_ft.errors import ConfigError, DataError
+from sparse_ft.yaml_schema import MAX_DEPTH, yaml_text
 
 REPEATED = "".join(f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]\n" for level in range(1, 9))
 MERGED = "".join(f"a{level}: &a{level} {{<<: [{', '.join([f'*a{level - 1}'] * 10)}]}}\n" for level in range(1, 9))
@@ -42,6 +44,15 @@ MERGED = "".join(f"a{level}: &a{level} {{<<: [{', '.join([f'*a{level - 1}'] * 10
 def test_yaml_is_read_by_version_1_2(text, value, written):
     assert repr(parse_yaml(text, "x")) == repr(value)  # repr tells 1 from True
     assert repr(parse_yaml(text, "x", written=True)) == repr(written)
+
+
+def test_what_is_written_is_read_again():
+    words = ["1e3", "1.5e3", "-.5", "12E4", "yes", "on", "null", "~", "", "01", "1:30", "1_0", "2024-01-01", "0x1f",
+             "true", ".inf", "=", "<<", "a: b", "- a", "#", "你好", "line\nbreak"]  # fmt: skip
+    content = {"words": words, "by": {word: word for word in words}, "numbers": [1, 1.5, 1e-5, 1e300, True, None]}
+    text = yaml_text(content)
+    assert parse_yaml(text, "x") == yaml.safe_load(text) == content
+    assert parse_yaml(text, "x", written=True)["by"] == content["by"]
 
 
 @pytest.mark.parametrize(("text", "reason"), [

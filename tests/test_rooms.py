@@ -13,7 +13,7 @@ import pytest
 import sparse_ft
 
 ROOMS = (
-    {"errors", "resources", "sections", "version"},
+    {"errors", "resources", "sections", "version", "yaml_schema"},
     {"documents", "json_output", "paths"},
     {"config", "backbone"},
     {"tasks", "experts"},  # side by side: neither knows the other

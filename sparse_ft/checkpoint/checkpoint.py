@@ -7,7 +7,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-import yaml
 from torch import Tensor
 
 from sparse_ft.backbone.backbone import fresh_tokenizer, load_backbone
@@ -36,6 +35,7 @@ from sparse_ft.paths import user_path
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.spec import TaskSpec
 from sparse_ft.version import __version__
+from sparse_ft.yaml_schema import yaml_text
 
 MODEL_TYPE = "sparse-ft"
 """``model_type`` in config.json, by which transformers' pipelines find this project's module."""
@@ -97,7 +97,7 @@ def _weights(module: torch.nn.Module) -> bytes:
 
 
 def _yaml(content: Any) -> bytes:
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120).encode()
+    return yaml_text(content).encode()
 
 
 def _manifest(

@@ -8,7 +8,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-import yaml
 from torch import Tensor, nn
 
 from sparse_ft.backbone.encoding import Example
@@ -18,6 +17,7 @@ from sparse_ft.checkpoint.manifest import MANIFEST, read_config, read_metrics
 from sparse_ft.config import RunConfig
 from sparse_ft.documents import read_json_object
 from sparse_ft.errors import CheckpointError, ConfigError
+from sparse_ft.yaml_schema import yaml_text
 
 
 @dataclass
@@ -114,7 +114,7 @@ class RunState:
         def fill(folder: Path) -> None:
             contiguous = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
             write_bytes(folder / "state.safetensors", safetensors.torch.save(contiguous))
-            write_bytes(folder / "config.yaml", yaml.safe_dump(self.run.model_dump(), sort_keys=False).encode())
+            write_bytes(folder / "config.yaml", yaml_text(self.run.model_dump()).encode())
             write_json(folder / "progress.json", {"data": self.data, **asdict(self.progress)})
 
         replace_folder(self.output / "resume", fill)
