@@ -17,6 +17,7 @@ from sparse_ft.tasks.records import SENTENCE, FileOptions, Record, locate, read_
 from sparse_ft.tasks.spec import Column
 
 _TSV_FIELD = re.compile(r'(?:"(?P<quoted>(?:[^"]|"")*)"|[^"\t\r\n]*)(?:\t|\r?\n|$)')
+_QUOTED_LINE = re.compile(r'"[^"\t]*"(?:\t"[^"\t]*")*\r?')
 _TAG = re.compile(r"O|[A-Z]-.+")
 
 
@@ -92,15 +93,18 @@ def read_tsv(path: Path, options: FileOptions) -> Iterator[Record]:
 
 
 def _is_quoted(text: str) -> bool:
-    """Whether every field with a quote is quoted, and one shows why: a doubled quote, a tab, a line break, a header."""
+    """Whether every field with a quote is quoted, and one with good reason, or all of the first line.
+
+    Good reasons are a doubled quote, a tab and a line break.
+    """
     if '"' not in text:
         return False
-    end, needed = 0, False
+    end, needed = 0, _QUOTED_LINE.fullmatch(text.partition("\n")[0]) is not None
     for field in _TSV_FIELD.finditer(text):
         if field.start() != end:
             return False
-        end, inner = field.end(), field["quoted"]
-        needed = needed or (inner is not None and (field.start() == 0 or re.search('""|[\t\n]', inner) is not None))
+        end = field.end()
+        needed = needed or re.search('""|[\t\n]', field["quoted"] or "") is not None
     return needed and end == len(text)
 
 

@@ -176,10 +176,13 @@ def test_a_tsv_that_pandas_wrote(tmp_path, quoting):
 
 
 def test_quotes_of_other_tsv_files_mean_nothing(tmp_path):
-    texts = ['"Hello"', '"open', 'he said "yes"', 'a ""b""', '""'] * 2
-    lines = "".join(f"{text}\t{'ab'[row % 2]}\n" for row, text in enumerate(texts))
-    (tmp_path / "t.tsv").write_text("text\tlabel\n" + lines, encoding="utf-8")
-    assert column(task(), tmp_path / "t.tsv", "text") == texts
+    for texts in (
+        ['"Hello"', '"open', 'he said "yes"', 'a ""b""', '""'] * 2,
+        ['"Hello"', "there", "you", "and", "I"] * 2,
+    ):
+        lines = "".join(f"{text}\t{'ab'[row % 2]}\n" for row, text in enumerate(texts))
+        (tmp_path / "t.tsv").write_text("text\tlabel\n" + lines, encoding="utf-8")
+        assert column(task(), tmp_path / "t.tsv", "text") == texts
 
 
 CODES = ["01", "NA", "True", "None", "1.0", "1e3", "null", "nan", "2024-01-01", " x"]
