@@ -67,7 +67,7 @@ def check_folds(
         problems.append(f"--folds is {folds!r}. Expected a whole number, at least 2.")
     if resume or run.stage == "gate":
         problems.append("--folds trains anew. Leave out --resume and --stage gate.")
-    known = [] if run.start is None or resume else read_manifest(Path(run.start))["tasks"]
+    known = [] if run.start is None or resume else list(read_manifest(Path(run.start)).tasks)
     for spec in specs:
         if not is_undivided(sources.get(spec.name)):
             problems.append(
