@@ -89,7 +89,7 @@ def _halves(
     """Divide examples into two groups by the states that the gate reads."""
     states = mean_states(model, examples, block=block)[:, -1]  # [N, hidden]
     features = (states - states.mean(0)) / states.std(0, correction=0).clamp_min(1e-6)
-    groups = KMeans(2, n_init=4, random_state=seed).fit_predict(features.double().numpy())
+    groups = KMeans(2, n_init=4, random_state=seed % 2**32).fit_predict(features.double().numpy())
     first, second = ([examples[index] for index in np.flatnonzero(groups == half)] for half in (0, 1))
     if min(len(first), len(second)) < 2:
         raise ConfigError(f"The {len(examples)} training rows do not fall into two groups of two rows or more.")

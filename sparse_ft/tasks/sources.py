@@ -103,6 +103,11 @@ def read_scored(
         whole, digest = read_whole(spec, source)
         if not _trained(spec.division, digest, source, trained_on):
             return ScoredRows(whole, source_name(source))
+        if split != "train" and _was_train_split(spec):
+            raise DataError(
+                f"{source_name(source)} holds the rows that task {spec.name!r} was trained on as its train split, so "
+                "their scores would say nothing of new texts. Give other rows with --data FILE."
+            )
     splits = read(spec, data=source, splits=[split])
     if split in splits:
         return ScoredRows(splits[split], split, held_out=undivided)
@@ -112,6 +117,12 @@ def read_scored(
             "--data FILE, or take --split train."
         )
     raise DataError(f"Task {spec.name!r} has no {split} split in its data. Choose another with --split.")
+
+
+def _was_train_split(spec: TaskSpec) -> bool:
+    """Tell whether the divided rows were a train split, of which only validation was held out."""
+    division = spec.division
+    return division is not None and bool(division.sha256) and division.rule != "all" and not division.test
 
 
 def _trained(division: Division | None, digest: str, source: TaskData, trained_on: TaskData | None) -> bool:

@@ -136,10 +136,11 @@ def test_the_same_random_state_gives_the_same_model(make):
 
 
 def test_parameters_reach_the_run(make):
-    few = ["train.min_steps=0", "train.precision=fp32"]
+    few = ["train.precision=fp32"]
     model = clone(make(rank=3, epochs=2, learning_rate=0.004, overrides=few)).set_params(rank=5)
     config = model.fit(TEXTS[:8], MOODS[:8]).model.checkpoint.config
     assert (config.experts.rank, config.train.epochs, config.train.learning_rate) == (5, 2, 0.004)
+    assert config.train.min_steps == 0  # epochs that are set are all that there are
 
 
 def test_it_works_in_a_search_over_a_pipeline(make):

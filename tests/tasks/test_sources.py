@@ -77,6 +77,19 @@ def test_a_task_that_was_trained_on_all_rows_has_none_to_score(file):
     assert len(read_scored(spec, "test", file("other.jsonl", ROWS[:9])).rows) == 9
 
 
+def test_the_train_split_of_a_folder_is_no_test(file):
+    path = file("train.jsonl")
+    files = {"format": "jsonl", "train": path.name}
+    spec = TaskSpec.model_validate({"name": "toy", "kind": "classification", "metric": "accuracy", "files": files})
+    spec = spec.model_copy(update={"division": read_divided(spec, data=path.parent).division})
+    assert (spec.division.train, spec.division.validation, spec.division.test) == (54, 6, 0)
+    with pytest.raises(
+        DataError, match=r"train\.jsonl holds the rows that task 'toy' was trained on as its train split"
+    ):
+        read_scored(spec, "test", path)
+    assert len(read_scored(spec, "test", file("other.jsonl", ROWS[:7])).rows) == 7
+
+
 @pytest.mark.parametrize(("rows", "division", "lines"), [
     (ROWS, {}, ["rows.jsonl has no splits: its 60 rows are divided into 48 for train, 6 for validation and 6 for test "
                 "(stratified, seed 13).",
