@@ -60,7 +60,7 @@ class TrainConfig(Section):
     """Rows per optimizer step."""
     accumulation: int = Field(default=1, ge=1)
     """Number of parts in which a batch is computed; more parts need less memory and give the same result."""
-    workers: int = Field(default=0, ge=0)
+    workers: int = Field(default=0, ge=0, le=1024)
     """On a CPU, number of threads that compute parts of a batch in parallel; 0 is the number that torch would use."""
     learning_rate: float = Field(default=2e-3, gt=0)
     """Highest learning rate of the experts."""

@@ -33,7 +33,7 @@ from sparse_ft.experts.gates import SequenceGate, TokenGate, build_gate, describ
 from sparse_ft.experts.model import SparseExpertModel, TaskSlot
 from sparse_ft.paths import user_path
 from sparse_ft.tasks.kinds import find_kind
-from sparse_ft.tasks.spec import TaskSpec
+from sparse_ft.tasks.spec import UNRECORDED, TaskSpec
 from sparse_ft.version import __version__
 from sparse_ft.yaml_schema import yaml_text
 
@@ -79,7 +79,9 @@ def save_checkpoint(
             experts[name] = {"rank": rank, "alpha": expert.alpha, "layers": len(expert.ranks)}
         for task, spec in tasks.items():
             write_bytes(folder / "heads" / f"{check_name(task)}.safetensors", _weights(model.head(task)))
-            write_bytes(folder / "tasks" / f"{task}.yaml", _yaml(spec.model_dump(exclude_defaults=True)))
+            unrecorded = {"division"} if spec.division == UNRECORDED else None
+            content = spec.model_dump(exclude_defaults=True, exclude=unrecorded)
+            write_bytes(folder / "tasks" / f"{task}.yaml", _yaml(content))
         if model.gate is not None:
             write_bytes(folder / GATE, _weights(model.gate))
         write_bytes(folder / "config.yaml", _yaml(config.model_dump()))

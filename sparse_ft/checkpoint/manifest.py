@@ -13,7 +13,7 @@ from sparse_ft.checkpoint.inventory import FilePath, Sha256, check_files
 from sparse_ft.config import LARGEST_ALPHA, RunConfig, Temperature
 from sparse_ft.documents import read_json_object, read_yaml
 from sparse_ft.errors import CheckpointError, explain
-from sparse_ft.tasks.spec import Division, TaskSpec, parse_task
+from sparse_ft.tasks.spec import UNRECORDED, TaskSpec, parse_task
 from sparse_ft.version import __version__
 
 FORMAT = 1
@@ -252,7 +252,7 @@ def read_spec(file: Path) -> TaskSpec:
         ConfigError: If it is no task.
     """
     spec = parse_task(read_yaml(file, "it", written=True, error=partial(damaged, file)), where=str(file))
-    return spec.model_copy(update={"division": spec.division or Division(rule="random")}).marked(foreign=True)
+    return spec.model_copy(update={"division": spec.division or UNRECORDED}).marked(foreign=True)
 
 
 def read_config(file: Path) -> RunConfig:

@@ -112,6 +112,8 @@ def _write(
 
 def _check_options(format: str, *, int8: bool, data: str | Path | Mapping[str, str] | None) -> None:
     """Refuse options that the format does not have."""
+    if not isinstance(int8, bool):
+        raise ConfigError(f"int8 is {int8!r}. Expected True or False.")
     if data is not None and not int8 and format == "onnx":
         raise ConfigError("--data is for --int8, which scores the int8 graph. Add --int8, or leave --data out.")
     if (int8 or data is not None) and format != "onnx":

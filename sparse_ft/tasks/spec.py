@@ -90,6 +90,10 @@ class Division(Section):
     """Digest of the texts and labels of all divided rows, by which a copy of the file is known."""
 
 
+UNRECORDED = Division(rule="random")
+"""The division of checkpoints before version 0.2, which record none."""
+
+
 class TaskSpec(Section):
     """A task as its YAML file declares it."""
 

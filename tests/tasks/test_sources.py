@@ -83,9 +83,7 @@ def test_the_train_split_of_a_folder_is_no_test(file):
     spec = TaskSpec.model_validate({"name": "toy", "kind": "classification", "metric": "accuracy", "files": files})
     spec = spec.model_copy(update={"division": read_divided(spec, data=path.parent).division})
     assert (spec.division.train, spec.division.validation, spec.division.test) == (54, 6, 0)
-    with pytest.raises(
-        DataError, match=r"train\.jsonl holds the rows that task 'toy' was trained on as its train split"
-    ):
+    with pytest.raises(DataError, match=r"train\.jsonl holds the rows that task 'toy' was trained on as its train"):
         read_scored(spec, "test", path)
     assert len(read_scored(spec, "test", file("other.jsonl", ROWS[:7])).rows) == 7
 
