@@ -188,7 +188,8 @@ def readable(annotation: str) -> str:
     while literal := re.search(r"Literal\[([^\[\]]*)\]", annotation):
         annotation = annotation.replace(literal[0], literal[1].replace("'", "").replace(", ", " | "))
     annotation = re.sub(r"Annotated\[(\w+\[[^\[\]]*\]), [^\]]*\]", r"\1", annotation)
-    annotation = re.sub(r"\bFlag\b", "bool", re.sub(r"\bTexts\b", "list[str]", annotation))
+    for name, meaning in (("Flag", "bool"), ("Texts", "list[str]"), ("Temperature", "float")):
+        annotation = re.sub(rf"\b{name}\b", meaning, annotation)
     names = {"None": "null", "Column": "name or index", "Split": "train | validation | test", "Any": "value"}
     return re.sub(r"\b(None|Column|Split|Any)\b", lambda match: names[match[0]], annotation)
 
