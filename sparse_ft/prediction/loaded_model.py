@@ -208,7 +208,13 @@ def predict(
     combine: str | None = None,
     device: str = "auto",
     backbone: str | None = None,
+    min_familiarity: float | None = None,
 ) -> list[Prediction]:
     """Load a checkpoint and answer tasks for a list of texts; see ``load`` and ``LoadedModel.predict``."""
-    model = checkpoint if isinstance(checkpoint, LoadedModel) else load(checkpoint, device=device, backbone=backbone)
-    return model.predict(texts, tasks, combine=combine)
+    if not isinstance(checkpoint, LoadedModel):
+        checkpoint = load(checkpoint, device=device, backbone=backbone, min_familiarity=min_familiarity)
+    elif min_familiarity is not None:
+        raise ConfigError(
+            f"min_familiarity is {min_familiarity!r}, and the model is loaded. Give it to load()."
+        )
+    return checkpoint.predict(texts, tasks, combine=combine)

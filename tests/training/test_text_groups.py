@@ -224,6 +224,9 @@ def test_the_user_says_which_share_of_the_own_texts_is_turned_away(grouped):
     assert scored.routing.confusion == {"mood": {"unknown": SIZES[2]}}
     assert sparse_ft.evaluate(grouped, tasks=["mood"], route="gate", device="cpu").routing.accuracy > 0.9  # as before
     assert not route_tokens(grouped, MAIL, min_familiarity=1.0, device="cpu").weights.any()
+    assert sparse_ft.predict(grouped, [MAIL], min_familiarity=1.0, device="cpu")[0].unknown
+    with pytest.raises(ConfigError, match=r"to load\(\)"):
+        sparse_ft.predict(sparse_ft.load(grouped), [MAIL], min_familiarity=1.0)
     named = sparse_ft.load(grouped, min_familiarity=1.0, device="cpu").predict([MAIL], ["mood"])[0]
     assert not named.unknown
 
