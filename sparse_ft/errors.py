@@ -1,7 +1,7 @@
 """The errors that a user can cause, and the wording of their messages."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from pydantic import BaseModel, ValidationError
 
@@ -45,8 +45,13 @@ def unknown_name(noun: str, name: str, known: Iterable[str]) -> str:
     by_lower = {entry.lower(): entry for entry in names}
     close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
     hint = f" Did you mean {by_lower[close[0]]!r}?" if close else ""
-    shown = ", ".join(names[:40]) + (f", … ({len(names)} in all)" if len(names) > 40 else "")
-    return f"Unknown {noun} {name!r}.{hint} Known: {shown or 'none'}."
+    return f"Unknown {noun} {name!r}.{hint} Known: {name_list(names) or 'none'}."
+
+
+def name_list(names: Sequence[str]) -> str:
+    """Join names for a message: at most 40, and those with line breaks and the like in quotes."""
+    shown = ", ".join(name if name.isprintable() else repr(name) for name in names[:40])
+    return shown + (f", … ({len(names)} in all)" if len(names) > 40 else "")
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
@@ -67,7 +72,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
                 advice = " Put it in quotes."
             if problem["type"] in {"int_type", "float_type"} and isinstance(problem["input"], str):
                 advice = " Write a number in digits, without quotes, _ or leading zeros."
-            problems.append(f"{field}: {problem['msg']} (got {problem['input']!r:.200}).{advice}")
+            problems.append(f"{name_list([field])}: {problem['msg']} (got {problem['input']!r:.200}).{advice}")
     return " ".join(problems)
 
 

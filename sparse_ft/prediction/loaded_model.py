@@ -214,7 +214,5 @@ def predict(
     if not isinstance(checkpoint, LoadedModel):
         checkpoint = load(checkpoint, device=device, backbone=backbone, min_familiarity=min_familiarity)
     elif min_familiarity is not None:
-        raise ConfigError(
-            f"min_familiarity is {min_familiarity!r}, and the model is loaded. Give it to load()."
-        )
+        raise ConfigError(f"min_familiarity is {min_familiarity!r}, and the model is loaded. Give it to load().")
     return checkpoint.predict(texts, tasks, combine=combine)

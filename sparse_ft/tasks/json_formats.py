@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_ft.documents import parse_json
-from sparse_ft.errors import DataError
+from sparse_ft.errors import DataError, name_list
 from sparse_ft.tasks.records import QUESTION, FileOptions, Record, read_text, text_lines
 
 
@@ -23,7 +23,7 @@ def read_json(path: Path, options: FileOptions) -> Iterator[Record]:
     content = load_json(path)
     if options.key is not None:
         if not isinstance(content, dict) or options.key not in content:
-            keys = ", ".join(content) if isinstance(content, dict) else "none, it is a list"
+            keys = name_list(list(content)) if isinstance(content, dict) else "none, it is a list"
             raise DataError(
                 f"{str(path)!r} has no key {options.key!r}. Its keys: {keys}. Correct the part after # in the name."
             )
@@ -44,8 +44,8 @@ def _list_within(content: dict[str, Any], path: Path) -> dict[str, Any] | list[A
         return list(content[lists[0]])
     if lists:
         raise DataError(
-            f"{str(path)!r} is an object with the keys {', '.join(content)}. Choose one: {path.name}#KEY. Expected a "
-            "list of rows under it."
+            f"{str(path)!r} is an object with the keys {name_list(list(content))}. Choose one: {path.name}#KEY. "
+            "Expected a list of rows under it."
         )
     return content
 
@@ -53,8 +53,8 @@ def _list_within(content: dict[str, Any], path: Path) -> dict[str, Any] | list[A
 def _refuse_columns(content: dict[str, Any], path: Path) -> None:
     if content and all(isinstance(value, dict) for value in content.values()):
         raise DataError(
-            f"{str(path)!r} holds columns ({', '.join(content)}), not rows. Expected a list of rows, which pandas "
-            "writes with to_json(orient='records')."
+            f"{str(path)!r} holds columns ({name_list(list(content))}), not rows. Expected a list of rows, which "
+            "pandas writes with to_json(orient='records')."
         )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparse_ft.documents import decode
-from sparse_ft.errors import DataError
+from sparse_ft.errors import DataError, name_list
 from sparse_ft.tasks.spec import Column
 from sparse_ft.tasks.values import exact_text
 
@@ -137,7 +137,7 @@ def pick(record: Record, column: Column) -> Any:
 
 def _missing_column(record: Record, column: str | int) -> str:
     if isinstance(record.values, dict):
-        names, there = list(record.values), f"The columns are: {', '.join(record.values)}."
+        names, there = list(record.values), f"The columns are: {name_list(list(record.values))}."
     else:
         names = [value for value in record.values if isinstance(value, str)] if record.number == 1 else []
         there = f"There are {len(record.values)} columns, without names."
