@@ -30,7 +30,7 @@ from transformers import (
 
 from sparse_ft.backbone.backbone import load_backbone
 from sparse_ft.backbone.batching import length_batches, token_limit
-from sparse_ft.cli.text_lines import read_texts
+from sparse_ft.cli.text_files import read_file
 from sparse_ft.integrations.export import export
 from sparse_ft.prediction.loaded_model import LoadedModel, load
 from sparse_ft.tasks.kinds import find_kind
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    texts = [text for text in read_texts(options.texts) if text.strip()]
+    texts = [text for text in read_file(options.texts, form="text") if text.strip()]
     models = {str(path): load(path, device="cpu") for path in options.checkpoints}
     first = next(iter(models.values()))
     backbone = load_backbone(first.checkpoint.config.backbone)

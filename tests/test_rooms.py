@@ -14,7 +14,7 @@ import sparse_ft
 
 ROOMS = (
     {"errors", "resources", "sections", "version", "yaml_schema"},
-    {"documents", "json_output", "paths"},
+    {"documents", "json_output", "paths", "progress"},
     {"config", "backbone"},
     {"tasks", "experts"},  # side by side: neither knows the other
     {"checkpoint"},

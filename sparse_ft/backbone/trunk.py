@@ -15,6 +15,7 @@ from sparse_ft.backbone.backbone import Backbone
 from sparse_ft.backbone.batching import collate, length_batches, token_limit
 from sparse_ft.backbone.encoding import Example
 from sparse_ft.backbone.pooling import pool
+from sparse_ft.progress import progress_bar
 
 
 class _Reached(Exception):
@@ -33,7 +34,13 @@ def trunk_bytes(backbone: Backbone, examples: Sequence[Example]) -> int:
 
 @torch.no_grad()
 def cache_trunk(
-    backbone: Backbone, examples: Sequence[Example], *, first_block: int, hidden: bool = True, means: bool = False
+    backbone: Backbone,
+    examples: Sequence[Example],
+    *,
+    first_block: int,
+    hidden: bool = True,
+    means: bool = False,
+    title: str | None = None,
 ) -> list[Example]:
     """Run the trunk over rows and cache the states that enter block ``first_block``.
 
@@ -45,6 +52,7 @@ def cache_trunk(
         first_block: 0-based index of the lowest block with expert layers; 0 caches the embeddings.
         hidden: Whether to cache the hidden states; False caches the means only.
         means: Whether to cache the means over the tokens of the states that enter each block up to ``first_block``.
+        title: Of a progress bar; None shows none.
 
     Returns:
         The same rows with ``trunk``, and on the CPU ``means``, filled in.
@@ -52,7 +60,11 @@ def cache_trunk(
     device, blocks = next(backbone.model.parameters()).device, backbone.blocks
     cached = list(examples)
     entering: list[Tensor] = []  # states that enter the blocks of the trunk, [N, S, hidden] each
-    with _before([blocks[first_block]], _stop), _before(blocks[:first_block] if means else [], entering.append):
+    with (
+        progress_bar(title, total=len(examples)) as bar,
+        _before([blocks[first_block]], _stop),
+        _before(blocks[:first_block] if means else [], entering.append),
+    ):
         for members in length_batches([len(example.input_ids) for example in examples], max_tokens=token_limit(device)):
             rows = [("", replace(examples[member], targets=[])) for member in members]  # of several tasks, no targets
             batch = collate(rows, pad_id=backbone.pad_id, device=device)
@@ -70,6 +82,7 @@ def cache_trunk(
                     for member, row in zip(members, torch.stack(pooled, 1).cpu(), strict=True):
                         cached[member] = replace(cached[member], means=row)
                 entering.clear()
+            bar.update(len(members))
     return cached
 
 

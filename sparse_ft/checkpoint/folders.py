@@ -8,7 +8,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from sparse_ft.checkpoint.locks import check_locks, is_held, lock_of_the_dead, locked, locked_folders
 from sparse_ft.errors import CheckpointError
@@ -21,19 +21,28 @@ NAME_ROOM = len("..new-12345678")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, and wait until the disk has it; a link stays, and its target is written.
+    """Write a file whole or not at all; see ``written_file``."""
+    with written_file(path) as stream:
+        stream.write(content)
 
-    A path that is no regular file, such as ``/dev/stdout``, is written directly.
+
+@contextlib.contextmanager
+def written_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that is written whole or not at all, and wait until the disk has it.
+
+    A link stays, and its target is written. A path that is no regular file, such as ``/dev/stdout``, is written
+    directly.
     """
     if path.parts[:2] == ("/", "dev") or (path.exists() and not path.is_file() and not path.is_dir()):
-        path.write_bytes(content)
+        with path.open("wb") as stream:
+            yield stream
         return
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.new")
     try:
         with staged.open("wb") as stream:
-            stream.write(content)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         staged.replace(path)

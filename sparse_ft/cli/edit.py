@@ -9,6 +9,7 @@ from sparse_ft.cli.options import (
     BackboneOption,
     CheckpointArgument,
     OutputOption,
+    parse_label_names,
     parse_named_path,
     parse_named_rank,
     parse_two_names,
@@ -25,6 +26,13 @@ def edit(
     rename: Annotated[
         list[str] | None,
         typer.Option(metavar="OLD=NEW", help="Rename an expert; its tasks keep their names. Repeatable."),
+    ] = None,
+    rename_task: Annotated[
+        list[str] | None, typer.Option(metavar="OLD=NEW", help="Rename a task; its expert keeps its name. Repeatable.")
+    ] = None,
+    rename_label: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK:OLD=NEW", help="Rename a label, or a type of entities, of a task. Repeatable."),
     ] = None,
     copy: Annotated[
         list[str] | None, typer.Option(metavar="OLD=NEW", help="Copy an expert and its task. Repeatable.")
@@ -45,7 +53,10 @@ def edit(
     ] = None,
     backbone: BackboneOption = None,
 ) -> None:
-    """Remove, rename, copy, add, prune and split experts, in this order, and write a new checkpoint."""
+    """Remove and rename experts, rename tasks and labels, copy, add, prune and split experts, in this order.
+
+    The result is a new checkpoint.
+    """
     from sparse_ft.merging.edit import edit as edit_checkpoint
 
     result = edit_checkpoint(
@@ -53,6 +64,8 @@ def edit(
         output=output,
         remove=remove or [],
         rename=[parse_two_names("--rename", value) for value in rename or []],
+        rename_task=[parse_two_names("--rename-task", value) for value in rename_task or []],
+        rename_label=[parse_label_names(value) for value in rename_label or []],
         copy=[parse_two_names("--copy", value) for value in copy or []],
         add=[parse_named_path(value) for value in add or []],
         prune=[parse_named_rank(value) for value in prune or []],

@@ -55,6 +55,17 @@ def parse_two_names(option: str, value: str) -> tuple[str, str]:
     return old, new
 
 
+def parse_label_names(value: str) -> tuple[str, str, str]:
+    """Parse ``TASK:OLD=NEW``."""
+    task, _, names = value.partition(":")
+    old, _, new = names.partition("=")
+    if not (task and old and new):
+        raise ConfigError(
+            f"--rename-label {value!r} is not of the form TASK:OLD=NEW. Write e.g. --rename-label sentiment:pos=good."
+        )
+    return task, old, new
+
+
 def parse_named_path(value: str) -> tuple[str | None, str]:
     """Parse ``PATH`` or ``NAME=PATH``."""
     name, equals, path = value.partition("=")

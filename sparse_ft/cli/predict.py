@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,12 +12,17 @@ from sparse_ft.cli.options import (
     CombineOption,
     DeviceOption,
     MinFamiliarityOption,
+    short_path,
 )
 from sparse_ft.cli.streams import check_stdin
 from sparse_ft.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sparse_ft.cli.text_files import LineForm
     from sparse_ft.prediction.loaded_model import LoadedModel
+    from sparse_ft.tasks.kinds.answers import Prediction
 
 
 def predict(
@@ -26,7 +31,12 @@ def predict(
         list[str] | None, typer.Argument(help="Texts; without any, and without --file, standard input is read.")
     ] = None,
     file: Annotated[
-        str | None, typer.Option(metavar="FILE", help="File with one text a line, or - for standard input.")
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="One text a line; .jsonl, .csv or .tsv with a column text; a folder of .txt files; - for standard "
+            "input.",
+        ),
     ] = None,
     task: Annotated[
         list[str] | None,
@@ -38,39 +48,69 @@ def predict(
     combine: CombineOption = None,
     min_familiarity: MinFamiliarityOption = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object a text.")] = False,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the answers to a .jsonl or .csv file instead.")
+    ] = None,
     device: DeviceOption = None,
     backbone: BackboneOption = None,
 ) -> None:
     """Answer tasks for texts, one line a text; a tab separates the two texts of a pair, or a text and a question.
 
-    Lines of a .jsonl file, and rows of multiple choice, are JSON objects with text, text_pair and choices. An object
-    may also name its own tasks, and hold metadata for rules.
+    Rows of .jsonl, .csv and .tsv files have the fields text and text_pair, may name their own tasks, and in .jsonl hold
+    choices, and metadata for rules. Other fields, such as an id, are repeated in the answer.
     """
-    from sparse_ft.cli.text_lines import format_prediction, read_rows, read_texts
-    from sparse_ft.json_output import json_text
+    from sparse_ft.cli.answer_files import check_answer_file
+    from sparse_ft.cli.text_files import read_file, read_lines
 
     if text and file is not None:
         raise ConfigError("Texts and --file are both given. Choose one.")
+    if output is not None and json_:
+        raise ConfigError("--output writes the answers to a file, and --json prints them. Choose one.")
     _check_route(route, names_tasks=bool(task or combine))
     if min_familiarity is not None and (task or combine):
         raise ConfigError(
             "--min-familiarity turns away texts whose tasks the gate chooses, and --task or --combine names the tasks. "
             "Leave one out."
         )
+    target = None if output is None else check_answer_file(output, source=file)
     if not text and file in (None, "-"):
         check_stdin()
-    texts = iter(text) if text else read_texts(file or "-")
     from sparse_ft.prediction.loaded_model import load
 
     rules = None if route == "gate" else route
     model = load(checkpoint, device=device or "auto", backbone=backbone, rules=rules, min_familiarity=min_familiarity)
-    rows = read_rows(texts, form=_line_form(model, task or [], file))
-    for prediction in model.stream(rows, "all" if task == ["all"] else task or None, combine=combine):
-        line = json_text(prediction.to_dict()) if json_ else format_prediction(prediction)
-        typer.echo(line)
+    form = _line_form(model, task or [])
+    rows = read_lines(text, form=form) if text else read_file(file or "-", form=form)
+    predictions = model.stream(rows, "all" if task == ["all"] else task or None, combine=combine)
+    if target is not None:
+        tasks = list(model.tasks) if task in (None, [], ["all"]) else task
+        _write_answers(predictions, target, tasks=tasks or [])
+    else:
+        _print_answers(predictions, as_json=json_)
     if model.rules is not None:
         for number in model.rules.unmatched():
             logging.getLogger("sparse_ft").warning("Rule %d of %s never matched.", number, route)
+
+
+def _print_answers(predictions: "Iterator[Prediction]", *, as_json: bool) -> None:
+    from sparse_ft.cli.answer_lines import format_prediction
+    from sparse_ft.json_output import json_text
+
+    for prediction in predictions:
+        typer.echo(json_text(prediction.to_dict()) if as_json else format_prediction(prediction))
+
+
+def _write_answers(predictions: "Iterator[Prediction]", target: Path, *, tasks: list[str]) -> None:
+    from sparse_ft.cli.answer_files import answer_file
+    from sparse_ft.progress import progress_bar
+
+    number = 0
+    with answer_file(target, tasks=tasks) as write, progress_bar("answering", unit="text") as bar:
+        for prediction in predictions:
+            write(prediction)
+            number += 1
+            bar.update()
+    typer.echo(f"Answers to {number} {'text' if number == 1 else 'texts'}: {short_path(target)}")
 
 
 def _check_route(route: str, *, names_tasks: bool) -> None:
@@ -85,10 +125,10 @@ def _check_route(route: str, *, names_tasks: bool) -> None:
         )
 
 
-def _line_form(model: "LoadedModel", tasks: list[str], file: str | None) -> Literal["text", "pair", "json"]:
-    """Return how a line of input is read, by what the tasks read and by the name of the file."""
+def _line_form(model: "LoadedModel", tasks: list[str]) -> "LineForm":
+    """Return how a line of input is read, by what the tasks read."""
     names = model.tasks if tasks in ([], ["all"]) else tasks
     reads = {model.tasks[name].reads for name in names if name in model.tasks}
-    if "choices" in reads or (file or "").endswith(".jsonl"):
+    if "choices" in reads:
         return "json"
     return "pair" if "pair" in reads else "text"

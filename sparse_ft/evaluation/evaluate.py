@@ -186,8 +186,10 @@ def evaluate(
     way = find_route(route, model, seed=opened.config.seed, min_familiarity=min_familiarity)
     names = [tasks] if isinstance(tasks, str) else list(opened.tasks if tasks is None else tasks)
     splits = _splits_of(names, split, model=model)
+    asked = [opened.tasks[name] for name in names] if tasks else []  # a file for all tasks of a checkpoint is a slip
+    given = name_sources(data, names, specs=asked)
     ensembles = _ensembles_of(names, combine, route=route, checkpoint=opened)
-    scored = _score_tasks(opened, ensembles, splits=splits, given=name_sources(data, names), route=way)
+    scored = _score_tasks(opened, ensembles, splits=splits, given=given, route=way)
     for warning in way.warnings():
         _LOG.warning("%s", warning)
     return Evaluation(

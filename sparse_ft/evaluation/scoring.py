@@ -59,11 +59,20 @@ def predict_by_route(model: SparseExpertModel, spec: TaskSpec, data: EncodedRows
             num_parts=data.num_parts,
             gate=gate,
             usage=usage,
+            title=f"scoring {spec.name}",
         )
         return RoutedPredictions(_predictions(spec, data, logits), Routing(None, usage.mean(1)), usage, blocks)
     routing = _route_rows(spec, data, route)
     own = routing.take([example.row for example in data.examples]) if route.once_a_text else routing
-    logits = row_logits(model, spec.name, data.examples, num_rows=data.num_rows, num_parts=data.num_parts, routing=own)
+    logits = row_logits(
+        model,
+        spec.name,
+        data.examples,
+        num_rows=data.num_rows,
+        num_parts=data.num_parts,
+        routing=own,
+        title=f"scoring {spec.name}",
+    )
     return RoutedPredictions(_predictions(spec, data, logits), routing)
 
 

@@ -14,6 +14,7 @@ from sparse_ft.errors import CheckpointError
 from sparse_ft.experts.gates import Gate
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.routing import ForwardPass, Routing
+from sparse_ft.progress import progress_bar
 
 
 class EncodedTexts(NamedTuple):
@@ -35,6 +36,7 @@ def logits_by_task(
     routing: Routing | None = None,
     gate: Gate | None = None,
     usage: Tensor | None = None,
+    title: str | None = None,
 ) -> dict[str, list[Tensor]]:
     """Compute the logits of one or several tasks, each for its texts, in batches that hold rows of all of them.
 
@@ -46,6 +48,7 @@ def logits_by_task(
         gate: Decides at every block instead of ``routing``.
         usage: [examples, blocks, experts], filled with the mean weight that ``gate`` gave each expert over the tokens;
             blocks from ``model.first_block`` on.
+        title: Of a progress bar; None shows none.
 
     Returns:
         Task to one float32 CPU tensor a text: (labels,), or (words, tags), or (choices, 1).
@@ -55,7 +58,7 @@ def logits_by_task(
     """
     results = {task: _blank_logits(model, task, encoded) for task, encoded in texts.items()}
     pairs = [(task, example) for task, encoded in texts.items() for example in encoded.examples]
-    for members, batch in _batches(model, pairs):
+    for members, batch in _batches(model, pairs, title=title):
         taken = None if routing is None else routing.take(members)
         block_routings: dict[int, Routing] = {}
         logits = model(batch, routing=taken, gate=gate, block_routings=block_routings)
@@ -80,10 +83,11 @@ def row_logits(
     routing: Routing | None = None,
     gate: Gate | None = None,
     usage: Tensor | None = None,
+    title: str | None = None,
 ) -> list[Tensor]:
     """Compute the logits of one task; see ``EncodedTexts`` and ``logits_by_task`` for the arguments."""
     texts = {task: EncodedTexts(examples, num_rows, num_parts)}
-    return logits_by_task(model, texts, routing=routing, gate=gate, usage=usage)[task]
+    return logits_by_task(model, texts, routing=routing, gate=gate, usage=usage, title=title)[task]
 
 
 def _blank_logits(model: SparseExpertModel, task: str, texts: EncodedTexts) -> list[Tensor]:
@@ -130,21 +134,25 @@ def _mean_weights(block_routings: Mapping[int, Routing], batch: Batch, num_exper
     return torch.stack([(block * real).sum(1) / real.sum(1) for block in weights], dim=1)
 
 
-def _batches(model: SparseExpertModel, pairs: Sequence[tuple[str, Example]]) -> Iterator[tuple[list[int], Batch]]:
+def _batches(
+    model: SparseExpertModel, pairs: Sequence[tuple[str, Example]], *, title: str | None = None
+) -> Iterator[tuple[list[int], Batch]]:
     """Collate (task, example) pairs of similar length; yield the indices of the pairs and their batch.
 
     Examples with a cached trunk have batches of their own, because a trunk saves time only if all rows have one.
     """
     several = len({task for task, _ in pairs}) > 1
-    for cached in (True, False):
-        group = [index for index, (_, example) in enumerate(pairs) if (example.trunk is not None) is cached]
-        lengths = [len(pairs[index][1].input_ids) for index in group]
-        for batch in length_batches(lengths, max_tokens=token_limit(model.device)):
-            members = [group[member] for member in batch]
-            if several:
-                members.sort()  # the rows of a task must be adjacent
-            rows = [pairs[member] for member in members]
-            yield members, collate(rows, pad_id=model.backbone.pad_id, device=model.device)
+    with progress_bar(title, total=len(pairs)) as bar:
+        for cached in (True, False):
+            group = [index for index, (_, example) in enumerate(pairs) if (example.trunk is not None) is cached]
+            lengths = [len(pairs[index][1].input_ids) for index in group]
+            for batch in length_batches(lengths, max_tokens=token_limit(model.device)):
+                members = [group[member] for member in batch]
+                if several:
+                    members.sort()  # the rows of a task must be adjacent
+                rows = [pairs[member] for member in members]
+                yield members, collate(rows, pad_id=model.backbone.pad_id, device=model.device)
+                bar.update(len(members))
 
 
 @torch.no_grad()
@@ -184,6 +192,7 @@ def with_trunks(
     block: int | None = None,
     hidden: bool = True,
     means: bool = False,
+    title: str | None = None,
 ) -> list[Example]:
     """Run the bare backbone up to a block, and return the examples with the states that enter it as their ``trunk``.
 
@@ -193,12 +202,13 @@ def with_trunks(
         block: 0-based; None takes the lowest with experts, below which all experts share the blocks.
         hidden: Whether to store the hidden states; if not, only the means are stored.
         means: Whether to store the mean of the states that enter each block up to there, too.
+        title: Of a progress bar; None shows none.
     """
     backbone = model.backbone
     lowest = min(model.first_block, backbone.num_blocks - 1)  # a model without experts has no block with experts
     with model.slot.filled(ForwardPass(None)):
         first_block = lowest if block is None else block
-        return cache_trunk(backbone, examples, first_block=first_block, hidden=hidden, means=means)
+        return cache_trunk(backbone, examples, first_block=first_block, hidden=hidden, means=means, title=title)
 
 
 def stacked_means(examples: Sequence[Example]) -> Tensor:
@@ -206,15 +216,18 @@ def stacked_means(examples: Sequence[Example]) -> Tensor:
     return torch.stack([example.means for example in examples if example.means is not None])
 
 
-def mean_states(model: SparseExpertModel, examples: Sequence[Example], *, block: int) -> Tensor:
+def mean_states(
+    model: SparseExpertModel, examples: Sequence[Example], *, block: int, title: str | None = None
+) -> Tensor:
     """Return the mean over the tokens of the bare backbone's states that enter each block.
 
     Args:
         model: In evaluation mode.
         examples: Rows of model input, at least one.
         block: The last block, 0-based.
+        title: Of a progress bar; None shows none.
 
     Returns:
         [examples, block + 1, hidden] float32, on the CPU.
     """
-    return stacked_means(with_trunks(model, examples, block=block, hidden=False, means=True))
+    return stacked_means(with_trunks(model, examples, block=block, hidden=False, means=True, title=title))

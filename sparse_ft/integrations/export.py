@@ -1,5 +1,6 @@
 """Export a checkpoint to a foreign format, run the written files, and compare their answers with the checkpoint's."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from sparse_ft.integrations.model_card import model_card
 from sparse_ft.integrations.round_trip import TOLERANCE, Difference
 from sparse_ft.prediction.loaded_model import LoadedModel, load
 from sparse_ft.tasks.sources import name_sources
+
+_LOG = logging.getLogger("sparse_ft")
 
 RECORD = "export.json"
 """File in which an export describes itself; ``import`` reads it."""
@@ -94,6 +97,7 @@ def _write(
 
     def fill(staged: Path) -> None:
         for name, tasks in folders.items():
+            _LOG.info("Writing %s as %s, and comparing its answers with the checkpoint's", ", ".join(tasks), format)
             (staged / name).mkdir(exist_ok=True)
             differences.update(exporter.write(model, tasks, staged / name))
             for exported in tasks:

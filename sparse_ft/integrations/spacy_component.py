@@ -24,6 +24,8 @@ from sparse_ft.prediction.loaded_model import LoadedModel, load
 from sparse_ft.tasks.kinds.answers import Entity
 
 ALIGNMENTS = ("strict", "contract", "expand")
+_LOADED = ("loaded", "names")
+"""Attributes that are read from the checkpoint when they are first used."""
 
 
 class SparseFTComponent:
@@ -107,8 +109,12 @@ class SparseFTComponent:
             key: value if self.given[key] == given.get(key) else before[key] for key, value in written.items()
         }
         if self.settings != before:
-            for name in ("loaded", "names"):
+            for name in _LOADED:
                 self.__dict__.pop(name, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state without the model, which a copy, or another process, loads at its next doc."""
+        return {key: value for key, value in self.__dict__.items() if key not in _LOADED}
 
     @cached_property
     def loaded(self) -> LoadedModel:  # not `model`, which spaCy looks for in every component

@@ -14,7 +14,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from sparse_ft.checkpoint.checkpoint import MODEL_TYPE
 from sparse_ft.prediction.loaded_model import CHUNK, LoadedModel, load
-from sparse_ft.prediction.requests import RequestLike
+from sparse_ft.prediction.requests import RequestLike, rows_of
 
 TASK = "sparse-ft"
 
@@ -101,7 +101,7 @@ class SparseFTPipeline:
     def _answers(
         self, texts: Iterable[RequestLike], tasks: Sequence[str] | str | None, *, size: int
     ) -> Iterator[dict[str, Any]]:
-        iterator = iter(texts)
+        iterator = iter(rows_of(texts))
         while chunk := list(itertools.islice(iterator, size)):
             yield from (answer.to_dict() for answer in self.model.predict(chunk, tasks))
 

@@ -1,6 +1,6 @@
-"""Edit the experts of a checkpoint: remove, rename, copy, add, prune, split. No other task changes.
+"""Edit a checkpoint: remove, rename, copy, add, prune and split experts; rename tasks and labels.
 
-Each edit changes a checkpoint in place and returns sentences about what it did.
+No other task changes. Each edit changes a checkpoint in place and returns sentences about what it did.
 """
 
 from collections.abc import Sequence
@@ -21,6 +21,8 @@ from sparse_ft.merging.bookkeeping import (
     tasks_using,
 )
 from sparse_ft.merging.low_rank import prune as pruned_expert
+from sparse_ft.merging.renaming import rename_label as renamed_label
+from sparse_ft.merging.renaming import rename_task as renamed_task
 from sparse_ft.merging.split import split_expert
 
 
@@ -39,6 +41,8 @@ def edit(
     output: str | Path,
     remove: Sequence[str] | str = (),
     rename: Sequence[tuple[str, str]] = (),
+    rename_task: Sequence[tuple[str, str]] = (),
+    rename_label: Sequence[tuple[str, str, str]] = (),
     copy: Sequence[tuple[str, str]] = (),
     add: Sequence[tuple[str | None, str | Path]] = (),
     prune: Sequence[tuple[str, int]] = (),
@@ -54,6 +58,8 @@ def edit(
         output: Folder to write; must be empty or not exist.
         remove: Experts to remove, with the tasks that they serve.
         rename: (old, new) names of experts; their tasks keep their names.
+        rename_task: (old, new) names of tasks; their experts keep their names.
+        rename_label: (task, old, new) names of labels; data may keep the old ones.
         copy: (expert, name of the copy); see ``copy_expert``.
         add: (new name or None for the present one, path); see ``add_from``.
         prune: (expert, rank); see ``prune_expert``.
@@ -64,15 +70,18 @@ def edit(
         ConfigError: If there is nothing to do, a name is unknown or taken, or the output exists.
         CheckpointError: If a folder is no checkpoint or does not fit this one.
     """
-    if not (remove or rename or copy or add or prune or split):
+    if not (remove or rename or rename_task or rename_label or copy or add or prune or split):
         raise ConfigError(
-            "There is nothing to change. Give at least one --remove, --rename, --copy, --add, --prune or --split."
+            "There is nothing to change. Give at least one --remove, --rename, --rename-task, --rename-label, --copy, "
+            "--add, --prune or --split."
         )
     with claimed_output(output) as folder:
         loaded = load_checkpoint(checkpoint, backbone=backbone)
         changes = [
             *(remove_expert(loaded, name) for name in ([remove] if isinstance(remove, str) else remove)),
             *(rename_expert(loaded, old, new) for old, new in rename),
+            *(renamed_task(loaded, old, new) for old, new in rename_task),
+            *(renamed_label(loaded, task, old, new) for task, old, new in rename_label),
             *(copy_expert(loaded, old, new) for old, new in copy),
             *(add_from(loaded, path, as_name=as_name) for as_name, path in add),
             *(prune_expert(loaded, name, rank) for name, rank in prune),

@@ -12,6 +12,7 @@ from sparse_ft.experts.named_experts import Expert, named_generator
 from sparse_ft.merging.low_rank import Truncation, factor, factor_product
 from sparse_ft.merging.methods import MERGE_METHODS
 from sparse_ft.merging.settings import MergeSettings
+from sparse_ft.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,14 @@ def merge_experts(experts: Sequence[Expert], settings: MergeSettings) -> MergedE
         ConfigError: If the deltas cancel in every layer.
     """
     factors, norms, losses = {}, {}, {}
-    for module in dict.fromkeys(module for expert in experts for module in expert.deltas):
-        merged = (_summed if MERGE_METHODS[settings.method].sums else _computed)(experts, module, settings)
-        if merged.norm:
-            factors[module] = merged.lora_a.float(), merged.lora_b.float()
-            norms[module], losses[module] = merged.norm, merged.lost
+    modules = dict.fromkeys(module for expert in experts for module in expert.deltas)
+    with progress_bar("merging", total=len(modules), unit="layer") as bar:
+        for module in modules:
+            merged = (_summed if MERGE_METHODS[settings.method].sums else _computed)(experts, module, settings)
+            if merged.norm:
+                factors[module] = merged.lora_a.float(), merged.lora_b.float()
+                norms[module], losses[module] = merged.norm, merged.lost
+            bar.update()
     if not factors:
         raise ConfigError("Nothing is left of the experts: their deltas cancel in every layer. Choose other weights.")
     alpha = max(len(lora_a) for lora_a, _ in factors.values())

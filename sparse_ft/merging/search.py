@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.checkpoint.checkpoint import Checkpoint
 from sparse_ft.errors import DataError
@@ -17,6 +15,7 @@ from sparse_ft.merging.merged_expert import merge_experts
 from sparse_ft.merging.merged_tasks import MergedTask, install
 from sparse_ft.merging.methods import MERGE_METHODS
 from sparse_ft.merging.settings import MergeSettings
+from sparse_ft.progress import progress_bar
 from sparse_ft.tasks.encoded_rows import EncodedRows, encode_rows
 from sparse_ft.tasks.reading import read
 from sparse_ft.tasks.spec import TaskSpec
@@ -64,7 +63,7 @@ def search_settings(
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=start.seed))
     study.enqueue_trial(dict(zip(map(_parameter, names), start.weights, strict=True)) | {"density": start.density})
     trials: list[tuple[float, MergeSettings]] = []
-    with tqdm(total=start.budget, desc="searching", unit="trial") as bar:
+    with progress_bar("searching", total=start.budget, unit="trial", phase=False) as bar:
         for _ in range(start.budget):
             trial = study.ask()
             candidate = _candidate(trial, start, names=names)

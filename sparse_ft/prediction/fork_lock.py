@@ -1,4 +1,4 @@
-"""A lock that a fork of the process waits for: the child starts with models at rest and with free locks."""
+"""Locks that are free in the child of a fork."""
 
 import os
 import threading
@@ -9,12 +9,17 @@ import torch
 
 
 class ForkLock:
-    """A lock for one thread at a time, which ``os.fork`` holds while it copies the process.
+    """A lock for one thread at a time, as a context; a thread may enter it twice.
 
-    A copy of a running computation would stay locked in the child forever, as would the tokenizer that it uses.
+    A lock that another thread holds while the process forks would stay locked in the child forever.
+
+    Args:
+        waits: Whether ``os.fork`` waits until no thread holds it, so that the child has no model in the middle of a
+            computation; if not, the child only gets a free lock.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, waits: bool = True) -> None:
+        self.waits = waits
         self.renew()
         _LOCKS.add(self)
 
@@ -36,7 +41,8 @@ _held: list[ForkLock] = []
 
 
 def _before_fork() -> None:
-    locks = sorted(_LOCKS, key=id)  # in one order, because two threads may fork at once
+    # In one order, because two threads may fork at once.
+    locks = sorted((lock for lock in _LOCKS if lock.waits), key=id)
     for lock in locks:
         lock.__enter__()
     _held[:] = locks
@@ -52,9 +58,9 @@ def _after_fork_in_parent() -> None:
 def _after_fork_in_child() -> None:
     if _held:
         torch.set_num_threads(1)  # OpenMP's threads were not copied, and it would wait for them
-    for lock in _held:
-        lock.renew()
     _held.clear()
+    for lock in _LOCKS:
+        lock.renew()
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from sparse_ft.checkpoint.checkpoint import Checkpoint, load_checkpoint
 from sparse_ft.errors import ConfigError
 from sparse_ft.prediction.answering import Answering
 from sparse_ft.prediction.ensembles import Ensemble, find_ensembles
-from sparse_ft.prediction.requests import Request, RequestLike, Text, read_request
+from sparse_ft.prediction.requests import Request, RequestLike, Rows, Text, read_request, rows_of
 from sparse_ft.prediction.routes import Route, check_familiarity
 from sparse_ft.prediction.rules import Rules, load_rules
 from sparse_ft.tasks.kinds import find_kind
@@ -69,7 +70,7 @@ class LoadedModel:
         return self.predict(texts)
 
     def predict(
-        self, texts: Sequence[RequestLike], tasks: Sequence[str] | str | None = None, *, combine: str | None = None
+        self, texts: Rows, tasks: Sequence[str] | str | None = None, *, combine: str | None = None
     ) -> list[Prediction]:
         """Answer tasks for a list of texts.
 
@@ -77,7 +78,8 @@ class LoadedModel:
             texts: Raw texts, also empty; (text, text) for tasks on pairs, (text, question) for span extraction and
                 (text, question or None, choices) for multiple choice. Or objects like the lines of a .jsonl file:
                 ``{"text": …, "tasks": ["ner"], "metadata": {"channel": "mail"}}``, with tasks of this text, which run
-                in common batches, and metadata for rules. A single string or object is a list of one.
+                in common batches, metadata for rules, and fields such as an id, which the answer repeats. A single
+                string or object is a list of one. Of a ``pandas.DataFrame``, the column ``text`` holds the texts.
             tasks: Names, or ``"all"``. None lets the rules or the gate choose an expert for each text, whose tasks are
                 answered; without a gate, or with one that chooses for tokens, None means all.
             combine: ``mix``, ``average`` or ``vote``, see ``ensembles.Combine``: tasks with the same labels, and the
@@ -93,7 +95,7 @@ class LoadedModel:
             DataError: If a task gets texts of another form than it reads, e.g. single texts in place of pairs.
         """
         answering = self._answering
-        requests = [read_request(text) for text in ([texts] if isinstance(texts, str | Mapping) else texts)]
+        requests = list(map(read_request, rows_of(texts)))
         names = answering.task_names("all" if tasks is None else tasks)
         ensembles: dict[str, Ensemble] = {}
         if combine is not None:
@@ -105,7 +107,10 @@ class LoadedModel:
         predictions: list[Prediction] = []
         for start in range(0, len(requests), CHUNK):
             chunk = requests[start : start + CHUNK]
-            predictions.extend(answering.answer(chunk, names=names, ensembles=ensembles, route=route))
+            answers = answering.answer(chunk, names=names, ensembles=ensembles, route=route)
+            predictions.extend(
+                replace(answer, fields=request.fields) for answer, request in zip(answers, chunk, strict=True)
+            )
         return predictions
 
     @property
@@ -121,7 +126,7 @@ class LoadedModel:
     ) -> Iterator[Prediction]:
         """Answer tasks for any number of texts, with no more than ``CHUNK`` of them in memory; see ``predict``."""
         self._answering.task_names("all" if tasks is None else tasks)
-        iterator = iter([texts] if isinstance(texts, str | Mapping) else texts)
+        iterator = iter(rows_of(texts))
         while chunk := list(itertools.islice(iterator, CHUNK)):
             yield from self.predict(chunk, tasks, combine=combine)
 
@@ -137,7 +142,7 @@ class LoadedModel:
             ``words.split_words``; for multiple choice a list of (choices, 1).
         """
         (name,) = self._answering.task_names([task])
-        rows = self._answering.logits(name, [texts] if isinstance(texts, str) else list(texts))
+        rows = self._answering.logits(name, [read_request(text).text for text in rows_of(texts)])
         kind = find_kind(self.tasks[name].kind)
         if kind.level == "word" or kind.grouped:
             return rows
@@ -202,7 +207,7 @@ def load(
 
 def predict(
     checkpoint: str | Path | LoadedModel,
-    texts: Sequence[RequestLike],
+    texts: Rows,
     *,
     tasks: Sequence[str] | str | None = None,
     combine: str | None = None,

@@ -1,8 +1,10 @@
 """Requests: a text, a pair or a text with choices, its tasks and its metadata."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import pandas
 
 from sparse_ft.errors import DataError
 from sparse_ft.tasks.spec import TaskSpec
@@ -17,9 +19,11 @@ FORMS = {"text": "one text a row", "pair": "two texts a row", "choices": "choice
 """The form of a text, as ``TaskSpec.reads`` names it, in words."""
 
 _KEYS = {"text", "text_pair", "choices", "tasks", "metadata"}
+_ANSWER_KEYS = ("routing", "unknown")
+"""Keys of an answer that no row may have; ``Prediction.to_dict``."""
 EXPECTED = (
     'Expected {"text": "…"}, with "text_pair": "…" and "choices": ["…", "…"] as the task reads them, and if you like '
-    '"tasks": ["…"] of this row and "metadata": {…} for rules.'
+    '"tasks": ["…"] of this row, "metadata": {…} for rules, and fields of yours, which the answer repeats.'
 )
 
 
@@ -31,37 +35,78 @@ class Request:
     tasks: str | list[str] | None = None
     """Names of the tasks of this text alone, or ``"all"``; None takes the tasks of the call."""
     metadata: Metadata = field(default_factory=dict)
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """Other fields of the row, which its answer repeats."""
 
 
 RequestLike = Text | Mapping[str, Any]
 """A text, or an object like a line of a .jsonl file, see ``read_request``."""
+
+Rows = Sequence[RequestLike] | pandas.DataFrame
+"""Texts or objects in order, or a table; see ``rows_of``."""
 
 
 def read_request(source: RequestLike) -> Request:
     """Read a request from an object like a line of a .jsonl file, or from a text.
 
     Raises:
-        DataError: If the object has other keys, or values of other types.
+        DataError: If a key has a value of another type, or is one that only answers have.
     """
     if not isinstance(source, Mapping):
         return Request(source)
     row = dict(source)
-    if set(row) - _KEYS or not _fits(row):
-        raise DataError(f"Not a row: {str(row)[:100]}. {EXPECTED}")
+    wrong = [*_misfits(row), *(key for key in _ANSWER_KEYS if key in row)]
+    if wrong:
+        value = f"{str(row[wrong[0]])[:60]!r}" if wrong[0] in row else "missing"
+        raise DataError(f"The field {wrong[0]!r} of a row is {value}. {EXPECTED} Give a field of yours another name.")
     text: Text = row["text"]
     if "choices" in row:
         text = (row["text"], row.get("text_pair"), row["choices"])
     elif "text_pair" in row:
         text = (row["text"], row["text_pair"])
-    return Request(text, row.get("tasks"), row.get("metadata") or {})
+    fields = {key: value for key, value in row.items() if key not in _KEYS}
+    return Request(text, row.get("tasks"), row.get("metadata") or {}, fields)
 
 
-def _fits(row: dict[str, Any]) -> bool:
-    second, choices, tasks = row.get("text_pair", ""), row.get("choices", [""]), row.get("tasks", "all")
-    paired = isinstance(second, str) or (second is None and "choices" in row)
-    named = isinstance(tasks, str) or tasks is None or _strings(tasks)
-    described = isinstance(row.get("metadata", {}), Mapping | None)
-    return isinstance(row.get("text"), str) and paired and _strings(choices) and named and described
+def _misfits(row: dict[str, Any]) -> list[str]:
+    """Return the keys of a row whose values have another type than ours."""
+    second, tasks = row.get("text_pair", ""), row.get("tasks", "all")
+    fits = {
+        "text": isinstance(row.get("text"), str),
+        "text_pair": isinstance(second, str) or (second is None and "choices" in row),
+        "choices": _strings(row.get("choices", [""])),
+        "tasks": isinstance(tasks, str) or tasks is None or _strings(tasks),
+        "metadata": isinstance(row.get("metadata", {}), Mapping | None),
+    }
+    return [key for key, fit in fits.items() if not fit]
+
+
+def rows_of(texts: RequestLike | Iterable[RequestLike] | pandas.DataFrame) -> Iterable[RequestLike]:
+    """Return the rows of what a caller gives: one text or object, many of them, or a table.
+
+    Of a ``pandas.DataFrame``, the column ``text`` holds the texts, or its only column of strings; other columns are
+    fields that the answers repeat. A missing value there is None.
+
+    Raises:
+        DataError: If a table has several columns of strings, and none is named ``text``.
+    """
+    if isinstance(texts, str | Mapping):
+        return [texts]
+    return _table_rows(texts) if isinstance(texts, pandas.DataFrame) else texts  # type: ignore[return-value]
+
+
+def _table_rows(frame: pandas.DataFrame) -> list[RequestLike]:
+    names = [str(name) for name in frame.columns]
+    records = frame.set_axis(names, axis="columns").astype(object).where(frame.notna().to_numpy(), None)
+    if "text" not in names:
+        texts = [name for name in names if len(frame) and all(isinstance(value, str) for value in records[name])]
+        if len(texts) != 1:
+            raise DataError(
+                f"The table has no column 'text'. Its columns: {', '.join(names) or 'none'}. Rename the column with "
+                'the texts, e.g. frame.rename(columns={"review": "text"}).'
+            )
+        records = records.rename(columns={texts[0]: "text"})
+    return list(records.to_dict("records"))
 
 
 def _strings(value: Any) -> bool:

@@ -24,19 +24,27 @@ _SHOWN_CLASSES = 12
 
 
 @overload
-def name_sources(data: str | Path | Mapping[str, str] | None, tasks: Sequence[str]) -> dict[str, str]: ...
+def name_sources(
+    data: str | Path | Mapping[str, str] | None, tasks: Sequence[str], *, specs: Sequence[TaskSpec] = ()
+) -> dict[str, str]: ...
 
 
 @overload
-def name_sources(data: TaskData | Mapping[str, TaskData] | None, tasks: Sequence[str]) -> dict[str, TaskData]: ...
+def name_sources(
+    data: TaskData | Mapping[str, TaskData] | None, tasks: Sequence[str], *, specs: Sequence[TaskSpec] = ()
+) -> dict[str, TaskData]: ...
 
 
-def name_sources(data: TaskData | Mapping[str, TaskData] | None, tasks: Sequence[str]) -> Mapping[str, TaskData]:
+def name_sources(
+    data: TaskData | Mapping[str, TaskData] | None, tasks: Sequence[str], *, specs: Sequence[TaskSpec] = ()
+) -> Mapping[str, TaskData]:
     """Assign the data of a call to its tasks.
 
     Args:
-        data: The data of the only task; or task name to data.
+        data: The data of the only task; one file for several tasks, which read their answers from different columns
+            of it; or task name to data.
         tasks: Names of the tasks of this call.
+        specs: These tasks, if one file may serve them all.
 
     Returns:
         Task name to data; paths are absolute.
@@ -51,6 +59,9 @@ def name_sources(data: TaskData | Mapping[str, TaskData] | None, tasks: Sequence
             if task not in tasks:
                 raise ConfigError(unknown_name("task in --data", task, tasks))
         return {task: _absolute(source) for task, source in data.items()}
+    if len(tasks) != 1 and isinstance(data, str | Path) and user_path(data).is_file() and specs:
+        _check_answer_columns(specs, data)
+        return dict.fromkeys(tasks, _absolute(data))
     if len(tasks) != 1:
         shown = f"--data {str(data)!r}" if isinstance(data, str | Path) else f"data in memory ({type(data).__name__})"
         raise ConfigError(
@@ -58,6 +69,22 @@ def name_sources(data: TaskData | Mapping[str, TaskData] | None, tasks: Sequence
             "Write --data TASK=PATH, or data={TASK: ...} in Python."
         )
     return {tasks[0]: _absolute(data)}
+
+
+def _check_answer_columns(specs: Sequence[TaskSpec], data: str | Path) -> None:
+    """Refuse tasks that would read the same answers from one file."""
+    read_by: dict[Any, str] = {}
+    for spec in specs:
+        answer = find_kind(spec.kind).answer_column
+        answer = "spans" if answer == "tags" and "spans" in spec.columns else answer
+        column = spec.columns.get(answer, answer)
+        if str(column) in read_by:
+            raise ConfigError(
+                f"Tasks {read_by[str(column)]!r} and {spec.name!r} would both read their answers from the column "
+                f"{column!r} of {str(data)!r}. Name the column of each in its task file (columns: {{{answer}: …}}), or "
+                "write --data TASK=PATH for each."
+            )
+        read_by[str(column)] = spec.name
 
 
 def _absolute(source: TaskData) -> TaskData:

@@ -22,6 +22,7 @@ from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.named_experts import named_generator
 from sparse_ft.experts.selection import Selection
 from sparse_ft.prediction.routes import Route
+from sparse_ft.progress import progress_bar
 from sparse_ft.training.text_groups import announce, distinct, joined, pairs_by_state, pairs_by_text, rivals
 
 _EPOCHS, _MIN_STEPS, _BATCH_SIZE, _LEARNING_RATE = 10, 300, 128, 1e-3
@@ -62,7 +63,7 @@ def fit_gate(
     for lead, *others in joined(names, same):
         rows = distinct(examples, [lead, *others]) if others else examples[lead]
         drawn[lead] = _draw(rows, settings.rows, f"{seed}/{lead}")
-    means = {lead: mean_states(model, rows, block=block) for lead, rows in drawn.items()}
+    means = {lead: mean_states(model, rows, block=block, title=f"gate, {lead}") for lead, rows in drawn.items()}
     alike = pairs_by_state({lead: rows for lead, rows in means.items() if lead in choosable})
     groups = joined(names, [*same, *alike])
     announce(model, groups, [*same, *alike])
@@ -135,15 +136,17 @@ def _fit_perceptron(gate: SequenceGate, features: Sequence[Tensor], *, generator
     starts = sizes.cumsum(0) - sizes
     optimizer = torch.optim.AdamW(gate.classifier.parameters(), lr=_LEARNING_RATE)
     steps = max(_MIN_STEPS, _EPOCHS * len(inputs) // _BATCH_SIZE)
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = _LEARNING_RATE * (1 - step / steps)
-        targets = torch.randint(len(sizes), (_BATCH_SIZE,), generator=generator)
-        rows = (torch.rand(_BATCH_SIZE, generator=generator) * sizes[targets]).long()
-        logits = gate.partition.logits(gate.classifier(inputs[starts[targets] + rows]))
-        loss = functional.cross_entropy(logits, targets, label_smoothing=_LABEL_SMOOTHING)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    with progress_bar("fitting the gate", total=steps, unit="step") as bar:
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = _LEARNING_RATE * (1 - step / steps)
+            targets = torch.randint(len(sizes), (_BATCH_SIZE,), generator=generator)
+            rows = (torch.rand(_BATCH_SIZE, generator=generator) * sizes[targets]).long()
+            logits = gate.partition.logits(gate.classifier(inputs[starts[targets] + rows]))
+            loss = functional.cross_entropy(logits, targets, label_smoothing=_LABEL_SMOOTHING)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            bar.update()
     optimizer.zero_grad()  # a joint run goes on with these parameters
 
 

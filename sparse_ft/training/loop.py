@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 from sparse_ft.backbone.batching import epoch_batches
 from sparse_ft.backbone.encoding import Example
@@ -19,6 +18,7 @@ from sparse_ft.errors import SparseFTError
 from sparse_ft.evaluation.scoring import predict_rows, score_rows
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.json_output import null_if_undefined
+from sparse_ft.progress import progress_bar
 from sparse_ft.training.gate_losses import alarms
 from sparse_ft.training.gradients import Gradients
 from sparse_ft.training.joint import FixedRouting, JointRouting, Rows, has_gate
@@ -145,8 +145,8 @@ class _Loop:
     def run_epochs(self, *, title: str) -> None:
         """Train to the end, and leave the model with the best state."""
         progress = self.progress
-        shown = {"desc": title, "unit": "step", "mininterval": 0.5, "disable": rank() > 0}
-        with tqdm(total=self.total_steps, initial=progress.step, **shown) as bar:
+        shown = title if rank() == 0 else None
+        with progress_bar(shown, total=self.total_steps, initial=progress.step, unit="step", phase=False) as bar:
             while progress.epoch < self.epochs and not self._patience_is_out():
                 self.model.train()
                 batches = self.plan(progress.epoch)
@@ -159,6 +159,11 @@ class _Loop:
                 self.end_epoch()
                 bar.set_postfix(_postfix(progress))
                 self.save()
+        if progress.epoch < self.epochs and rank() == 0:
+            _LOG.info(
+                "Training of %s stopped early at step %d of %d: its last %d evaluations were no better than the best "
+                "(train.patience).", self.name, progress.step, self.total_steps, self.run.train.patience,
+            )  # fmt: skip
         with torch.no_grad():
             for name, parameter in self.group.parameters.items():
                 parameter.copy_(self.state.best[name])
@@ -264,7 +269,7 @@ def _cache_trunks(
         return tasks
 
     def cache(examples: list[Example]) -> list[Example]:
-        return cache_trunk(backbone, examples, first_block=first_block)
+        return cache_trunk(backbone, examples, first_block=first_block, title="below the experts")
 
     return {
         name: replace(

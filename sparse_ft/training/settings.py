@@ -79,7 +79,7 @@ def assemble_run(
         run, trained = _gate_stage_run(run), []
         names = list(read_manifest(Path(run.start or "")).tasks)
     before = {} if run.start is None else _checkpoint_config(run.start).sources
-    sources = {**before, **run.sources, **name_sources(data, names)}
+    sources = {**before, **run.sources, **name_sources(data, names, specs=trained)}
     folder = claims.enter_context(claimed_default(names) if output is None else claimed_output(output))
     run = changed_config(run, {"sources": _paths(sources), "output": str(folder)})
     return AssembledRun(run, trained, sources)
@@ -209,7 +209,7 @@ def _resumed_run(
         raise ConfigError(
             f"{error} The interrupted run in {str(folder)!r} trains this task. Give its TaskSpec to train() again."
         ) from error
-    sources = {**run.sources, **name_sources(data, [spec.name for spec in loaded])}
+    sources = {**run.sources, **name_sources(data, [spec.name for spec in loaded], specs=loaded)}
     requested = changed_config(run, {"sources": _paths(sources), "output": saved.output})
     settings = dict(_flat(saved.model_dump()))
     different = [key for key, value in _flat(requested.model_dump(exclude_unset=True)) if settings.get(key) != value]

@@ -24,6 +24,7 @@ from sparse_ft.evaluation.external_metrics import check_metric
 from sparse_ft.evaluation.score_report import report_json
 from sparse_ft.evaluation.scoring import score_rows
 from sparse_ft.experts.model import SparseExpertModel
+from sparse_ft.prediction.fork_lock import ForkLock
 from sparse_ft.tasks.in_memory import TaskData
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.sources import say_division, scored_splits, sources_in_memory
@@ -41,6 +42,8 @@ from sparse_ft.training.settings import AssembledRun, assemble_run, moved_backbo
 from sparse_ft.training.training_task import TrainingTask, prepare_task
 
 _LOG = logging.getLogger("sparse_ft")
+_TURN = ForkLock(waits=False)
+"""Held by the thread that trains: all draw from torch's one generator, which each run seeds."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,8 @@ def train(
 ) -> TrainResult:
     """Train one expert and one head per task, fit the gate that chooses among them, and write a checkpoint.
 
+    Threads take turns.
+
     Args:
         tasks: Bundled names, paths of task files, names of tasks in ``from_checkpoint``, or task objects.
         data: The data of the only task, or task name to data: a folder or file; or in memory a ``datasets.Dataset`` or
@@ -111,7 +116,7 @@ def train(
     """
     start = None if from_checkpoint is None else str(from_checkpoint)
     values = {"backbone": backbone, "seed": seed, "device": device, "stage": stage, "start": start}
-    with contextlib.ExitStack() as claims:
+    with _TURN, contextlib.ExitStack() as claims:
         assembled = broadcast(
             lambda: assemble_run(
                 config,

@@ -274,7 +274,7 @@ def test_predict_rows_with_tasks_of_their_own_and_rules(cli, toys, tmp_path):
     with (tmp_path / "rows.jsonl").open("a") as stream:
         stream.write("\n  \n")  # blank lines say nothing, and count
     assert cli("predict", toys, "--file", "rows.jsonl", "--route", "rules.yaml", "--json")[1] == out
-    write_rows(tmp_path / "rows.jsonl", [*rows, {"text": "loved", "task": "mood"}])
+    write_rows(tmp_path / "rows.jsonl", [*rows, {"text": "loved", "tasks": 3}])
     code, _, err = cli("predict", toys, "--file", "rows.jsonl", "--task", "mood")
     assert code == 2
     assert "Line 5" in err

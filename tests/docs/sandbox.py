@@ -82,6 +82,7 @@ def write_inputs(folder: Path) -> None:
         {"text": "Wo ist mein Paket?", "metadata": {"language": "de"}},
         {"text": "Order AB12: refund my parcel"},
     ]
+    (folder / "mails.csv").write_text("id,text\n7,The soup was cold.\n8,Book a table in Lisbon.\n", encoding="utf-8")
     (folder / "mails.jsonl").write_text("".join(json.dumps(mail) + "\n" for mail in mails), encoding="utf-8")
 
 

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import joblib
 import numpy as np
@@ -252,3 +253,15 @@ def test_scikit_learn_skips_what_it_cannot_feed_with_texts_and_passes_the_rest()
     done = estimator_checks.check_estimator(SparseFTClassifier(), on_fail=None, on_skip=None)
     assert done
     assert {entry["status"] for entry in done} == {"passed"}
+
+
+def test_two_threads_fit_the_same_model(make):
+    """Dropout draws from the one generator of torch, so that threads would disturb each other."""
+    options = settings(train__epochs=1, experts__first_block=2, train__head_dropout=0.2)
+
+    def fit(_):
+        return make(overrides=options).fit(TEXTS[:40], MOODS[:40]).predict_proba(TEST_TEXTS[:8])
+
+    with ThreadPoolExecutor(2) as pool:
+        left, right = pool.map(fit, range(2))
+    np.testing.assert_array_equal(left, right)

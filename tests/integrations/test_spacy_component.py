@@ -1,5 +1,6 @@
 """A checkpoint as a component of a spaCy pipeline."""
 
+import pickle
 import shutil
 import tomllib
 from pathlib import Path
@@ -144,3 +145,19 @@ def test_spacy_finds_the_component_of_an_installed_package():
         pytest.skip("the tests run without the project file")
     entries = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["entry-points"]["spacy_factories"]
     assert entries == {"sparse_ft": f"sparse_ft.integrations.spacy_component:{spacy_component.make_component.__name__}"}
+
+
+def test_a_pickled_pipeline_loads_its_model_again(nlp):
+    (before,) = nlp.pipe(TEXTS[:1])
+    content = pickle.dumps(nlp)
+    assert len(content) < 1_000_000  # settings and vocabulary, no model
+    (after,) = pickle.loads(content).pipe(TEXTS[:1])
+    assert after.cats == before.cats
+    assert spans(after) == spans(before)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_several_processes_answer_after_a_first_call(nlp):
+    alone = [doc.cats for doc in nlp.pipe(TEXTS)]
+    for cats, expected in zip((doc.cats for doc in nlp.pipe(TEXTS, n_process=2, batch_size=2)), alone, strict=True):
+        assert cats == pytest.approx(expected, abs=1e-5)

@@ -381,3 +381,71 @@ def test_a_copy_of_a_task_with_a_shared_expert_answers_alike(bert, tmp_path):
     texts = ["the table loved", "music"]
     torch.testing.assert_close(copied.logits(texts, "twin"), copied.logits(texts, "mood"))
     assert not torch.allclose(copied.logits(texts, "twin"), sparse_ft.load(bert).logits(texts, "mood"), atol=1e-3)
+
+
+# Tasks and labels
+
+
+@pytest.mark.parametrize("kind", ["bert", "mixed"])
+def test_a_renamed_task_answers_as_before(kind, request, tmp_path):
+    path = request.getfixturevalue(kind)
+    renamed = edit(path, output=tmp_path / "out", rename_task=[("mood", "feeling")])
+    before, after = answers(path), answers(renamed.path)
+    assert list(after) == ["feeling" if task == "mood" else task for task in before]
+    assert_bit_identical(before, {"mood" if task == "feeling" else task: rows for task, rows in after.items()})
+    assert served_by(renamed.path)["feeling"] == served_by(path)["mood"]
+    assert read_metrics(renamed.path)["feeling"] == read_metrics(path)["mood"]
+    sources = load_checkpoint(renamed.path).config.sources
+    assert sources.get("feeling") == load_checkpoint(path).config.sources.get("mood")
+    assert "mood" not in sources
+
+
+def test_a_renamed_label_stands_in_answers_and_scores_and_the_data_keeps_its_own(toys, tmp_path):
+    result = edit(toys, output=tmp_path / "out", rename_label=[("mood", "good", "great"), ("names", "PER", "person")])
+    assert result.changes == [
+        "Renamed label 'good' of task 'mood' to 'great'.",
+        "Renamed label 'PER' of task 'names' to 'person'.",
+    ]
+    old, new = sparse_ft.load(toys, device="cpu"), sparse_ft.load(result.path, device="cpu")
+    assert new.tasks["mood"].label_names == ["bad", "great"]
+    texts = ["the weather loved", "Ada met Mozart in Lisbon"]
+    for task, names in (("mood", {"good": "great"}), ("names", {"PER": "person"})):
+        for one, other in zip(old.predict(texts, task), new.predict(texts, task), strict=True):
+            shown = json.dumps(one.tasks[task])
+            for before, after in names.items():
+                shown = shown.replace(f'"{before}"', f'"{after}"')
+            assert json.loads(shown) == other.tasks[task]
+    before, after = (sparse_ft.evaluate(path, tasks=["mood", "names"], device="cpu") for path in (toys, result.path))
+    assert after.tasks["mood"].score.metrics == before.tasks["mood"].score.metrics
+    assert after.tasks["names"].score.metrics == before.tasks["names"].score.metrics
+    assert read_metrics(result.path)["mood"]["report"] == after.to_dict()["tasks"]["mood"]["report"]
+    assert read_metrics(result.path)["names"]["token_report"] == after.to_dict()["tasks"]["names"]["token_report"]
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"rename_task": [("moods", "x")]}, "Unknown task .*'moods'.*Did you mean 'mood'"),
+    ({"rename_task": [("mood", "names")]}, "task named 'names' already"),
+    ({"rename_label": [("mood", "goood", "x")]}, "Unknown label of task 'mood' 'goood'.*Did you mean 'good'"),
+    ({"rename_label": [("mood", "good", "bad")]}, "empty or taken"),
+])  # fmt: skip
+def test_names_that_cannot_be_are_refused(toys, tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        edit(toys, output=tmp_path / "out", **changes)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_renames_tasks_and_labels(toys, tmp_path, monkeypatch, capsys):
+    arguments = [
+        "--rename-task",
+        "mood=feeling",
+        "--rename-label",
+        "feeling:good=very good",
+        "--output",
+        tmp_path / "o",
+    ]
+    code, out, err = call(monkeypatch, capsys, "edit", toys, *arguments)
+    assert code == 0, err
+    assert "Renamed label 'good' of task 'feeling' to 'very good'." in out
+    code, _, err = call(monkeypatch, capsys, "edit", toys, "--rename-label", "mood=good", "--output", tmp_path / "p")
+    assert code == 2
+    assert "TASK:OLD=NEW" in err

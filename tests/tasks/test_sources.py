@@ -6,9 +6,9 @@ import logging
 import pandas
 import pytest
 
-from sparse_ft.errors import DataError
+from sparse_ft.errors import ConfigError, DataError
 from sparse_ft.tasks.reading import read_divided
-from sparse_ft.tasks.sources import read_scored, say_division, scored_splits
+from sparse_ft.tasks.sources import name_sources, read_scored, say_division, scored_splits
 from sparse_ft.tasks.spec import Division, TaskSpec
 
 ROWS = [{"text": f"text {number}", "label": "abcdef"[number % 6]} for number in range(60)]
@@ -107,3 +107,27 @@ def test_a_division_is_said(file, caplog, rows, division, lines):
         assert caplog.messages == []
         say_division(spec, str(path))
     assert caplog.messages == lines
+
+
+def reading(name, column, kind="classification"):
+    answer = {"classification": "label", "token_classification": "spans"}[kind]
+    return TaskSpec(name=name, kind=kind, columns={"text": "body", answer: column}, metric="accuracy")
+
+
+def test_one_file_serves_tasks_that_read_different_columns(tmp_path):
+    file = tmp_path / "mails.csv"
+    file.write_text("body,intent,mood\n")
+    specs = [reading("intent", "intent"), reading("mood", "mood"), reading("names", "names", kind="token_classification")]
+    names = [spec.name for spec in specs]
+    assert name_sources(file, names, specs=specs) == dict.fromkeys(names, str(file))
+
+
+def test_one_file_does_not_serve_tasks_that_read_the_same_column(tmp_path):
+    file = tmp_path / "mails.csv"
+    file.write_text("body,label\n")
+    with pytest.raises(ConfigError, match=r"'a' and 'b' would both read their answers from the column 'label'"):
+        name_sources(file, ["a", "b"], specs=[reading("a", "label"), reading("b", "label")])
+    with pytest.raises(ConfigError, match="names no task, but there are 2"):
+        name_sources(tmp_path, ["a", "b"], specs=[reading("a", "x"), reading("b", "y")])
+    with pytest.raises(ConfigError, match="names no task, but there are 2"):
+        name_sources(file, ["a", "b"])

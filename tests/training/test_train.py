@@ -255,11 +255,13 @@ def test_tasks_of_one_run_are_trained_as_each_alone_bit_for_bit(tmp_path, tiny_b
 # When to stop, and which state to keep
 
 
-def test_few_rows_are_passed_over_several_times_between_evaluations(tmp_path, tiny_bert):
+def test_few_rows_are_passed_over_several_times_between_evaluations(tmp_path, tiny_bert, caplog):
+    caplog.set_level("INFO", "sparse_ft")
     task = write_toy(tmp_path, "mood", sizes=(6, 4, 4))
     options = {"train__min_steps": 40, "train__batch_size": 4, "train__patience": 1, "train__learning_rate": 1e-12}
     first, second = run([task], tiny_bert, tmp_path / "out", **options).history  # the second is no better
     assert (first["step"], second["step"]) == (4, 8)  # 2 batches a pass, a tenth of 40 at least
+    assert "Training of mood stopped early at step 8 of 40" in caplog.text
 
 
 def test_each_task_has_its_own_patience_and_keeps_its_best_state(tmp_path, tiny_bert, monkeypatch):

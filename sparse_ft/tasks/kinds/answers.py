@@ -3,8 +3,8 @@
 ``predict --json`` writes them as they are.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypedDict, final
 
 
@@ -86,10 +86,12 @@ class Prediction:
     choices: Sequence[str] | None = None
     left_out: Sequence[str] = ()
     """Tasks on such texts that were not answered, because no task was named and the gate, or a rule, chose others."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the row beside its texts, such as an id, as they were given."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the object that ``predict --json`` writes on one line."""
-        line: dict[str, Any] = {"text": self.text}
+        line: dict[str, Any] = {**self.fields, "text": self.text}
         if self.text_pair is not None:
             line["text_pair"] = self.text_pair
         if self.choices is not None:
