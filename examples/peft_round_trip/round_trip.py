@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from transformers import AutoModelForTokenClassification, AutoTokenizer
+from transformers.utils import logging
 
 import sparse_ft
 from sparse_ft.resources import packaged_minilm_dir
@@ -41,6 +42,7 @@ def main() -> None:
     model = sparse_ft.load(options.checkpoint, device="cpu")
     adapter = sparse_ft.export(model, format="peft", task="topic", output=options.output / "adapter").path
     labels = model.tasks["topic"].label_names
+    logging.set_verbosity_error()  # the head that the backbone lacks comes with the adapter
     base = AutoModelForTokenClassification.from_pretrained(options.backbone, num_labels=len(labels))
     theirs = PeftModel.from_pretrained(base, adapter).eval()
     batch = AutoTokenizer.from_pretrained(adapter)(texts, truncation=True, padding=True, return_tensors="pt")

@@ -240,6 +240,7 @@ def _load_model(folder: Path, name: str, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoModel
     from transformers.utils import logging as transformers_logging
 
+    shows_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
@@ -258,6 +259,8 @@ def _load_model(folder: Path, name: str, dtype: torch.dtype) -> nn.Module:
         ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+        if shows_bars:  # a switch of the user's
+            transformers_logging.enable_progress_bar()
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
     if missing:
         raise BackboneError(

@@ -117,7 +117,7 @@ def reading(name, column, kind="classification"):
 def test_one_file_serves_tasks_that_read_different_columns(tmp_path):
     file = tmp_path / "mails.csv"
     file.write_text("body,intent,mood\n")
-    specs = [reading("intent", "intent"), reading("mood", "mood"), reading("names", "names", kind="token_classification")]
+    specs = [reading("intent", "intent"), reading("mood", "mood"), reading("names", "names", "token_classification")]
     names = [spec.name for spec in specs]
     assert name_sources(file, names, specs=specs) == dict.fromkeys(names, str(file))
 
