@@ -84,7 +84,7 @@ class Encoder:
         """Encode lists of words; a row that exceeds ``max_length`` becomes overlapping windows.
 
         Every word belongs to exactly one window, the one that shows most of its context. A word that the tokenizer
-        drops (a lone control character, say) belongs to none.
+        drops (a private character, say) belongs to none.
 
         Args:
             rows: Words of each text; a text may have none.
@@ -179,7 +179,7 @@ def _window_starts(length: int, capacity: int) -> list[int]:
 
 
 NO_TOKEN_LOGIT = -1e4
-"""Logit of all outputs except the first for a word without a token: such a word is tagged O and ends no span."""
+"""Logit of all outputs except the first for a word without a token: it begins no entity and ends no span."""
 
 PROBE_TEXTS = (
     "", " ", "!", "a", "🙂", "Great 👍🏽 – déjà vu?! 😀😀", "I love it\tbut\nnot twice.", "上海的天气很好。",

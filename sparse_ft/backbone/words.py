@@ -13,21 +13,59 @@ _SINGLE = (
 )
 _ALONE = re.compile(f"[{_SINGLE}]")
 _COMBINING = ("Mn", "Mc", "Me", "Cf")
-_CHUNK = re.compile(rf"[{_SINGLE}]|[^\s{_SINGLE}]+")
-# Inside a chunk: clitics and edge punctuation are words of their own; U.S., 3.5 and mother-in-law are one word.
-_WORD = re.compile(
-    r"""
-    (?:[^\W\d_]\.){2,}                      # U.S.  e.g.
-  | \d+(?:[.,:/-]\d+)*                      # 3.5  12,400  1996-08-22  10:30  2-1
-    (?:[^\W\d_]+)?                          # 5km  1st
-  | (?:n['’]t|['’](?:s|re|ve|ll|d|m))(?!\w)  # clitics
-  | \w+?(?=n['’]t(?!\w))                    # did|n't
-  | \w[\w\u0300-\u036f]*                  # mother-in-law  O'Neil  AT&T  example.org
-    (?:[-&@.+_'’](?!(?:s|re|ve|ll|d|m)(?!\w))\w[\w\u0300-\u036f]*)*
-  | (.)\1*                                  # punctuation, a run of one character together
-    """,
-    re.VERBOSE | re.IGNORECASE | re.DOTALL,
+# Characters without a shape: control characters, soft hyphen, zero-width space, marks of direction, U+FEFF, and U+FFFD,
+# which stands for a lost character. Tokenizers drop them, so they neither divide a word nor begin or end one.
+_INVISIBLE = re.compile(
+    "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f"
+    "\ufeff\ufff9-\ufffb\ufffd]"
 )
+LINE_BREAK = re.compile("[\n\r\v\f\x85\u2028\u2029]")
+_CHUNK = re.compile(rf"[{_SINGLE}]|[^\s{_SINGLE}]+")
+
+# French l'Allemagne, Italian dell'Italia: in these languages an apostrophe ends the shortened word before it.
+_ELIDING = "ca co eo fr frp fur ga gd gsw ht it lb lij lmo mt nap oc pcd pms pt rm sc scn vec wa".split()  # noqa: SIM905
+# Turkish Ankara'da, Finnish Bordeaux'n, Polish Smith'a: here it begins the ending of a name.
+_SUFFIXING = ["cy", "et", "fi", "lt", "pl", "tr"]
+_UPPER, _LOWER = "A-ZÀ-ÖØ-ÞĞİŞ", "a-zß-öø-ÿğış"
+_ELIDED = rf"""
+    (?!(?-i:[OÓ]['’][{_UPPER}])|(?:aujourd|presqu|prud|quelqu)['’])  # O'Brien and aujourd'hui are one word
+    [^\W\d_](?:[^\W\d_]|[\u0300-\u036f])*['’](?=\w)(?!(?:s|t|re|ve|ll|d|m)(?!\w))
+"""
+
+
+def _word_pattern(*, elided: str = "(?!)", apostrophe: str = "['’]", ending: str = "(?!)") -> re.Pattern[str]:
+    """Build the pattern of the words of a chunk.
+
+    Clitics and edge punctuation are words of their own; U.S., 3.5 and mother-in-law are one word.
+
+    Args:
+        elided: Pattern of a shortened word that ends with an apostrophe.
+        apostrophe: Pattern of an apostrophe inside a word.
+        ending: Pattern of an ending that begins with an apostrophe.
+    """
+    return re.compile(
+        rf"""
+        (?:[^\W\d_]\.){{2,}}                    # U.S.  e.g.
+      | {elided}                              # l'
+      | \d+(?:[.,:/-]\d+)*                    # 3.5  12,400  1996-08-22  10:30  2-1
+        (?:[^\W\d_]+)?                        # 5km  1st
+      | (?:n['’]t|['’](?:s|re|ve|ll|d|m))(?!\w)  # clitics
+      | \w+?(?=n['’]t(?!\w))                  # did|n't
+      | \w[\w\u0300-\u036f]*                  # mother-in-law  O'Neil  AT&T  example.org
+        (?:(?:[-&@.+_]|{apostrophe})(?!(?:s|re|ve|ll|d|m)(?!\w))\w[\w\u0300-\u036f]*)*
+      | {ending}                              # 'da
+      | (.)\1*                                # punctuation, a run of one character together
+        """,
+        re.VERBOSE | re.IGNORECASE | re.DOTALL,
+    )
+
+
+_WORD = _word_pattern()
+_WORD_ELIDING = _word_pattern(elided=_ELIDED)
+_WORD_SUFFIXING = _word_pattern(  # O'Brien'ın: O'Brien 'ın
+    apostrophe=rf"(?-i:['’](?=[{_UPPER}][{_LOWER}]))", ending=r"(?<=[\w.])['’]\w[\w\u0300-\u036f]*"
+)
+_ADDRESS = re.compile(r"@|://|^www\.", re.IGNORECASE)
 
 SHAPES = ("none", "number", "punctuation", "code", "lower", "upper", "letter", "title", "mixed")
 """How a word is written. ``none`` stands for special tokens and padding, whose vector is always 0.
@@ -55,23 +93,62 @@ def is_single(character: str) -> bool:
 def split_words(text: str, language: str = "en") -> list[Word]:
     """Split text into words.
 
+    A word ends at a full stop that no space follows ("liked it.Jonas left"). Invisible characters at its edges do not
+    belong to it. Apostrophes divide words as the language does: "do n't", "l' Allemagne", "Ankara 'da".
+
     Args:
         text: Any text, also an empty one.
-        language: ``zh``, ``zh-CN`` and the like make every character except white space a word, as in Chinese corpora.
+        language: Language tag. ``zh``, ``zh-CN`` and the like make every character except white space a word, as in
+            Chinese corpora.
 
     Returns:
         Words in order; ``text[word.start:word.end] == word.text`` holds for each.
     """
-    if language.lower().partition("-")[0] == "zh":
-        return [Word(character, start, start + 1) for start, character in enumerate(text) if not character.isspace()]
-    words: list[Word] = []
+    visible = _INVISIBLE.sub("", text)
+    spans = _word_spans(visible, language.lower().partition("-")[0])
+    if visible == text:
+        return [Word(text[start:end], start, end) for start, end in spans]
+    at = [index for index, character in enumerate(text) if _INVISIBLE.match(character) is None]
+    return [Word(text[at[start] : at[end - 1] + 1], at[start], at[end - 1] + 1) for start, end in spans]
+
+
+def _word_spans(text: str, language: str) -> list[tuple[int, int]]:
+    """Return the first character and the end of each word of a text without invisible characters."""
+    if language == "zh":
+        return [(start, start + 1) for start, character in enumerate(text) if not character.isspace()]
+    pattern = _WORD_ELIDING if language in _ELIDING else _WORD_SUFFIXING if language in _SUFFIXING else _WORD
+    spans: list[tuple[int, int]] = []
     for chunk in _CHUNK.finditer(text):
-        for match in _WORD.finditer(chunk.group()):
-            start, end = chunk.start() + match.start(), chunk.start() + match.end()
-            if words and words[-1].end == start and _continues(words[-1].text[-1], text[start]):
-                start = words.pop().start
-            words.append(Word(text[start:end], start, end))
-    return words
+        for begin, end in pairwise([chunk.start(), *_full_stops(chunk), chunk.end()]):
+            for match in pattern.finditer(text[begin:end]):
+                start = begin + match.start()
+                if spans and spans[-1][1] == start and _continues(text[start - 1], text[start]):
+                    start = spans.pop()[0]
+                spans.append((start, begin + match.end()))
+    return spans
+
+
+def _full_stops(chunk: re.Match[str]) -> list[int]:
+    """Return where a sentence ends inside a chunk: before and after each full stop that no space follows."""
+    text = chunk.group()
+    if "." not in text or _ADDRESS.search(text):
+        return []
+    stops = [index for index in range(2, len(text) - 1) if text[index] == "." and _ends_sentence(text, index)]
+    return [chunk.start() + edge for stop in stops for edge in (stop, stop + 1)]
+
+
+def _ends_sentence(text: str, stop: int) -> bool:
+    """Tell a full stop between words (it.Jonas, USA.She) from one inside a word (example.org, ASP.NET, e.V).
+
+    Before it stand two characters of a word, after it no lower-case letter; after a capital or a digit, a capitalised
+    word.
+    """
+    before, last, first = text[stop - 2], text[stop - 1], text[stop + 1]
+    if not first.isalpha() or first.islower():
+        return False
+    if not all(character.isalnum() or _combines(character) for character in (before, last)):
+        return False
+    return text[stop + 2 : stop + 3].islower() if last.isupper() or last.isdigit() else True
 
 
 def join_words(words: Sequence[str]) -> str:
@@ -80,15 +157,21 @@ def join_words(words: Sequence[str]) -> str:
 
 
 def _continues(before: str, after: str) -> bool:
-    """Tell whether two adjacent characters belong to one word because of a vowel sign, a soft hyphen or the like."""
+    """Tell whether two adjacent characters belong to one word because of a vowel sign, a joiner or the like."""
     if _combines(after):
         return before.isalnum() or _combines(before)
     return _combines(before) and after.isalnum() and _ALONE.match(after) is None
 
 
 def _combines(character: str) -> bool:
-    """Tell whether a character modifies the one before it, or is invisible, so that a tokenizer may drop it."""
-    return character == "\u00ad" or (character > "\u02ff" and unicodedata.category(character) in _COMBINING)
+    """Tell whether a character modifies the one before it, so that a tokenizer may drop it."""
+    return character > "\u02ff" and unicodedata.category(character) in _COMBINING
+
+
+def line_starts(words: Sequence[Word], text: str) -> set[int]:
+    """Return the indices of the words, the first one excepted, that begin a line of the text."""
+    pairs = enumerate(pairwise(words), start=1)
+    return {index for index, (left, right) in pairs if LINE_BREAK.search(text, left.end, right.start)}
 
 
 def cut_words(words: Sequence[Word], boundaries: set[int]) -> list[Word]:

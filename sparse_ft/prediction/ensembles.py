@@ -20,6 +20,7 @@ from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.kinds.constrained_decoding import best_legal_tags
 from sparse_ft.tasks.kinds.kind import logits_of, probabilities_of
 from sparse_ft.tasks.kinds.multi_label import THRESHOLD
+from sparse_ft.tasks.kinds.token_classification import type_probabilities
 from sparse_ft.tasks.schemes import Span, spans_from_tags
 from sparse_ft.tasks.spec import TaskSpec
 
@@ -110,7 +111,7 @@ def _vote_spans(probabilities: Tensor, outputs: Sequence[str]) -> Tensor:
     logits = logits_of(find_kind("token_classification"), probabilities)
     paths = [best_legal_tags(member, outputs) for member in logits]
     indices = torch.tensor(paths, dtype=torch.long).view(*probabilities.shape[:2], 1)
-    confidence = probabilities.gather(2, indices).squeeze(2)  # [M, N]
+    confidence = type_probabilities(probabilities, outputs).gather(2, indices).squeeze(2)  # [M, N]
     spans_of = [set(spans_from_tags([outputs[index] for index in path])) for path in paths]
     elected: list[_Candidate] = []
     for span in set().union(*spans_of):
@@ -127,9 +128,10 @@ def _vote_spans(probabilities: Tensor, outputs: Sequence[str]) -> Tensor:
         words = range(entry.span.start, entry.span.end)
         if taken.isdisjoint(words):
             taken.update(words)
+            begins, goes_on = (outputs.index(f"{prefix}-{entry.span.type}") for prefix in "BI")
             for word in words:
-                tag = f"{'B' if word == words.start else 'I'}-{entry.span.type}"
-                rows[word] = _certain(outputs.index(tag), entry.confidence, number=len(outputs))
+                tag, other = (begins, goes_on) if word == words.start else (goes_on, begins)
+                rows[word] = _certain_of_type(tag, other, entry.confidence, number=len(outputs))
     return torch.stack(rows) if rows else probabilities.new_zeros(0, len(outputs))
 
 
@@ -142,6 +144,14 @@ def _certain(index: int, share: float, *, number: int) -> Tensor:
     share = max(share, 1.01 / number)
     row = torch.full((number,), (1 - share) / max(number - 1, 1))
     row[index] = share
+    return row
+
+
+def _certain_of_type(index: int, other: int, share: float, *, number: int) -> Tensor:
+    """Return [number] probabilities: as ``_certain``, but 0 for the other tag of the same type."""
+    row = torch.zeros(number)
+    rest = [column for column in range(number) if column != other]
+    row[rest] = _certain(rest.index(index), share, number=number - 1)
     return row
 
 

@@ -148,11 +148,21 @@ class LoadedModel:
             return rows
         return torch.stack(rows) if rows else torch.zeros(0, self.checkpoint.model.head(name).linear.out_features)
 
-    def probabilities(self, texts: str | Sequence[Text], task: str) -> Tensor:
-        """Compute the probability of every label of a task, float32 (texts, labels), in the order of its label names.
+    def labels(self, task: str) -> list[str]:
+        """Name the columns of ``logits`` and ``probabilities`` of a task: its labels, or the tags of words.
 
         Raises:
-            ConfigError: If the task is about words or choices; ``logits`` returns the outputs of each.
+            ConfigError: If the task is not in the checkpoint.
+        """
+        (name,) = self._answering.task_names([task])
+        return find_kind(self.tasks[name].kind).outputs(self.tasks[name].label_names or [])
+
+    def probabilities(self, texts: str | Sequence[Text], task: str) -> Tensor:
+        """Compute the probability of every label of a task, float32 (texts, labels), in the order of ``labels``.
+
+        Raises:
+            ConfigError: If the task is not in the checkpoint, or is about words or choices; ``logits`` returns the
+                outputs of each.
         """
         (name,) = self._answering.task_names([task])
         kind = find_kind(self.tasks[name].kind)

@@ -14,7 +14,7 @@ from sparse_ft.tasks.columns import Reading, label_name, source_label, source_va
 from sparse_ft.tasks.label_lists import multi_hot_names, source_labels
 from sparse_ft.tasks.records import Record, pick
 from sparse_ft.tasks.spec import Column, TaskSpec
-from sparse_ft.tasks.tagged_rows import tagged_row
+from sparse_ft.tasks.tagged_rows import check_spans, tagged_row
 from sparse_ft.tasks.values import exact_text, list_cell
 
 _LOG = logging.getLogger("sparse_ft")
@@ -63,6 +63,7 @@ def to_dataset(records: Sequence[Record], reading: Reading) -> datasets.Dataset:
             "Check the file and `drop_labels` in the task file."
         )
     _warn_of_losses(rows, records[0].path)
+    check_spans(rows, records[0].path, train=reading.strict)
     features = datasets.Features({name: _FEATURES[name] for name in rows[0] if name in _FEATURES})
     return datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
 

@@ -1,4 +1,4 @@
-"""Tagging schemes: convert IOB1, IOB2, BIOES and BMES to IOB2, and tags to entity spans.
+"""Tagging schemes: convert the tags of any scheme to IOB2, and tags to entity spans.
 
 Spans are those of conlleval: an entity ends where the type changes, at ``O`` and before ``B-``. An ``I-`` that follows
 no entity of its type starts one. https://www.clips.uantwerpen.be/conll2003/ner/
@@ -12,10 +12,22 @@ from sparse_ft.errors import DataError, unknown_name
 SCHEMES: dict[str, tuple[str, str]] = {
     "iob1": ("B", "I"),
     "iob2": ("B", "I"),
+    "ioe1": ("", "IE"),
+    "ioe2": ("", "IE"),
+    "bios": ("BS", "I"),
     "bioes": ("BS", "IE"),
+    "bilou": ("BU", "IL"),
     "bmes": ("BS", "ME"),
 }
 """Prefixes of each scheme: those that begin an entity, and those that continue one."""
+
+_ALIASES = {
+    "iob": "iob1", "io": "iob1", "bio": "iob2", "bio2": "iob2", "iobes": "bioes", "iobs": "bios", "bioul": "bilou",
+    "bmeso": "bmes", "bmeos": "bmes",
+}  # fmt: skip
+"""Other names of the schemes."""
+_ENDS = "SEUL"
+"""Prefixes of the last word of an entity."""
 
 
 class Span(NamedTuple):
@@ -37,12 +49,12 @@ def to_iob2(tags: Sequence[str], scheme: str = "iob2") -> list[str]:
 
     Args:
         tags: One tag per word, all valid (see ``first_invalid``) in ``scheme``.
-        scheme: A key of SCHEMES.
+        scheme: A key of SCHEMES, or another name of one.
 
     Returns:
         As many IOB2 tags. A continuation without a beginning starts an entity, so conlleval finds the same entities.
     """
-    _, continues = SCHEMES[scheme]
+    _, continues = SCHEMES[scheme_name(scheme)]
     converted: list[str] = []
     open_type = ""
     for tag in tags:
@@ -53,8 +65,20 @@ def to_iob2(tags: Sequence[str], scheme: str = "iob2") -> list[str]:
             continue
         inside = prefix in continues and entity_type == open_type
         converted.append(("I-" if inside else "B-") + entity_type)
-        open_type = "" if scheme in {"bioes", "bmes"} and prefix in "SE" else entity_type
+        open_type = "" if prefix in _ENDS else entity_type
     return converted
+
+
+def scheme_name(scheme: str) -> str:
+    """Return the key in SCHEMES of a scheme, whose name may be written in capitals or be another usual one.
+
+    Raises:
+        DataError: If the scheme is unknown.
+    """
+    name = _ALIASES.get(scheme.lower(), scheme.lower())
+    if name not in SCHEMES:
+        raise DataError(unknown_name("label_scheme", scheme, SCHEMES))
+    return name
 
 
 def first_invalid(tags: Sequence[str], scheme: str) -> int | None:
@@ -66,14 +90,18 @@ def first_invalid(tags: Sequence[str], scheme: str) -> int | None:
     Raises:
         DataError: If the scheme is unknown.
     """
-    if scheme not in SCHEMES:
-        raise DataError(unknown_name("label_scheme", scheme, SCHEMES))
-    prefixes = set("".join(SCHEMES[scheme]))
+    prefixes = set("".join(SCHEMES[scheme_name(scheme)]))
     for index, tag in enumerate(tags):
         prefix, entity_type = split_tag(tag)
         if tag != "O" and not (entity_type and prefix in prefixes):
             return index
     return None
+
+
+def schemes_of(tags: Sequence[str]) -> list[str]:
+    """List the schemes in which all tags are valid, those with the fewest prefixes first."""
+    fitting = [scheme for scheme in SCHEMES if first_invalid(tags, scheme) is None]
+    return sorted(fitting, key=lambda scheme: len("".join(SCHEMES[scheme])))
 
 
 def spans_from_tags(tags: Sequence[str]) -> list[Span]:

@@ -120,7 +120,7 @@ class TaskSpec(Section):
     out_of_scope: str | None = None
     """The label that means "none of the others"."""
     label_scheme: str = "iob2"
-    """Tagging scheme of the source: iob1, iob2, bioes or bmes."""
+    """Tagging scheme of the source: iob1, iob2 (bio), ioe1, ioe2, bios, bioes, bilou or bmes."""
     metric: str
     """Metric for early stopping and headlines, higher is better: a figure of the task kind, or ``evaluate:<id>``.
     Without one it is accuracy, micro_f1 for multi_label, f1 for token_classification, exact_match for

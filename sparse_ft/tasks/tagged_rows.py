@@ -1,15 +1,29 @@
 """Rows of tagging tasks: words with IOB2 tags, from tags in any scheme or from character spans."""
 
-from bisect import bisect_right
+import logging
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import Any
 
-from sparse_ft.backbone.words import Word, cut_words, split_words
+from sparse_ft.backbone.words import LINE_BREAK, Word, cut_words, split_words
 from sparse_ft.errors import DataError
 from sparse_ft.tasks.columns import Reading, check_declared, list_of, source_label, source_value, texts_of
 from sparse_ft.tasks.records import SENTENCE, Record, pick, split_tokens
-from sparse_ft.tasks.schemes import SCHEMES, Span, first_invalid, split_tag, tags_from_spans, to_iob2
+from sparse_ft.tasks.schemes import (
+    SCHEMES,
+    Span,
+    first_invalid,
+    schemes_of,
+    split_tag,
+    tags_from_spans,
+    to_iob2,
+)
 from sparse_ft.tasks.values import exact_text, list_cell
+
+_LOG = logging.getLogger("sparse_ft")
+
+_ENOUGH = 10
+"""Number of spans from which on their offsets are doubted together."""
 
 
 def tagged_row(record: Record, reading: Reading) -> dict[str, Any] | None:
@@ -52,9 +66,11 @@ def _tags(source: Sequence[Any], record: Record, reading: Reading) -> list[str]:
                 f"{location}: the tag is the number {tags[invalid]}, which has no name. Name the numbers in the task "
                 "file, e.g. `labels: {0: O, 1: B-PER, 2: I-PER}`."
             )
+        fitting = schemes_of(tags) or schemes_of([tags[invalid]])
+        advice = f"It is valid in {', '.join(fitting)}: set" if fitting else "Correct it, or"
         raise DataError(
-            f"{location}: tag {tags[invalid]!r} is not valid in label scheme {reading.label_scheme!r}. "
-            f"Correct it, or `label_scheme` in the task file ({', '.join(SCHEMES)})."
+            f"{location}: tag {tags[invalid]!r} is not valid in label scheme {reading.label_scheme!r}. {advice} "
+            f"`label_scheme` in the task file ({', '.join(SCHEMES)})."
         )
     return [_typed(tag, record, reading) for tag in to_iob2(tags, reading.label_scheme)]
 
@@ -98,7 +114,65 @@ def _span_row(record: Record, reading: Reading) -> dict[str, Any] | None:
         "ends": [word.end for word in words],
         **parents,
         "overlapping": len(spans or []) - len(apart),
+        **_misfits(apart, plain, text),
     }
+
+
+def _misfits(spans: Sequence[Span], words: Sequence[Word], text: str) -> dict[str, int]:
+    """Count the spans, and those that whole words in one line cannot form."""
+    first = [_word_around(span.start, words) for span in spans]
+    last = [_word_around(span.end, words) for span in spans]
+    return {
+        "spans": len(spans),
+        "within": sum(word is not None or other is not None for word, other in zip(first, last, strict=True)),
+        "late": sum(word is not None and word.start == span.start - 1 for word, span in zip(first, spans, strict=True)),
+        "short": sum(word is not None and word.end == span.end + 1 for word, span in zip(last, spans, strict=True)),
+        "broken": sum(LINE_BREAK.search(text[span.start : span.end].strip()) is not None for span in spans),
+    }
+
+
+def _word_around(edge: int, words: Sequence[Word]) -> Word | None:
+    """Return the word that has the edge of a span inside."""
+    index = bisect_left(words, edge, key=_start_of) - 1
+    return words[index] if index >= 0 and edge < words[index].end else None
+
+
+def _start_of(word: Word) -> int:
+    return word.start
+
+
+def check_spans(rows: Sequence[dict[str, Any]], path: str, *, train: bool) -> None:
+    """Refuse spans whose offsets seem to be counted in another way; warn of those that no answer can equal.
+
+    Args:
+        rows: Rows of ``tagged_row``.
+        path: The file, for messages.
+        train: Whether the rows are for training; only then is a warning given.
+
+    Raises:
+        DataError: If half of ten spans or more end one character before the end of a word, or begin one after its
+            start.
+    """
+    spans, within, late, short, broken = (
+        sum(row.get(key, 0) for row in rows) for key in ("spans", "within", "late", "short", "broken")
+    )
+    doubts = {"end within a word; are the ends inclusive?": short, "begin within a word; do they count from 1?": late}
+    for doubt, number in doubts.items():
+        if spans >= _ENOUGH and 2 * number >= spans:
+            raise DataError(
+                f"{path!r}: {number} of {spans} spans {doubt} Offsets count characters from 0, end exclusive: correct "
+                "them in the file."
+            )
+    if train and within:
+        _LOG.warning(
+            "%s: %d of %d spans begin or end within a word. Answers are whole words and will differ from these. Check "
+            "the offsets, and `language` in the task file.", path, within, spans,
+        )  # fmt: skip
+    if train and broken:
+        _LOG.warning(
+            "%s: %d of %d spans go over a line break. Answers end with their line and will differ from these.",
+            path, broken, spans,
+        )  # fmt: skip
 
 
 def _source_spans(record: Record, reading: Reading, text: str) -> list[Span] | None:

@@ -1,6 +1,6 @@
 import pytest
 
-from sparse_ft.backbone.words import Word, cut_words, split_words
+from sparse_ft.backbone.words import Word, cut_words, line_starts, split_words
 
 TEXTS = [
     "",
@@ -40,15 +40,44 @@ def test_words_are_slices_in_order_and_cover_all_but_white_space(text, language)
     ("وَلَد", "وَلَد"),
     ("క్‌షణం", "క్‌షణం"),
     ("☀️ (☀️)", "☀ ️ ( ☀ ️ )"),
-    ("\ufeffMarta\u200b Lind\u00adqvist, Gothen\u200bburg", "\ufeffMarta\u200b Lind\u00adqvist , Gothen\u200bburg"),
-    ("去\u200b吧", "去\u200b 吧"),
+    ("\ufeffMarta\u200b Lind\u00adqvist, Gothen\u200bburg", "Marta Lind\u00adqvist , Gothen\u200bburg"),
+    ("去\u200b吧", "去 吧"),
+    ("\u202aVolvo\u202c \x02M\ufffdller\u200f, Go\x1eten\x00", "Volvo M\ufffdller , Go\x1eten"),
+    ("\ufeff \x00\u200f", ""),
+    ("liked it.Jonas Berg", "liked it . Jonas Berg"),
+    ("in Göteborg.Åsa, USA.She, COVID-19.She", "in Göteborg . Åsa , USA . She , COVID-19 . She"),
+    ("좋았다.요나스 गया.मार्ता د.أحمد", "좋았다 . 요나스 गया . मार्ता د.أحمد"),
+    ("U.S.Army ASP.NET J.Berg 3.5 e.g. e.V example.org", "U.S. Army ASP.NET J.Berg 3.5 e.g. e.V example.org"),
+    ("Jonas.Berg@Volvo.com www.Volvo.Com at 10:30", "Jonas.Berg@Volvo.com www.Volvo.Com at 10:30"),
+    ("O'Brien's rock'n'roll don’t l'Oréal", "O'Brien 's rock'n'roll do n’t l'Oréal"),
 ])  # fmt: skip
 def test_english_words_are_split_as_the_corpora_are(text, words):
-    assert [word.text for word in split_words(text)] == words.split()
+    assert [word.text for word in split_words(text)] == (words.split(" ") if words else [])
 
 
 def test_every_chinese_character_is_a_word():
-    assert [word.text for word in split_words("去 Rome玩", "zh")] == ["去", "R", "o", "m", "e", "玩"]
+    assert [word.text for word in split_words("去 Rome\u200b玩\x02", "zh")] == ["去", "R", "o", "m", "e", "玩"]
+
+
+@pytest.mark.parametrize(("language", "text", "words"), [
+    ("fr", "l'Allemagne, qu’il d'Émile aujourd'hui", "l' Allemagne , qu’ il d' Émile aujourd'hui"),
+    ("fr-CA", "l'U.E. vu O'Brien.L'eau", "l' U.E. vu O'Brien . L' eau"),
+    ("fr", "McDonald's n'est-ce l'11", "McDonald 's n' est-ce l' 11"),
+    ("it", "dell'Italia c'è D'Annunzio", "dell' Italia c' è D' Annunzio"),
+    ("ca", "l'Estat d’Espanya", "l' Estat d’ Espanya"),
+    ("tr", "Ankara'da İstanbul’a TBMM'nin", "Ankara 'da İstanbul ’a TBMM 'nin"),
+    ("tr", "O'Brien'ın 1996'da 'Ankara' ABD'DE", "O'Brien 'ın 1996 'da ' Ankara ' ABD 'DE"),
+    ("fi", "Bordeaux'n EU:n", "Bordeaux 'n EU : n"),
+    ("uk", "п'ять м’яч", "п'ять м’яч"),
+])  # fmt: skip
+def test_apostrophes_divide_words_as_the_language_does(language, text, words):
+    assert [word.text for word in split_words(text, language)] == words.split()
+
+
+def test_words_that_begin_a_line():
+    text = "\n\nHelen Marsh\nBristol \r\n\x02 12 May\u2028x\ty"
+    assert line_starts(split_words(text), text) == {2, 3, 5}
+    assert line_starts([], "\n") == set()
 
 
 @pytest.mark.parametrize("language", ["zh-CN", "zh-Hant-TW", "ZH"])

@@ -77,7 +77,7 @@ def test_each_label_of_several_is_voted_for_itself(column, expected):
 
 
 def tagged(*tags, share=0.8) -> list[list[float]]:
-    """Probabilities of one expert that says these tags."""
+    """Probabilities of one expert that says these tags; a type has ``share`` and a quarter of the rest."""
     rest = (1 - share) / (len(TAGS) - 1)
     return [[share if name == tag else rest for name in TAGS] for tag in tags]
 
@@ -93,17 +93,17 @@ def test_spans_are_voted_as_wholes():
     one = tagged("B-PER", "I-PER", "O", "B-LOC")
     other = tagged("B-PER", "I-PER", "O", "O")
     third = tagged("B-PER", "O", "O", "B-LOC", share=0.9)
-    assert elected(one, other, third) == [("PER", 0, 2, 0.8), ("LOC", 3, 4, 0.85)]
-    assert elected(one, one, third) == [("PER", 0, 2, 0.8), ("LOC", 3, 4, round((0.8 + 0.8 + 0.9) / 3, 4))]
+    assert elected(one, other, third) == [("PER", 0, 2, 0.85), ("LOC", 3, 4, round((0.85 + 0.925) / 2, 4))]
+    assert elected(one, one, third) == [("PER", 0, 2, 0.85), ("LOC", 3, 4, round((0.85 + 0.85 + 0.925) / 3, 4))]
 
 
 def test_half_of_the_votes_need_more_confidence_than_the_other_half():
     yes, sure_yes = tagged("B-PER", "I-PER", share=0.7), tagged("B-PER", "I-PER", share=0.95)
     no, other = tagged("O", "O", share=0.8), tagged("B-LOC", "I-LOC", share=0.8)
     assert elected(yes, no) == []
-    assert elected(sure_yes, no) == [("PER", 0, 2, 0.95)]
-    assert elected(sure_yes, other) == [("PER", 0, 2, 0.95)]
-    assert elected(yes, other) == [("LOC", 0, 2, 0.8)]
+    assert elected(sure_yes, no) == [("PER", 0, 2, 0.9625)]
+    assert elected(sure_yes, other) == [("PER", 0, 2, 0.9625)]
+    assert elected(yes, other) == [("LOC", 0, 2, 0.85)]
     assert elected(no, no) == []
 
 

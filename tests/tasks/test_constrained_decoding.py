@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from sparse_ft.backbone.encoding import NO_TOKEN_LOGIT
+from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.kinds.constrained_decoding import MAX_WORDS, best_legal_tags, best_span
+from sparse_ft.tasks.kinds.kind import logits_of
 
 TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 
@@ -28,6 +30,31 @@ def test_the_best_of_all_legal_sequences(seed):
         if is_legal([TAGS[index] for index in places])
     }
     assert tuple(best_legal_tags(logits, TAGS)) == max(sums, key=sums.__getitem__)
+
+
+def test_no_entity_goes_over_a_line_break():
+    logits = torch.tensor([[0.0, 9, 0, 0, 0], [0, 0, 9, 0, 0], [0, 0, 9, 8, 0], [0, 0, 0, 0, 9], [0, 0, 0, 0, 9]])
+    path = [TAGS[column] for column in best_legal_tags(logits, TAGS, line_starts={2, 4})]
+    assert path == ["B-PER", "I-PER", "B-LOC", "I-LOC", "B-LOC"]
+    unsure = torch.tensor([[0.0, 9, 0, 0, 0], [1.0, 0.5, 0.8, 0, 0]])  # O is best, but PER of either tag is better
+    assert best_legal_tags(unsure, TAGS, line_starts={1}) == [1, 1]
+    assert best_legal_tags(unsure, TAGS) == [1, 0]
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_a_word_without_a_token_does_not_divide_an_entity(averaged):
+    wanted = ["O", "B-PER", "?", "?", "I-PER", "?", "B-LOC", "?", "O", "?"]
+    logits = torch.full((len(wanted), len(TAGS)), NO_TOKEN_LOGIT)
+    logits[:, 0] = 0.0
+    for word, tag in enumerate(wanted):
+        if tag != "?":
+            logits[word] = torch.tensor([9.0 if tag == name else 0.0 for name in TAGS])
+    if averaged:
+        logits = logits_of(find_kind("token_classification"), logits.softmax(-1))
+    path = [TAGS[column] for column in best_legal_tags(logits, TAGS)]
+    assert path == ["O", "B-PER", "I-PER", "I-PER", "I-PER", "O", "B-LOC", "O", "O", "O"]
+    broken = [TAGS[column] for column in best_legal_tags(logits, TAGS, line_starts={3})]
+    assert broken[:4] == ["O", "B-PER", "O", "O"]
 
 
 def test_no_words():

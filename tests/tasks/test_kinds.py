@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional
 
 from sparse_ft.backbone.backbone import load_backbone
-from sparse_ft.backbone.encoding import Encoder
+from sparse_ft.backbone.encoding import NO_TOKEN_LOGIT, Encoder
 from sparse_ft.backbone.words import split_words
 from sparse_ft.errors import ConfigError
 from sparse_ft.tasks.kinds import KINDS, find_kind
@@ -213,13 +213,36 @@ def test_chinese_entities_are_found_character_by_character():
     assert (entity["text"], entity["start"], entity["end"]) == ("上海", 3, 5)
 
 
-def test_the_score_of_an_entity_is_the_mean_probability_of_its_tags():
+def test_the_score_of_an_entity_is_the_mean_probability_of_its_type():
     outputs = TAGS.outputs(["LOC"])
     logits = torch.tensor([[0.0, 2.0, 0.0], [0.0, 0.0, 1.0], [3.0, 0.0, 0.0]])
     [entity] = TAGS.answer(logits, text="New York wins", labels=["LOC"], language="en")["entities"]
     assert outputs == ["O", "B-LOC", "I-LOC"]
     probabilities = logits.softmax(-1)
-    assert entity["score"] == pytest.approx(float((probabilities[0, 1] + probabilities[1, 2]) / 2))
+    assert entity["score"] == pytest.approx(float((probabilities[:2, 1] + probabilities[:2, 2]).mean()))
+    [entity] = TAGS.answer(torch.tensor([[0.0, 1.0, 9.0]]), text="Berg", labels=["LOC"], language="en")["entities"]
+    assert entity["score"] == pytest.approx(1 - 1 / (1 + 2.718281828 + 2.718281828**9), abs=1e-6)
+
+
+@pytest.mark.parametrize(("text", "language", "tags", "entities"), [
+    ("Helen Marsh\nBristol", "en", "B-A I-A I-A", [(0, 11), (12, 19)]),
+    ("Helen\n\nMarsh", "zh", "B-A I-A I-A I-A I-A I-A I-A I-A I-A I-A", [(0, 5), (7, 12)]),
+    ("\ufeffMarta \x02Lindqvist\u200f met", "en", "B-A I-A O", [(1, 17)]),
+    ("Gothen\ufffdburg\x00", "en", "B-A", [(0, 11)]),
+    ("dans l'Allemagne.Elle", "fr", "O O B-A O O", [(7, 16)]),
+    ("Ankara'da", "tr", "B-A O", [(0, 6)]),
+])  # fmt: skip
+def test_where_entities_begin_and_end(text, language, tags, entities):
+    logits = certain(tags.split(), TAGS.outputs(["A"]))
+    answered = TAGS.answer(logits, text=text, labels=["A"], language=language)["entities"]
+    assert [(entity["start"], entity["end"]) for entity in answered] == entities
+
+
+def test_words_without_a_token_are_inside_an_entity_and_do_not_count_in_its_score():
+    logits = torch.tensor([[0.0, 2.0, 0.0], [0.0, NO_TOKEN_LOGIT, NO_TOKEN_LOGIT], [0.0, 0.0, 2.0]])
+    [entity] = TAGS.answer(logits, text="New \ue000 York", labels=["LOC"], language="en")["entities"]
+    seen = logits[[0, 2]].softmax(-1)[:, 1:].sum(1)
+    assert (entity["text"], entity["score"]) == ("New \ue000 York", pytest.approx(float(seen.mean())))
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -109,6 +109,8 @@ READS = [
     (tagging(label_scheme="iob1"), {"test.txt": "a I-X\nb B-X\nc I-X\nd O\n"}, XY),
     (tagging(label_scheme="iob2"), {"test.txt": "a B-X\nb B-X\nc I-X\nd O\n"}, XY),
     (tagging(label_scheme="bioes"), {"test.txt": "a S-X\nb B-X\nc E-X\nd O\n"}, XY),
+    (tagging(label_scheme="BILOU"), {"test.txt": "a U-X\nb B-X\nc L-X\nd O\n"}, XY),
+    (tagging(label_scheme="bios"), {"test.txt": "a S-X\nb B-X\nc I-X\nd O\n"}, XY),
     (tagging(label_scheme="bmes"), {"test.txt": "a S-X\nb B-X\nc E-X\nd O\n"}, XY),
     (tagging(files={**CONLL, "unlabelled": ["test"]}), {"test.txt": "a\nb\n"}, {"tokens": [["a", "b"]], "tags": [None],
      "row": [0]}),
@@ -562,7 +564,8 @@ REFUSALS = [
     # tagged words
     (tagging(), {"test.txt": "a O\nb\n"}, "Line 2 of|test.txt' has 1 columns, 2 are needed: 'b'"),
     (tagging(), {"test.txt": "a O\n\nb B-PER\nc S-PER\n"},
-     "test.txt', line 4: tag 'S-PER' is not valid in label scheme 'iob2'"),
+     "test.txt', line 4: tag 'S-PER' is not valid in label scheme 'iob2'. It is valid in bios, bioes, bmes: set"),
+    (tagging(), {"test.txt": "a B-PER\nb L-PER\n"}, "line 2: tag 'L-PER' is not valid|It is valid in bilou: set"),
     (tagging(columns={"tokens": "word"}), {"test.txt": "a O\n"}, "must be a position"),
     (classification(files=LINES, columns={"text": "seq.in"}), {"seq.in": "a b\nc\n", "label": "x\n"},
      "line counts differ: seq.in 2, label 1"),

@@ -3,7 +3,16 @@ import itertools
 import pytest
 
 from sparse_ft.errors import DataError
-from sparse_ft.tasks.schemes import SCHEMES, Span, first_invalid, spans_from_tags, split_tag, tags_from_spans, to_iob2
+from sparse_ft.tasks.schemes import (
+    SCHEMES,
+    Span,
+    first_invalid,
+    schemes_of,
+    spans_from_tags,
+    split_tag,
+    tags_from_spans,
+    to_iob2,
+)
 
 
 def test_split_tag_keeps_dashes_of_the_type():
@@ -19,6 +28,12 @@ def test_split_tag_keeps_dashes_of_the_type():
     ("bmes", "B-X M-X E-X S-X O B-Y E-Y", "B-X I-X I-X B-X O B-Y I-Y"),
     ("bmes", "B-X M-X O M-X E-X E-X", "B-X I-X O B-X I-X B-X"),
     ("bmes", "B-X B-X E-Y", "B-X B-X B-Y"),
+    ("bilou", "B-X I-X L-X U-X O U-Y L-Y", "B-X I-X I-X B-X O B-Y B-Y"),
+    ("BILOU", "U-X U-X", "B-X B-X"),
+    ("bios", "B-X I-X S-X I-X O I-X", "B-X I-X B-X B-X O B-X"),
+    ("ioe2", "I-X E-X E-X E-Y O I-X I-X", "B-X I-X B-X B-Y O B-X I-X"),
+    ("BIO", "I-X I-X B-X", "B-X I-X B-X"),
+    ("iobes", "B-X E-X S-X", "B-X I-X B-X"),
 ])  # fmt: skip
 def test_to_iob2(scheme, tags, expected):
     assert to_iob2(tags.split(), scheme) == expected.split()
@@ -61,6 +76,12 @@ def test_outside_is_valid_everywhere(scheme):
     assert first_invalid(["O"], scheme) is None
 
 
+def test_the_schemes_of_tags():
+    assert schemes_of(["B-X", "L-X"]) == ["bilou"]
+    assert schemes_of(["B-X", "S-X"]) == ["bios", "bioes", "bmes"]
+    assert schemes_of(["X"]) == []
+
+
 def test_unknown_scheme():
-    with pytest.raises(DataError, match=r"Unknown label_scheme 'iob3'.*Known: iob1, iob2, bioes, bmes"):
+    with pytest.raises(DataError, match=r"Unknown label_scheme 'iob3'.*Known: iob1, iob2, .*, bilou, bmes"):
         first_invalid(["O"], "iob3")

@@ -16,7 +16,7 @@ class LabelScore(TypedDict):
 
 
 class Entity(TypedDict):
-    """A span of a text, and the mean probability of its tags, 0 to 1."""
+    """A span of a text, and the mean probability of its type over its words, 0 to 1."""
 
     type: str
     text: str

@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparse_ft.backbone.encoding import Encoder, Example
-from sparse_ft.backbone.words import split_words
+from sparse_ft.backbone.words import Word, line_starts, split_words
 from sparse_ft.tasks.kinds.answers import EntitiesAnswer, Entity
-from sparse_ft.tasks.kinds.constrained_decoding import best_legal_tags
+from sparse_ft.tasks.kinds.constrained_decoding import best_legal_tags, has_token
 from sparse_ft.tasks.kinds.kind import IGNORED, Columns
 from sparse_ft.tasks.kinds.scores import Score, score_tagging
-from sparse_ft.tasks.schemes import spans_from_tags
+from sparse_ft.tasks.schemes import spans_from_tags, split_tag
 
 
 class TokenClassification:
@@ -57,7 +57,11 @@ class TokenClassification:
     def predictions(self, logits: Sequence[Tensor], *, columns: Columns, labels: Sequence[str]) -> list[list[str]]:
         """Return the best legal tags of each row; in rows with ``parents``, those of the pieces of its words."""
         tags = self.outputs(labels)
-        predicted = [[tags[index] for index in best_legal_tags(row, tags)] for row in logits]
+        starts = _line_starts(columns, len(logits))
+        predicted = [
+            [tags[index] for index in best_legal_tags(row, tags, line_starts=breaks)]
+            for row, breaks in zip(logits, starts, strict=True)
+        ]
         if "parents" not in columns:
             return predicted
         return [_piece_tags(row, parents) for row, parents in zip(predicted, columns["parents"], strict=True)]
@@ -71,18 +75,34 @@ class TokenClassification:
     def answer(self, logits: Tensor, *, text: str, labels: Sequence[str], language: str) -> EntitiesAnswer:
         """Return ``{"entities": [{"type", "text", "start", "end", "score"}, …]}``.
 
-        ``start`` and ``end`` count characters of the text as given. The score is the mean probability of the tags.
+        ``start`` and ``end`` count characters of the text as given. The score is the probability of the type, ``B-`` or
+        ``I-``, averaged over the words of the entity.
         """
         words, tags = split_words(text, language), self.outputs(labels)
-        path = best_legal_tags(logits, tags)
+        path = best_legal_tags(logits, tags, line_starts=line_starts(words, text))
         columns = torch.tensor(path, dtype=torch.long).unsqueeze(1)  # [words, 1]
-        probabilities = logits.softmax(-1).gather(1, columns).squeeze(1)  # [words]
+        probabilities = type_probabilities(logits.softmax(-1), tags).gather(1, columns).squeeze(1)  # [words]
+        seen = has_token(logits)  # [words]
         entities: list[Entity] = []
         for span in spans_from_tags([tags[index] for index in path]):
             start, end = words[span.start].start, words[span.end - 1].end
-            score = float(probabilities[span.start : span.end].mean())
+            within = slice(span.start, span.end)
+            score = float(probabilities[within][seen[within]].mean())
             entities.append({"type": span.type, "text": text[start:end], "start": start, "end": end, "score": score})
         return {"entities": entities}
+
+
+def type_probabilities(probabilities: Tensor, tags: Sequence[str]) -> Tensor:
+    """Return for each tag the probability of its entity type, the sum of ``B-`` and ``I-``.
+
+    Args:
+        probabilities: [..., tags].
+        tags: IOB2 names of the columns.
+    """
+    types = [split_tag(tag)[1] for tag in tags]
+    same = [[left == right for right in types] for left in types]  # [tags, tags]
+    sums = probabilities @ torch.tensor(same, dtype=probabilities.dtype)  # [..., tags]
+    return sums.clamp(max=1.0)  # a sum of float32 may exceed 1
 
 
 def _piece_tags(tags: Sequence[str], parents: Sequence[int]) -> list[str]:
@@ -91,6 +111,18 @@ def _piece_tags(tags: Sequence[str], parents: Sequence[int]) -> list[str]:
         f"I-{tags[parent][2:]}" if piece and parents[piece - 1] == parent and tags[parent] != "O" else tags[parent]
         for piece, parent in enumerate(parents)
     ]
+
+
+def _line_starts(columns: Columns, number: int) -> list[set[int]]:
+    """Return the words of each row that begin a line; none in rows of tokens, which have no text."""
+    if "starts" not in columns:
+        return [set()] * number
+    starts = []
+    for row, text in enumerate(columns["text"]):
+        pieces = [Word("", *edges) for edges in zip(columns["starts"][row], columns["ends"][row], strict=True)]
+        breaks = line_starts(pieces, text)
+        starts.append({columns["parents"][row][piece] for piece in breaks} if "parents" in columns else breaks)
+    return starts
 
 
 def words_of(columns: Columns, language: str) -> Sequence[Sequence[str]]:
