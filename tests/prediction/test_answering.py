@@ -178,6 +178,13 @@ def test_logits_and_probabilities_take_a_single_text(model):
         assert torch.equal(answer("the table loved", "mood"), answer(["the table loved"], "mood"))
 
 
+def test_probabilities_have_the_labels_of_their_columns(model):
+    shares = dict(zip(model.labels("mood"), model.probabilities("the table loved", "mood")[0].tolist(), strict=True))
+    answer = model.predict(["the table loved"], ["mood"])[0].tasks["mood"]
+    assert max(shares, key=shares.get) == answer["label"]
+    assert shares[answer["label"]] == pytest.approx(answer["score"])
+
+
 @pytest.mark.parametrize(
     "text",
     [
