@@ -57,6 +57,15 @@ def check_files(folder: Path, *, sizes: Mapping[str, int], hashes: Mapping[str, 
         CheckpointError: If a file is missing, is another one, or is a link out of the folder, or if the manifest does
             not list it.
     """
+    try:
+        _check_all(folder, sizes, hashes)
+    except OSError as error:
+        raise CheckpointError(
+            f"Checkpoint {str(folder)!r} cannot be read: {error.filename}: {error.strerror}. Check who may read it."
+        ) from error
+
+
+def _check_all(folder: Path, sizes: Mapping[str, int], hashes: Mapping[str, str] | None) -> None:
     for name, size in sizes.items():
         _check_file(folder, name, size=size, sha256=None if hashes is None else hashes[name])
     for part in _FOLDERS:
