@@ -142,7 +142,7 @@ def test_a_joint_run_answers_the_group_of_the_expert_that_it_mixes_most(tmp_path
     ("top_k", [0, 1.5, "x", True]),
 ])  # fmt: skip
 def test_a_damaged_description_of_a_gate_is_refused(grouped, key, values):
-    described = read_manifest(grouped)["gate"]
+    described = json.loads((grouped / MANIFEST).read_text())["gate"]
     assert build_gate(described, 32).groups == [["mood", "names"]]
     for value in values:
         with pytest.raises((TypeError, ValueError)):
