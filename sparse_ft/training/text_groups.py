@@ -20,9 +20,9 @@ _SAME_TEXTS = 0.5
 """Two experts are asked of the same texts if this share of the distinct texts of one are texts of the other."""
 _MISTAKEN = 0.35
 """Two experts have texts from one source if a gate mistakes this share of held-out texts; 0.5 is chance."""
-_FEWEST_ROWS, _MOST_ROWS = 200, 1000
+_FEWEST_ROWS, _MOST_ROWS = 60, 1000
 """Rows of each expert by which the gate's mistakes are measured; with fewer, the share is no evidence."""
-_HELD_OUT = 5
+_FOLDS = 5
 _COMPARED = 100
 """Characters by which texts are compared: their beginnings, which tasks of every kind read alike."""
 
@@ -73,25 +73,32 @@ def pairs_by_state(means: Mapping[str, Tensor]) -> list[Pair]:
     Args:
         means: Mean hidden states of texts by expert, [rows, blocks, H], in random order.
     """
-    means = {name: rows[:_MOST_ROWS] for name, rows in means.items() if len(rows) >= _FEWEST_ROWS}
-    if len(means) < 2:
-        return []
-    names, (_, num_blocks, hidden_size) = list(means), next(iter(means.values())).shape
-    held_out = {name: torch.arange(len(rows)) % _HELD_OUT == 0 for name, rows in means.items()}
-    fitted = [means[name][~held_out[name]] for name in names]
-    gate = PrototypeGate(names, hidden_size, block=num_blocks - 1, selection=Selection())
-    gate.standardise(torch.cat(fitted))
-    gate.fit([gate.features(rows) for rows in fitted])
-    with torch.no_grad():
-        logits = [gate.classifier(gate.features(means[name][held_out[name]])) for name in names]
+    top = {name: rows[:_MOST_ROWS, -1:] for name, rows in means.items() if len(rows) >= _FEWEST_ROWS}
+    logits = _held_out_logits(list(top.values())) if len(top) > 1 else []
     pairs = []
-    for first, second in itertools.combinations(range(len(names)), 2):
+    for (first, name), (second, other) in itertools.combinations(enumerate(top), 2):
         wrong = logits[first][:, second] > logits[first][:, first], logits[second][:, first] > logits[second][:, second]
         mistaken = sum(float(rows.float().mean()) for rows in wrong) / 2
         if mistaken >= _MISTAKEN:
-            why = f"a gate mistakes one for the other in {mistaken:.0%} of held-out texts"
-            pairs.append(Pair(names[first], names[second], why))
+            pairs.append(Pair(name, other, f"a gate mistakes one for the other in {mistaken:.0%} of held-out texts"))
     return pairs
+
+
+@torch.no_grad()
+def _held_out_logits(means: Sequence[Tensor]) -> list[Tensor]:
+    """Return logits [rows, experts] for each expert's rows [rows, blocks, H], of gates fitted without these rows."""
+    _, num_blocks, hidden_size = means[0].shape
+    names = [str(index) for index in range(len(means))]
+    gate = PrototypeGate(names, hidden_size, block=num_blocks - 1, selection=Selection())
+    logits = [torch.zeros(len(rows), len(means)) for rows in means]
+    for fold in range(_FOLDS):
+        held_out = [torch.arange(len(rows)) % _FOLDS == fold for rows in means]
+        fitted = [rows[~mask] for rows, mask in zip(means, held_out, strict=True)]
+        gate.standardise(torch.cat(fitted))
+        gate.fit([gate.features(rows) for rows in fitted])
+        for into, rows, mask in zip(logits, means, held_out, strict=True):
+            into[mask] = gate.classifier(gate.features(rows[mask]))
+    return logits
 
 
 def joined(names: Sequence[str], pairs: Sequence[Pair]) -> list[list[str]]:

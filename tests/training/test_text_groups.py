@@ -173,7 +173,10 @@ def test_half_of_the_texts_in_common_make_a_pair(toys, shared, found):
     assert [pair[:2] for pair in pairs] == ([("one", "two")] if found else [])
 
 
-@pytest.mark.parametrize(("rows", "distance", "found"), [(400, 0.0, True), (400, 4.0, False), (150, 0.0, False)])
+@pytest.mark.parametrize(
+    ("rows", "distance", "found"),
+    [(400, 0.0, True), (400, 4.0, False), (100, 0.0, True), (100, 4.0, False), (50, 0.0, False)],
+)
 def test_texts_of_one_source_are_those_that_a_gate_cannot_tell_apart(rows, distance, found):
     generator = torch.Generator().manual_seed(0)
     means = {name: torch.randn(rows, 2, 4, generator=generator) for name in ("one", "two")}
