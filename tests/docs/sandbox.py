@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from snippets import ROOT, blocks
@@ -86,14 +87,16 @@ def write_inputs(folder: Path) -> None:
     (folder / "mails.jsonl").write_text("".join(json.dumps(mail) + "\n" for mail in mails), encoding="utf-8")
 
 
-def write_bundled(folder: Path) -> None:
-    """Write the bundled tasks and configs with the first 16 rows of each sample, as they lie beside the package."""
+def write_bundled(folder: Path, choose: Callable[[list[str]], list[str]] = lambda rows: rows[:16]) -> None:
+    """Write the bundled tasks and configs with some rows of each sample, as they lie beside the package."""
     for kind in ("tasks", "configs"):
         shutil.copytree(ROOT / kind, folder / kind)
     for path in (folder / "tasks/data").glob("*/*.*"):
-        text = path.read_text(encoding="utf-8")
-        rows = text.split("\n\n")[:16] if path.suffix == ".txt" else text.splitlines(keepends=True)[:17]
-        path.write_text("\n\n".join(rows) + "\n" if path.suffix == ".txt" else "".join(rows), encoding="utf-8")
+        between = "\n\n" if path.suffix == ".txt" else "\n"
+        header, rows = [], path.read_text(encoding="utf-8").rstrip("\n").split(between)
+        if path.suffix == ".tsv":
+            header, rows = rows[:1], rows[1:]
+        path.write_text(between.join([*header, *choose(rows)]) + "\n", encoding="utf-8")
 
 
 def write_peft_folder(folder: Path) -> None:

@@ -12,7 +12,7 @@ PAGES = sorted([
     ROOT / "examples/README.md",
     *(page for page in (ROOT / "docs").rglob("*.md")),
 ])  # fmt: skip
-LANGUAGES = {"bash", "python", "yaml", "json", "text"}
+LANGUAGES = {"bash", "python", "yaml", "json", "text", "output"}
 _FENCE = re.compile(
     r"(?:^ *<!-- not run: (?P<reason>.+?) -->\n)?^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^(?P=indent)```$",
     re.MULTILINE | re.DOTALL,
@@ -29,6 +29,8 @@ class Block:
     text: str
     reason: str | None
     """Why it is not run, as the comment above it says."""
+    printed_by: "Block | None" = None
+    """The shell block directly above a block of output or JSON."""
 
     @property
     def where(self) -> str:
@@ -53,14 +55,17 @@ class Block:
 
 def blocks(*pages: Path) -> list[Block]:
     """Return the blocks of pages, of all pages by default."""
-    made = []
+    made: list[Block] = []
     for page in pages or PAGES:
-        content = page.read_text(encoding="utf-8")
+        content, end = page.read_text(encoding="utf-8"), 0
         for match in _FENCE.finditer(content):
             indent = match["indent"]
             lines = [line.removeprefix(indent) for line in match["text"].splitlines()]
             number = content.count("\n", 0, match.start("language")) + 1
-            made.append(Block(page, number, match["language"], "\n".join(lines) + "\n", match["reason"]))
+            follows = made and made[-1].language == "bash" and not content[end : match.start()].strip()
+            above = made[-1] if follows and match["language"] in {"output", "json"} else None
+            made.append(Block(page, number, match["language"], "\n".join(lines) + "\n", match["reason"], above))
+            end = match.end()
     return made
 
 
