@@ -288,7 +288,8 @@ def _load_tokenizer(folder: Path, name: str, *, num_ids: int) -> Any:
             folder, local_files_only=True, trust_remote_code=False, add_prefix_space=True
         )
     except Exception as error:  # each tokenizer class raises other types
-        raise BackboneError(f"The tokenizer of backbone {name!r} in {str(folder)!r} cannot be read: {error}") from error
+        reason = " ".join(str(error).split())
+        raise BackboneError(f"The tokenizer of backbone {name!r} in {str(folder)!r} cannot be read: {reason}") from error
     if not tokenizer.is_fast:
         raise BackboneError(
             f"The tokenizer of backbone {name!r} has no fast version, which is required. Save its tokenizer.json."
