@@ -289,7 +289,9 @@ def _load_tokenizer(folder: Path, name: str, *, num_ids: int) -> Any:
         )
     except Exception as error:  # each tokenizer class raises other types
         reason = " ".join(str(error).split())
-        raise BackboneError(f"The tokenizer of backbone {name!r} in {str(folder)!r} cannot be read: {reason}") from error
+        raise BackboneError(
+            f"The tokenizer of backbone {name!r} in {str(folder)!r} cannot be read: {reason}"
+        ) from error
     if not tokenizer.is_fast:
         raise BackboneError(
             f"The tokenizer of backbone {name!r} has no fast version, which is required. Save its tokenizer.json."
