@@ -60,7 +60,7 @@ def predict(
     choices, and metadata for rules. Other fields, such as an id, are repeated in the answer.
     """
     from sparse_ft.cli.answer_files import check_answer_file
-    from sparse_ft.cli.text_files import read_file, read_lines
+    from sparse_ft.cli.text_files import find_file, read_file, read_lines
 
     if text and file is not None:
         raise ConfigError("Texts and --file are both given. Choose one.")
@@ -72,6 +72,8 @@ def predict(
             "--min-familiarity turns away texts whose tasks the gate chooses, and --task or --combine names the tasks. "
             "Leave one out."
         )
+    if file is not None and file != "-":
+        find_file(file)  # before the model is loaded
     target = None if output is None else check_answer_file(output, source=file)
     if not text and file in (None, "-"):
         check_stdin()

@@ -34,23 +34,33 @@ def read_file(source: str, *, form: LineForm) -> Iterator[Any]:
     if source == "-":
         yield from read_lines(map(_without_end, _lines(sys.stdin.buffer, "standard input")), form=form)
         return
-    path, suffix = user_path(source), Path(source).suffix.lower()
+    path, suffix = find_file(source), Path(source).suffix.lower()
     if path.is_dir():
         yield from _folder(path)
         return
-    if not path.exists():  # a pipe will do
-        raise DataError(f"File {source!r} does not exist. Give a file with one text a line, or - for standard input.")
-    if suffix in _OTHER_FORMATS:
-        raise DataError(
-            f"File {source!r} holds no lines of text. Expected a text a line, .jsonl, .csv, .tsv, or a folder of .txt "
-            "files. Convert it."
-        )
     with _opened(path) as stream:
         lines = _lines(stream, repr(source))
         if suffix in _TABLES:
             yield from _table(lines, source, form=form)
         else:
             yield from read_lines(map(_without_end, lines), form="json" if suffix in {".jsonl", ".ndjson"} else form)
+
+
+def find_file(source: str) -> Path:
+    """Return the path of a file or folder to read.
+
+    Raises:
+        DataError: If there is none, or it has a format that is not read.
+    """
+    path = user_path(source)
+    if not path.exists():  # a pipe will do
+        raise DataError(f"File {source!r} does not exist. Give a file with one text a line, or - for standard input.")
+    if path.suffix.lower() in _OTHER_FORMATS and not path.is_dir():
+        raise DataError(
+            f"File {source!r} holds no lines of text. Expected a text a line, .jsonl, .csv, .tsv, or a folder of .txt "
+            "files. Convert it."
+        )
+    return path
 
 
 def read_lines(lines: Iterable[str], *, form: LineForm) -> Iterator[Any]:
