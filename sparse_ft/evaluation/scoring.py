@@ -89,9 +89,9 @@ def predict_by_ensemble(
 def _route_rows(spec: TaskSpec, data: EncodedRows, route: Route) -> Routing:
     """Route the rows of a task as ``predict`` would; the text and language of a row serve rules."""
     if route.once_a_text:
-        return route.serving(route.rows(data.row_examples), spec.name)
+        return route.serving(route.rows(data.row_examples, title=f"routing {spec.name}"), spec.name)
     if route.chooser is None:
-        return route.rows(data.examples, task=spec.name)
+        return route.rows(data.examples, task=spec.name, title=f"routing {spec.name}")
     stated = spec.language != "en"  # English is also the language of task files that state none
     metadata = [{"language": spec.language}] * data.num_rows if stated else []
     return route.rows(data.examples, texts=_texts(data), metadata=metadata)

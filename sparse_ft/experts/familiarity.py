@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from sparse_ft.progress import progress_bar
+
 _QUANTILES = 1001
 _FOLDS = 10
 """Number of parts of a group's texts, each of which is held out of one fit to calibrate the familiarity."""
@@ -73,16 +75,18 @@ class Familiarity(nn.Module):
             tokens: Token ids of the same texts, group by group.
         """
         strangeness, pairs = [torch.zeros(len(rows), 2) for rows in features], [_pairs(rows) for rows in tokens]
-        for fold in range(_FOLDS):
-            held_out = [torch.arange(len(rows)) % _FOLDS == fold for rows in features]
-            self._fit_distributions(
-                [rows[~mask] for rows, mask in zip(features, held_out, strict=True)],
-                [_take(rows, ~mask) for rows, mask in zip(pairs, held_out, strict=True)],
-            )
-            for group, mask in enumerate(held_out):
-                if mask.any():
-                    measured = self._strangeness(features[group][mask], _take(pairs[group], mask))
-                    strangeness[group][mask] = measured[group]
+        with progress_bar("measuring familiarity", total=_FOLDS, unit="fold") as bar:
+            for fold in range(_FOLDS):
+                held_out = [torch.arange(len(rows)) % _FOLDS == fold for rows in features]
+                self._fit_distributions(
+                    [rows[~mask] for rows, mask in zip(features, held_out, strict=True)],
+                    [_take(rows, ~mask) for rows, mask in zip(pairs, held_out, strict=True)],
+                )
+                for group, mask in enumerate(held_out):
+                    if mask.any():
+                        measured = self._strangeness(features[group][mask], _take(pairs[group], mask))
+                        strangeness[group][mask] = measured[group]
+                bar.update()
         self._fit_distributions(features, pairs)
         self.location.copy_(torch.stack([rows.mean(0) for rows in strangeness]))
         self.spread.copy_(torch.stack([rows.std(0, correction=0).clamp_min(1e-6) for rows in strangeness]))

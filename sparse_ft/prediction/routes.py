@@ -88,6 +88,7 @@ class Route:
         among: Collection[str] | None = None,
         texts: Sequence[str] = (),
         metadata: Sequence[Metadata] = (),
+        title: str | None = None,
     ) -> Routing:
         """Route examples before the model runs; the model is in evaluation mode.
 
@@ -97,6 +98,7 @@ class Route:
             among: Experts that the route ``gate`` may choose; None allows all.
             texts: Texts that the ``row`` of an example indexes, for a chooser.
             metadata: Metadata of the texts, for a chooser; empty if there is none.
+            title: Of a progress bar while a gate reads the examples; None shows none.
 
         Raises:
             ConfigError: If a gate has to decide and the model has none that fits.
@@ -106,13 +108,13 @@ class Route:
             indices = [example.row for example in examples]
             return self.choose([texts[row] for row in indices], [metadata[row] for row in indices] if metadata else ())
         if self.name == "gate":
-            return self._by_gate(examples, among=among)
+            return self._by_gate(examples, among=among, title=title)
         expert = self.expert
         if expert is None:
             assert task is not None, "The route 'task' needs the task of the rows."
             slot = self.model.tasks[task]
             if slot.gated:
-                return self._by_gate(examples, task=task, among=None if slot.joint else slot.experts)
+                return self._by_gate(examples, task=task, among=None if slot.joint else slot.experts, title=title)
             (expert,) = slot.experts
         return Routing.one_hot([self.model.experts.index(expert)] * len(examples), device=self.model.device)
 
@@ -126,7 +128,12 @@ class Route:
         return replace(routing, experts=experts, weights=routing.weights.to(model.device))
 
     def _by_gate(
-        self, examples: Sequence[Example], *, task: str | None = None, among: Collection[str] | None = None
+        self,
+        examples: Sequence[Example],
+        *,
+        task: str | None = None,
+        among: Collection[str] | None = None,
+        title: str | None = None,
     ) -> Routing:
         """Let the model's gate decide from the means that the examples carry, or else compute the means."""
         model = self.model
@@ -136,7 +143,7 @@ class Route:
         if gate is None:
             raise ConfigError(f"Task {task!r} needs a gate that chooses among its experts, and this model has none.")
         carried = bool(examples) and all(example.means is not None for example in examples)
-        means = stacked_means(examples) if carried else mean_states(model, examples, block=gate.block)
+        means = stacked_means(examples) if carried else mean_states(model, examples, block=gate.block, title=title)
         tokens = [example.input_ids for example in examples] if task is None else None  # a known task is never unknown
         excluded = [] if among is None else [index for index, name in enumerate(gate.names) if name not in among]
         threshold = self.min_familiarity if task is None else 0.0

@@ -152,7 +152,7 @@ def _fit_perceptron(gate: SequenceGate, features: Sequence[Tensor], *, generator
 
 def routing_accuracy(model: SparseExpertModel, examples: Sequence[Example], *, experts: Sequence[str]) -> float:
     """Return the share of rows whose best group has one of ``experts``, 0 to 1."""
-    gate, logits = model.text_gate(), Route("gate", model).rows(examples).logits
+    gate, logits = model.text_gate(), Route("gate", model).rows(examples, title="scoring the gate").logits
     assert logits is not None
     right = {index for index, name in enumerate(gate.names) if name in experts}
     return sum(not right.isdisjoint(members) for members in gate.partition.best(logits)) / len(logits)
