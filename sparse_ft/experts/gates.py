@@ -310,11 +310,10 @@ def build_gate(described: Mapping[str, Any], hidden_size: int) -> SequenceGate |
     """Build a gate without weights from its entry in a manifest.
 
     Raises:
-        KeyError, TypeError, ValueError: If a key is missing, a number out of range, or a type or expert unknown.
+        KeyError, TypeError, ValueError: If a key is missing, or a type or expert unknown.
     """
     kind = GATES[described["type"]]
     selection = Selection(**{key: described[key] for key in _SAVED_SELECTION})
-    selection.check()
     arguments = {argument: described[key] for key, argument in kind.saved.items()}
     arguments |= {argument: described.get(key) or () for key, argument in kind.added.items()}
     return kind(described["experts"], hidden_size, selection=selection, **arguments)

@@ -3,7 +3,6 @@
 Shapes: N rows, S tokens a row, E experts, K selected.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -55,23 +54,6 @@ class Selection:
             jitter=settings.jitter if joint else 0.0,
             capacity=settings.capacity if joint else None,
         )
-
-    def check(self) -> None:
-        """Check the fields that a manifest holds.
-
-        Raises:
-            ValueError: If one is no number, or out of its range.
-        """
-        ranges = {
-            "top_k": type(self.top_k) is int and self.top_k >= 1,
-            "top_p": self.top_p is None or (_is_number(self.top_p) and 0 < self.top_p <= 1),
-            "temperature": _is_number(self.temperature) and 0 < self.temperature < math.inf,
-            "normalise": isinstance(self.normalise, bool),
-            "min_confidence": _is_number(self.min_confidence) and 0 <= self.min_confidence <= 1,
-        }
-        for name, holds in ranges.items():
-            if not holds:
-                raise ValueError(f"its {name} is {getattr(self, name)!r}")
 
     def __call__(
         self,
@@ -129,10 +111,6 @@ class Selection:
         if not self.jitter:
             return hidden
         return hidden * torch.empty_like(hidden).uniform_(1 - self.jitter, 1 + self.jitter, generator=generator)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def within_capacity(

@@ -135,18 +135,12 @@ def test_a_joint_run_answers_the_group_of_the_expert_that_it_mixes_most(tmp_path
     assert sum(answer.routing.values()) == pytest.approx(1, abs=1e-5)  # experts are mixed one by one
 
 
-@pytest.mark.parametrize(("key", "values"), [
-    ("groups", [[["mood", "nobody"]], [["mood", "names"], ["names", "about"]], [[]], [5], 5]),
-    ("min_confidence", ["x", None, -1, 2, float("nan")]),
-    ("temperature", [0, "x", float("inf")]),
-    ("top_k", [0, 1.5, "x", True]),
-])  # fmt: skip
-def test_a_damaged_description_of_a_gate_is_refused(grouped, key, values):
+@pytest.mark.parametrize("groups", [[["mood", "nobody"]], [["mood", "names"], ["names", "about"]], [[]], [5], 5])
+def test_damaged_groups_are_refused(grouped, groups):
     described = json.loads((grouped / MANIFEST).read_text())["gate"]
     assert build_gate(described, 32).groups == [["mood", "names"]]
-    for value in values:
-        with pytest.raises((TypeError, ValueError)):
-            build_gate({**described, key: value}, 32)
+    with pytest.raises((TypeError, ValueError)):
+        build_gate({**described, "groups": groups}, 32)
 
 
 def test_a_damaged_gate_is_no_checkpoint(grouped, tmp_path):
