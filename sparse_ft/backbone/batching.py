@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -124,23 +124,28 @@ def token_limit(device: torch.device) -> int:
     return MAX_TOKENS if device.type == "cpu" else 16 * MAX_TOKENS
 
 
-def length_batches(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
+def length_batches(
+    lengths: Sequence[int], *, max_tokens: int, inputs: Sequence[Hashable] | None = None
+) -> list[list[int]]:
     """Group rows of similar length for evaluation and prediction, longest first.
 
     Args:
         lengths: Tokens of each row.
-        max_tokens: Most tokens in a batch, padding included; a longer row is a batch of its own.
+        max_tokens: Most tokens in a batch, padding included; longer rows are a batch of their own.
+        inputs: What the backbone reads of each row; rows of equal inputs stay together. None: no two are equal.
 
     Returns:
         Row indices, every row once.
     """
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    equal: dict[Hashable, list[int]] = {}
+    for row in range(len(lengths)):
+        equal.setdefault(row if inputs is None else inputs[row], []).append(row)
     batches: list[list[int]] = []
-    for row in order:
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens:
-            batches[-1].append(row)
+    for rows in sorted(equal.values(), key=lambda rows: -lengths[rows[0]]):
+        if batches and (len(batches[-1]) + len(rows)) * lengths[batches[-1][0]] <= max_tokens:
+            batches[-1].extend(rows)
         else:
-            batches.append([row])
+            batches.append(rows)
     return batches
 
 

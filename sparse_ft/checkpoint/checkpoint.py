@@ -30,7 +30,8 @@ from sparse_ft.checkpoint.manifest import (
 from sparse_ft.config import RunConfig
 from sparse_ft.errors import CheckpointError
 from sparse_ft.experts.gates import SequenceGate, TokenGate, build_gate, describe_gate
-from sparse_ft.experts.model import SparseExpertModel, TaskSlot
+from sparse_ft.experts.heads import TaskSlot
+from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.paths import user_path
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.spec import UNRECORDED, TaskSpec

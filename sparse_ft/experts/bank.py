@@ -58,6 +58,14 @@ class BankLayout:
             )
         return self._tensors[device]
 
+    def runs(self, routing: Routing) -> list[tuple[int | None, slice]] | None:
+        """Return ``Routing.runs`` for layers of this layout, computed once for all of them."""
+        key = (self, "runs")
+        if key not in routing.cache:
+            routing.cache[key] = routing.runs(self.ranks)
+        runs: list[tuple[int | None, slice]] | None = routing.cache[key]
+        return runs
+
     def columns(self, routing: Routing, needed: tuple[int, ...]) -> "BankColumns":
         """Return the columns of a routing's experts, computed once for all layers of this layout."""
         if self not in routing.cache:

@@ -1,10 +1,36 @@
-"""Task heads: linear layers from hidden states to a task's outputs, always in float32."""
+"""Tasks in a model: the experts that serve each, and its head, a float32 linear layer from hidden states to outputs."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from sparse_ft.experts.named_experts import named_generator
 from sparse_ft.experts.routing import RoutingSlot
+
+
+@dataclass(frozen=True)
+class TaskSlot:
+    """A task in the model: the experts that serve it, and the input of its head."""
+
+    experts: tuple[str, ...]
+    """Experts that learn from the task's rows: usually one; a gate chooses among several (domains, or a pool)."""
+    level: str
+    """``text`` or ``word``."""
+    joint: bool = False
+    """Whether the task was trained together with the gate, which then mixes all its experts for the task's rows."""
+    shared: str | None = None
+    """The expert that each of the task's rows uses in addition to those that the gate chooses."""
+
+    @property
+    def used(self) -> list[str]:
+        """All experts that learn from the task's rows."""
+        return [*self.experts, *([] if self.shared is None else [self.shared])]
+
+    @property
+    def gated(self) -> bool:
+        """Whether a gate decides even though the task is known."""
+        return self.joint or len(self.experts) > 1
 
 
 class Head(nn.Module):

@@ -145,8 +145,10 @@ def _batches(
     with progress_bar(title, total=len(pairs)) as bar:
         for cached in (True, False):
             group = [index for index, (_, example) in enumerate(pairs) if (example.trunk is not None) is cached]
-            lengths = [len(pairs[index][1].input_ids) for index in group]
-            for batch in length_batches(lengths, max_tokens=token_limit(model.device)):
+            examples = [pairs[index][1] for index in group]
+            lengths = [len(example.input_ids) for example in examples]
+            inputs = [(tuple(example.input_ids), tuple(example.token_type_ids or ())) for example in examples]
+            for batch in length_batches(lengths, max_tokens=token_limit(model.device), inputs=inputs):
                 members = [group[member] for member in batch]
                 if several:
                     members.sort()  # the rows of a task must be adjacent

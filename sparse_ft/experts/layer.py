@@ -141,6 +141,9 @@ class ExpertLayer(nn.Module):
         fused = torch.is_grad_enabled() and not drops and not torch.is_autocast_enabled(x.device.type)
         if routing.only is not None:
             return self._with_expert(x, dropped, routing.only, fused=fused)
+        runs = None if drops or torch.is_grad_enabled() else self.layout.runs(routing)
+        if runs is not None:
+            return self._with_experts(x, runs)
         lora_a, lora_b, weights = (part.to(x.dtype) for part in self._matrices(routing, needed))
         if fused:
             return _MixedLinear.apply(x, self._weight, lora_a, lora_b, weights)
@@ -155,6 +158,16 @@ class ExpertLayer(nn.Module):
             return _MixedLinear.apply(x, self._weight, lora_a.unsqueeze(0), lora_b.unsqueeze(0), scale)
         h = functional.linear(dropped, lora_a.t().contiguous())  # [N, S, r]; PEFT multiplies by a contiguous A, too
         return _added(self.frozen(x), h, lora_b, scale=self.scales[index])
+
+    def _with_experts(self, x: Tensor, runs: Sequence[tuple[int | None, slice]]) -> Tensor:
+        """Apply the frozen linear, and to each run of rows its expert, with the bits of ``_with_expert``: [N, S, O]."""
+        y: Tensor = self.frozen(x)
+        for index, rows in runs:
+            if index is not None:
+                lora_a, lora_b = (part.to(x.dtype) for part in self._pair(index))
+                h = functional.linear(x[rows], lora_a.t().contiguous())  # [rows, S, r]
+                y[rows] = _added(y[rows], h, lora_b, scale=self.scales[index])
+        return y
 
     @property
     def _weight(self) -> Tensor:

@@ -5,7 +5,6 @@ Shapes: N rows, S tokens a row, H hidden size, E experts of the model.
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,33 +15,10 @@ from sparse_ft.backbone.batching import Batch, TaskRows
 from sparse_ft.backbone.pooling import pool
 from sparse_ft.errors import ConfigError, unknown_name
 from sparse_ft.experts.gates import Gate, GateInput, SequenceGate, TokenGate
-from sparse_ft.experts.heads import Head
+from sparse_ft.experts.heads import Head, TaskSlot
 from sparse_ft.experts.named_experts import Experts
+from sparse_ft.experts.plan import plan_batch, planned_pass
 from sparse_ft.experts.routing import ForwardPass, Routing, RoutingSlot
-
-
-@dataclass(frozen=True)
-class TaskSlot:
-    """A task in the model: the experts that serve it, and the input of its head."""
-
-    experts: tuple[str, ...]
-    """Experts that learn from the task's rows: usually one; a gate chooses among several (domains, or a pool)."""
-    level: str
-    """``text`` or ``word``."""
-    joint: bool = False
-    """Whether the task was trained together with the gate, which then mixes all its experts for the task's rows."""
-    shared: str | None = None
-    """The expert that each of the task's rows uses in addition to those that the gate chooses."""
-
-    @property
-    def used(self) -> list[str]:
-        """All experts that learn from the task's rows."""
-        return [*self.experts, *([] if self.shared is None else [self.shared])]
-
-    @property
-    def gated(self) -> bool:
-        """Whether a gate decides even though the task is known."""
-        return self.joint or len(self.experts) > 1
 
 
 class SparseExpertModel(nn.Module):
@@ -221,30 +197,43 @@ class SparseExpertModel(nn.Module):
         block_routings: dict[int, Routing] | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Run a batch through backbone and experts, [N, S, H]; the arguments are those of ``forward``."""
+        """Run a batch through backbone and experts, [N, S, H]; the arguments are those of ``forward``.
+
+        Outside training, rows share the blocks that they have in common, see plan.py.
+        """
         if routing is None and gate is None:
             routing, gate = self._default_routing(batch)
+        shared = self._shared_expert(batch)
         if gate is not None:  # it replaces this routing before the first expert layer
             routing = Routing(None, torch.zeros(len(batch.input_ids), len(self.experts.names), device=self.device))
-        else:
-            assert routing is not None
-            routing = self._with_shared(routing, batch, slice(None))
-        segments = [slice(None)]
+        assert routing is not None
+        serving = _with_shared(routing, shared, slice(None))
+        if gate is None:
+            routing = serving
+        plan, whole = None, self.backbone.family.routes_rows
+        if whole and not (torch.is_grad_enabled() or self.training):
+            plan = plan_batch(batch, serving, self.experts, num_blocks=self.backbone.num_blocks, gated=gate is not None)
         # Some layers of other families see more than one entry a row: one expert a pass, or one row.
-        if not (self.backbone.family.routes_rows or (gate is None and routing.only is not None)):
-            segments = routing.segments(single_rows=gate is not None)
-        parts = []
-        for rows in segments:
-            running = ForwardPass(routing.take(rows), generator=generator)
+        whole = whole or (gate is None and routing.only is not None)
+        segments = [slice(None)] if whole else routing.segments(single_rows=gate is not None)
+        passes = [ForwardPass(routing.take(rows), rows) for rows in segments]
+        parts, decided = [], dict[int, Routing]()
+        for running in passes if plan is None else [planned_pass(plan, routing)]:
+            running.generator = generator
             if gate is not None:
-                decide = functools.partial(self._decide, gate, running, batch, rows, block_routings)
+                decide = functools.partial(self._decide, gate, running, batch, shared, decided)
                 running.changes = {block: [functools.partial(decide, block)] for block in self.gated_blocks(gate)}
-            parts.append(self._run(batch, rows, running))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            parts.append(self._run(batch, running))
+        hidden = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if block_routings is not None:
+            block_routings.update(
+                decided if plan is None else {b: each.take(plan.leaves) for b, each in decided.items()}
+            )
+        return hidden if plan is None else hidden[plan.leaves]
 
     def bare_states(self, batch: Batch) -> Tensor:
         """Run a batch of texts through the backbone without any expert, [N, S, H]."""
-        return self._run(batch, slice(None), ForwardPass(None))
+        return self._run(batch, ForwardPass(None))
 
     def _default_routing(self, batch: Batch) -> tuple[Routing | None, TokenGate | None]:
         """Route each row to the expert of its task, or all rows by the token gate of joint tasks."""
@@ -259,57 +248,58 @@ class SparseExpertModel(nn.Module):
             raise ValueError(f"The rows of task {gated[0]!r} must be routed first; see prediction.routes.Route.")
         return None, self.token_gate
 
-    def _with_shared(self, routing: Routing, batch: Batch, rows: slice) -> Routing:
-        """Add the shared expert of the batch's tasks to the routing of some rows, for the rows that use it."""
+    def _shared_expert(self, batch: Batch) -> tuple[int, Tensor] | None:
+        """Return the shared expert of the batch's tasks, and [N], 1 for rows that use it; None if no row does."""
         names = [self.tasks[each.task].shared for each in batch.tasks]
         used = sorted({name for name in names if name is not None})
         if not used:
-            return routing
+            return None
         if len(used) > 1:
             raise ValueError(f"The tasks of one batch use several shared experts: {', '.join(used)}.")
-        uses = torch.zeros(len(batch.input_ids), device=self.device)  # [N]
+        uses = torch.zeros(len(batch.input_ids), device=self.device)
         for name, each in zip(names, batch.tasks, strict=True):
             uses[each.start : each.stop] = float(name is not None)
-        return routing.with_expert(self.experts.index(used[0]), uses[rows])
+        return self.experts.index(used[0]), uses
 
     def _decide(
         self,
         gate: Gate,
         running: ForwardPass,
         batch: Batch,
-        rows: slice,
-        block_routings: dict[int, Routing] | None,
+        shared: tuple[int, Tensor] | None,
+        decided: dict[int, Routing],
         block: int,
         hidden: Tensor,
     ) -> Tensor:
-        """Let a gate replace the routing of a pass at one block; the hidden states [N, S, H] stay as they are."""
-        inputs = GateInput(hidden, batch.attention_mask[rows], block, generator=running.generator)
+        """Let a gate replace the routing of a pass at one block; the hidden states [U, S, H] stay as they are."""
+        inputs = GateInput(hidden, batch.attention_mask[running.rows], block, generator=running.generator)
         routing = self.reindexed(gate.route(inputs), gate.names)
-        if block_routings is not None:
-            block_routings[block] = routing
-        running.routing = self._with_shared(routing, batch, rows)
+        decided[block] = routing
+        running.routing = _with_shared(routing, shared, running.rows)
         return hidden
 
-    def _run(self, batch: Batch, rows: slice, running: ForwardPass) -> Tensor:
-        """Run some rows through the backbone, [N, S, H]."""
+    def _run(self, batch: Batch, running: ForwardPass) -> Tensor:
+        """Run the rows of a pass through the backbone, [U, S, H]."""
+        rows = running.rows
         inputs: dict[str, Any] = {"input_ids": batch.input_ids[rows], "attention_mask": batch.attention_mask[rows]}
         if batch.token_type_ids is not None:
             inputs["token_type_ids"] = batch.token_type_ids[rows]
         if self.backbone.family.causal:
             inputs["use_cache"] = False
         if batch.word_shapes is not None and running.routing is not None:
-            for block, experts in self.word_shapes.blocks_of(running.routing.present).items():
-                add = functools.partial(self._add_word_shapes, shapes=batch.word_shapes[rows], experts=experts)
+            for block, experts in self.word_shapes.blocks_of(running.present).items():
+                add = functools.partial(self._add_word_shapes, running, shapes=batch.word_shapes, experts=experts)
                 running.changes.setdefault(block, []).append(add)
         if batch.trunk is not None:
             running.trunk, running.first_block = batch.trunk[rows], self.first_block
         with self.slot.filled(running):
             return self.encoder(**inputs).last_hidden_state
 
-    def _add_word_shapes(self, hidden: Tensor, *, shapes: Tensor, experts: Sequence[int]) -> Tensor:
-        routing = self.slot.read()
-        assert routing is not None
-        return self.word_shapes.added(hidden, shapes, routing=routing, experts=experts)
+    def _add_word_shapes(
+        self, running: ForwardPass, hidden: Tensor, *, shapes: Tensor, experts: Sequence[int]
+    ) -> Tensor:
+        assert running.routing is not None
+        return self.word_shapes.added(hidden, shapes[running.rows], routing=running.routing, experts=experts)
 
     def _head_logits(self, rows: TaskRows, hidden: Tensor, batch: Batch) -> Tensor:
         """Apply a task's head to its rows: [rows, labels], or [words, tags]."""
@@ -321,6 +311,11 @@ class SparseExpertModel(nn.Module):
             return head(hidden[in_rows, in_tokens])
         selected = slice(rows.start, rows.stop)
         return head(pool(hidden[selected], batch.attention_mask[selected], self.pooling))
+
+
+def _with_shared(routing: Routing, shared: tuple[int, Tensor] | None, rows: slice | Tensor) -> Routing:
+    """Add the shared expert of a batch to the routing of some rows, for those that use it."""
+    return routing if shared is None else routing.with_expert(shared[0], shared[1][rows])
 
 
 def _head_key(task: str) -> str:

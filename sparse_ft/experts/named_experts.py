@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -73,6 +73,7 @@ class Experts:
         self._model = model
         self._linears = dict(linears)
         self._slot = slot
+        self._contents: dict[tuple[int, int], Hashable] = {}
 
     def _wrap(self, name: str) -> None:
         layer = ExpertLayer(self._linears[name], slot=self._slot)
@@ -144,6 +145,7 @@ class Experts:
             layer.extend(deltas, scales=scales)
         for expert in experts:
             self._register(expert)
+        self._contents.clear()
 
     def _register(self, expert: Expert) -> None:
         """Append an expert's word shapes, name and alpha."""
@@ -185,6 +187,7 @@ class Experts:
                 del self.layers[module]
         self.word_shapes.remove(index)
         del self.names[index], self.alphas[name]
+        self._contents.clear()
 
     def rename(self, old: str, new: str) -> None:
         """Give an expert another name.
@@ -228,12 +231,43 @@ class Experts:
         A and B are transposed. They are views of the memory that the layers compute with.
         """
         index = self.index(name)
+        self._contents.clear()  # the numbers may change from now on
         table = self.word_shapes.tables[index]
         parameters = {"word_shapes": table} if len(table) else {}
         for module, layer in self.layers.items():
             if layer.ranks[index]:
                 parameters[f"{module}.lora_A"], parameters[f"{module}.lora_B"] = layer.open(index)
         return parameters
+
+    def content(self, index: int, block: int) -> Hashable:
+        """Return what an expert changes in a block: equal values have equal deltas; None changes nothing.
+
+        An expert in training equals no other one.
+        """
+        key = (index, block)
+        if key not in self._contents:
+            self._contents[key] = self._read_content(index, block)
+        return self._contents[key]
+
+    def _read_content(self, index: int, block: int) -> Hashable:
+        layers = {
+            module: layer
+            for module, layer in self.layers.items()
+            if layer.ranks[index] and self._block_of(module) == block
+        }
+        table = self.word_shapes.tables[index] if self.word_shapes.starts(index, block) else None
+        if not layers and table is None:
+            return None
+        if any(index in layer.opened for layer in layers.values()):
+            return index
+        digest = hashlib.sha256()
+        for module, layer in layers.items():
+            digest.update(f"{module} {layer.ranks[index]} {layer.scales[index]}".encode())
+            for part in layer.get(index):
+                digest.update(part.detach().cpu().contiguous().numpy().tobytes())
+        if table is not None:
+            digest.update(table.detach().cpu().numpy().tobytes())
+        return digest.digest()
 
     def set_dropout(self, probability: float) -> None:
         """Set the dropout on the input of every delta, used in training only."""

@@ -64,6 +64,29 @@ class Routing:
             return first
         return None
 
+    def runs(self, ranks: Sequence[int]) -> list[tuple[int | None, slice]] | None:
+        """Return runs of neighbouring rows that one expert serves alone with weight 1 in a layer, or none does.
+
+        Args:
+            ranks: Rank of every expert in the layer; an expert of rank 0 does not serve it.
+
+        Returns:
+            Expert (None: the bare layer) and rows of each run; None if a row mixes experts.
+        """
+        if self.experts is None or self.by_token:
+            return None
+        runs: list[tuple[int | None, slice]] = []
+        for row, (experts, weights) in enumerate(zip(self.experts.tolist(), self.weights.tolist(), strict=True)):
+            serving = [
+                (index, weight) for index, weight in zip(experts, weights, strict=True) if weight and ranks[index]
+            ]
+            if len(serving) > 1 or (serving and serving[0][1] != 1):
+                return None
+            expert = serving[0][0] if serving else None
+            start = runs.pop()[1].start if runs and runs[-1][0] == expert else row
+            runs.append((expert, slice(start, row + 1)))
+        return runs
+
     @cached_property
     def present(self) -> list[int] | None:
         """The experts that may serve a row, in ascending order; None if every expert of the model may."""
@@ -155,12 +178,34 @@ class Routing:
         return taken
 
 
+@dataclass(frozen=True)
+class Split:
+    """Where rows part because their experts do: U rows go on in place of fewer; see plan.py."""
+
+    parents: Tensor
+    """[U], the row that each continues."""
+    bases: Tensor
+    """[U], the row that each began as."""
+    rows: Tensor
+    """[U], a row of the batch that each stands for."""
+    routing: Routing
+    """Routing of the U rows."""
+
+
 @dataclass
 class ForwardPass:
     """State of a running forward pass that layers and blocks read."""
 
     routing: Routing | None
     """Experts of the rows; None leaves all layers as the backbone has them."""
+    rows: slice | Tensor = field(default_factory=lambda: slice(None))
+    """The rows of the batch that run."""
+    splits: dict[int, Split] = field(default_factory=dict)
+    """Block to the parting of rows before it."""
+    split: Split | None = None
+    """The last split that the pass has reached."""
+    num_bases: int = 0
+    """Rows with which the pass began."""
     changes: dict[int, list[Callable[[Tensor], Tensor]]] = field(default_factory=dict)
     """Block to functions that are applied in order to the hidden states [N, S, H] that enter it."""
     trunk: Tensor | None = None
@@ -169,6 +214,13 @@ class ForwardPass:
     """0-based block that ``trunk`` enters."""
     generator: torch.Generator | None = None
     """Source of dropout's random numbers; None takes the global one."""
+
+    @property
+    def present(self) -> list[int] | None:
+        """The experts that may serve a row now or above; None if every expert of the model may."""
+        routings = [self.routing, *(split.routing for split in self.splits.values())]
+        named = [None if routing is None else routing.present for routing in routings]
+        return None if None in named else sorted({index for present in named for index in present or ()})
 
 
 class RoutingSlot:
@@ -223,6 +275,8 @@ class RoutingSlot:
             return forward(*args, **kwargs)
         if running.trunk is not None and index < running.first_block:
             return running.trunk
+        if index in running.splits or running.split is not None:
+            args, kwargs = _parted(running, index, args, kwargs)
         for change in running.changes.get(index, ()):
             if args:
                 args = (change(args[0]), *args[1:])
@@ -232,3 +286,27 @@ class RoutingSlot:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RoutingSlot":
         return RoutingSlot()
+
+
+def _parted(
+    running: ForwardPass, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a block after the rows have parted; masks and positions are still those of the lowest."""
+    hidden, rest = (args[0], args[1:]) if args else (kwargs["hidden_states"], ())
+    if index in running.splits:
+        split = running.split = running.splits[index]
+        running.rows, running.routing = split.rows, split.routing
+        hidden = hidden.index_select(0, split.parents)
+    assert running.split is not None
+    bases, count = running.split.bases, running.num_bases
+    kwargs = {name: _of_rows(value, bases, count) for name, value in kwargs.items() if name != "hidden_states"}
+    return (hidden, *(_of_rows(value, bases, count) for value in rest)), kwargs
+
+
+def _of_rows(value: Any, bases: Tensor, count: int) -> Any:
+    """Select rows of what a block reads beside its hidden states: tensors with a first dimension of ``count`` rows."""
+    if isinstance(value, tuple):
+        return tuple(_of_rows(entry, bases, count) for entry in value)
+    if isinstance(value, Tensor) and value.dim() > 1 and len(value) == count:
+        return value.index_select(0, bases)
+    return value

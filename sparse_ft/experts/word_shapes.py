@@ -52,6 +52,10 @@ class WordShapes(nn.Module):
                 experts.setdefault(self.blocks[index], []).append(index)
         return experts
 
+    def starts(self, index: int, block: int) -> bool:
+        """Whether the vectors of an expert are added before a block."""
+        return self.blocks[index] == block and len(self.tables[index]) > 0
+
     def added(self, hidden: Tensor, shapes: Tensor, *, routing: Routing, experts: Sequence[int]) -> Tensor:
         """Add the vectors of experts to hidden states, weighted by the routing.
 

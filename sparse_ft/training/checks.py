@@ -9,7 +9,8 @@ from sparse_ft.checkpoint.manifest import read_config, read_manifest
 from sparse_ft.checkpoint.outputs import free_output
 from sparse_ft.config import RunConfig
 from sparse_ft.errors import ConfigError, unknown_name
-from sparse_ft.experts.model import SparseExpertModel, TaskSlot, check_token_routing
+from sparse_ft.experts.heads import TaskSlot
+from sparse_ft.experts.model import SparseExpertModel, check_token_routing
 from sparse_ft.experts.selection import Selection
 from sparse_ft.tasks.kinds import KINDS
 from sparse_ft.tasks.spec import TaskSpec

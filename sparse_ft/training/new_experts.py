@@ -7,8 +7,9 @@ from sparse_ft.backbone.encoding import Example
 from sparse_ft.config import GateConfig, RunConfig
 from sparse_ft.experts.familiarity import DEFAULT_MIN_FAMILIARITY
 from sparse_ft.experts.gates import SequenceGate, TokenGate
+from sparse_ft.experts.heads import TaskSlot
 from sparse_ft.experts.inference import mean_states
-from sparse_ft.experts.model import SparseExpertModel, TaskSlot
+from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.named_experts import named_generator
 from sparse_ft.experts.selection import Selection
 from sparse_ft.tasks.kinds import find_kind
