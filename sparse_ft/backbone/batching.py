@@ -50,9 +50,6 @@ class Batch:
     """(rows, tokens) indices in ``word_shapes.SHAPES``, 0 outside words; None if no row has words."""
     trunk: Tensor | None = None
     """(rows, tokens, hidden) cached states that enter the lowest block with experts; None unless every row has them."""
-    hidden: Tensor | None = None
-    """(rows, tokens, hidden) cached states that leave the backbone, so that only heads are applied; None unless every
-    row has them."""
 
 
 def collate(rows: Sequence[tuple[str, Example]], *, pad_id: int, device: torch.device | str = "cpu") -> Batch:
@@ -83,7 +80,6 @@ def collate(rows: Sequence[tuple[str, Example]], *, pad_id: int, device: torch.d
         tasks=list(_task_rows(rows, device)),
         word_shapes=shapes.to(device) if any(example.word_shapes for _, example in rows) else None,
         trunk=_pad_hidden([example.trunk for _, example in rows], length),
-        hidden=_pad_hidden([example.hidden for _, example in rows], length),
     )
 
 

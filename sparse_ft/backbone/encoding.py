@@ -30,8 +30,6 @@ class Example:
     """Class indices (one, or one per word; -100 is ignored), or 0/1 per label. Empty in prediction."""
     trunk: Tensor | None = None
     """Cached hidden states (tokens, hidden) that enter the lowest block with experts; see trunk.py."""
-    hidden: Tensor | None = None
-    """Cached hidden states (tokens, hidden) that leave the backbone, for several heads; see inference.py."""
     means: Tensor | None = None
     """Cached means over the tokens of the states that enter each block up to the gate's, (blocks, hidden) float32."""
 

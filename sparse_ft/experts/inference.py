@@ -1,7 +1,6 @@
 """Run examples through the model in batches of similar length, and return the results by text or example."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -155,36 +154,6 @@ def _batches(
                 rows = [pairs[member] for member in members]
                 yield members, collate(rows, pad_id=model.backbone.pad_id, device=model.device)
                 bar.update(len(members))
-
-
-@torch.no_grad()
-def with_hidden_states(
-    model: SparseExpertModel, task: str, examples: Sequence[Example], *, routing: Routing | None = None
-) -> tuple[list[Example], Tensor]:
-    """Run examples through backbone and experts, once for the heads of all tasks that share the routing.
-
-    Args:
-        model: In evaluation mode.
-        task: One of the tasks; the others must use the same shared expert.
-        examples: Rows of model input.
-        routing: Routing of the examples; None lets the model's token gate decide, for joint tasks.
-
-    Returns:
-        The examples with ``hidden`` filled, and the mean weight of each expert, [examples, experts].
-    """
-    results = list(examples)
-    usage = torch.zeros(len(examples), len(model.experts.names))
-    if routing is not None:
-        usage.copy_(routing.dense_weights(usage.shape[1]))
-    for members, batch in _batches(model, [(task, example) for example in examples]):
-        block_routings: dict[int, Routing] = {}
-        taken = None if routing is None else routing.take(members)
-        hidden = model.hidden_states(batch, routing=taken, block_routings=block_routings)
-        if routing is None:
-            usage[members] = _mean_weights(block_routings, batch, usage.shape[1]).mean(1).cpu()
-        for member, row in zip(members, hidden, strict=True):
-            results[member] = replace(examples[member], hidden=row[: len(examples[member].input_ids)].clone())
-    return results, usage
 
 
 def with_trunks(

@@ -180,11 +180,9 @@ class SparseExpertModel(nn.Module):
         Returns:
             Logits per task in float32, (rows, labels), or (words, tags) for tasks that read words.
         """
-        hidden = batch.hidden
-        if hidden is None:
-            hidden = self.hidden_states(
-                batch, routing=routing, gate=gate, block_routings=block_routings, generator=generator
-            )
+        hidden = self.hidden_states(
+            batch, routing=routing, gate=gate, block_routings=block_routings, generator=generator
+        )
         with self.slot.filled(ForwardPass(None, generator=generator)):  # for the dropout of the heads
             return {rows.task: self._head_logits(rows, hidden, batch) for rows in batch.tasks}
 

@@ -96,7 +96,7 @@ def plan_batch(batch: Batch, routing: Routing, experts: Experts, *, num_blocks: 
         gated: Whether a gate decides at every block by the hidden states, in addition to ``routing``. Rows of equal
             hidden states then have equal experts.
     """
-    if routing.by_token or batch.trunk is not None:
+    if routing.by_token:
         return None
     inputs = _inputs(batch)
     shapes = [()] * len(inputs) if batch.word_shapes is None else [tuple(row) for row in batch.word_shapes.tolist()]

@@ -49,6 +49,23 @@ class Routing:
         routing.__dict__["only"] = experts[0] if len(set(experts)) == 1 else None  # spares reading the tensor back
         return routing
 
+    @classmethod
+    def stacked(cls, parts: Sequence["Routing"], *, num_experts: int) -> "Routing":
+        """Return the routings of several sets of rows as one; what gates know besides the weights is left out.
+
+        Args:
+            parts: Per row, among all experts of the model.
+            num_experts: E of the model.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        if any(part.experts is None for part in parts):
+            return cls(None, torch.cat([part.dense_weights(num_experts) for part in parts]))
+        width = max(part.weights.shape[1] for part in parts)
+        indices = [functional.pad(part.experts, (0, width - part.weights.shape[1])) for part in parts]  # type: ignore[arg-type]
+        weights = [functional.pad(part.weights, (0, width - part.weights.shape[1])) for part in parts]
+        return cls(torch.cat(indices), torch.cat(weights))
+
     @property
     def by_token(self) -> bool:
         """Whether the weights differ from token to token."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparse_ft.errors import ConfigError, unknown_name
-from sparse_ft.experts.inference import EncodedTexts, row_logits, with_hidden_states
+from sparse_ft.experts.inference import EncodedTexts, row_logits
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.routing import Routing
 from sparse_ft.tasks.kinds import find_kind
@@ -243,9 +243,7 @@ def ensemble_logits(
         Routing.one_hot([model.experts.index(expert)] * len(examples), device=model.device) for _, expert in members
     ]
     if ensemble.combine == "mix":
-        routing = equal_routing(model, ensemble.experts, number=len(examples))
-        examples, _ = with_hidden_states(model, first.name, examples, routing=routing)
-        routings = [routing] * len(members)
+        routings = [equal_routing(model, ensemble.experts, number=len(examples))] * len(members)
     parts = []
     for member, own in zip(members, routings, strict=True):
         rows = row_logits(model, member.task, examples, num_rows=num_rows, num_parts=num_parts, routing=own)
