@@ -116,6 +116,7 @@ def test_a_shared_expert_below_experts_of_their_own(model):
 
 def test_copies_under_other_names_are_one_expert(model):
     mood = model.experts.get("mood")
+    model.experts.replace(mood)  # which is then no longer in training
     model.experts.add(Expert("copy", mood.alpha, mood.deltas))
     model.tasks["about"] = type(model.tasks["about"])(("copy",), "text")
     check(model, ["mood", "about"], [3, 3, 3])
