@@ -216,7 +216,7 @@ CONDITIONS = "contains, matches, language, metadata, longer_than, shorter_than, 
             "- {contains: ['x', ' '], expert: code}",
             r"Rule 1: contains: a word must not be empty \(got \['x', ' '\]\)\.$",
         ),
-        ("- {language: true, expert: code}", r"Rule 1: language: Input should be a valid string \(got True\)\.$"),
+        ("- {language: true, expert: code}", r"Rule 1: language: Input should be a valid string \(got True\)"),
         ("- {longer_than: -1, expert: code}", r"Rule 1: longer_than: Input should be greater than or equal to 0"),
         (
             "- {contains: [x], expert: code}\n- {matches: 'ab(c', expert: code}",
