@@ -40,9 +40,7 @@ _CHINESE = "我们在上海住了三年北京的天气很好"
 def save_tiny(folder: Path, family: str, *, bos: bool | None = None, seed: int = 0) -> None:
     """Save a model of three blocks and a tokenizer with a few hundred entries."""
     from transformers import AutoModel
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
     tokenizer = _tokenizer(family, bos=bos)
     tokenizer.save_pretrained(folder)
     config = _config(family, tokenizer)

@@ -107,7 +107,7 @@ def test_the_printed_next_command_runs(cli, capsys, tmp_path, toys, tasks, examp
     if example is not None:
         specs = {name: spec.model_copy(update={"example": example}) for name, spec in specs.items()}
     result = SimpleNamespace(path=Path("my runs/it's here"), tasks=specs, history=[], folds={})
-    result.evaluation = SimpleNamespace(to_text=lambda: "scores")
+    result.evaluation = SimpleNamespace(tasks=tasks, to_text=lambda: "scores")
     _print_result(result, starts_from_checkpoint=False)
     code, answer, err = cli(*next_command(capsys.readouterr().out))
     assert code == 0, err

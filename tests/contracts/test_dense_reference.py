@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from toy_checkpoints import add_random_expert
-from toy_models import THREE_HEADS, assert_same_logits, one_by_one, rows_of, run_rows, three_tasks
+from toy_models import SENTENCES, THREE_HEADS, assert_same_logits, one_by_one, rows_of, run_rows, three_tasks
 
 from sparse_ft.backbone.batching import collate
 from sparse_ft.experts.gates import TokenGate
@@ -50,7 +50,8 @@ def mix_by_token(model, *, shortlist, top_k=2):
 @torch.no_grad()
 def test_every_layer_is_the_sum_over_its_experts_in_float64(gated, shortlist):
     mix_by_token(gated, shortlist=shortlist)
-    rows = [row for task in THREE_HEADS for row in rows_of(gated, task)]
+    texts = [[f"{text} {number}" for text in SENTENCES] for number in range(3)]  # no two rows share blocks
+    rows = [row for task, own in zip(THREE_HEADS, texts, strict=True) for row in rows_of(gated, task, own)]
     batch, passed, seen = collate(rows, pad_id=gated.backbone.pad_id), {}, {}
     handles = [
         layer.register_forward_hook(

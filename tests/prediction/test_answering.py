@@ -1,5 +1,6 @@
 """Texts that name their own tasks, and rules that choose for them: the answers are those of asking for each alone."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -96,16 +97,15 @@ def test_texts_with_and_without_tasks_of_their_own_keep_their_places(model):
     [
         ({"text": "loved", "tasks": "moood"}, "Unknown task in this model 'moood'. Did you mean 'mood'?"),
         ({"text": "loved", "tasks": ["reply"]}, "Task 'reply' reads two texts a row, got one: 'loved'"),
-        ({"text": "loved", "task": "mood"}, "Not a row: .*'task': 'mood'.*Expected"),
-        ({"text": "loved", "tasks": []}, "Not a row"),
-        ({"text": "loved", "tasks": [1]}, "Not a row"),
-        ({"text": 7}, "Not a row: {'text': 7}"),
-        ({"text": "loved", "metadata": "mail"}, "Not a row"),
-        ({"tasks": "mood"}, "Not a row"),
+        ({"text": "loved", "tasks": []}, "The field 'tasks' of a row is '[]'"),
+        ({"text": "loved", "tasks": [1]}, "The field 'tasks' of a row is '[1]'"),
+        ({"text": 7}, "The field 'text' of a row is '7'"),
+        ({"text": "loved", "metadata": "mail"}, "The field 'metadata' of a row is 'mail'"),
+        ({"tasks": "mood"}, "The field 'text' of a row is missing"),
     ],
 )
 def test_rows_that_make_no_sense_are_refused(model, row, said):
-    with pytest.raises((ConfigError, DataError), match=said.replace("?", r"\?")):
+    with pytest.raises((ConfigError, DataError), match=re.escape(said)):
         model.predict(["loved", row])
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from toy_checkpoints import sign
 from toys import run, settings, toy_rows, write_rows, write_toy
 
 import sparse_ft
@@ -144,6 +145,7 @@ def test_training_begins_there_and_a_head_that_was_trained_stays_where_it_is(tmp
     file = path / "heads" / "mood.safetensors"
     doubled = {name: 2 * tensor for name, tensor in safetensors.torch.load_file(file).items()}
     safetensors.torch.save_file(doubled, file)
+    sign(path)
     again = sparse_ft.train(
         ["mood"], from_checkpoint=path, output=tmp_path / "second", device="cpu", overrides=settings(**still)
     )

@@ -168,14 +168,14 @@ def test_the_command_line_asks_questions_by_tab_and_choices_by_json_lines(reader
 
 @pytest.mark.parametrize(("line", "task", "said"), [
     ("the table", "picks", "Line 1"),
-    ('{"text": "a", "choice": ["b"]}', "picks", "Line 1"),
+    ('{"text": "a", "choice": ["b"]}', "picks", "'picks' reads choices"),
     ('["a"]', "picks", '{"text": "…"}'),
     ('{"text": "a"}', "picks", "'picks' reads choices"),
     ('{"text": "a", "choices": "b"}', "picks", "Line 1"),
     ('{"text": "a", "choices": []}', "picks", "Line 1"),
     ('{"text": "a", "choices": ["b", null]}', "picks", "Line 1"),
     ('{"text": "a", "text_pair": 5, "choices": ["b"]}', "picks", "Line 1"),
-    ("caf\udce9", "spans", "Unicode"),
+    ("caf\udce9", "spans", "not UTF-8"),
     ("the table", "spans", "'spans' reads two texts"),
 ])  # fmt: skip
 def test_questions_that_are_not_such_are_refused(reader, monkeypatch, capsys, line, task, said):
