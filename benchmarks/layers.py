@@ -32,11 +32,11 @@ from sparse_ft.prediction.routes import Route
 from sparse_ft.training.fit_gate import gate_block
 
 
-def random_expert(model: SparseExpertModel, name: str, generator: torch.Generator) -> Expert:
+def random_expert(model: SparseExpertModel, name: str, generator: torch.Generator, *, rank: int = peers.RANK) -> Expert:
     deltas = {}
     for module, linear in model.backbone.linears.items():
-        lora_a = torch.randn(peers.RANK, linear.in_features, generator=generator) * 0.05
-        deltas[module] = (lora_a, torch.randn(linear.out_features, peers.RANK, generator=generator) * 0.05)
+        lora_a = torch.randn(rank, linear.in_features, generator=generator) * 0.05
+        deltas[module] = (lora_a, torch.randn(linear.out_features, rank, generator=generator) * 0.05)
     return Expert(name, 16.0, deltas)
 
 
