@@ -59,24 +59,16 @@ def predict(
     Rows of .jsonl, .csv and .tsv files have the fields text and text_pair, may name their own tasks, and in .jsonl hold
     choices, and metadata for rules. Other fields, such as an id, are repeated in the answer.
     """
-    from sparse_ft.cli.answer_files import check_answer_file
-    from sparse_ft.cli.text_files import find_file, read_file, read_lines
+    from sparse_ft.cli.text_files import read_file, read_lines
 
-    if text and file is not None:
-        raise ConfigError("Texts and --file are both given. Choose one.")
-    if output is not None and json_:
-        raise ConfigError("--output writes the answers to a file, and --json prints them. Choose one.")
+    _check_together(text, file=file, output=output, json_=json_)
     _check_route(route, names_tasks=bool(task or combine))
     if min_familiarity is not None and (task or combine):
         raise ConfigError(
             "--min-familiarity turns away texts whose tasks the gate chooses, and --task or --combine names the tasks. "
             "Leave one out."
         )
-    if file is not None and file != "-":
-        find_file(file)  # before the model is loaded
-    target = None if output is None else check_answer_file(output, source=file)
-    if not text and file in (None, "-"):
-        check_stdin()
+    target = _check_files(text, file=file, output=output)
     from sparse_ft.prediction.loaded_model import load
 
     rules = None if route == "gate" else route
@@ -89,9 +81,28 @@ def predict(
         _write_answers(predictions, target, tasks=tasks or [])
     else:
         _print_answers(predictions, as_json=json_)
-    if model.rules is not None:
-        for number in model.rules.unmatched():
-            logging.getLogger("sparse_ft").warning("Rule %d of %s never matched.", number, route)
+    for number in [] if model.rules is None else model.rules.unmatched():
+        logging.getLogger("sparse_ft").warning("Rule %d of %s never matched.", number, route)
+
+
+def _check_together(text: list[str] | None, *, file: str | None, output: Path | None, json_: bool) -> None:
+    if text and file is not None:
+        raise ConfigError("Texts and --file are both given. Choose one.")
+    if output is not None and json_:
+        raise ConfigError("--output writes the answers to a file, and --json prints them. Choose one.")
+
+
+def _check_files(text: list[str] | None, *, file: str | None, output: Path | None) -> Path | None:
+    """Check, before the model is loaded, that the texts can be read; return the path that the answers go to."""
+    from sparse_ft.cli.answer_files import check_answer_file
+    from sparse_ft.cli.text_files import find_file
+
+    if file not in (None, "-"):
+        find_file(file)
+    target = None if output is None else check_answer_file(output, source=file)
+    if not text and file in (None, "-"):
+        check_stdin()
+    return target
 
 
 def _print_answers(predictions: "Iterator[Prediction]", *, as_json: bool) -> None:

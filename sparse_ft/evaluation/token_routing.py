@@ -127,21 +127,12 @@ def route_tokens(
     parts = text.split("\t", 1) if pairs else [text]
     (example,) = encoder.texts(parts[:1], parts[1:] or None)
     tokens, truncated = _tokens(encoder, parts, example)
-    probabilities, familiarity = None, None
     gate = way.block_gate()
     if gate is not None:
-        blocks, weights = _token_weights(model, example, gate)
+        decision, blocks, weights = _Decision(), *_token_weights(model, example, gate)
     else:
+        decision, served = _decide_text(way, model, text, example)
         blocks = list(range(model.first_block, model.backbone.num_blocks))
-        routing = way.rows([example], texts=[text])
-        served = routing.dense_weights(len(model.experts.names))[0].float().cpu()  # [E]
-        if routing.logits is not None:
-            chooses = model.text_gate()
-            probabilities = dict(
-                zip(chooses.names, chooses.partition.probabilities(routing.logits)[0].tolist(), strict=True)
-            )
-            familiarity = _familiarity(routing) if chooses.familiarity.fitted else None
-            served = _spread_over_groups(served, model)
         weights = served.expand(len(blocks), len(tokens), -1)
     return TokenRouting(
         checkpoint=str(checkpoint.path),
@@ -153,10 +144,30 @@ def route_tokens(
         blocks=blocks,
         weights=weights[..., [model.experts.index(name) for name in model.routed]],
         by_token=gate is not None,
-        probabilities=probabilities,
-        familiarity=familiarity,
+        probabilities=decision.probabilities,
+        familiarity=decision.familiarity,
         min_familiarity=_threshold(model, min_familiarity),
     )
+
+
+class _Decision(NamedTuple):
+    """What a gate that decides once for the text says of it; both are None where no such gate decides."""
+
+    probabilities: dict[str, float] | None = None
+    familiarity: float | None = None
+
+
+def _decide_text(way: Route, model: SparseExpertModel, text: str, example: Example) -> tuple[_Decision, Tensor]:
+    """Route the text as a whole; return the decision of its gate, and the weights of all experts, [E] on the CPU."""
+    routing = way.rows([example], texts=[text])
+    served = routing.dense_weights(len(model.experts.names))[0].float().cpu()  # [E]
+    if routing.logits is None:
+        return _Decision(), served
+    gate = model.text_gate()
+    probabilities = gate.partition.probabilities(routing.logits)[0].tolist()
+    familiarity = _familiarity(routing) if gate.familiarity.fitted else None
+    decision = _Decision(dict(zip(gate.names, probabilities, strict=True)), familiarity)
+    return decision, _spread_over_groups(served, model)
 
 
 def _familiarity(routing: Routing) -> float | None:
