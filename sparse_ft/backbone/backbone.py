@@ -312,7 +312,9 @@ def _check_vocabulary(tokenizer: Any, name: str, *, num_ids: int) -> None:
             f"The tokenizer of backbone {name!r} cannot encode characters that its vocabulary lacks: {error}. Save it "
             "with its token for unknown pieces, e.g. [UNK]."
         ) from error
-    highest = max(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
+    padding = {tokenizer.pad_token}  # is masked, so another id takes its place
+    vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True)
+    highest = max((number for token, number in vocabulary.items() if token not in padding), default=-1)
     if highest >= num_ids:
         raise BackboneError(
             f"The tokenizer of backbone {name!r} gives ids up to {highest}, but the model has {num_ids} embeddings. "

@@ -230,6 +230,7 @@ ARCHITECTURE = r".*Supported: bert, roberta, .*qwen2\."
     (without("tokenizer.json", "tokenizer_config.json"), "tokenizer of backbone .*copy"),
     (without_unknown, r"The tokenizer of backbone '.*copy' cannot "),
     (with_one_more_id, "gives ids up to 5000, but the model has .* embeddings. It belongs to another model"),
+    (lambda folder: change_json(folder / "tokenizer_config.json", sep_token="[END]"), "It belongs to another model"),
     (lambda folder: change_json(folder / "tokenizer_config.json", model_max_length=3), "reads 3 tokens of a text"),
     (lambda folder: change_json(folder / "tokenizer_config.json", model_max_length=[3]), "how many tokens|cannot be"),
     (cut("tokenizer.json", 0.5), r"The tokenizer of backbone '.*copy' in '.*copy' cannot be read: "),
