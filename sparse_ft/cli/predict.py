@@ -48,6 +48,9 @@ def predict(
     combine: CombineOption = None,
     min_familiarity: MinFamiliarityOption = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object a text.")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show which blocks the tasks share, and answer nothing.")
+    ] = False,
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the answers to a .jsonl or .csv file instead.")
     ] = None,
@@ -62,17 +65,14 @@ def predict(
     from sparse_ft.cli.text_files import read_file, read_lines
 
     _check_together(text, file=file, output=output, json_=json_)
-    _check_route(route, names_tasks=bool(task or combine))
-    if min_familiarity is not None and (task or combine):
-        raise ConfigError(
-            "--min-familiarity turns away texts whose tasks the gate chooses, and --task or --combine names the tasks. "
-            "Leave one out."
-        )
-    target = _check_files(text, file=file, output=output)
+    _check_route(route, min_familiarity, names_tasks=bool(task or combine))
+    target = None if explain else _check_files(text, file=file, output=output)
     from sparse_ft.prediction.loaded_model import load
 
     rules = None if route == "gate" else route
     model = load(checkpoint, device=device or "auto", backbone=backbone, rules=rules, min_familiarity=min_familiarity)
+    if explain:
+        return typer.echo(model.explain("all" if task in (None, [], ["all"]) else task or "all"))
     form = _line_form(model, task or [])
     rows = read_lines(text, form=form) if text else read_file(file or "-", form=form)
     predictions = model.stream(rows, "all" if task == ["all"] else task or None, combine=combine)
@@ -126,7 +126,12 @@ def _write_answers(predictions: "Iterator[Prediction]", target: Path, *, tasks: 
     typer.echo(f"Answers to {number} {'text' if number == 1 else 'texts'}: {short_path(target)}")
 
 
-def _check_route(route: str, *, names_tasks: bool) -> None:
+def _check_route(route: str, min_familiarity: float | None, *, names_tasks: bool) -> None:
+    if min_familiarity is not None and names_tasks:
+        raise ConfigError(
+            "--min-familiarity turns away texts whose tasks the gate chooses, and --task or --combine names the tasks. "
+            "Leave one out."
+        )
     if route == "gate":
         return
     if names_tasks:

@@ -100,7 +100,7 @@ def plan_batch(batch: Batch, routing: Routing, experts: Experts, *, num_blocks: 
         return None
     inputs = _inputs(batch)
     shapes = [()] * len(inputs) if batch.word_shapes is None else [tuple(row) for row in batch.word_shapes.tolist()]
-    paths = _paths(routing, shapes, experts, num_blocks=num_blocks)
+    paths = expert_paths(routing, shapes, experts, num_blocks=num_blocks)
     if gated:
         seen = shapes if experts.word_shapes.blocks_of(None) else [()] * len(inputs)
         inputs, paths = list(zip(inputs, paths, seen, strict=True)), [(None,) * num_blocks] * len(inputs)
@@ -116,8 +116,17 @@ def _inputs(batch: Batch) -> list[Hashable]:
     return [(tuple(ids[:length]), tuple(kinds[:length])) for ids, kinds, length in rows]
 
 
-def _paths(routing: Routing, shapes: Sequence[tuple[int, ...]], experts: Experts, *, num_blocks: int) -> list[Path]:
-    """Return the path of each row: the experts that change each block, their weights, and the word shapes they read."""
+def expert_paths(
+    routing: Routing, shapes: Sequence[tuple[int, ...]], experts: Experts, *, num_blocks: int
+) -> list[Path]:
+    """Return the path of each row: the experts that change each block, their weights, and the word shapes they read.
+
+    Args:
+        routing: Routing of the rows.
+        shapes: Word shapes of each row; empty or all 0 for a row without words.
+        experts: Experts of the model.
+        num_blocks: Blocks of the backbone.
+    """
     every = list(range(len(experts.names)))
     indices = [every] * len(routing.weights) if routing.experts is None else routing.experts.tolist()
     known: dict[Hashable, Path] = {}

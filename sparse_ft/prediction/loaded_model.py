@@ -14,6 +14,7 @@ from sparse_ft.checkpoint.checkpoint import Checkpoint, load_checkpoint
 from sparse_ft.errors import ConfigError
 from sparse_ft.prediction.answering import Answering
 from sparse_ft.prediction.ensembles import Ensemble, find_ensembles
+from sparse_ft.prediction.explain import explain
 from sparse_ft.prediction.requests import Request, RequestLike, Rows, Text, read_request, rows_of
 from sparse_ft.prediction.routes import Route, check_familiarity
 from sparse_ft.prediction.rules import Rules, load_rules
@@ -112,6 +113,14 @@ class LoadedModel:
                 replace(answer, fields=request.fields) for answer, request in zip(answers, chunk, strict=True)
             )
         return predictions
+
+    def explain(self, tasks: Sequence[str] | str = "all") -> str:
+        """Return a table of the blocks that the answers to one text share, and their passes through the backbone.
+
+        Args:
+            tasks: Names, or ``"all"``. A gate that chooses the tasks reads the bare backbone besides.
+        """
+        return explain(self.checkpoint.model, self.tasks, self._answering.task_names(tasks))
 
     @property
     def _route(self) -> Route | None:
