@@ -1,5 +1,7 @@
 """Paths as users write them."""
 
+import contextlib
+import difflib
 import os
 from pathlib import Path
 
@@ -34,6 +36,26 @@ def user_path(path: str | Path) -> Path:
             f"{str(path)[:60] + '…'!r} has a name of {max(parts)} bytes; a name has at most {_PART_BYTES}. Shorten it."
         )
     return expanded
+
+
+def similar_path(path: Path, *folders: Path) -> str:
+    """Word a suggestion for a path that does not exist.
+
+    Args:
+        path: The path.
+        folders: Folders to search after the folder of the path.
+
+    Returns:
+        `` Did you mean …?`` with the closest name of a file or folder; an empty string if no name is close.
+    """
+    by_name: dict[str, Path] = {}
+    for folder in (path.parent, *folders):
+        with contextlib.suppress(OSError):  # the folder does not exist, or may not be read
+            for entry in sorted(folder.iterdir()):
+                if entry != path and not entry.name.startswith("."):
+                    by_name.setdefault(entry.name, entry)
+    close = difflib.get_close_matches(path.name, by_name, n=1, cutoff=0.6)
+    return f" Did you mean {str(by_name[close[0]])!r}?" if close else ""
 
 
 def output_path(path: str | Path, *, room: int) -> Path:

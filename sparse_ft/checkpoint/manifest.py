@@ -13,6 +13,7 @@ from sparse_ft.checkpoint.inventory import FilePath, Sha256, check_files
 from sparse_ft.config import LARGEST_ALPHA, RunConfig, Temperature
 from sparse_ft.documents import read_json_object, read_yaml
 from sparse_ft.errors import CheckpointError, explain
+from sparse_ft.paths import similar_path
 from sparse_ft.tasks.spec import UNRECORDED, TaskSpec, parse_task
 from sparse_ft.version import __version__
 
@@ -183,7 +184,7 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         CheckpointError: If the folder is no checkpoint, is incomplete or changed, or was written by a newer version.
     """
-    file = _manifest_file(path)
+    file = find_manifest(path)
     values = read_json_object(file, "it", error=partial(damaged, file))
     _check_format(path, values)
     manifest = parse_manifest(values, file)
@@ -205,10 +206,16 @@ def parse_manifest(values: Any, file: Path) -> Manifest:
         raise damaged(file, (explain(error, Manifest) + advice).removesuffix(".")) from error
 
 
-def _manifest_file(path: Path) -> Path:
-    """Return the file of a checkpoint's manifest, which must exist."""
+def find_manifest(path: Path) -> Path:
+    """Return the path of a checkpoint's manifest, without reading it.
+
+    Raises:
+        CheckpointError: If the folder does not exist, cannot be read, or holds no manifest.
+    """
     file, advice = path / MANIFEST, "Give the folder that `sparse-ft train` printed."
     try:
+        if path.is_file():
+            raise CheckpointError(f"Checkpoint folder {str(path)!r} is a file. {advice}")
         if not path.is_dir():
             raise _no_folder(path)
         if file.is_file():
@@ -227,7 +234,8 @@ def _no_folder(path: Path) -> CheckpointError:
             f"Checkpoint folder {str(path)!r} is being replaced, or its last save was killed. Try again; if no run "
             f"writes it, `sparse-ft train --resume --output {path}` puts it back."
         )
-    return CheckpointError(f"Checkpoint folder {str(path)!r} does not exist.")
+    advice = similar_path(path, Path("runs")) or " Give the folder that `sparse-ft train` printed."
+    return CheckpointError(f"Checkpoint folder {str(path)!r} does not exist.{advice}")
 
 
 def _check_format(path: Path, values: Any) -> None:

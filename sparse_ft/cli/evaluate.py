@@ -18,6 +18,7 @@ from sparse_ft.cli.options import (
     parse_sources,
 )
 from sparse_ft.errors import ConfigError
+from sparse_ft.paths import user_path
 
 if TYPE_CHECKING:
     from sparse_ft.evaluation.evaluate import Evaluation
@@ -43,6 +44,9 @@ def evaluate(
 ) -> None:
     """Score a checkpoint and print the classification report of each task."""
     from sparse_ft.checkpoint.folders import explain_os_errors, write_json
+    from sparse_ft.checkpoint.manifest import find_manifest
+
+    find_manifest(user_path(checkpoint))  # before torch is loaded
     from sparse_ft.evaluation.evaluate import evaluate as evaluate_checkpoint
     from sparse_ft.evaluation.score_report import write_report
 

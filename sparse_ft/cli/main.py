@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -18,7 +19,7 @@ from sparse_ft.cli.predict import predict
 from sparse_ft.cli.streams import check_streams, discard_output, unprintable
 from sparse_ft.cli.tasks import tasks
 from sparse_ft.cli.train import train
-from sparse_ft.errors import SparseFTError
+from sparse_ft.errors import ConfigError, SparseFTError
 from sparse_ft.version import __version__
 
 app = typer.Typer(
@@ -39,6 +40,7 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         check_streams(arguments)
+        _check_bare_task(arguments)
         _log_to_stderr()
         app(args=arguments, prog_name="sparse-ft")
     except BrokenPipeError:  # `sparse-ft predict … | head`
@@ -52,6 +54,15 @@ def main() -> None:
             typer.echo(message, err=True)
         discard_output()
         sys.exit(code)
+
+
+def _check_bare_task(arguments: Sequence[str]) -> None:
+    """Refuse ``train ner`` with the option that it lacks; click would only call ``ner`` an extra argument."""
+    if arguments[:1] == ["train"] and arguments[1:] and not arguments[1].startswith("-"):
+        task = arguments[1]
+        raise ConfigError(
+            f"train has no argument {task!r}. Name a task with --task, as in sparse-ft train --task {task}."
+        )
 
 
 def _log_to_stderr() -> None:

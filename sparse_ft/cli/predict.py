@@ -16,6 +16,7 @@ from sparse_ft.cli.options import (
 )
 from sparse_ft.cli.streams import check_stdin
 from sparse_ft.errors import ConfigError
+from sparse_ft.paths import user_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,11 +63,13 @@ def predict(
     Rows of .jsonl, .csv and .tsv files have the fields text and text_pair, may name their own tasks, and in .jsonl hold
     choices, and metadata for rules. Other fields, such as an id, are repeated in the answer.
     """
+    from sparse_ft.checkpoint.manifest import find_manifest
     from sparse_ft.cli.text_files import read_file, read_lines
 
     _check_together(text, file=file, output=output, json_=json_)
     _check_route(route, min_familiarity, names_tasks=bool(task or combine))
     target = None if explain else _check_files(text, file=file, output=output)
+    find_manifest(user_path(checkpoint))
     from sparse_ft.prediction.loaded_model import load
 
     rules = None if route == "gate" else route

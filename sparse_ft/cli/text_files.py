@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, Literal
 
 from sparse_ft.documents import decode, parse_json
 from sparse_ft.errors import DataError
-from sparse_ft.paths import user_path
+from sparse_ft.paths import similar_path, user_path
 from sparse_ft.prediction.requests import EXPECTED, read_request
 
 LineForm = Literal["text", "pair", "json"]
@@ -54,7 +54,8 @@ def find_file(source: str) -> Path:
     """
     path = user_path(source)
     if not path.exists():  # a pipe will do
-        raise DataError(f"File {source!r} does not exist. Give a file with one text a line, or - for standard input.")
+        advice = similar_path(path) or " Give a file with one text a line, or - for standard input."
+        raise DataError(f"File {source!r} does not exist.{advice}")
     if path.suffix.lower() in _OTHER_FORMATS and not path.is_dir():
         raise DataError(
             f"File {source!r} holds no lines of text. Expected a text a line, .jsonl, .csv, .tsv, or a folder of .txt "

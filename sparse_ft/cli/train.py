@@ -50,6 +50,7 @@ def train(
 ) -> None:
     """Train one expert per task on a frozen backbone, and print the classification report."""
     check_unicode_output()
+    _check_names(task or [], config=config, overrides=set_ or [], starts=from_ is not None or resume, data=data)
     from sparse_ft.training.processes import rank
     from sparse_ft.training.train import train as train_experts
 
@@ -78,6 +79,27 @@ def train(
         raise typer.Exit(130) from None
     if rank() == 0:
         _print_result(result, starts_from_checkpoint=from_ is not None)
+
+
+def _check_names(
+    tasks: list[str], *, config: str | None, overrides: list[str], starts: bool, data: list[str] | None
+) -> None:
+    """Refuse unknown settings, unknown tasks and tasks without data before torch is loaded, which takes seconds.
+
+    Args:
+        tasks: Values of ``--task``.
+        config: Value of ``--config``.
+        overrides: Values of ``--set``.
+        starts: Whether a checkpoint or an interrupted run may hold further tasks.
+        data: Values of ``--data``.
+    """
+    from sparse_ft.config import load_config
+    from sparse_ft.tasks.spec import check_has_data, load_task
+
+    run = load_config(config, overrides=overrides)
+    for spec in [] if starts else map(load_task, tasks):
+        if not data and spec.name not in run.sources:
+            check_has_data(spec)
 
 
 def _print_result(result: "TrainResult", *, starts_from_checkpoint: bool) -> None:

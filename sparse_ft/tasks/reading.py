@@ -30,7 +30,17 @@ from sparse_ft.tasks.records import FileOptions, Record
 from sparse_ft.tasks.rows import to_dataset
 from sparse_ft.tasks.schemes import split_tag
 from sparse_ft.tasks.single_file import read_single
-from sparse_ft.tasks.spec import SPLITS, Division, FileSource, HubSource, Split, TaskSpec, list_tasks, load_task
+from sparse_ft.tasks.spec import (
+    SPLITS,
+    Division,
+    FileSource,
+    HubSource,
+    Split,
+    TaskSpec,
+    check_has_data,
+    list_tasks,
+    load_task,
+)
 
 
 class Divided(NamedTuple):
@@ -170,11 +180,8 @@ def _folder(spec: TaskSpec, data: str | Path | None) -> Path | None:
     root = Path(spec.files.root) if spec.files is not None and spec.files.root is not None else None
     if root is not None and (root.is_dir() or spec.hub is None):
         return root
-    if spec.hub is None:
-        raise DataError(
-            f"Task {spec.name!r} comes without data. Name the folder that holds its files, or one file, with --data."
-        )
-    if spec.foreign and not _is_bundled(spec.hub):
+    check_has_data(spec)
+    if spec.foreign and spec.hub is not None and not _is_bundled(spec.hub):
         raise DataError(
             f"Task {spec.name!r} of the checkpoint names the data set {spec.hub.path!r} on the hub. Name its data with "
             "--data; or, if you trust whoever made the checkpoint, add --trust-tasks (in Python trust_tasks=True)."

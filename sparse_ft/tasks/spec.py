@@ -9,7 +9,8 @@ from pydantic import Field, PrivateAttr, Strict, ValidationError, field_validato
 from pydantic_core import PydanticCustomError
 
 from sparse_ft.documents import read_yaml
-from sparse_ft.errors import ConfigError, explain, unknown_name
+from sparse_ft.errors import ConfigError, DataError, explain, unknown_name
+from sparse_ft.paths import similar_path
 from sparse_ft.resources import bundled_dir, bundled_names
 from sparse_ft.sections import Flag, Section
 
@@ -271,8 +272,8 @@ def task_path(name_or_path: str | Path) -> Path:
     path = Path(name_or_path)
     if path.suffix in {".yaml", ".yml"}:
         if not path.is_file():
-            advice = "Give the path of a YAML file, or a bundled name."
-            raise ConfigError(f"Task file {str(path)!r} does not exist. {advice}")
+            advice = similar_path(path) or " Give the path of a YAML file, or a bundled name."
+            raise ConfigError(f"Task file {str(path)!r} does not exist.{advice}")
         return path
     if str(name_or_path) not in list_tasks():
         advice = " See `sparse-ft tasks`, or give the path of a YAML file."
@@ -295,6 +296,18 @@ def load_task(name_or_path: str | Path) -> TaskSpec:
     path = task_path(name_or_path)
     values = read_yaml(path, f"Task file {str(path)!r}", written=True)
     return parse_task(values, where=str(path), root=path.parent)
+
+
+def check_has_data(spec: TaskSpec) -> None:
+    """Refuse a task whose data only ``--data`` can name.
+
+    Raises:
+        DataError: If its task file names neither a folder nor a data set on the hub.
+    """
+    if spec.hub is None and (spec.files is None or spec.files.root is None):
+        raise DataError(
+            f"Task {spec.name!r} comes without data. Name the folder that holds its files, or one file, with --data."
+        )
 
 
 def parse_task(values: Any, *, where: str, root: Path | None = None) -> TaskSpec:

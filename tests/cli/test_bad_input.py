@@ -106,7 +106,7 @@ def change_task(**changes) -> None:
     ("edit {mixed} --remove mood --output out", ["'about'", "'mood'"]),
     ("edit {saved} --add {mixed} --output out", ["'mood'", "several experts"]),
     ("evaluate nothing", ["'nothing' does not exist"]),
-    ("evaluate mood.yaml", ["'mood.yaml' does not exist"]),
+    ("evaluate mood.yaml", ["'mood.yaml' is a file", "`sparse-ft train`"]),
     ("evaluate {saved} --split tset", ["'tset'", "Did you mean 'test'?", "Known: train"]),
     ("evaluate {saved} --route tsak", ["'tsak'", "Did you mean 'task'?"]),
     ("evaluate {saved} --task moood", ["'moood'", "Did you mean 'mood'?", "Known: mood, about"]),
@@ -132,6 +132,25 @@ def change_task(**changes) -> None:
 ], ids=lambda value: value[-60:].replace("/", "_") if isinstance(value, str) else "")  # fmt: skip
 def test_options(refused, arguments, said):
     Path("latin1.txt").write_bytes(b"caf\xe9\n")
+    refused(arguments, said)
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    ("train ner", ["'ner'", "train --task ner"]),
+    ("train --task ./mod.yaml", ["'mod.yaml' does not exist. Did you mean 'mood.yaml'?"]),
+    ("train --task mood.yaml", ["'mood' comes without data", "--data"]),
+    ("train --task mood.yaml --set train.epoch=1", ["Did you mean 'train.epochs'?"]),
+    ("predict moood text", ["'moood' does not exist. Did you mean 'mood'?"]),
+    ("predict run/shop text", ["'run/shop' does not exist. Did you mean 'runs/shop'?"]),
+    ("predict zzz text", ["'zzz' does not exist. Give the folder"]),
+    ("predict mood --file mod.yaml", ["'mod.yaml' does not exist. Did you mean 'mood.yaml'?"]),
+    ("evaluate moood", ["Did you mean 'mood'?"]),
+], ids=str)  # fmt: skip
+def test_names_are_checked_before_torch_is_loaded(monkeypatch, refused, arguments, said):
+    for command in ("training.train.train", "prediction.loaded_model.load", "evaluation.evaluate.evaluate"):
+        monkeypatch.setattr(f"sparse_ft.{command}", None)
+    change_task(files={"format": "jsonl"})
+    Path("runs/shop").mkdir(parents=True)
     refused(arguments, said)
 
 
