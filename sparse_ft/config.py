@@ -225,7 +225,7 @@ def _read(name_or_path: str | Path) -> dict[str, Any]:
 
 
 def _parse_value(path: Sequence[str], text: str, override: str) -> Any:
-    """Read a value as YAML; a setting that is text takes it as it stands, so that a revision may consist of digits."""
+    """Read a value as YAML; a text setting is taken unchanged, so that a revision may consist of digits."""
     value = parse_yaml(text, f"--set {override!r}: the value")
     verbatim = _is_text(path) and value is not None and not isinstance(value, str | list | dict)
     return text.strip() if verbatim else value

@@ -21,7 +21,7 @@ NAME_ROOM = len("..new-12345678")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; see ``written_file``."""
+    """Write a complete file or none; see ``written_file``."""
     with written_file(path) as stream:
         stream.write(content)
 
@@ -64,7 +64,7 @@ def write_json(path: Path, content: Any) -> None:
 
 @contextlib.contextmanager
 def claimed(target: Path) -> Iterator[None]:
-    """Lock a folder that will be written, and clear away what killed processes left of it and of its neighbours.
+    """Lock a folder that will be written, and remove the leftovers of killed processes in it and beside it.
 
     Args:
         target: Folder that need not exist; parents that it lacks are created, and removed if nothing is written.
@@ -122,7 +122,7 @@ def replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
 
 
 def recover_folder(target: Path) -> None:
-    """Undo or finish a save that was killed, and remove what it staged. Only the holder of the lock may call this.
+    """Undo or finish a save that was killed, and remove its staged files. Only the holder of the lock may call this.
 
     A save that was killed between moving the old folder away and moving the new one in is undone. Where a folder
     stands, an old one is obsolete.
@@ -140,7 +140,7 @@ def recover_folder(target: Path) -> None:
 
 
 def _recover_neighbours(parent: Path) -> None:
-    """Do the same for the other folders of a parent whose writers were killed; their locks tell."""
+    """Recover the other folders of a parent whose locks show that their writers were killed."""
     for target in locked_folders(parent):
         if is_held(target):
             continue
@@ -155,12 +155,12 @@ def old_path(target: Path) -> Path:
 
 
 def is_leftover(path: Path, *, of: Path) -> bool:
-    """Return whether a path is what ``replace_folder`` stages for a folder."""
+    """Return whether a path is a folder that ``replace_folder`` stages."""
     return path.name.startswith(f".{of.name}{_STAGED}")
 
 
 def _staged_path(target: Path) -> Path:
-    """Return a path beside a folder that no other process takes."""
+    """Return an unused path beside a folder, for staged files."""
     return target.with_name(f".{target.name}{_STAGED}{secrets.token_hex(4)}")
 
 
@@ -177,7 +177,7 @@ def _open_to_readers(folder: Path) -> None:
 
 
 def _discard(old: Path, target: Path) -> None:
-    """Remove an old folder; what a kill leaves of it bears the name of a leftover, and never comes back."""
+    """Remove an old folder, under the name of a leftover first, so that a kill in between cannot bring it back."""
     rest = _staged_path(target)
     old.rename(rest)
     shutil.rmtree(rest, ignore_errors=True)

@@ -21,10 +21,10 @@ _HELD: dict[Path, int] = {}
 """Folders that this process has locked, with the descriptor of each lock file."""
 
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}
-"""What file systems without locks answer; there the content of the lock file alone tells who writes."""
+"""Errors of file systems without locks; there only the content of the lock file shows which process writes."""
 
 _PATIENCE = 1.0
-"""Seconds to wait for a lock: another process holds it that long to clear away what a killed one left."""
+"""Seconds to wait for a lock: another process may hold it so long to remove the files of a killed one."""
 
 
 def lock_file(folder: Path) -> Path:

@@ -228,7 +228,7 @@ def find_manifest(path: Path) -> Path:
 
 
 def _no_folder(path: Path) -> CheckpointError:
-    """Return the error for a folder that is not there, perhaps only for the moment."""
+    """Return the error for a folder that does not exist, perhaps only during a save."""
     if old_path(path.absolute()).is_dir():
         return CheckpointError(
             f"Checkpoint folder {str(path)!r} is being replaced, or its last save was killed. Try again; if no run "

@@ -68,7 +68,7 @@ def claimed_run(output: str | Path) -> Iterator[Path]:
 
 
 def free_output(output: str | Path) -> Path:
-    """Return the absolute path of a folder that is empty or does not exist; what killed saves left does not count.
+    """Return the absolute path of a folder that is empty or does not exist, apart from leftovers of killed saves.
 
     Raises:
         ConfigError: If it is a file, not empty, being written by another command, or one that cannot be replaced.
@@ -93,7 +93,7 @@ def free_output(output: str | Path) -> Path:
 
 
 def _entries(folder: Path) -> set[str]:
-    """Name what lies in a folder, but for what a killed save of a run's state staged."""
+    """List the names in a folder, without the staged files of a killed save of a run's state."""
     if not folder.is_dir():
         return set()
     return {entry.name for entry in folder.iterdir() if not is_leftover(entry, of=folder / _RESUME)}

@@ -64,7 +64,7 @@ def _json_line(prediction: "Prediction") -> str:
 
 
 class _Table:
-    """Turns predictions into rows of one table, whose columns the first row decides.
+    """Turns predictions into rows of one table, whose columns come from the first row.
 
     A task has a column of its own name; a label, an answer and a choice have a second one, ``TASK_score``. Several
     labels, and entities, stand in one cell as JSON. Cells of tasks that were not answered are empty.

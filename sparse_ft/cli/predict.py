@@ -147,7 +147,7 @@ def _check_route(route: str, min_familiarity: float | None, *, names_tasks: bool
 
 
 def _line_form(model: "LoadedModel", tasks: list[str]) -> "LineForm":
-    """Return how a line of input is read, by what the tasks read."""
+    """Return the form of an input line that the tasks read."""
     names = model.tasks if tasks in ([], ["all"]) else tasks
     reads = {model.tasks[name].reads for name in names if name in model.tasks}
     if "choices" in reads:

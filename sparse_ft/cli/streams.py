@@ -1,4 +1,4 @@
-"""Standard input, output and error: what cannot be read or printed is an error before the work, not after it."""
+"""Standard input, output and error: a stream that cannot be used is an error before the work, not after it."""
 
 import contextlib
 import errno
@@ -94,7 +94,7 @@ def check_stdin() -> None:
 
 
 def discard_output() -> None:
-    """Send what cannot be printed to nowhere, so that the interpreter does not fail on it when it ends."""
+    """Discard the output that cannot be printed, so that the interpreter does not fail on it at its end."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()

@@ -197,7 +197,7 @@ class Routing:
 
 @dataclass(frozen=True)
 class Split:
-    """Where rows part because their experts do: U rows go on in place of fewer; see plan.py."""
+    """A block before which rows with different experts separate, so that their number rises to U; see plan.py."""
 
     parents: Tensor
     """[U], the row that each continues."""
