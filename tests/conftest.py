@@ -16,8 +16,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 # Files that take longest, measured with --durations=0; they begin first, so that no process waits for one at the end.
 _SLOW_FILES = (
-    "test_resume.py", "test_onnx_folder.py", "test_train.py", "test_joint.py", "test_snippets.py",
-    "test_training_task.py", "test_fit_gate.py", "test_processes.py", "test_merge.py", "test_loaded_model.py",
+    "test_new_processes.py", "test_onnx_folder.py", "test_train.py", "test_joint.py", "test_snippets.py",
+    "test_training_task.py", "test_fit_gate.py", "test_text_groups.py", "test_merge.py", "test_loaded_model.py",
 )  # fmt: skip
 
 

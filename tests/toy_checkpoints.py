@@ -318,3 +318,26 @@ def words_of(texts):
 def assert_close(ours, theirs):
     for left, right in zip(ours, theirs, strict=True):
         torch.testing.assert_close(torch.as_tensor(right), left, atol=5e-5, rtol=1e-5)
+
+
+class Interrupted(BaseException):
+    pass
+
+
+def interrupt(*, after: int, start) -> None:
+    """Stop a run of this process after some steps."""
+    from sparse_ft.training import loop as fitting
+
+    step, count = fitting._Loop.step, 0
+
+    def stopping(self, pairs):
+        nonlocal count
+        step(self, pairs)
+        count += 1
+        if count == after:
+            raise Interrupted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fitting._Loop, "step", stopping)
+        with pytest.raises(Interrupted):
+            start()

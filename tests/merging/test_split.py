@@ -11,7 +11,7 @@ from sparse_ft.errors import ConfigError
 from sparse_ft.merging.edit import edit
 
 TEXTS = ["the table loved", "a weather boring", "music at six", "the film and then football"]
-SHORT = {"overrides": settings(train__epochs=1, data__train_limit=64), "device": "cpu"}
+SHORT = {"overrides": settings(train__epochs=1, data__train_limit=32), "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
@@ -93,5 +93,5 @@ def test_another_task_does_not_change_which_half_answers(tmp_path, halved, caplo
     assert load_checkpoint(path).model.gate.names == [*KINDS, "mood-2"]
     with pytest.raises(ConfigError, match="'feeling'"):
         sparse_ft.load(path, device="cpu").predict(TEXTS)
-    anew = sparse_ft.train([], from_checkpoint=path, stage="gate", output=tmp_path / "anew", device="cpu").path
+    anew = sparse_ft.train([], from_checkpoint=path, stage="gate", output=tmp_path / "anew", **SHORT).path
     assert set(load_checkpoint(anew).model.gate.names) == {*KINDS, "mood-2", "feeling"}

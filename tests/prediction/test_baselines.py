@@ -1,7 +1,5 @@
 """Baselines that choose experts for texts: what they promise about shares, seeds and equal texts."""
 
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
@@ -95,18 +93,6 @@ def test_round_robin_goes_on_where_the_batch_before_ended():
     chooser = RoundRobinChooser(3)
     experts = [chooser.choose(TEXTS[:rows]).experts.flatten().tolist() for rows in (2, 2, 5)]
     assert experts == [[0, 1], [2, 0], [1, 2, 0, 1, 2]]
-
-
-def test_a_hash_is_the_same_in_another_process():
-    code = (
-        "from sparse_ft.prediction.baselines import HashChooser\n"
-        "texts = [f'text number {index} 你好' for index in range(20)]\n"
-        "print(HashChooser(3).choose(texts).experts.flatten().tolist())"
-    )
-    done = subprocess.run(
-        [sys.executable, "-X", "utf8", "-c", code], capture_output=True, text=True, check=True, encoding="utf-8"
-    )
-    assert done.stdout.strip() == str(HashChooser(3).choose(TEXTS[:20]).experts.flatten().tolist())
 
 
 def test_a_hash_takes_half_a_surrogate_pair():

@@ -157,6 +157,22 @@ def model(pair):
     return sparse_ft.load(pair, device="cpu")
 
 
+@pytest.fixture(scope="module")
+def twice(pair, tmp_path_factory):
+    """Two of those experts, each beside a copy of itself."""
+    output = tmp_path_factory.mktemp("twice") / "out"
+    edit(pair, output=output, copy=[("mood", "again"), ("names", "more")], remove=["mood2", "names2"])
+    return sparse_ft.load(output, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def halved(pair, tmp_path_factory):
+    """The checkpoint with the expert of moods in two halves."""
+    output = tmp_path_factory.mktemp("halved") / "out"
+    edit(pair, output=output, split=[("mood", "mood-2")])
+    return sparse_ft.load(output, device="cpu")
+
+
 def probabilities(model, task, labels):
     order = [model.tasks[task].label_names.index(label) for label in labels]
     return model.probabilities(TEXTS, task)[:, order]
@@ -211,12 +227,10 @@ def test_mixed_experts_are_one_whose_deltas_and_head_are_the_means(model, pair):
 
 
 @pytest.mark.parametrize("combine", ["mix", "average", "vote"])
-def test_an_expert_and_its_copy_say_what_it_says_alone(pair, tmp_path, combine):
-    edit(pair, output=tmp_path / "twice", copy=[("mood", "again"), ("names", "more")], remove=["mood2", "names2"])
-    model = sparse_ft.load(tmp_path / "twice", device="cpu")
+def test_an_expert_and_its_copy_say_what_it_says_alone(twice, combine):
     texts = [*TEXTS, "Ada Lovelace in London", "then Mozart"]
-    found = model.predict(texts, ["mood", "again", "names", "more"], combine=combine)
-    for one, alone in zip(found, model.predict(texts, ["mood", "names"]), strict=True):
+    found = twice.predict(texts, ["mood", "again", "names", "more"], combine=combine)
+    for one, alone in zip(found, twice.predict(texts, ["mood", "names"]), strict=True):
         assert set(one.tasks) == {"mood", "names"}
         assert one.tasks["mood"]["label"] == alone.tasks["mood"]["label"]
         assert one.tasks["mood"]["score"] == pytest.approx(alone.tasks["mood"]["score"], abs=1e-5)
@@ -227,11 +241,9 @@ def test_an_expert_and_its_copy_say_what_it_says_alone(pair, tmp_path, combine):
 
 
 @pytest.mark.parametrize("combine", ["mix", "average", "vote"])
-def test_the_experts_of_one_task_are_combined_in_place_of_the_gate(pair, tmp_path, combine):
-    edit(pair, output=tmp_path / "split", split=[("mood", "mood-2")])
-    model = sparse_ft.load(tmp_path / "split", device="cpu")
-    assert model.checkpoint.model.tasks["mood"].experts == ("mood", "mood-2")
-    for answer in model.predict(TEXTS, "mood", combine=combine):
+def test_the_experts_of_one_task_are_combined_in_place_of_the_gate(halved, combine):
+    assert halved.checkpoint.model.tasks["mood"].experts == ("mood", "mood-2")
+    for answer in halved.predict(TEXTS, "mood", combine=combine):
         assert answer.routing == {"mood": 0.5, "mood-2": 0.5}
         assert list(answer.tasks) == ["mood"]
 

@@ -1,190 +1,21 @@
-"""Runs that are killed, in processes of their own, and end where the uninterrupted run ends."""
+"""Runs that are interrupted and resumed, and what is refused. Runs that are killed: contracts/test_new_processes.py."""
 
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-from pathlib import Path
 
 import pytest
 import torch
-from toy_checkpoints import assert_same_end, disk, tensors
-from toys import OPTIONS, POOL, run, settings, toy_rows, train_joint, write_toy
+from toy_checkpoints import assert_same_end, disk, interrupt, saved, tensors
+from toys import run, settings, toy_rows, write_toy
 
 import sparse_ft
 from sparse_ft.checkpoint import locks
 from sparse_ft.checkpoint.locks import lock_file
-from sparse_ft.checkpoint.manifest import read_metrics
 from sparse_ft.checkpoint.outputs import claimed_run
 from sparse_ft.errors import CheckpointError, ConfigError, DataError
 from sparse_ft.tasks.spec import TaskSpec
 from sparse_ft.training.resume import find_resume
-
-
-class Killing:
-    """Stands in for a function, and kills this process at the n-th call, as `kill -9` would."""
-
-    def __init__(self, function, number: int, *, halfway: bool = False) -> None:
-        self.function, self.number, self.halfway = function, number, halfway
-
-    def __call__(self, *args, **kwargs):
-        self.number -= 1
-        if self.number == 0 and self.halfway:  # of write_bytes
-            path, content = args
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content[: len(content) // 2])
-            die()
-        result = self.function(*args, **kwargs)
-        if self.number == 0:
-            die()
-        return result
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def train_and_die(tasks: list[str], backbone: str, output: Path, moment: str, number: int, joint: dict) -> None:
-    """Train in this process, and kill it when the moment has come."""
-    from sparse_ft.checkpoint import checkpoint
-    from sparse_ft.training import loop as fitting
-    from sparse_ft.training import resume
-    from sparse_ft.training import train as training
-
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    torch.set_num_threads(1)
-    if moment == "after step":
-        count = Killing(fitting._Loop.step, number)
-        fitting._Loop.step = lambda loop, pairs: count(loop, pairs)
-    elif moment == "after epoch":
-        count = Killing(fitting._Loop.end_epoch, number)
-        fitting._Loop.end_epoch = lambda loop: count(loop)
-    elif moment == "in save":
-        resume.write_bytes = Killing(resume.write_bytes, number, halfway=True)
-    elif moment == "in final save":
-        checkpoint.write_bytes = Killing(checkpoint.write_bytes, number, halfway=True)
-    elif moment == "between renames":  # three a save but the first: old away, new in, old off
-        renames = Killing(Path.rename, 3 * number - 4)
-        Path.rename = lambda path, target: renames(path, target)
-    elif moment == "before scores":
-        training._score = lambda *args, **kwargs: die()
-    else:  # the old folder of the run is moved away last of all
-        rename = Path.rename
-        Path.rename = lambda path, target: (rename(path, target), die() if path == output else None)
-    stage = "joint" if joint else None
-    overrides = settings(**OPTIONS, **joint)
-    sparse_ft.train(tasks, backbone=backbone, output=output, overrides=overrides, device="cpu", stage=stage)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, tiny_bert):
-    """Task files, and the checkpoint of the run that nobody killed."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    tasks = [write_toy(folder, name, sizes=(size, 8, 8)) for name, size in (("mood", 36), ("names", 20))]
-    return tasks, run(tasks, tiny_bert, folder / "out", **OPTIONS).path
-
-
-def killed_run(
-    tasks: list[str], backbone: Path, output: Path, moment: str, number: int = 1, joint: dict | None = None
-) -> None:
-    """Run ``train_and_die`` in a new process; a server forks it, so that it need not import everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sparse_ft.training.train", "sklearn.metrics", "peft", "transformers.models.bert"])
-    process = context.Process(target=train_and_die, args=(tasks, str(backbone), output, moment, number, joint or {}))
-    process.start()
-    process.join(timeout=300)
-    assert process.exitcode == -signal.SIGKILL
-
-
-MOMENTS = [
-    ("after step", 12),  # in the first epoch of the second task
-    ("in save", 3),  # two files go through write_bytes a save: the tensors of the second one
-    ("after epoch", 2),  # the last of the first task
-    ("between renames", 3),
-    ("in final save", 3),
-    ("between final renames", 1),
-]
-
-
-@pytest.mark.parametrize(("moment", "number"), MOMENTS, ids=[f"{moment} {number}" for moment, number in MOMENTS])
-def test_a_killed_run_ends_where_the_uninterrupted_one_ends(tmp_path, tiny_bert, uninterrupted, moment, number):
-    tasks, expected = uninterrupted
-    output = tmp_path / "out"
-    killed_run(tasks, tiny_bert, output, moment, number)
-    assert not (output / "manifest.json").exists()
-    if moment == "after step":  # killed once more, in the resumed run
-        interrupt(after=2, start=lambda: sparse_ft.train(output=output, resume=True))
-    result = sparse_ft.train(output=output, resume=True)
-    assert_same_end(result.path, expected)
-    assert len(result.history) == 4
-
-
-def test_a_run_that_was_killed_in_its_first_save_starts_anew(tmp_path, tiny_bert, uninterrupted):
-    tasks, expected = uninterrupted
-    killed_run(tasks, tiny_bert, tmp_path / "out", "in save", 1)
-    with pytest.raises(ConfigError, match="killed before its first save, leave --resume out to start it anew"):
-        sparse_ft.train(output=tmp_path / "out", resume=True)
-    assert_same_end(run(tasks, tiny_bert, tmp_path / "out", **OPTIONS).path, expected)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out"]
-
-
-def test_a_run_that_was_killed_before_its_scores_is_scored_when_resumed(tmp_path, tiny_bert, uninterrupted):
-    tasks, expected = uninterrupted
-    output = tmp_path / "out"
-    killed_run(tasks, tiny_bert, output, "before scores")
-    assert "metrics" not in read_metrics(output)["mood"]
-    with pytest.raises(ConfigError, match="has other settings: seed"):
-        sparse_ft.train(output=output, resume=True, seed=5)
-    result = sparse_ft.train(output=output, resume=True)
-    assert_same_end(result.path, expected)
-    assert result.scores == {task: entry["metrics"] for task, entry in read_metrics(expected).items()}
-    assert list(result.tasks) == ["mood", "names"]
-    with pytest.raises(ConfigError, match="holds a finished checkpoint"):
-        sparse_ft.train(output=output, resume=True)
-
-
-@pytest.mark.parametrize(("gate", "pool", "moment", "number"), [
-    ("token", POOL, "after step", 5),
-    ("sequence", POOL, "in save", 6),
-    ("sequence", {}, "after step", 3),  # its gate was fitted before the first step
-])  # fmt: skip
-def test_a_killed_joint_run_ends_where_the_uninterrupted_one_ends(
-    tmp_path, tiny_bert, uninterrupted, gate, pool, moment, number
-):
-    tasks, joint = uninterrupted[0], {"gate__type": gate, "gate__jitter": 0.1, "train__workers": 1, **pool}
-    expected = train_joint(tasks, tiny_bert, tmp_path / "expected", **OPTIONS, **joint)
-    output = tmp_path / "out"
-    killed_run(tasks, tiny_bert, output, moment, number, joint)
-    assert not (output / "manifest.json").exists()
-    with pytest.raises(ConfigError, match="has other settings: stage"):
-        sparse_ft.train(output=output, resume=True, stage="experts")
-    result = sparse_ft.train(output=output, resume=True)
-    assert_same_end(result.path, expected.path)
-    assert result.history == expected.history  # the gate's losses and the use of the experts, too
-
-
-class Interrupted(BaseException):
-    pass
-
-
-def interrupt(*, after: int, start) -> None:
-    """Stop a run of this process after some steps."""
-    from sparse_ft.training import loop as fitting
-
-    step, count = fitting._Loop.step, 0
-
-    def stopping(self, pairs):
-        nonlocal count
-        step(self, pairs)
-        count += 1
-        if count == after:
-            raise Interrupted
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fitting._Loop, "step", stopping)
-        with pytest.raises(Interrupted):
-            start()
 
 
 @pytest.fixture(scope="module")
@@ -229,9 +60,10 @@ def test_a_run_on_data_in_memory_is_resumed_with_the_same_task_and_data_only(tmp
     assert_same_end(sparse_ft.train(spec, data=data, output=output, resume=True).path, complete)
 
 
-def test_tasks_of_a_checkpoint_may_be_repeated_when_resuming(tmp_path, uninterrupted):
-    again = {"output": tmp_path / "out", "from_checkpoint": uninterrupted[1], "device": "cpu"}
-    again["overrides"] = settings(train__save_steps=1, train__epochs=1)
+def test_tasks_of_a_checkpoint_may_be_repeated_when_resuming(tmp_path, make_model):
+    old = saved(tmp_path / "old", make_model, "bert")
+    again = {"output": tmp_path / "out", "from_checkpoint": old, "device": "cpu"}
+    again["overrides"] = settings(train__save_steps=1, train__batch_size=2, train__epochs=1)
     interrupt(after=2, start=lambda: sparse_ft.train(["mood"], **again))
     assert list(sparse_ft.train(["mood"], resume=True, **again).tasks) == ["mood"]
 
@@ -339,8 +171,8 @@ def test_a_run_whose_folder_was_taken_overwrites_nothing(interrupted, tmp_path, 
     assert (output / "manifest.json").read_text() == "of the other run"
 
 
-def test_without_a_state_there_is_nothing_to_resume(tmp_path, uninterrupted):
-    for output, said in ((tmp_path / "nothing", "nothing'"), (uninterrupted[1], "a finished checkpoint")):
+def test_without_a_state_there_is_nothing_to_resume(tmp_path, toys):
+    for output, said in ((tmp_path / "nothing", "nothing'"), (toys, "a finished checkpoint")):
         with pytest.raises(ConfigError, match=said):
             sparse_ft.train(output=output, resume=True)
     assert not (tmp_path / "nothing").exists()

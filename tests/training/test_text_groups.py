@@ -128,7 +128,7 @@ def test_a_stack_finds_the_groups_of_several_checkpoints(tmp_path, tiny_bert):
 
 
 def test_a_joint_run_answers_the_group_of_the_expert_that_it_mixes_most(tmp_path, tiny_bert):
-    path = train_joint(mails(tmp_path), tiny_bert, tmp_path / "joint", train__epochs=2).path
+    path = train_joint(mails(tmp_path), tiny_bert, tmp_path / "joint", train__epochs=1).path
     assert read_manifest(path).gate.groups == [["mood", "names"]]
     answer = sparse_ft.load(path)(MAIL)
     assert (list(answer.tasks), answer.left_out) == (["mood", "names"], ["about"])
@@ -210,11 +210,10 @@ def test_a_group_weighs_as_much_as_one_expert(kind):
 def test_the_user_says_which_share_of_the_own_texts_is_turned_away(grouped):
     rows = [" ".join([*MARKS["names"], *row["tokens"]]) for row in toy_rows("names", 400, seed=7)]
     shares = {}
-    for share in (0.0, 0.1, 0.4):
+    for share in (0.1, 0.4):
         answers = sparse_ft.load(grouped, min_familiarity=share, device="cpu")(rows)
         shares[share] = sum(answer.unknown for answer in answers) / len(rows)
         assert all(not answer.tasks for answer in answers if answer.unknown)
-    assert shares[0.0] == 0
     assert shares[0.1] == pytest.approx(0.1, abs=0.06)
     assert shares[0.4] == pytest.approx(0.4, abs=0.1)
     scored = sparse_ft.evaluate(grouped, tasks=["mood"], route="gate", min_familiarity=1.0, device="cpu")
