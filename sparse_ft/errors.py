@@ -66,6 +66,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         field = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
             problems.append(unknown_name("key", field, _keys(model)))
+        elif not problem["loc"] and "error" in problem.get("ctx", {}):  # of several fields together
+            problems.append(f"{problem['ctx']['error']}.")
         else:
             advice = ""
             if problem["type"] == "string_type" and isinstance(problem["input"], int | float):

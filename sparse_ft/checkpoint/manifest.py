@@ -151,6 +151,7 @@ class Manifest(_Entry):
         used = [expert for entry in self.tasks.values() for expert in entry.used]
         problems = [f"it lacks the expert {name!r}" for name in used if name not in self.experts]
         problems += [f"it does not list the file {file!r}" for file in self._files() if file not in self.bytes]
+        problems += [f"it lists the file {file!r}, but not what the file belongs to" for file in self._strays()]
         if self.sha256 is not None and self.sha256.keys() != self.bytes.keys():
             problems.append("`bytes` and `sha256` list different files")
         if problems:
@@ -164,6 +165,17 @@ class Manifest(_Entry):
         ]
         tasks = [file for name in self.tasks for file in (f"heads/{name}.safetensors", f"tasks/{name}.yaml")]
         return ["config.yaml", *adapters, *tasks, *([GATE] if self.gate is not None else [])]
+
+    def _strays(self) -> list[str]:
+        """List the files of experts, tasks and a gate that the manifest does not have."""
+        known = {"experts": self.experts, "heads": self.tasks, "tasks": self.tasks}
+        strays = [GATE] if self.gate is None and GATE in self.bytes else []
+        for file in self.bytes:
+            folder, _, rest = file.partition("/")
+            name = rest.partition("/")[0] if folder == "experts" else rest.rpartition(".")[0]
+            if folder in known and name not in known[folder]:
+                strays.append(file)
+        return strays
 
 
 class _Scores(BaseModel):

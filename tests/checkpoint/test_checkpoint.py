@@ -273,6 +273,8 @@ DAMAGES = [
           ({"bytes": []}, "bytes: Input should be a valid dictionary"),
           ({"bytes": {}, "sha256": {}}, "it does not list the file 'config.yaml'"),
           ({"sha256": {}}, "`bytes` and `sha256` list different files"),
+          ({"tasks": {}}, "it lists the file 'heads/about.safetensors', but not what the file belongs to"),
+          ({"gate": None}, "it lists the file 'gate.safetensors', but not what the file belongs to"),
           ({"tasks": []}, "tasks: Input should be a valid dictionary"),
           ({"tasks": {"mood": {}}}, "tasks.mood.kind: Field required"),
           ({"tasks": {"mood": {"kind": "classification"}}}, "needs either `expert` or `experts`"),
