@@ -168,7 +168,7 @@ class Manifest(_Entry):
 
     def _strays(self) -> list[str]:
         """List the files of experts, tasks and a gate that the manifest does not have."""
-        known = {"experts": self.experts, "heads": self.tasks, "tasks": self.tasks}
+        known = {"experts": set(self.experts), "heads": set(self.tasks), "tasks": set(self.tasks)}
         strays = [GATE] if self.gate is None and GATE in self.bytes else []
         for file in self.bytes:
             folder, _, rest = file.partition("/")
