@@ -154,6 +154,8 @@ def fields(model: type[BaseModel], *, prefix: str = "", leave_out: Iterable[str]
             continue
         annotation, text = explained[name]
         default = "required" if field.is_required() else f"`{plain(field.get_default(call_default_factory=True))}`"
+        if (model, name) == (spec.TaskSpec, "metric"):  # filled in before the required fields are checked
+            default = "by kind"
         limits = [
             f"{word} {plain(getattr(limit, attribute))}"
             for limit in field.metadata

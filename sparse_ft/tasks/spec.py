@@ -123,9 +123,8 @@ class TaskSpec(Section):
     label_scheme: str = "iob2"
     """Tagging scheme of the source: iob1, iob2 (bio), ioe1, ioe2, bios, bioes, bilou or bmes."""
     metric: str
-    """Metric for early stopping and headlines, higher is better: a figure of the task kind, or ``evaluate:<id>``.
-    Without one it is accuracy, micro_f1 for multi_label, f1 for token_classification, exact_match for
-    span_extraction."""
+    """Metric for early stopping and headlines, higher is better: a metric of the kind, or ``evaluate:<id>``. The
+    default is accuracy, micro_f1 for multi_label, f1 for token_classification, exact_match for span_extraction."""
     leaks: dict[Split, list[int]] = Field(default_factory=dict)
     """0-based rows of an evaluation split whose text also occurs in train; scores are also given without them."""
     division: Division | None = None

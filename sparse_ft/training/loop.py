@@ -122,9 +122,9 @@ class _Loop:
         if passes > settings.epochs and settings.min_steps and rank() == 0:
             rows = sum(map(len, self.lengths.values()))
             _LOG.info(
-                "%s: %d rows are passed over up to %d times, in place of train.epochs=%d, to reach train.min_steps=%d. "
+                "%s: up to %d passes over the %d rows, in place of train.epochs=%d, to reach train.min_steps=%d. "
                 "Set train.epochs to choose the number of passes.",
-                self.name, rows, passes, settings.epochs, settings.min_steps,
+                self.name, passes, rows, settings.epochs, settings.min_steps,
             )  # fmt: skip
 
     def plan(self, epoch: int) -> list[list[tuple[str, int]]]:
