@@ -1,5 +1,6 @@
 """Tasks: data, labels and metric, declared in one YAML file. Knows nothing of tensors."""
 
+import contextlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -275,9 +276,17 @@ def task_path(name_or_path: str | Path) -> Path:
             raise ConfigError(f"Task file {str(path)!r} does not exist.{advice}")
         return path
     if str(name_or_path) not in list_tasks():
-        advice = " See `sparse-ft tasks`, or give the path of a YAML file."
-        raise ConfigError(unknown_name("task", str(name_or_path), list_tasks()) + advice)
+        raise ConfigError(unknown_name("task", str(name_or_path), list_tasks()) + _name_advice(path))
     return bundled_dir("tasks") / f"{name_or_path}.yaml"
+
+
+def _name_advice(path: Path) -> str:
+    """Return how to name a task; a task file without its ending is a usual mistake."""
+    with contextlib.suppress(OSError, ValueError):  # no file can have this name
+        file = path.with_name(f"{path.name}.yaml")
+        if file.is_file():
+            return f" The path of a task file includes its ending: {str(file)!r}."
+    return " See `sparse-ft tasks`, or give the path of a YAML file."
 
 
 def load_task(name_or_path: str | Path) -> TaskSpec:

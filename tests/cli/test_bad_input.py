@@ -138,6 +138,7 @@ def test_options(refused, arguments, said):
 @pytest.mark.parametrize(("arguments", "said"), [
     ("train ner", ["'ner'", "train --task ner"]),
     ("train --task ./mod.yaml", ["'mod.yaml' does not exist. Did you mean 'mood.yaml'?"]),
+    ("train --task mood", ["Unknown task 'mood'", "includes its ending: 'mood.yaml'"]),
     ("train --task mood.yaml", ["'mood' comes without data", "--data"]),
     ("train --task mood.yaml --set train.epoch=1", ["Did you mean 'train.epochs'?"]),
     ("predict moood text", ["'moood' does not exist. Did you mean 'mood'?"]),
