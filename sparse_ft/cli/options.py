@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from sparse_ft.errors import ConfigError
+from sparse_ft.errors import ConfigError, DataError
+from sparse_ft.paths import similar_path, user_path
 
 TaskOption = Annotated[
     list[str] | None,
@@ -110,12 +111,21 @@ def parse_sources(data: list[str] | None) -> str | dict[str, str] | None:
             name = load_task(task).name if task in bundled else task  # the task file clue/tnews names its task tnews
             if name in sources:
                 raise ConfigError(f"--data names task {name!r} twice: {sources[name]} and {path}. Leave one out.")
-            sources[name] = path
+            sources[name] = _existing(path)
         elif len(data) == 1:
-            return value
+            return _existing(value)
         else:
             raise ConfigError(f"--data {value!r} names no task. With several --data write TASK=PATH each time.")
     return sources
+
+
+def _existing(source: str) -> str:
+    """Return a path of data if there is such a file or folder; ``file.json#key`` is the list of a key in a file."""
+    path, file = user_path(source), user_path(source.partition("#")[0])
+    if path.exists() or file.exists() or file.with_name(f"{file.name}.gz").exists():
+        return source
+    advice = similar_path(path) or " Give the folder or file with the data."
+    raise DataError(f"--data {source!r} does not exist.{advice}")
 
 
 def short_path(path: Path) -> str:

@@ -50,14 +50,17 @@ def train(
 ) -> None:
     """Train one expert per task on a frozen backbone, and print the classification report."""
     check_unicode_output()
-    _check_names(task or [], config=config, overrides=set_ or [], starts=from_ is not None or resume, data=data)
+    _check_names(
+        task or [], config=config, overrides=set_ or [], starts=from_ is not None or resume, has_data=bool(data)
+    )
+    sources = parse_sources(data)
     from sparse_ft.training.processes import rank
     from sparse_ft.training.train import train as train_experts
 
     try:
         result = train_experts(
             task or [],
-            data=parse_sources(data),
+            data=sources,
             output=output,
             backbone=backbone,
             config=config,
@@ -81,9 +84,7 @@ def train(
         _print_result(result, starts_from_checkpoint=from_ is not None)
 
 
-def _check_names(
-    tasks: list[str], *, config: str | None, overrides: list[str], starts: bool, data: list[str] | None
-) -> None:
+def _check_names(tasks: list[str], *, config: str | None, overrides: list[str], starts: bool, has_data: bool) -> None:
     """Refuse unknown settings, unknown tasks and tasks without data before torch is loaded, which takes seconds.
 
     Args:
@@ -91,14 +92,14 @@ def _check_names(
         config: Value of ``--config``.
         overrides: Values of ``--set``.
         starts: Whether a checkpoint or an interrupted run may hold further tasks.
-        data: Values of ``--data``.
+        has_data: Whether ``--data`` names data.
     """
     from sparse_ft.config import load_config
     from sparse_ft.tasks.spec import check_has_data, load_task
 
     run = load_config(config, overrides=overrides)
     for spec in [] if starts else map(load_task, tasks):
-        if not data and spec.name not in run.sources:
+        if not has_data and spec.name not in run.sources:
             check_has_data(spec)
 
 

@@ -144,7 +144,10 @@ def _missing_column(record: Record, column: str | int) -> str:
         if names and isinstance(column, str):
             there = f"No column of the first line has this name: {', '.join(repr(name[:40]) for name in names)}."
     if len(names) == 1 and (mark := next((mark for mark in (";", "\t", "|") if mark in names[0]), None)):
-        there += f" If {mark!r} divides the columns, write commas in a .csv file and tabs in a .tsv file."
+        return (
+            f"No column {column!r} in {record.location}. The only column is {names[0]!r}. If {mark!r} divides columns, "
+            "write commas in a .csv file and tabs in a .tsv file."
+        )
     close = _close_name(str(column), names) if isinstance(column, str) else None
     hint = f" Did you mean {close!r}? Then write `columns: {{{column}: {close}}}`." if close else ""
     return (

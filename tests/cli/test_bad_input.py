@@ -141,6 +141,7 @@ def test_options(refused, arguments, said):
     ("train --task mood", ["Unknown task 'mood'", "includes its ending: 'mood.yaml'"]),
     ("train --task mood.yaml", ["'mood' comes without data", "--data"]),
     ("train --task mood.yaml --set train.epoch=1", ["Did you mean 'train.epochs'?"]),
+    ("train --task mood.yaml --data mod", ["--data 'mod' does not exist. Did you mean 'mood'?"]),
     ("predict moood text", ["'moood' does not exist. Did you mean 'mood'?"]),
     ("predict run/shop text", ["'run/shop' does not exist. Did you mean 'runs/shop'?"]),
     ("predict zzz text", ["'zzz' does not exist. Give the folder"]),

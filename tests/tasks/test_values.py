@@ -277,7 +277,7 @@ def test_a_list_under_the_only_key_of_an_object(tmp_path, indent):
 @pytest.mark.parametrize(("header", "said"), [
     ("Text,Label", "Did you mean 'Text'? Then write `columns: {text: Text}`"),
     ("sentence,category", "Did you mean 'sentence'? Then write `columns: {text: sentence}`"),
-    ("text;label", "If ';' divides the columns, write commas in a .csv file"),
+    ("text;label", "If ';' divides columns, write commas in a .csv file"),
     ("foo,bar", "No column of the first line has this name: 'foo', 'bar'"),
 ])  # fmt: skip
 def test_the_header_is_shown(tmp_path, header, said):
