@@ -185,7 +185,10 @@ def _read(path: Path, where: str, error: Refusal) -> str:
 
 
 def _likely_encoding(content: bytes) -> str:
-    """Advise how to convert bytes that are not UTF-8: characters of two bytes stand in runs, accents alone."""
+    """Advise how to convert bytes that are not UTF-8: UTF-16 has zeros, characters of two bytes stand in runs."""
+    first, second = (content[start:1000:2].count(0) for start in (0, 1))
+    if abs(first - second) * 2 > first + second:
+        return f"{_CONVERT.format('UTF-16BE' if first > second else 'UTF-16LE')}, as every other byte is 0 in places."
     accents = len(re.findall(rb"(?<![\x80-\xff])[\x80-\xff](?![\x80-\xff])", content))
     high = len(re.findall(rb"[\x80-\xff]", content))
     if accents * 2 > high:

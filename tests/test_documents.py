@@ -118,6 +118,8 @@ def test_json_that_is_refused(text, reason):
      "Convert the file to UTF-8, e.g. `iconv -f UTF-16 -t UTF-8 OLD > NEW`"),
     ("text,label".encode("utf-16-le"), "is UTF-16LE, not UTF-8"),
     ("text,label".encode("utf-16-be"), "is UTF-16BE, not UTF-8"),
+    ("Über naïve Tests".encode("utf-16-le"), "byte 0 is 0xdc. Convert the file to UTF-8, e.g. `iconv -f UTF-16LE"),
+    ("这个 room 很好".encode("utf-16-be"), "e.g. `iconv -f UTF-16BE"),
     ("text".encode("utf-32"), "is UTF-32, not UTF-8"),
     ("un café très bon".encode("latin-1"), "byte 6 is 0xe9. Convert the file to UTF-8, e.g. `iconv -f WINDOWS-1252"),
     ("这个房间很好".encode("gb18030"), "byte 0 is 0xd5. Convert the file to UTF-8, e.g. `iconv -f GB18030"),

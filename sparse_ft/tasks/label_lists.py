@@ -1,5 +1,6 @@
 """The labels of multi-label rows: lists, strings with separators, cells of pandas, and zeros and ones."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from sparse_ft.tasks.values import label_text, list_cell
 
 LABEL_SEPARATOR = "|"
 """Divides the labels of a row that the source writes as one string; label names may contain commas."""
+_LIKE_A_LIST = re.compile(r"\[.*\]|[({]['\"].*[)}]|\(\)|\{\}|\w+\([\[{].*[\]}]\)|(frozen)?set\(\)", re.DOTALL)
+"""Lists that are not written as Python's, tuples, sets, and arrays."""
 _BITS = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
 
 
@@ -67,7 +70,7 @@ def _items(record: Record, reading: Reading) -> list[Any] | None:
     value = source_label(record, reading, "labels", empty="")
     if value is None or not isinstance(value, str) or list_cell(value) is not None:
         return None if value is None else list_of(value, "labels", record)
-    if value.strip().startswith("[") and value.strip().endswith("]") and LABEL_SEPARATOR not in value:
+    if _LIKE_A_LIST.fullmatch(value.strip()) and LABEL_SEPARATOR not in value:
         raise DataError(
             f"{record.location}: labels {value[:60]!r} look like a list, but are none. Write names in quotes, as in "
             f"['a', 'b'], or divide them by {LABEL_SEPARATOR}."

@@ -23,7 +23,7 @@ SCHEMES: dict[str, tuple[str, str]] = {
 
 _ALIASES = {
     "iob": "iob1", "io": "iob1", "bio": "iob2", "bio2": "iob2", "iobes": "bioes", "iobs": "bios", "bioul": "bilou",
-    "bmeso": "bmes", "bmeos": "bmes",
+    "biluo": "bilou", "bmeso": "bmes", "bmeos": "bmes",
 }  # fmt: skip
 """Other names of the schemes."""
 _ENDS = "SEUL"

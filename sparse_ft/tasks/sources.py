@@ -224,8 +224,8 @@ def say_division(spec: TaskSpec, source: TaskData | None) -> None:
     if division.test < _FEW_ROWS * len(spec.label_names or range(10)):
         rows = read(spec, data=source, splits=["test"])["test"].to_dict()
         _LOG.warning(
-            "Task %s: test has %d rows%s, so its scores say little. `--folds 5` tests every row once.",
-            spec.name, division.test, _rows_by_class(spec, rows),
+            "Task %s: test has %d %s%s, so its scores say little. `--folds 5` tests every row once.",
+            spec.name, division.test, "row" if division.test == 1 else "rows", _rows_by_class(spec, rows),
         )  # fmt: skip
 
 

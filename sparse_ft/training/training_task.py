@@ -107,7 +107,8 @@ def prepare_task(
     validation = encode_rows(held_out.to_dict(), spec=spec, encoder=encoder)
     if not examples or validation.num_rows == 0:
         raise DataError(
-            f"Task {spec.name!r} has {len(examples)} training and {validation.num_rows} validation rows with answers."
+            f"Task {spec.name!r} has {len(examples)} training and {validation.num_rows} validation rows with answers. "
+            "Expected at least one of each. Label every row, or leave rows without a label out of the data."
         )
     return TrainingTask(spec, examples, row_examples, validation)
 

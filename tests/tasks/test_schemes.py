@@ -82,6 +82,11 @@ def test_the_schemes_of_tags():
     assert schemes_of(["X"]) == []
 
 
+@pytest.mark.parametrize("name", ["BILUO", "bioul", "BILOU"])
+def test_other_names_of_a_scheme(name):
+    assert to_iob2(["B-X", "L-X", "U-Y"], name) == ["B-X", "I-X", "B-Y"]
+
+
 def test_unknown_scheme():
     with pytest.raises(DataError, match=r"Unknown label_scheme 'iob3'.*Known: iob1, iob2, .*, bilou, bmes"):
         first_invalid(["O"], "iob3")

@@ -135,8 +135,9 @@ def test_a_list_that_pandas_wrote_into_a_cell(tmp_path):
         read(task(columns={"label": "labels"}), data=tmp_path / "t.csv")
 
 
-def test_a_cell_that_only_looks_like_a_list_is_refused(tmp_path):
-    (tmp_path / "t.csv").write_text("text,labels\n" + "".join(f"{text},['a' 'b']\n" for text in TEXTS))
+@pytest.mark.parametrize("cell", ["['a' 'b']", "('a',)", "()", "{'a'}", "set()", "frozenset({'a'})", "array(['a'])"])
+def test_a_cell_that_only_looks_like_a_list_is_refused(tmp_path, cell):
+    (tmp_path / "t.csv").write_text("text,labels\n" + "".join(f'{text},"{cell}"\n' for text in TEXTS))
     with pytest.raises(DataError, match="look like a list, but are none"):
         read(task("multi_label"), data=tmp_path / "t.csv")
 
