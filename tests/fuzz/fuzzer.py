@@ -28,6 +28,8 @@ from unittest import mock
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from toy_checkpoints import sign
+
 from fuzz.mutations import mutate
 from fuzz.subjects import SUBJECTS, Subject, write_inputs
 
@@ -68,21 +70,32 @@ def run_case(seed: str, inputs: Path, *, bert: Path, answers: Mapping[str, str])
         folder = Path(root)
         shutil.copytree(inputs, folder, dirs_exist_ok=True, copy_function=_link)
         file = generator.choice(sorted(path for path in folder.glob(subject.files) if path.is_file()))
-        content = file.read_bytes()
-        file.unlink()  # a link to the undamaged file
-        file.write_bytes(content)
+        content = _own(file)
         damage = mutate(file, generator)
+        forged = subject.files.startswith("checkpoint/") and file.name != "manifest.json" and generator.random() < 0.5
+        if forged:  # the manifest has the hashes of the damaged files, so that what reads them is tried, too
+            _own(folder / "checkpoint" / "manifest.json")
+            sign(folder / "checkpoint")
         before = set(folder.rglob("*"))
         code, out, error = run_command(subject.command, bert=bert)
         new = sorted(str(path.relative_to(folder)) for path in set(folder.rglob("*")) - before)
         same = file.read_bytes() == content
     hashed = subject.is_checkpoint and file.name not in {"manifest.json", "metrics.json"}
-    faults = faults_of(code, out, error, new, expected=answers.get(subject.name), refusal_only=hashed and not same)
+    expected = None if forged else answers.get(subject.name)
+    faults = faults_of(code, out, error, new, expected=expected, refusal_only=hashed and not same)
     return Case(seed, subject, damage, code, out, error, faults)
 
 
 def _link(source: str, target: str) -> None:
     os.link(source, target)
+
+
+def _own(file: Path) -> bytes:
+    """Replace a link to an undamaged file by a copy; return its content."""
+    content = file.read_bytes()
+    file.unlink()
+    file.write_bytes(content)
+    return content
 
 
 def faults_of(
