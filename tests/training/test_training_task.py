@@ -6,8 +6,8 @@ import random
 import pytest
 import torch
 import yaml
-from toy_checkpoints import equal, tensors
-from toys import FILLERS, call, run, settings, write_toy
+from toy_checkpoints import tensors
+from toys import FILLERS, call, run, write_toy
 
 import sparse_ft
 from sparse_ft.backbone.backbone import load_backbone
@@ -183,34 +183,3 @@ def test_questions_that_are_not_such_are_refused(reader, monkeypatch, capsys, li
     assert (code, out) == (2, "")
     assert said in err
     assert "Traceback" not in err
-
-
-def test_a_run_of_reading_tasks_is_resumed(tmp_path, tiny_bert, monkeypatch):
-    from sparse_ft.training import loop as fitting
-
-    tasks = write_reading(tmp_path, number=8)
-    short = {**OPTIONS, "train__epochs": 2, "train__batch_size": 8}
-    undivided = run(tasks, tiny_bert, tmp_path / "undivided", **short)
-    end = fitting._Loop.end_epoch
-    monkeypatch.setattr(fitting._Loop, "end_epoch", _stop_at_second(end))
-    with pytest.raises(KeyboardInterrupt):
-        run(tasks, tiny_bert, tmp_path / "broken", **short)
-    monkeypatch.setattr(fitting._Loop, "end_epoch", end)
-    resumed = sparse_ft.train(
-        tasks,
-        output=tmp_path / "broken",
-        resume=True,
-        backbone=str(tiny_bert),
-        overrides=settings(**short),
-        device="cpu",
-    )
-    assert equal(tensors(undivided.path), tensors(resumed.path))
-
-
-def _stop_at_second(end):
-    def stop(loop):
-        if loop.progress.epoch == 1:
-            raise KeyboardInterrupt
-        end(loop)
-
-    return stop
