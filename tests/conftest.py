@@ -1,5 +1,6 @@
 """Fixtures of all tests: tiny and real backbones, models with random experts, checkpoints of the toy tasks."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -25,6 +26,15 @@ def pytest_collection_modifyitems(items):
     """Put the tests of slow files first; ``--no-loadscope-reorder`` keeps this order."""
     ranks = {name: rank for rank, name in enumerate(_SLOW_FILES)}
     items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _spare_the_collector():
+    """Import the libraries that most tests use, and keep the garbage collector from going through them each time."""
+    import datasets  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

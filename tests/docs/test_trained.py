@@ -14,7 +14,10 @@ from sparse_ft import resources
 from sparse_ft.cli.main import app
 
 TASKS = ["sentiment", "topic", "intent", "ner"]
-SHORT = ["experts.first_block=4", "train.epochs=6", "train.min_steps=0", "train.patience=0", "train.batch_size=16"]
+SHORT = [
+    "experts.first_block=4", "experts.targets=[query, value]", "train.epochs=4", "train.min_steps=0",
+    "train.patience=0", "train.batch_size=16", "train.learning_rate=0.005",
+]  # fmt: skip
 ALL = blocks()
 SHOWN = [block for block in ALL if block.language == "output" or block.printed_by]
 REMARKED = [block for block in ALL if block.language == "python" and re.search(r"  # [\[{]", block.text)]
@@ -25,7 +28,7 @@ def trained(minilm, tmp_path_factory) -> Path:
     """A folder with what the commands read; its checkpoints come from one run on the shortest rows of each sample."""
     folder = tmp_path_factory.mktemp("trained")
     files.write_inputs(folder)
-    files.write_bundled(folder / "bundled", lambda rows: sorted(rows, key=len)[: 240 if len(rows) > 400 else 24])
+    files.write_bundled(folder / "bundled", lambda rows: sorted(rows, key=len)[: 240 if len(rows) > 400 else 16])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resources, "PACKAGE_DIR", folder / "bundled/package")
         sparse_ft.train(TASKS, output=folder / "runs/all", overrides=SHORT, device="cpu")

@@ -255,7 +255,7 @@ def refused(tmp_path, monkeypatch, capsys):
     ("--format onnx --output {bert}", ["holds a checkpoint already"]),
     ("--format onnx --output full", ["'full' is not empty"]),
     ("--format peft --int8", ["--int8", "onnx", "peft"]),
-    ("--format onnx --data mood=here", ["--data", "--int8"]),
+    ("--format onnx --data mood=full", ["--data", "--int8"]),
     ("--format peft", ["'names'", "experts.word_shapes", "transformers or onnx", "--task", "mood"]),
 ])  # fmt: skip
 def test_options_that_make_no_sense_are_refused(tmp_path, monkeypatch, bert, refused, arguments, said):

@@ -286,7 +286,7 @@ def refused(monkeypatch, capsys, tmp_path):
     ("{bert} --method linear --split test", "--split test"),
     ("{bert} --method ties --budget 50", "--budget 50"),
     ("{bert} --method ties --rows 50", "--rows 50"),
-    ("{bert} --method linear --evaluate --data mod=x", "'mod'"),
+    ("{bert} --method linear --evaluate --data mod={bert}", "'mod'"),
     ("{bert} --method linear --output full", "'full' is not empty"),
 ])  # fmt: skip
 def test_a_mistake_is_one_paragraph_and_exit_code_two(refused, bert, tmp_path, arguments, said):
