@@ -258,7 +258,7 @@ class Experts:
         table = self.word_shapes.tables[index] if self.word_shapes.starts(index, block) else None
         if not layers and table is None:
             return None
-        if any(index in layer.opened for layer in layers.values()):
+        if any(index in layer.opened for layer in layers.values()) or (table is not None and table.requires_grad):
             return index
         digest = hashlib.sha256()
         for module, layer in layers.items():
