@@ -14,7 +14,6 @@ from pathlib import Path
 
 from script import numbers, run
 
-from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.checkpoint.checkpoint import Checkpoint, load_checkpoint
 from sparse_ft.evaluation.evaluate import evaluate_task
 from sparse_ft.merging.add import add_from
@@ -99,7 +98,7 @@ def variants(number: int, options: argparse.Namespace) -> list[tuple[str, MergeS
 
 
 def score(checkpoint: Checkpoint, spec: TaskSpec, source: str | None) -> float:
-    encoder = Encoder(checkpoint.model.backbone, max_length=checkpoint.config.data.max_length)
+    encoder = checkpoint.encoder
     route = Route("task", checkpoint.model)
     results = evaluate_task(checkpoint.model, spec, split="test", source=source, encoder=encoder, route=route)
     return results.report.score.metrics[spec.metric]

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from script import chosen, numbers, run
 
-from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.checkpoint.checkpoint import load_checkpoint
 from sparse_ft.evaluation.scoring import predict_rows, score_rows
 from sparse_ft.tasks.encoded_rows import encode_rows
@@ -39,7 +38,7 @@ def main() -> None:
                 result = train([task], output=output, seed=seed, overrides=options.overrides, device="cpu")
                 checkpoint = load_checkpoint(output)
             spec = checkpoint.tasks[task]
-            encoder = Encoder(checkpoint.model.backbone, max_length=checkpoint.config.data.max_length)
+            encoder = checkpoint.encoder
             data = encode_rows(rows.to_dict(), spec=spec, encoder=encoder)
             score = score_rows(spec, data, predict_rows(checkpoint.model, spec, data))
             own = result.scores[task][spec.metric]

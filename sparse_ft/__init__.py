@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from sparse_ft.merging.merge import Merge, merge
     from sparse_ft.prediction.loaded_model import LoadedModel, load, predict
     from sparse_ft.tasks.kinds.answers import Prediction
+    from sparse_ft.training.distill import Distillation, distill
     from sparse_ft.training.train import TrainResult, train
 
 # Imported when first used: torch and transformers take seconds, `sparse-ft --help` must not wait for them.
 _HOMES = {
+    "Distillation": "sparse_ft.training.distill",
     "Edit": "sparse_ft.merging.edit",
     "Evaluation": "sparse_ft.evaluation.evaluate",
     "Export": "sparse_ft.integrations.export",
@@ -29,6 +31,7 @@ _HOMES = {
     "SparseFTClassifier": "sparse_ft.integrations.sklearn_estimator",
     "SparseFTError": "sparse_ft.errors",
     "TrainResult": "sparse_ft.training.train",
+    "distill": "sparse_ft.training.distill",
     "edit": "sparse_ft.merging.edit",
     "evaluate": "sparse_ft.evaluation.evaluate",
     "export": "sparse_ft.integrations.export",
@@ -40,6 +43,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Distillation",
     "Edit",
     "Evaluation",
     "Export",
@@ -51,6 +55,7 @@ __all__ = [
     "SparseFTError",
     "TrainResult",
     "__version__",
+    "distill",
     "edit",
     "evaluate",
     "export",

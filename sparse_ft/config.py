@@ -92,6 +92,28 @@ class TrainConfig(Section):
     """Steps between two saves of the state that ``--resume`` continues from."""
 
 
+class SharedConfig(Section):
+    """One expert that all tasks share in the lower blocks, below a small expert of each task's own (stage shared)."""
+
+    passes: float = Field(default=1.5, ge=1)
+    """Most passes through the backbone that the answers of all tasks to one text may cost together; 1 leaves each task
+    a head of its own and no more."""
+    own_blocks: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
+    """Task to the number of highest blocks that its own expert changes; tasks that are not named get as many as passes
+    allows."""
+    rank: int = Field(default=64, ge=1, le=1024)
+    """Rank of the shared expert's deltas."""
+    teachers: Texts = Field(default_factory=list)
+    """Checkpoints whose experts teach the tasks of the same names (``distill``)."""
+    temperature: Temperature = 2.0
+    """Divides the logits of teacher and student before they are compared."""
+    echoes: Literal["none", "words", "all"] = "words"
+    """The teachers that answer the texts of the other tasks, too: those of tasks on words, all of them, or none."""
+    soft_weight: float = Field(default=0.9, ge=0, le=1)
+    """Weight of the teachers' answers in the loss at the first step, that of the labels being the rest; it falls
+    linearly to 0 at the last step."""
+
+
 class GateConfig(Section):
     """The gate, which selects the experts of a text or of each of its tokens."""
 
@@ -146,9 +168,10 @@ class DataConfig(Section):
 class RunConfig(Section):
     """All settings of a training run."""
 
-    stage: Literal["experts", "gate", "joint"] = "experts"
+    stage: Literal["experts", "gate", "joint", "shared"] = "experts"
     """experts trains experts and then fits the gate; gate fits only the gate; joint trains experts and gate together,
-    with several experts per text or token."""
+    with several experts per text or token; shared trains one expert for all tasks in the lower blocks, with experts of
+    their own above it."""
     tasks: Texts = Field(default_factory=list)
     """Bundled names or paths of task files."""
     sources: dict[str, str] = Field(default_factory=dict)
@@ -168,6 +191,7 @@ class RunConfig(Section):
     """auto, cpu, cuda, cuda:N or mps; auto is a CUDA device if there is one, else the CPU."""
     experts: ExpertConfig = ExpertConfig()
     train: TrainConfig = TrainConfig()
+    shared: SharedConfig = SharedConfig()
     gate: GateConfig = GateConfig()
     data: DataConfig = DataConfig()
 

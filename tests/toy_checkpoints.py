@@ -341,3 +341,27 @@ def interrupt(*, after: int, start) -> None:
         patch.setattr(fitting._Loop, "step", stopping)
         with pytest.raises(Interrupted):
             start()
+
+
+def counted_blocks(model, call):
+    """Call, and return the result and the number of rows that ran through each block."""
+    rows = [0] * model.backbone.num_blocks
+
+    def hook(index):
+        def count(module, args, kwargs):
+            rows[index] += len(args[0] if args else kwargs["hidden_states"])
+
+        return count
+
+    # The slot replaces forward, so hooks see what comes in; the last part of a block sees what it computes.
+    handles = []
+    for index, block in enumerate(model.backbone.blocks):
+        inner = [module for module in block.modules() if isinstance(module, torch.nn.LayerNorm | torch.nn.RMSNorm)]
+        inner = inner or [module for module in block.modules() if "RMSNorm" in type(module).__name__]
+        handles.append(inner[0].register_forward_pre_hook(hook(index), with_kwargs=True))
+    try:
+        with torch.no_grad():
+            return call(), rows
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -33,7 +33,7 @@ class TaskRows:
     words: tuple[Tensor, Tensor] | None
     """Row and token of each classified word, both (words,); None if the pooled text is classified."""
     targets: Tensor | None
-    """(rows,) or (words,) class indices, or (rows, labels) 0/1; None in prediction."""
+    """(rows,) or (words,) class indices, or (rows, labels) 0/1, of the rows that have targets; None in prediction."""
 
 
 @dataclass(frozen=True)
@@ -108,11 +108,11 @@ def _task_rows(rows: Sequence[tuple[str, Example]], device: torch.device | str) 
 
 
 def _targets(examples: Sequence[Example], device: torch.device | str) -> Tensor | None:
-    values = [value for example in examples for value in example.targets]
-    if not values:
+    rows = [example.targets for example in examples if example.targets]
+    if not rows:
         return None
-    targets = torch.tensor(values, device=device)
-    return targets.view(len(examples), -1) if targets.is_floating_point() else targets
+    targets = torch.tensor([value for row in rows for value in row], device=device)
+    return targets.view(len(rows), -1) if targets.is_floating_point() else targets
 
 
 def token_limit(device: torch.device) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from sparse_ft.backbone.backbone import Backbone
-from sparse_ft.backbone.words import SHAPES, word_shape
+from sparse_ft.backbone.words import SHAPES, split_words, word_shape
 
 _NO_WORD = SHAPES.index("none")
 
@@ -40,10 +40,13 @@ class Encoder:
     Args:
         backbone: Gives the tokenizer.
         max_length: Most tokens of a row, special tokens included; lowered to the limit of the backbone.
+        by_words: Whether single texts are split into words, too, so that tasks on texts and tasks on words read the
+            same tokens and word shapes.
     """
 
-    def __init__(self, backbone: Backbone, *, max_length: int) -> None:
+    def __init__(self, backbone: Backbone, *, max_length: int, by_words: bool = False) -> None:
         self.tokenizer = backbone.tokenizer
+        self.by_words = by_words
         self.max_length = min(max_length, backbone.max_length)
         self.empty_id = backbone.pad_id
         # In a causal model only the last piece of a word sees all of the word.
@@ -61,15 +64,20 @@ class Encoder:
         # Some tokenizers give token types to models that have none; GPT-2 would add word embeddings for them.
         self.has_types = "token_type_ids" in probe and getattr(backbone.config, "type_vocab_size", 0) > 1
 
-    def texts(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[Example]:
+    def texts(self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, language: str = "en") -> list[Example]:
         """Encode one example per text or pair; tokens above ``max_length`` are cut, from the longer text of a pair.
 
         Args:
             texts: Any texts, also empty ones.
             pairs: As many second texts.
+            language: Language tag, by which single texts are split if the encoder reads them ``by_words``.
         """
         if not texts:
             return []
+        if self.by_words and pairs is None:
+            windows = self.words([[word.text for word in split_words(text, language)] for text in texts])
+            first = {window.row: window for window in reversed(windows)}
+            return [replace(first[row], word_positions=[], word_indices=[]) for row in range(len(texts))]
         arguments = [list(texts)] if pairs is None else [list(texts), list(pairs)]
         encoded = self.tokenizer(*arguments, truncation=True, max_length=self.max_length)
         types = encoded["token_type_ids"] if pairs is not None and self.has_types else [None] * len(texts)

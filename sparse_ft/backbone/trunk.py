@@ -1,4 +1,4 @@
-"""The trunk: the blocks below the lowest expert layer.
+"""The trunk: the blocks that all tasks share, bare or with an expert that does not change any more.
 
 Its output is the same for all tasks and never changes in training, so it is computed once and cached.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ft.backbone.backbone import Backbone
-from sparse_ft.backbone.batching import collate, length_batches, token_limit
+from sparse_ft.backbone.batching import Batch, collate, length_batches, token_limit
 from sparse_ft.backbone.encoding import Example
 from sparse_ft.backbone.pooling import pool
 from sparse_ft.progress import progress_bar
@@ -38,6 +38,7 @@ def cache_trunk(
     examples: Sequence[Example],
     *,
     first_block: int,
+    run: Callable[[Batch], object],
     hidden: bool = True,
     means: bool = False,
     title: str | None = None,
@@ -49,7 +50,8 @@ def cache_trunk(
     Args:
         backbone: The backbone, in evaluation mode.
         examples: Rows of model input.
-        first_block: 0-based index of the lowest block with expert layers; 0 caches the embeddings.
+        first_block: 0-based index of the block that the states enter; 0 caches the embeddings.
+        run: Runs a batch through the backbone.
         hidden: Whether to cache the hidden states; False caches the means only.
         means: Whether to cache the means over the tokens of the states that enter each block up to ``first_block``.
         title: Of a progress bar; None shows none.
@@ -68,11 +70,8 @@ def cache_trunk(
         for members in length_batches([len(example.input_ids) for example in examples], max_tokens=token_limit(device)):
             rows = [("", replace(examples[member], targets=[])) for member in members]  # of several tasks, no targets
             batch = collate(rows, pad_id=backbone.pad_id, device=device)
-            inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-            if batch.token_type_ids is not None:
-                inputs["token_type_ids"] = batch.token_type_ids
             try:
-                backbone.model(**inputs)
+                run(batch)
             except _Reached as reached:
                 for member, states in zip(members, reached.hidden, strict=True) if hidden else ():
                     size = len(examples[member].input_ids)

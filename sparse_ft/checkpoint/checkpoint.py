@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_ft.backbone.backbone import fresh_tokenizer, load_backbone
+from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.checkpoint.expert_files import check_numbers, load_expert, read_tensors, save_expert
 from sparse_ft.checkpoint.folders import damaged, replace_folder, write_bytes, write_json
 from sparse_ft.checkpoint.inventory import hash_file, list_files
@@ -55,6 +56,11 @@ class Checkpoint:
     metrics: dict[str, Any]
     """Per task: the best validation score, and the scores after training."""
     manifest: Manifest
+
+    @property
+    def encoder(self) -> Encoder:
+        """A new encoder of texts, as the checkpoint's tasks read them."""
+        return self.model.text_encoder(self.config.data.max_length)
 
 
 def save_checkpoint(
@@ -112,6 +118,7 @@ def _manifest(
         **describe_origin(model),
         "first_block": model.first_block,
         "pooling": model.pooling,
+        **({"by_words": True} if model.by_words else {}),
         "experts": experts,
         "tasks": {task: {**_describe_slot(model.tasks[task]), "kind": spec.kind} for task, spec in tasks.items()},
         "gate": None if model.gate is None else describe_gate(model.gate),
@@ -205,7 +212,7 @@ def load_bare(path: str | Path, *, backbone: str | None = None, dtype: torch.dty
         tokenizer_folder=path / "tokenizer",
         dtype=dtype,
     )
-    model = SparseExpertModel(loaded, pooling=manifest.pooling).eval().requires_grad_(False)
+    model = SparseExpertModel(loaded, pooling=manifest.pooling, by_words=manifest.by_words).eval().requires_grad_(False)
     config = read_config(path / "config.yaml")
     return Checkpoint(path, model, {}, config, {}, manifest)
 

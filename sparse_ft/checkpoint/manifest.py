@@ -115,6 +115,8 @@ class TextGateEntry(_GateEntry):
     """Number of token pairs that its familiarity knows."""
     groups: list[Annotated[list[Name], Field(min_length=1)]] = Field(default_factory=list)
     """Experts whose tasks are asked of the same texts, by group."""
+    trunk: Name | None = None
+    """Expert whose states it reads; null reads the bare backbone."""
     familiarity_by_group: bool = False
     """Whether its familiarity has a calibration for each group, as those of versions from 0.2 have."""
 
@@ -138,6 +140,8 @@ class Manifest(_Entry):
     first_block: int = Field(ge=0)
     """Lowest block with an expert."""
     pooling: Literal["unit", "mean", "first", "last"]
+    by_words: bool = False
+    """Whether single texts are read as words, as tasks on words read them."""
     experts: dict[Name, ExpertEntry]
     tasks: dict[Name, TaskEntry]
     gate: Annotated[TextGateEntry | TokenGateEntry, Field(discriminator="type")] | None = None

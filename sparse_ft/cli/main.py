@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from sparse_ft.cli.distill import distill
 from sparse_ft.cli.edit import edit
 from sparse_ft.cli.evaluate import evaluate
 from sparse_ft.cli.export import export
@@ -114,7 +115,7 @@ def _root(
     """One frozen backbone, one LoRA-sized expert per task."""
 
 
-for command in (tasks, train, evaluate, predict, inspect, edit, merge, export, import_):
+for command in (tasks, train, distill, evaluate, predict, inspect, edit, merge, export, import_):
     app.command(command.__name__.rstrip("_"))(command)
 
 

@@ -24,8 +24,11 @@ FromOption = Annotated[
     Path | None, typer.Option("--from", metavar="CHECKPOINT", help="Start from a checkpoint and keep its experts.")
 ]
 StageOption = Annotated[
-    Literal["experts", "gate", "joint"] | None,
-    typer.Option(help="experts: experts, then the gate (default); gate: only the gate of --from; joint: both at once."),
+    Literal["experts", "gate", "joint", "shared"] | None,
+    typer.Option(
+        help="experts: experts, then the gate (default); gate: only the gate of --from; joint: both at once; shared: "
+        "one expert for all tasks in the lower blocks, small ones of their own above."
+    ),
 ]
 OutputOption = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder to write; default runs/<tasks>.")]
 

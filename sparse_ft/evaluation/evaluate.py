@@ -211,7 +211,7 @@ def _score_tasks(
     route: Route,
 ) -> dict[str, ScoredTask]:
     """Score each task on the data that the caller gives for it, or on that of its training."""
-    encoder = Encoder(opened.model.backbone, max_length=opened.config.data.max_length)
+    encoder = opened.encoder
     scored = {}
     for task, ensemble in ensembles.items():
         trained_on = opened.config.sources.get(task)

@@ -121,7 +121,7 @@ def route_tokens(
         checkpoint = load_checkpoint(checkpoint, device=find_device(device), backbone=backbone)
     model = checkpoint.model
     way = _route_of_text(route, model, seed=checkpoint.config.seed, min_familiarity=min_familiarity)
-    encoder = Encoder(model.backbone, max_length=checkpoint.config.data.max_length)
+    encoder = checkpoint.encoder
     pairs = any(spec.reads == "pair" for spec in checkpoint.tasks.values())
     form_of(text)  # refuses a text that is no Unicode
     parts = text.split("\t", 1) if pairs else [text]

@@ -58,12 +58,12 @@ class BankLayout:
             )
         return self._tensors[device]
 
-    def runs(self, routing: Routing) -> list[tuple[int | None, slice]] | None:
+    def runs(self, routing: Routing) -> list[tuple[tuple[int, ...], slice]] | None:
         """Return ``Routing.runs`` for layers of this layout, computed once for all of them."""
         key = (self, "runs")
         if key not in routing.cache:
             routing.cache[key] = routing.runs(self.ranks)
-        runs: list[tuple[int | None, slice]] | None = routing.cache[key]
+        runs: list[tuple[tuple[int, ...], slice]] | None = routing.cache[key]
         return runs
 
     def columns(self, routing: Routing, needed: tuple[int, ...]) -> "BankColumns":

@@ -52,7 +52,7 @@ class Gate(Protocol):
 class SequenceGate(nn.Module):
     """A perceptron over mean hidden states of the lower blocks, which decides once a text, before the experts run.
 
-    It reads states of the bare backbone, which do not depend on the experts.
+    It reads states of the bare backbone, or of the expert that all tasks share, which do not depend on the choice.
 
     Args:
         names: Experts to choose among.
@@ -62,6 +62,7 @@ class SequenceGate(nn.Module):
         num_pairs: Number of token pairs of a familiarity whose weights will be loaded.
         groups: Experts whose tasks are asked of the same texts, by group; every other expert is a group alone.
         by_group: See ``Familiarity``.
+        trunk: Expert whose states the gate reads; None reads the bare backbone.
 
     Raises:
         ValueError: If a group names an unknown expert, or two groups the same.
@@ -70,7 +71,7 @@ class SequenceGate(nn.Module):
     every_block: Literal[False] = False
     saved: ClassVar[dict[str, str]] = {"block": "block", "pairs": "num_pairs"}
     """Key in a manifest to argument of the constructor and attribute."""
-    added: ClassVar[dict[str, str]] = {"groups": "groups", "familiarity_by_group": "by_group"}
+    added: ClassVar[dict[str, str]] = {"groups": "groups", "familiarity_by_group": "by_group", "trunk": "trunk"}
     """The same for keys that are absent where they are empty, as in the manifests of version 0.1."""
 
     center: Tensor
@@ -86,11 +87,13 @@ class SequenceGate(nn.Module):
         num_pairs: int = 0,
         groups: Sequence[Sequence[str]] = (),
         by_group: bool = True,
+        trunk: str | None = None,
     ) -> None:
         super().__init__()
         self.names = list(names)
         self.partition = Groups(self.names, groups)
         self.block = block
+        self.trunk = trunk or None
         self.selection = selection
         num_features = (block + 1) * hidden_size
         self.register_buffer("center", torch.zeros(num_features))

@@ -1,5 +1,6 @@
 """Run examples through the model in batches of similar length, and return the results by text or example."""
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -10,9 +11,9 @@ from sparse_ft.backbone.batching import Batch, collate, length_batches, token_li
 from sparse_ft.backbone.encoding import NO_TOKEN_LOGIT, Example
 from sparse_ft.backbone.trunk import cache_trunk
 from sparse_ft.errors import CheckpointError
-from sparse_ft.experts.gates import Gate
+from sparse_ft.experts.gates import Gate, SequenceGate
 from sparse_ft.experts.model import SparseExpertModel
-from sparse_ft.experts.routing import ForwardPass, Routing
+from sparse_ft.experts.routing import Routing
 from sparse_ft.progress import progress_bar
 
 
@@ -161,25 +162,33 @@ def with_trunks(
     examples: Sequence[Example],
     *,
     block: int | None = None,
+    expert: str | None = None,
     hidden: bool = True,
     means: bool = False,
     title: str | None = None,
 ) -> list[Example]:
-    """Run the bare backbone up to a block, and return the examples with the states that enter it as their ``trunk``.
+    """Run texts up to a block, and return the examples with the states that enter it as their ``trunk``.
 
     Args:
         model: In evaluation mode.
         examples: Rows of model input.
-        block: 0-based; None takes the lowest with experts, below which all experts share the blocks.
+        block: 0-based; None takes the lowest in which the tasks of the model part.
+        expert: Changes the blocks; None leaves them bare.
         hidden: Whether to store the hidden states; if not, only the means are stored.
         means: Whether to store the mean of the states that enter each block up to there, too.
         title: Of a progress bar; None shows none.
     """
     backbone = model.backbone
-    lowest = min(model.first_block, backbone.num_blocks - 1)  # a model without experts has no block with experts
-    with model.slot.filled(ForwardPass(None)):
-        first_block = lowest if block is None else block
-        return cache_trunk(backbone, examples, first_block=first_block, hidden=hidden, means=means, title=title)
+    lowest = min(model.parting_block, backbone.num_blocks - 1)  # a model without experts has no block with experts
+    return cache_trunk(
+        backbone,
+        examples,
+        first_block=lowest if block is None else block,
+        run=functools.partial(model.states_by, expert),
+        hidden=hidden,
+        means=means,
+        title=title,
+    )
 
 
 def stacked_means(examples: Sequence[Example]) -> Tensor:
@@ -188,17 +197,31 @@ def stacked_means(examples: Sequence[Example]) -> Tensor:
 
 
 def mean_states(
-    model: SparseExpertModel, examples: Sequence[Example], *, block: int, title: str | None = None
+    model: SparseExpertModel,
+    examples: Sequence[Example],
+    *,
+    block: int,
+    expert: str | None = None,
+    title: str | None = None,
 ) -> Tensor:
-    """Return the mean over the tokens of the bare backbone's states that enter each block.
+    """Return the mean over the tokens of the states that enter each block.
 
     Args:
         model: In evaluation mode.
         examples: Rows of model input, at least one.
         block: The last block, 0-based.
+        expert: Changes the blocks; None leaves them bare.
         title: Of a progress bar; None shows none.
 
     Returns:
         [examples, block + 1, hidden] float32, on the CPU.
     """
-    return stacked_means(with_trunks(model, examples, block=block, hidden=False, means=True, title=title))
+    read = with_trunks(model, examples, block=block, expert=expert, hidden=False, means=True, title=title)
+    return stacked_means(read)
+
+
+def gate_states(
+    model: SparseExpertModel, gate: SequenceGate, examples: Sequence[Example], *, title: str | None = None
+) -> Tensor:
+    """Return the mean states that a gate reads of texts, [examples, block + 1, hidden]; see ``mean_states``."""
+    return mean_states(model, examples, block=gate.block, expert=gate.trunk, title=title)

@@ -159,11 +159,11 @@ class ExpertLayer(nn.Module):
         h = functional.linear(dropped, lora_a.t().contiguous())  # [N, S, r]; PEFT multiplies by a contiguous A, too
         return _added(self.frozen(x), h, lora_b, scale=self.scales[index])
 
-    def _with_experts(self, x: Tensor, runs: Sequence[tuple[int | None, slice]]) -> Tensor:
-        """Apply the frozen linear, and to each run of rows its expert, with the bits of ``_with_expert``: [N, S, O]."""
+    def _with_experts(self, x: Tensor, runs: Sequence[tuple[tuple[int, ...], slice]]) -> Tensor:
+        """Apply the frozen linear, and to each run of rows its experts, as ``_with_expert`` does: [N, S, O]."""
         y: Tensor = self.frozen(x)
-        for index, rows in runs:
-            if index is not None:
+        for together, rows in runs:
+            for index in together:
                 lora_a, lora_b = (part.to(x.dtype) for part in self._pair(index))
                 h = functional.linear(x[rows], lora_a.t().contiguous())  # [rows, S, r]
                 y[rows] = _added(y[rows], h, lora_b, scale=self.scales[index])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparse_ft.backbone.backbone import Backbone
 from sparse_ft.backbone.batching import Batch, TaskRows
+from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.backbone.pooling import pool
 from sparse_ft.errors import ConfigError, unknown_name
 from sparse_ft.experts.gates import Gate, GateInput, SequenceGate, TokenGate
@@ -28,9 +29,10 @@ class SparseExpertModel(nn.Module):
         backbone: Loaded by ``load_backbone``; the model replaces its linears in place and takes possession of it.
         pooling: ``unit``, ``mean``, ``first`` or ``last``, see ``pooling.pool``; ``auto`` is ``last`` for causal
             backbones, else ``unit``.
+        by_words: Whether single texts are read as words, as tasks on words read them.
     """
 
-    def __init__(self, backbone: Backbone, *, pooling: str = "auto") -> None:
+    def __init__(self, backbone: Backbone, *, pooling: str = "auto", by_words: bool = False) -> None:
         super().__init__()
         self.backbone = backbone
         self.encoder = backbone.model
@@ -45,6 +47,7 @@ class SparseExpertModel(nn.Module):
         )
         self.word_shapes = self.experts.word_shapes  # registers its tables
         self.pooling = pooling if pooling != "auto" else ("last" if backbone.family.causal else "unit")
+        self.by_words = by_words
         self.heads = nn.ModuleDict()
         self.tasks: dict[str, TaskSlot] = {}
         self.backbone_dropout = False
@@ -54,6 +57,27 @@ class SparseExpertModel(nn.Module):
     def first_block(self) -> int:
         """The lowest block with an expert layer; all tasks share the blocks below."""
         return min((self.backbone.block_of(name) for name in self.experts.layers), default=self.backbone.num_blocks)
+
+    @property
+    def trunk(self) -> str | None:
+        """The expert that tasks share below experts of their own; None if what they share is the bare backbone."""
+        shared = {slot.shared for slot in self.tasks.values() if not slot.joint} - {None}
+        return shared.pop() if len(shared) == 1 else None
+
+    @property
+    def parting_block(self) -> int:
+        """The lowest block in which tasks part that share the trunk."""
+        if self.trunk is None:
+            return self.first_block
+        own = {name for slot in self.tasks.values() if slot.shared == self.trunk for name in slot.experts}
+        indices = [self.experts.index(name) for name in own]
+        changed = [name for name, layer in self.experts.layers.items() if any(layer.ranks[index] for index in indices)]
+        return min(map(self.backbone.block_of, changed), default=self.backbone.num_blocks)
+
+    def on_trunk(self, task: str) -> bool:
+        """Whether a task reads the blocks below ``parting_block`` as the trunk leaves them."""
+        slot = self.tasks[task]
+        return slot.shared == self.trunk or (slot.joint and self.trunk is None)
 
     @property
     def device(self) -> torch.device:
@@ -75,6 +99,10 @@ class SparseExpertModel(nn.Module):
     def sequence_gate(self) -> SequenceGate | None:
         """The model's gate if it decides once a text."""
         return None if self.gate is None or self.gate.every_block else self.gate
+
+    def text_encoder(self, max_length: int) -> Encoder:
+        """Return a new encoder of texts for this model; see ``Encoder``."""
+        return Encoder(self.backbone, max_length=max_length, by_words=self.by_words)
 
     def add_task(
         self,
@@ -166,6 +194,7 @@ class SparseExpertModel(nn.Module):
         gate: Gate | None = None,
         block_routings: dict[int, Routing] | None = None,
         generator: torch.Generator | None = None,
+        planned: bool | None = None,
     ) -> dict[str, Tensor]:
         """Answer every task of a batch.
 
@@ -176,12 +205,13 @@ class SparseExpertModel(nn.Module):
             gate: Decides at every block with experts, instead of ``routing``.
             block_routings: Filled with the gate's routing in each block.
             generator: Source of dropout's random numbers on experts and heads; None takes the global one.
+            planned: Whether rows share the blocks that they have in common, see plan.py; None: outside training.
 
         Returns:
             Logits per task in float32, (rows, labels), or (words, tags) for tasks that read words.
         """
         hidden = self.hidden_states(
-            batch, routing=routing, gate=gate, block_routings=block_routings, generator=generator
+            batch, routing=routing, gate=gate, block_routings=block_routings, generator=generator, planned=planned
         )
         with self.slot.filled(ForwardPass(None, generator=generator)):  # for the dropout of the heads
             return {rows.task: self._head_logits(rows, hidden, batch) for rows in batch.tasks}
@@ -194,11 +224,9 @@ class SparseExpertModel(nn.Module):
         gate: Gate | None = None,
         block_routings: dict[int, Routing] | None = None,
         generator: torch.Generator | None = None,
+        planned: bool | None = None,
     ) -> Tensor:
-        """Run a batch through backbone and experts, [N, S, H]; the arguments are those of ``forward``.
-
-        Outside training, rows share the blocks that they have in common, see plan.py.
-        """
+        """Run a batch through backbone and experts, [N, S, H]; the arguments are those of ``forward``."""
         if routing is None and gate is None:
             routing, gate = self._default_routing(batch)
         shared = self._shared_expert(batch)
@@ -209,7 +237,9 @@ class SparseExpertModel(nn.Module):
         if gate is None:
             routing = serving
         plan, whole = None, self.backbone.family.routes_rows
-        if whole and not (torch.is_grad_enabled() or self.training):
+        if planned is None:
+            planned = not (torch.is_grad_enabled() or self.training)
+        if whole and planned:
             plan = plan_batch(batch, serving, self.experts, num_blocks=self.backbone.num_blocks, gated=gate is not None)
         # Some layers of other families see more than one entry a row: one expert a pass, or one row.
         whole = whole or (gate is None and routing.only is not None)
@@ -229,9 +259,12 @@ class SparseExpertModel(nn.Module):
             )
         return hidden if plan is None else hidden[plan.leaves]
 
-    def bare_states(self, batch: Batch) -> Tensor:
-        """Run a batch of texts through the backbone without any expert, [N, S, H]."""
-        return self._run(batch, ForwardPass(None))
+    def states_by(self, expert: str | None, batch: Batch) -> Tensor:
+        """Run a batch of texts through the backbone with one expert, or without any, [N, S, H]."""
+        if expert is None:
+            return self._run(batch, ForwardPass(None))
+        indices = [self.experts.index(expert)] * len(batch.input_ids)
+        return self._run(batch, ForwardPass(Routing.one_hot(indices, device=self.device)))
 
     def _default_routing(self, batch: Batch) -> tuple[Routing | None, TokenGate | None]:
         """Route each row to the expert of its task, or all rows by the token gate of joint tasks."""
@@ -289,7 +322,7 @@ class SparseExpertModel(nn.Module):
                 add = functools.partial(self._add_word_shapes, running, shapes=batch.word_shapes, experts=experts)
                 running.changes.setdefault(block, []).append(add)
         if batch.trunk is not None:
-            running.trunk, running.first_block = batch.trunk[rows], self.first_block
+            running.trunk, running.first_block = batch.trunk[rows], self.parting_block
         with self.slot.filled(running):
             return self.encoder(**inputs).last_hidden_state
 

@@ -81,27 +81,27 @@ class Routing:
             return first
         return None
 
-    def runs(self, ranks: Sequence[int]) -> list[tuple[int | None, slice]] | None:
-        """Return runs of neighbouring rows that one expert serves alone with weight 1 in a layer, or none does.
+    def runs(self, ranks: Sequence[int]) -> list[tuple[tuple[int, ...], slice]] | None:
+        """Return runs of neighbouring rows that the same experts serve in a layer, each with weight 1.
 
         Args:
             ranks: Rank of every expert in the layer; an expert of rank 0 does not serve it.
 
         Returns:
-            Expert (None: the bare layer) and rows of each run; None if a row mixes experts.
+            Experts (none: the bare layer) and rows of each run; None if an expert has another weight.
         """
         if self.experts is None or self.by_token:
             return None
-        runs: list[tuple[int | None, slice]] = []
+        runs: list[tuple[tuple[int, ...], slice]] = []
         for row, (experts, weights) in enumerate(zip(self.experts.tolist(), self.weights.tolist(), strict=True)):
             serving = [
                 (index, weight) for index, weight in zip(experts, weights, strict=True) if weight and ranks[index]
             ]
-            if len(serving) > 1 or (serving and serving[0][1] != 1):
+            if any(weight != 1 for _, weight in serving):
                 return None
-            expert = serving[0][0] if serving else None
-            start = runs.pop()[1].start if runs and runs[-1][0] == expert else row
-            runs.append((expert, slice(start, row + 1)))
+            together = tuple(index for index, _ in serving)
+            start = runs.pop()[1].start if runs and runs[-1][0] == together else row
+            runs.append((together, slice(start, row + 1)))
         return runs
 
     @cached_property

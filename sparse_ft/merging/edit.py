@@ -10,6 +10,7 @@ from pathlib import Path
 from sparse_ft.checkpoint.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from sparse_ft.checkpoint.outputs import claimed_output
 from sparse_ft.errors import ConfigError
+from sparse_ft.experts.low_rank import prune as pruned_expert
 from sparse_ft.merging.add import add_from
 from sparse_ft.merging.bookkeeping import (
     check_new_names,
@@ -20,7 +21,6 @@ from sparse_ft.merging.bookkeeping import (
     set_sources,
     tasks_using,
 )
-from sparse_ft.merging.low_rank import prune as pruned_expert
 from sparse_ft.merging.renaming import rename_label as renamed_label
 from sparse_ft.merging.renaming import rename_task as renamed_task
 from sparse_ft.merging.split import split_expert

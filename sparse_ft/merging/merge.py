@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sparse_ft.backbone.devices import find_device
-from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from sparse_ft.checkpoint.outputs import claimed_output
 from sparse_ft.config import changed_config
@@ -220,7 +219,7 @@ def _add_prototypes(checkpoint: Checkpoint) -> list[str]:
     idle = set(model.experts.names) - {expert for slot in model.tasks.values() for expert in slot.experts}
     if idle:
         return [f"There is no gate: expert {min(idle)!r} serves no task, so no texts belong to it."]
-    encoder = Encoder(model.backbone, max_length=checkpoint.config.data.max_length)
+    encoder = checkpoint.encoder
     ready = available_rows(checkpoint.tasks, run=checkpoint.config, encoder=encoder)
     lacking = [task for task in checkpoint.tasks if task not in ready]
     if lacking:
@@ -251,7 +250,7 @@ def _reports(
     if not settings.evaluate:
         return {}
     model, config = checkpoint.model, checkpoint.config
-    encoder = Encoder(model.backbone, max_length=config.data.max_length)
+    encoder = checkpoint.encoder
     way = find_route(route, model, seed=config.seed)
     return {
         name: evaluate_task(

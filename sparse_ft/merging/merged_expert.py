@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sparse_ft.errors import ConfigError
+from sparse_ft.experts.low_rank import Truncation, factor, factor_product
 from sparse_ft.experts.named_experts import Expert, named_generator
-from sparse_ft.merging.low_rank import Truncation, factor, factor_product
 from sparse_ft.merging.methods import MERGE_METHODS
 from sparse_ft.merging.settings import MergeSettings
 from sparse_ft.progress import progress_bar

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.checkpoint.checkpoint import Checkpoint
 from sparse_ft.errors import DataError
 from sparse_ft.evaluation.scoring import predict_rows, score_rows
@@ -112,7 +111,7 @@ def _validation_rows(
     checkpoint: Checkpoint, tasks: Sequence[MergedTask], settings: MergeSettings
 ) -> list[tuple[TaskSpec, EncodedRows]]:
     """Read and encode validation rows of all tasks that go into a merge."""
-    encoder = Encoder(checkpoint.model.backbone, max_length=checkpoint.config.data.max_length)
+    encoder = checkpoint.encoder
     encoded = []
     for task in tasks:
         for part in task.parts:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from sklearn.cluster import KMeans
 
-from sparse_ft.backbone.encoding import Encoder, Example
+from sparse_ft.backbone.encoding import Example
 from sparse_ft.checkpoint.checkpoint import Checkpoint
 from sparse_ft.errors import ConfigError
 from sparse_ft.experts.inference import mean_states
@@ -37,7 +37,7 @@ def split_expert(checkpoint: Checkpoint, name: str, new: str) -> list[str]:
     check_new_names(checkpoint, experts=[new])
     model, config = checkpoint.model, checkpoint.config
     task = _check_splittable(model, name)
-    encoder = Encoder(model.backbone, max_length=config.data.max_length)
+    encoder = checkpoint.encoder
     ready = {
         other: prepare_task(spec, run=config, encoder=encoder, before=spec) for other, spec in checkpoint.tasks.items()
     }

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_ft.backbone.encoding import Encoder, Example
+from sparse_ft.backbone.encoding import Example
 from sparse_ft.checkpoint.checkpoint import Checkpoint
 from sparse_ft.errors import ConfigError, DataError
 from sparse_ft.experts.inference import EncodedTexts, logits_by_task, with_trunks
@@ -37,7 +37,7 @@ class Answering:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint, self.tasks = checkpoint, checkpoint.tasks
-        self.encoder = Encoder(checkpoint.model.backbone, max_length=checkpoint.config.data.max_length)
+        self.encoder = checkpoint.encoder
         self.lock = ForkLock()
 
     @property
@@ -157,7 +157,8 @@ class Answering:
     def _ask_gate(self, texts: Sequence[Text], route: Route) -> tuple[Routing, _Seen]:
         """Let the gate choose among the experts that serve tasks on such texts, and return the states that it read."""
         gate = self.model.text_gate()
-        examples = with_trunks(self.model, self._encode_plain(texts), block=gate.block, means=True)
+        plain = self._encode_plain(texts)
+        examples = with_trunks(self.model, plain, block=gate.block, expert=gate.trunk, means=True)
         form = form_of(texts[0])
         fit = {
             expert
@@ -171,7 +172,8 @@ class Answering:
                 f"{' or '.join(dict.fromkeys(FORMS[spec.reads] for spec in self.tasks.values()))}."
             )
         routing = route.rows(examples, among=fit)
-        if not (gate.block == self.model.first_block and self.model.backbone.family.caches_trunk):
+        model = self.model
+        if not ((gate.block, gate.trunk) == (model.parting_block, model.trunk) and model.backbone.family.caches_trunk):
             examples = [replace(example, trunk=None) for example in examples]
         return routing, {_key(example): example for example in examples}
 
@@ -253,7 +255,7 @@ class Answering:
             return dict(encoded)
         distinct = {_key(example): example for texts in encoded.values() for example in texts.examples}
         lacking = [example for example in distinct.values() if example.means is None]
-        read = with_trunks(self.model, lacking, block=gate.block, hidden=False, means=True)
+        read = with_trunks(self.model, lacking, block=gate.block, expert=gate.trunk, hidden=False, means=True)
         means = {_key(example): example.means for example in read}
         return {
             name: texts._replace(
@@ -267,7 +269,12 @@ class Answering:
         if len({form_of(text) for text in texts}) > 1:
             raise DataError("Some of the texts are pairs and some are not, or have choices. Ask for them apart.")
         pairs = [text[1] or "" for text in texts if not isinstance(text, str)]
-        return self.encoder.texts([text if isinstance(text, str) else text[0] for text in texts], pairs or None)
+        languages = {spec.language for spec in self.tasks.values()}
+        return self.encoder.texts(
+            [text if isinstance(text, str) else text[0] for text in texts],
+            pairs or None,
+            language=languages.pop() if len(languages) == 1 else "en",
+        )
 
     def _encode(self, task: str, texts: Sequence[Text], *, seen: _Seen | None = None) -> EncodedTexts:
         """Encode texts for a task, with what a gate has seen of them."""
@@ -276,8 +283,9 @@ class Answering:
         examples = kind.encode(columns, encoder=self.encoder, labels=spec.label_names or [], language=spec.language)
         if seen:
             twins = [seen.get(_key(example), example) for example in examples]
+            on_trunk = self.model.on_trunk(task)
             examples = [
-                replace(example, trunk=twin.trunk, means=twin.means)
+                replace(example, trunk=twin.trunk if on_trunk else None, means=twin.means)
                 for example, twin in zip(examples, twins, strict=True)
             ]
         return EncodedTexts(examples, len(texts), kind.num_parts(columns, language=spec.language))

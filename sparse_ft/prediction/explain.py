@@ -24,7 +24,7 @@ def plan_tasks(model: SparseExpertModel, specs: Mapping[str, TaskSpec], names: S
     for row, slot in enumerate(slots):
         mixed = [name for name in model.gate.names if name in model.experts.names] if slot.joint and model.gate else []
         weights[row, [model.experts.index(name) for name in (*slot.used, *mixed)]] = 1.0
-    shapes = [(1,) if slot.level == "word" else () for slot in slots]
+    shapes = [(1,) if slot.level == "word" or model.by_words else () for slot in slots]
     paths = expert_paths(Routing(None, weights), shapes, model.experts, num_blocks=num_blocks)
     inputs: list[Hashable] = [specs[name].reads for name in names]
     if not model.backbone.family.routes_rows:

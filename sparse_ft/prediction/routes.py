@@ -11,7 +11,7 @@ import torch
 from sparse_ft.backbone.encoding import Example
 from sparse_ft.errors import CheckpointError, ConfigError, unknown_name
 from sparse_ft.experts.gates import Gate
-from sparse_ft.experts.inference import mean_states, stacked_means
+from sparse_ft.experts.inference import gate_states, stacked_means
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.routing import Routing
 from sparse_ft.prediction.arrow import arrow_gate
@@ -143,7 +143,7 @@ class Route:
         if gate is None:
             raise ConfigError(f"Task {task!r} needs a gate that chooses among its experts, and this model has none.")
         carried = bool(examples) and all(example.means is not None for example in examples)
-        means = stacked_means(examples) if carried else mean_states(model, examples, block=gate.block, title=title)
+        means = stacked_means(examples) if carried else gate_states(model, gate, examples, title=title)
         tokens = [example.input_ids for example in examples] if task is None else None  # a known task is never unknown
         excluded = [] if among is None else [index for index, name in enumerate(gate.names) if name not in among]
         threshold = self.min_familiarity if task is None else 0.0

@@ -1,6 +1,7 @@
 """Refuse a run whose settings contradict each other, its checkpoint or its backbone, with all problems at once."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,8 +15,10 @@ from sparse_ft.experts.model import SparseExpertModel, check_token_routing
 from sparse_ft.experts.selection import Selection
 from sparse_ft.tasks.kinds import KINDS
 from sparse_ft.tasks.spec import TaskSpec
+from sparse_ft.training.depths import num_passes
 from sparse_ft.training.joint import SHARED, has_gate, pool_names
 from sparse_ft.training.new_experts import planned_slots
+from sparse_ft.training.parameters import frozen_experts
 
 
 def check_stage(run: RunConfig, *, resume: bool) -> None:
@@ -49,6 +52,7 @@ def check_settings(run: RunConfig, trained: Sequence[str], *, output: str | Path
             *_start_problems(run, trained),
             *_setting_problems(run),
             *(_joint_setting_problems(run) if run.stage == "joint" else ()),
+            *_shared_setting_problems(run, trained),
             *_messages(lambda: None if output is None else free_output(output)),
         ]
     )
@@ -76,9 +80,10 @@ def check_model(run: RunConfig, model: SparseExpertModel, specs: Sequence[TaskSp
     problems = [
         *_frozen_problems(run, model),
         *(_joint_problems(run, model, trained) if run.stage == "joint" else _stage_problems(run, model, trained)),
-        *_shared_expert_problems(run, slots, trained),
+        *_shared_expert_problems(run, slots, trained, frozen=frozen_experts(run, model)),
         *_kept_expert_problems(run, model, trained),
         *_gate_problems(run, model, num_experts=num_experts),
+        *(_shared_model_problems(run, model, trained) if run.stage == "shared" else ()),
     ]
     if num_experts < 2 and has_gate(run):
         problems.append(
@@ -180,6 +185,44 @@ def _joint_setting_problems(run: RunConfig) -> Iterator[str]:
         yield "experts.shared_a needs a pool: set experts.pool to the number of its experts."
 
 
+def _shared_setting_problems(run: RunConfig, trained: Sequence[str]) -> Iterator[str]:
+    settings = run.shared
+    if run.stage != "shared":
+        adds = run.stage == "experts" and run.start is not None
+        for name in sorted(settings.model_fields_set - ({"own_blocks"} if adds else set())):
+            yield f"shared.{name} is for experts that tasks share. Add --stage shared, or use `sparse-ft distill`."
+        return
+    if run.start is not None:
+        yield (
+            "--stage shared begins with new experts, so --from has no meaning. `sparse-ft distill CHECKPOINT` takes "
+            "the experts of a checkpoint as teachers."
+        )
+    for name in ("pool", "frozen", "first_block"):
+        if name in run.experts.model_fields_set:
+            yield f"experts.{name} is not for --stage shared, where all tasks share the lower blocks. Leave it out."
+    for name in settings.own_blocks:
+        if name not in trained:
+            yield f"shared.own_blocks: {unknown_name('task', name, trained)}"
+
+
+def _shared_model_problems(run: RunConfig, model: SparseExpertModel, trained: Sequence[str]) -> Iterator[str]:
+    settings, num_blocks = run.shared, model.backbone.num_blocks
+    if not model.backbone.family.routes_rows:
+        yield (
+            f"Backbone {model.backbone.name!r} cannot share a pass between tasks: its attention shares layers between "
+            "rows. Train experts of their own."
+        )
+    for name, blocks in settings.own_blocks.items():
+        if blocks > num_blocks:
+            yield f"shared.own_blocks gives task {name!r} {blocks} blocks; the backbone has {num_blocks}."
+    passes = num_passes([settings.own_blocks.get(name, 0) for name in trained], num_blocks=num_blocks)
+    if passes > settings.passes + 1e-9:
+        yield (
+            f"shared.own_blocks costs {passes:.2f} passes for all tasks, and shared.passes is {settings.passes:g}. "
+            f"Raise it to {math.ceil(100 * passes) / 100:g}, or give fewer blocks."
+        )
+
+
 def _gate_problems(run: RunConfig, model: SparseExpertModel, *, num_experts: int) -> Iterator[str]:
     block, top_k, last = run.gate.block, run.gate.top_k, model.backbone.num_blocks - 1
     if block is not None and block > last:
@@ -234,11 +277,13 @@ def _joint_problems(run: RunConfig, model: SparseExpertModel, trained: Sequence[
         yield f"{run.start!r} has {len(existing)} experts with one A, so experts.pool cannot be {len(pool)}."
 
 
-def _shared_expert_problems(run: RunConfig, slots: Mapping[str, TaskSlot], trained: Sequence[str]) -> Iterator[str]:
+def _shared_expert_problems(
+    run: RunConfig, slots: Mapping[str, TaskSlot], trained: Sequence[str], *, frozen: Collection[str]
+) -> Iterator[str]:
     """Refuse to train an expert that also serves a task which is not trained."""
     for task in trained:
         for other, slot in slots.items():
-            common = sorted(set(slot.used) & set(slots[task].used) - set(run.experts.frozen))
+            common = sorted(set(slot.used) & set(slots[task].used) - set(frozen))
             if other not in trained and common:
                 yield (
                     f"The expert {common[0]!r} of task {task!r} in {run.start!r} also serves task {other!r}, whose "
@@ -251,7 +296,7 @@ def _kept_expert_problems(run: RunConfig, model: SparseExpertModel, trained: Seq
     """Refuse settings of experts in a run that only trains existing experts further."""
     if run.experts.pool or any(task not in model.tasks for task in trained):
         return  # the settings are for the new experts
-    for name in dict.fromkeys(name for task in trained for name in model.tasks[task].used):
+    for name in dict.fromkeys(name for task in trained for name in model.tasks[task].experts):
         expert = model.experts.get(name)
         values: dict[str, list[float]] = {
             "rank": sorted(set(expert.ranks.values())),

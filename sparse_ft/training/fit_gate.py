@@ -49,7 +49,7 @@ def fit_gate(
     Raises:
         ConfigError: If an expert has fewer than two rows.
     """
-    names = list(names or model.experts.names)
+    names = list(names or model.routed)
     lacking = [name for name in names if len(examples.get(name, ())) < 2]
     if lacking:
         raise ConfigError(
@@ -63,7 +63,10 @@ def fit_gate(
     for lead, *others in joined(names, same):
         rows = distinct(examples, [lead, *others]) if others else examples[lead]
         drawn[lead] = _draw(rows, settings.rows, f"{seed}/{lead}")
-    means = {lead: mean_states(model, rows, block=block, title=f"gate, {lead}") for lead, rows in drawn.items()}
+    means = {
+        lead: mean_states(model, rows, block=block, expert=model.trunk, title=f"gate, {lead}")
+        for lead, rows in drawn.items()
+    }
     alike = pairs_by_state({lead: rows for lead, rows in means.items() if lead in choosable})
     groups = joined(names, [*same, *alike])
     announce(model, groups, [*same, *alike])
@@ -72,7 +75,9 @@ def fit_gate(
         apart = [name for name in others if name in means]  # alike, not the same
         means[lead] = torch.cat([means[lead], *(means.pop(name) for name in apart)])
         tokens[lead] = [*tokens[lead], *(ids for name in apart for ids in tokens.pop(name))]
-    return fit_on_means(means, tokens, settings=settings, seed=seed, names=names, groups=groups).to(model.device)
+    gate = fit_on_means(means, tokens, settings=settings, seed=seed, names=names, groups=groups).to(model.device)
+    gate.trunk = model.trunk
+    return gate
 
 
 def fit_on_means(
@@ -119,8 +124,9 @@ def fit_on_means(
 
 def gate_block(model: SparseExpertModel, settings: GateConfig) -> int:
     """Return the highest 0-based block whose input a gate for texts reads."""
-    middle = max(model.first_block, model.backbone.num_blocks // 2)
-    return min(middle, model.backbone.num_blocks - 1) if settings.block is None else settings.block
+    middle = model.backbone.num_blocks // 2 if model.trunk is None else 0
+    lowest = min(max(model.parting_block, middle), model.backbone.num_blocks - 1)
+    return lowest if settings.block is None else settings.block
 
 
 def _draw(examples: Sequence[Example], number: int, key: str) -> list[Example]:

@@ -44,7 +44,7 @@ def train_gate(
     for spec in specs.values():
         check_metric(spec)
     check_gate_stage(run, model)
-    encoder = Encoder(model.backbone, max_length=run.data.max_length)
+    encoder = model.text_encoder(run.data.max_length)
     tasks = {
         name: prepare_task(spec, run=run, encoder=encoder, before=spec, sources=sources) for name, spec in specs.items()
     }

@@ -1,8 +1,9 @@
 """The gradients of a batch, computed in parts: one after another to save memory, or side by side to save time."""
 
+import functools
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -10,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ft.backbone.batching import collate
+from sparse_ft.backbone.encoding import Example
 from sparse_ft.config import RunConfig
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.named_experts import named_generator
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.training.joint import FixedRouting, JointRouting, Rows
 from sparse_ft.training.processes import all_reduce_gradients, gather, is_distributed, rank, world_size
-from sparse_ft.training.training_task import TrainingTask
+from sparse_ft.training.teachers import soft_loss
+from sparse_ft.training.training_task import SoftExample, TrainingTask
 
 _MIN_ROWS = 8
 """Fewest rows of a part in a joint run, if there are few experts."""
@@ -69,16 +72,19 @@ class Gradients:
         routing: JointRouting | FixedRouting | None = None,
     ) -> None:
         self.model, self.tasks, self.parameters, self.run, self.routing = model, tasks, list(parameters), run, routing
+        self.soft_weight = 0.0
         self.workers = min(gather(_count_workers(model, run)))  # equal in all ranks, which divide a batch by it
         self.pool = _thread_pool(self.workers) if self.workers > 1 else None
 
-    def add(self, batch: Rows, *, step: int) -> StepLosses:
+    def add(self, batch: Rows, *, step: int, soft_weight: float = 0.0) -> StepLosses:
         """Add the gradients of a batch, and return its losses.
 
         Args:
             batch: Task and index in ``TrainingTask.groups`` of each row; the rows of a task are adjacent.
             step: Number of the optimizer step, which the random numbers depend on.
+            soft_weight: Weight of the teachers' answers in the losses of tasks that have a teacher, 0 to 1.
         """
+        self.soft_weight = soft_weight
         parts = list(enumerate(self._divide(batch)))[rank() :: world_size()]
         losses = StepLosses({task: 0.0 for task, _ in batch})
         for start in range(0, len(parts), self.workers):
@@ -149,21 +155,31 @@ class Gradients:
     def _losses(self, part: Rows, generator: torch.Generator | None, *, batch: Rows) -> tuple[Tensor, StepLosses]:
         """Return what a part of a batch adds to the loss that is minimised, and to the losses that are reported."""
         rows = [(task, index) for task, group in part for index in self.tasks[task].groups[group]]
-        examples = [(task, self.tasks[task].examples[index]) for task, index in rows]
+        echoes = self._echoes(part)
+        examples: list[tuple[str, Example]] = []
+        for task in dict.fromkeys([*(task for task, _ in rows), *echoes]):
+            examples += [(task, self.tasks[task].examples[index]) for name, index in rows if name == task]
+            examples += [(task, echo.example) for echo in echoes.get(task, ())]
         inputs = collate(examples, pad_id=self.model.backbone.pad_id, device=self.model.device)
         auxiliary = None
         if self.routing is None:
-            logits = self.model(inputs, generator=generator)
+            logits = self.model(inputs, generator=generator, planned=bool(echoes))
         else:
             logits, auxiliary = self.routing.forward(self.model, inputs, rows, generator=generator)
         part_targets, targets = self._count_targets(part), self._count_targets(batch)
         num_rows = Counter(task for task, _ in batch)
         total, losses = torch.zeros((), device=self.model.device), {}
         for task_rows in inputs.tasks:
-            task = task_rows.task
-            assert task_rows.targets is not None
+            task, outputs = task_rows.task, logits[task_rows.task]
+            echoed = echoes.get(task, [])
+            outputs, heard = outputs.split([len(outputs) - _num_outputs(echoed), _num_outputs(echoed)])
+            if echoed:
+                total = total + self._echo_loss(task, echoed, heard, batch=batch)
             groups = [group for name, group in part if name == task]
-            loss = self._mean_loss(self.tasks[task], groups, logits[task], task_rows.targets)
+            if not groups:
+                continue
+            assert task_rows.targets is not None
+            loss = self._task_loss(self.tasks[task], groups, outputs, task_rows.targets)
             loss = loss * (part_targets[task] / targets[task])
             # Each task weighs as its rows do: a batch is worth the mean over its rows, whatever the task mixture.
             total = total + loss * (num_rows[task] / len(batch))
@@ -174,6 +190,25 @@ class Gradients:
         gate = {name: value * share for name, value in auxiliary.losses.items()}
         return total + auxiliary.total * share, StepLosses(losses, gate, auxiliary.usage.cpu() * share)
 
+    def _echoes(self, rows: Rows) -> dict[str, list[SoftExample]]:
+        """Return what the teachers of other tasks say of rows, by task; nothing once the teachers have no weight."""
+        echoes: dict[str, list[SoftExample]] = {}
+        for task, group in rows if self.soft_weight else ():
+            row = self.tasks[task].examples[self.tasks[task].groups[group][0]].row
+            for other, by_row in self.tasks[task].echoes.items():
+                echoes.setdefault(other, []).extend(by_row[row])
+        return echoes
+
+    def _echo_loss(self, task: str, part: Sequence[SoftExample], logits: Tensor, *, batch: Rows) -> Tensor:
+        """Return what a part of a batch adds to the loss by texts of other tasks, each of which weighs as a row."""
+        whole = self._echoes(batch)[task]
+        teacher = torch.cat([echo.logits for echo in part]).to(logits.device)
+        loss = soft_loss(
+            find_kind(self.tasks[task].spec.kind), logits, teacher, temperature=self.run.shared.temperature
+        )
+        share = _num_outputs(part) / _num_outputs(whole)
+        return self.soft_weight * loss * share * (len(whole) / len(batch))
+
     def _count_targets(self, rows: Rows) -> Counter[str]:
         """Count the targets that the mean loss of each task is taken over."""
         counts: Counter[str] = Counter()
@@ -181,14 +216,37 @@ class Gradients:
             counts[task] += self.tasks[task].num_targets[group]
         return counts
 
-    def _mean_loss(self, task: TrainingTask, groups: Sequence[int], logits: Tensor, targets: Tensor) -> Tensor:
-        """Average the loss over the rows of one task; logits and targets are in the order of ``groups``."""
+    def _task_loss(self, task: TrainingTask, groups: Sequence[int], logits: Tensor, targets: Tensor) -> Tensor:
+        """Average the loss over rows of one task, from their labels and its teacher's answers in the same order."""
         kind, smoothing = find_kind(task.spec.kind), self.run.train.label_smoothing
-        if not kind.grouped:
-            return kind.loss(logits, targets, label_smoothing=smoothing)
+        loss = self._mean(task, groups, functools.partial(kind.loss, label_smoothing=smoothing), logits, targets)
+        if task.soft is None or not self.soft_weight:
+            return loss
+        soft = [task.soft[index] for group in groups for index in task.groups[group]]
+        teacher = (torch.cat(soft) if soft[0].dim() > 1 else torch.stack(soft)).to(logits.device)
+        diverging = functools.partial(soft_loss, kind, temperature=self.run.shared.temperature)
+        taught = self._mean(task, groups, diverging, logits, teacher)
+        return (1 - self.soft_weight) * loss + self.soft_weight * taught
+
+    def _mean(
+        self,
+        task: TrainingTask,
+        groups: Sequence[int],
+        loss: Callable[[Tensor, Tensor], Tensor],
+        logits: Tensor,
+        targets: Tensor,
+    ) -> Tensor:
+        """Average a loss over rows, each by itself if the kind of the task goes by row."""
+        if not find_kind(task.spec.kind).grouped:
+            return loss(logits, targets)
         sizes = [sum(len(task.examples[index].targets) for index in task.groups[group]) for group in groups]
         parts = zip(logits.split(sizes), targets.split(sizes), strict=True)
-        return torch.stack([kind.loss(*part, label_smoothing=smoothing) for part in parts]).mean()
+        return torch.stack([loss(*part) for part in parts]).mean()
+
+
+def _num_outputs(echoes: Sequence[SoftExample]) -> int:
+    """Return the words that the logits of rows are about."""
+    return sum(len(echo.logits) for echo in echoes)
 
 
 def _count_workers(model: SparseExpertModel, run: RunConfig) -> int:

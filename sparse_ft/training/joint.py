@@ -8,7 +8,7 @@ from torch import Tensor
 from sparse_ft.backbone.batching import Batch
 from sparse_ft.backbone.encoding import Example
 from sparse_ft.config import RunConfig
-from sparse_ft.experts.inference import mean_states
+from sparse_ft.experts.inference import gate_states
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.routing import Routing
 from sparse_ft.prediction.routes import Route
@@ -39,7 +39,7 @@ class JointRouting:
         self.targets = {task: self._target(model, task) for task in examples}
         self.means: dict[str, Tensor] = {}
         if not gate.every_block:  # it reads the bare backbone, whose states never change
-            self.means = {task: mean_states(model, rows, block=gate.block) for task, rows in examples.items()}
+            self.means = {task: gate_states(model, gate, rows) for task, rows in examples.items()}
 
     def _target(self, model: SparseExpertModel, task: str) -> int:
         """Return the index of a task's expert, or of the expert's group; -100 for none."""

@@ -12,10 +12,11 @@ import torch
 
 from sparse_ft.backbone.batching import epoch_batches
 from sparse_ft.backbone.encoding import Example
-from sparse_ft.backbone.trunk import cache_trunk, trunk_bytes
+from sparse_ft.backbone.trunk import trunk_bytes
 from sparse_ft.config import RunConfig
 from sparse_ft.errors import SparseFTError
 from sparse_ft.evaluation.scoring import predict_rows, score_rows
+from sparse_ft.experts.inference import with_trunks
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.json_output import null_if_undefined
 from sparse_ft.progress import progress_bar
@@ -99,7 +100,9 @@ class _Loop:
         self.joint = JointRouting(model, examples, run=self.run) if has_gate(self.run) else None
         split = self.joint is None and any(model.tasks[task].gated for task in tasks)
         routing = FixedRouting(model, examples) if split else self.joint
-        self.tasks = _cache_trunks(model, tasks, limit=self.run.train.trunk_memory * 2**20)
+        trunk_learns = any(name.startswith(f"{model.trunk}/expert.") for name in group.parameters)
+        limit = self.run.train.trunk_memory * 2**20
+        self.tasks = _cache_trunks(model, tasks, limit=limit, trunk_learns=trunk_learns)
         for parameter in group.parameters.values():
             parameter.requires_grad_(True)
         self.optimizer = build_optimizer(group.parameters, self.run)
@@ -175,7 +178,8 @@ class _Loop:
         factor = _rate(progress.step, total=self.total_steps, warmup=settings.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        losses = self.gradients.add(batch, step=progress.step)
+        soft_weight = self.run.shared.soft_weight * (1 - progress.step / self.total_steps)
+        losses = self.gradients.add(batch, step=progress.step, soft_weight=soft_weight)
         self.group.sum_tied()
         if settings.clip:
             torch.nn.utils.clip_grad_norm_(self.group.parameters.values(), settings.clip)
@@ -258,18 +262,20 @@ class _Loop:
 
 
 def _cache_trunks(
-    model: SparseExpertModel, tasks: Mapping[str, TrainingTask], *, limit: int
+    model: SparseExpertModel, tasks: Mapping[str, TrainingTask], *, limit: int, trunk_learns: bool
 ) -> Mapping[str, TrainingTask]:
-    """Compute the states below the experts once for all rows, if they fit into ``limit`` bytes."""
-    backbone, first_block = model.backbone, model.first_block
-    if first_block == 0 or not backbone.family.caches_trunk or model.backbone_dropout:
+    """Compute the states that all tasks share once for all rows, if they fit into ``limit`` bytes and never change."""
+    backbone = model.backbone
+    if model.parting_block == 0 or not backbone.family.caches_trunk or model.backbone_dropout:
+        return tasks
+    if trunk_learns or not all(map(model.on_trunk, tasks)):
         return tasks
     rows = [example for task in tasks.values() for example in (*task.examples, *task.validation.examples)]
     if trunk_bytes(backbone, rows) > limit:
         return tasks
 
     def cache(examples: list[Example]) -> list[Example]:
-        return cache_trunk(backbone, examples, first_block=first_block, title="below the experts")
+        return with_trunks(model, examples, expert=model.trunk, title="below the experts")
 
     return {
         name: replace(

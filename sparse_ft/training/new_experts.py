@@ -16,6 +16,7 @@ from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.spec import TaskSpec
 from sparse_ft.training.fit_gate import fit_gate, gate_block
 from sparse_ft.training.joint import SHARED, has_gate, pool_names
+from sparse_ft.training.shared_experts import shared_alpha
 from sparse_ft.training.training_task import TrainingTask
 
 _MANY_EXPERTS = 16
@@ -34,7 +35,9 @@ def planned_slots(model: SparseExpertModel, specs: Sequence[TaskSpec], *, run: R
     """
     pool, slots = tuple(pool_names(run.experts.pool)), {}
     for spec in specs:
-        slot = model.tasks.get(spec.name) or TaskSlot(pool or (spec.name,), find_kind(spec.kind).level)
+        slot = model.tasks.get(spec.name) or TaskSlot(
+            pool or (spec.name,), find_kind(spec.kind).level, shared=_trunk(model, run)
+        )
         if run.stage == "joint":
             shared = SHARED if run.experts.shared else slot.shared
             slot = replace(slot, experts=pool or slot.experts, joint=has_gate(run), shared=shared)
@@ -42,11 +45,21 @@ def planned_slots(model: SparseExpertModel, specs: Sequence[TaskSpec], *, run: R
     return slots
 
 
+def _trunk(model: SparseExpertModel, run: RunConfig) -> str | None:
+    """Return the expert that new tasks share below their own, if there is one."""
+    return {"shared": SHARED, "experts": model.trunk}.get(run.stage)
+
+
 def add_tasks(model: SparseExpertModel, tasks: Mapping[str, TrainingTask], *, run: RunConfig) -> None:
     """Add the experts and heads that a run needs; those that the model has already stay."""
     specs = [task.spec for task in tasks.values()]
     slots = planned_slots(model, specs, run=run)
     words = any(slot.level == "word" for slot in slots.values())
+    if run.stage == "shared":
+        num_blocks = model.backbone.num_blocks
+        rank, alpha, depths = run.shared.rank, shared_alpha(run), run.shared.own_blocks
+        common = range(num_blocks - min(depths[spec.name] for spec in specs))
+        _create(model, SHARED, run=run, words=words, blocks=common, rank=rank, alpha=alpha)
     for name in pool_names(run.experts.pool):
         if name not in model.experts.names:
             _create(model, name, run=run, words=words, drawn_as="pool" if run.experts.shared_a else None)
@@ -60,21 +73,39 @@ def add_tasks(model: SparseExpertModel, tasks: Mapping[str, TrainingTask], *, ru
 
 
 def _add_task(model: SparseExpertModel, spec: TaskSpec, slot: TaskSlot, *, run: RunConfig) -> None:
-    if not run.experts.pool:
+    if slot.shared is not None and not slot.joint:
+        num_blocks = model.backbone.num_blocks
+        own = range(num_blocks - run.shared.own_blocks.get(spec.name, 1), num_blocks)
+        _create(model, spec.name, run=run, words=False, blocks=own)
+    elif not run.experts.pool:
         _create(model, spec.name, run=run, words=slot.level == "word")
     outputs = find_kind(spec.kind).outputs(spec.label_names or [])
-    head = model.add_task(spec.name, expert=slot.experts, level=slot.level, num_outputs=len(outputs))
+    head = model.add_task(
+        spec.name, expert=slot.experts, level=slot.level, num_outputs=len(outputs), shared=slot.shared
+    )
     head.initialise(seed=run.seed, name=spec.name)
 
 
-def _create(model: SparseExpertModel, name: str, *, run: RunConfig, words: bool, drawn_as: str | None = None) -> None:
-    settings = run.experts
-    shapes = model.backbone.drops_case if settings.word_shapes is None else settings.word_shapes
+def _create(
+    model: SparseExpertModel,
+    name: str,
+    *,
+    run: RunConfig,
+    words: bool,
+    drawn_as: str | None = None,
+    blocks: range | None = None,
+    rank: int | None = None,
+    alpha: float | None = None,
+) -> None:
+    """Add an expert by the settings of a run, except for what is given."""
+    settings, backbone = run.experts, model.backbone
+    shapes = backbone.drops_case if settings.word_shapes is None else settings.word_shapes
+    modules = backbone.select_linears(first_block=settings.first_block, targets=settings.targets)
     model.experts.create(
         name,
-        modules=model.backbone.select_linears(first_block=settings.first_block, targets=settings.targets),
-        rank=settings.rank,
-        alpha=settings.alpha,
+        modules=[module for module in modules if blocks is None or backbone.block_of(module) in blocks],
+        rank=rank or settings.rank,
+        alpha=alpha or settings.alpha,
         seed=run.seed,
         word_shapes=shapes and words,
         drawn_as=drawn_as,

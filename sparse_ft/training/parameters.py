@@ -1,7 +1,7 @@
 """The parameters in training, in groups that are clipped and scored together, and the optimizer over them."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -41,19 +41,26 @@ def task_groups(model: SparseExpertModel, tasks: Sequence[str], *, run: RunConfi
         tasks: Names of the tasks in training.
         run: The run's config.
     """
+    frozen = frozen_experts(run, model)
     if run.stage != "joint":
         return {
-            "+".join(members): TaskGroup(members, _trainable(model, members, frozen=run.experts.frozen))
-            for members in _connected_tasks(model, tasks, frozen=run.experts.frozen)
+            "+".join(members): TaskGroup(members, _trainable(model, members, frozen=frozen))
+            for members in _connected_tasks(model, tasks, frozen=frozen)
         }
-    parameters = _trainable(model, tasks, frozen=run.experts.frozen)
+    parameters = _trainable(model, tasks, frozen=frozen)
     if has_gate(run):
         assert model.gate is not None
         parameters.update({f"gate/gate.{name}": value for name, value in model.gate.classifier.named_parameters()})
     return {"joint": TaskGroup(list(tasks), parameters, _tied(model, tasks) if run.experts.shared_a else [])}
 
 
-def _trainable(model: SparseExpertModel, tasks: Sequence[str], *, frozen: Sequence[str]) -> dict[str, nn.Parameter]:
+def frozen_experts(run: RunConfig, model: SparseExpertModel) -> set[str]:
+    """Return the experts that a run does not change: those that it names, and one that tasks share from before it."""
+    kept = {model.trunk} - {None} if run.stage == "experts" else set()
+    return {*run.experts.frozen, *map(str, kept)}
+
+
+def _trainable(model: SparseExpertModel, tasks: Sequence[str], *, frozen: Collection[str]) -> dict[str, nn.Parameter]:
     """Return the parameters of the heads and of the experts that are not frozen, each once."""
     parameters: dict[str, nn.Parameter] = {}
     for task in tasks:
@@ -64,7 +71,7 @@ def _trainable(model: SparseExpertModel, tasks: Sequence[str], *, frozen: Sequen
     return parameters
 
 
-def _connected_tasks(model: SparseExpertModel, tasks: Sequence[str], *, frozen: Sequence[str]) -> list[list[str]]:
+def _connected_tasks(model: SparseExpertModel, tasks: Sequence[str], *, frozen: Collection[str]) -> list[list[str]]:
     """Group tasks that have a trainable expert in common."""
     groups: list[list[str]] = []
     for task in tasks:

@@ -13,7 +13,6 @@ import torch
 
 from sparse_ft.backbone.backbone import load_backbone, set_training_attention
 from sparse_ft.backbone.devices import find_device, find_dtype, is_out_of_memory
-from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.checkpoint.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from sparse_ft.checkpoint.folders import explain_os_errors, write_json
 from sparse_ft.checkpoint.manifest import read_metrics, read_spec
@@ -36,9 +35,12 @@ from sparse_ft.training.joint import has_gate
 from sparse_ft.training.loop import fit
 from sparse_ft.training.new_experts import add_tasks, start_gate
 from sparse_ft.training.new_heads import has_start, start_head
+from sparse_ft.training.own_depths import plan_shared
 from sparse_ft.training.processes import broadcast, broadcast_module, rank, rank_device
 from sparse_ft.training.resume import Progress, unscored_tasks
 from sparse_ft.training.settings import AssembledRun, assemble_run, moved_backbone
+from sparse_ft.training.shared_experts import start_from_teachers
+from sparse_ft.training.teachers import Teacher, load_teachers, taught, taught_together
 from sparse_ft.training.training_task import TrainingTask, prepare_task
 
 _LOG = logging.getLogger("sparse_ft")
@@ -60,6 +62,8 @@ class TrainResult:
     """The trained tasks, with their labels."""
     tokens_per_second: float
     """Tokens, without padding, per second of the training steps."""
+    num_blocks: int = 0
+    """Blocks of the backbone; 0 where nothing was trained."""
     folds: dict[str, FoldScores] = field(default_factory=dict)
     """Scores of each task over the folds of a run with ``folds``."""
 
@@ -82,7 +86,7 @@ def train(
     resume: bool = False,
     seed: int | None = None,
     device: str | None = None,
-    stage: Literal["experts", "gate", "joint"] | None = None,
+    stage: Literal["experts", "gate", "joint", "shared"] | None = None,
     folds: int | None = None,
     trust_tasks: bool = False,
 ) -> TrainResult:
@@ -193,11 +197,23 @@ def _train(
     old = {name: spec.marked(foreign=not trust_tasks) for name, spec in old.items()}
     if not resume:  # a resumed run was checked when it began, and its config has every setting
         check_model(run, model, specs)
-    encoder = Encoder(model.backbone, max_length=run.data.max_length)
+    teachers: dict[str, Teacher] = {}
+    if run.stage == "shared":
+        model.by_words = any(find_kind(spec.kind).level == "word" for spec in specs)
+        teachers = load_teachers(run, [spec.name for spec in specs], device=device, trust_tasks=trust_tasks)
+    known = old | {name: teacher.spec for name, teacher in teachers.items()}
+    encoder = model.text_encoder(run.data.max_length)
     tasks = {
-        spec.name: prepare_task(spec, run=run, encoder=encoder, before=old.get(spec.name), sources=sources)
+        spec.name: prepare_task(spec, run=run, encoder=encoder, before=known.get(spec.name), sources=sources)
         for spec in specs
     }
+    tasks |= {name: taught(tasks[name], teacher) for name, teacher in teachers.items()}
+    heard = {
+        name: teacher
+        for name, teacher in teachers.items()
+        if run.shared.echoes == "all" or (run.shared.echoes == "words" and find_kind(teacher.spec.kind).level == "word")
+    }
+    tasks = taught_together(tasks, heard, encoder=encoder)
     for task in tasks.values():  # refuse an impossible metric before training
         score_rows(task.spec, task.validation, task.validation.columns[find_kind(task.spec.kind).answer_column])
     trained = {name: task.spec for name, task in tasks.items()}
@@ -205,12 +221,16 @@ def _train(
     splits = scored_splits(trained, sources)
     for name, spec in trained.items():
         say_division(spec, sources.get(name))
+    if run.stage == "shared":
+        run = plan_shared(model, tasks, teachers, run=run)
     add_tasks(model, tasks, run=run)
+    if teachers:
+        start_from_teachers(model, teachers)
     model.experts.set_dropout(run.experts.dropout)
     model.to(device).eval()
     _LOG.info("Training %s on %s into %s", ", ".join(tasks), model.device, run.output)
     for name, spec in trained.items():
-        if not resume and name not in old and has_start(model, spec):
+        if not (resume or name in old or name in teachers) and has_start(model, spec):
             start_head(model, tasks[name], encoder=encoder)
             broadcast_module(model.head(name))
     others = {name: spec for name, spec in old.items() if name not in trained}
@@ -219,6 +239,7 @@ def _train(
         rows = available_rows(others, run=run, encoder=encoder, sources=sources) if reads_texts else {}
         model.gate = start_gate(model, tasks, rows_by_expert(model, {**rows, **tasks}), run=run)
         broadcast_module(model.gate)
+    teachers.clear()  # frees their memory
     progress = _fit(model, tasks, run=run, resume=resume)
     metrics = {} if before is None else before.metrics
     metrics.update({task: {"validation": progress.scores[task]} if task in splits else {} for task in tasks})
@@ -232,7 +253,7 @@ def _train(
 
     evaluation = broadcast(finish)
     rate = progress.tokens / progress.seconds if progress.seconds else 0.0
-    return TrainResult(Path(run.output or ""), evaluation, progress.history, trained, rate)
+    return TrainResult(Path(run.output or ""), evaluation, progress.history, trained, rate, model.backbone.num_blocks)
 
 
 def _load_start(run: RunConfig, device: torch.device) -> tuple[SparseExpertModel, Checkpoint | None]:

@@ -2,8 +2,11 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from sparse_ft.backbone.coverage import misfit
 from sparse_ft.backbone.encoding import Encoder, Example
@@ -19,6 +22,14 @@ from sparse_ft.tasks.spec import TaskSpec
 _LOG = logging.getLogger("sparse_ft")
 
 
+class SoftExample(NamedTuple):
+    """A text as another task reads it, without targets, and the logits of that task's teacher."""
+
+    example: Example
+    logits: Tensor
+    """(1, outputs) or (words, outputs)."""
+
+
 @dataclass(frozen=True)
 class TrainingTask:
     """The encoded rows of a task in training."""
@@ -30,6 +41,12 @@ class TrainingTask:
     row_examples: list[Example]
     """One example a training row, as a gate for texts reads it."""
     validation: EncodedRows
+    columns: dict[str, list[Any]]
+    """The training rows as ``reading.read`` returns them; an example's ``row`` indexes them."""
+    soft: list[Tensor] | None = None
+    """Logits of the task's teacher for each example, (outputs,), or (words or choices, outputs)."""
+    echoes: dict[str, list[list[SoftExample]]] = field(default_factory=dict)
+    """Other task to what its teacher says of each training row of this task."""
 
     @cached_property
     def groups(self) -> list[list[int]]:
@@ -110,7 +127,7 @@ def prepare_task(
             f"Task {spec.name!r} has {len(examples)} training and {validation.num_rows} validation rows with answers. "
             "Expected at least one of each. Label every row, or leave rows without a label out of the data."
         )
-    return TrainingTask(spec, examples, row_examples, validation)
+    return TrainingTask(spec, examples, row_examples, validation, columns)
 
 
 def _labels(spec: TaskSpec, labels: list[str], *, before: TaskSpec | None, start: str | None) -> list[str]:

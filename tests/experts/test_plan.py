@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_backbones import FAMILIES
+from toy_checkpoints import counted_blocks
 
 from sparse_ft.backbone.batching import collate
 from sparse_ft.backbone.encoding import Encoder
@@ -21,30 +22,6 @@ def rows_of(model, tasks, *, texts=TEXTS):
     examples = Encoder(model.backbone, max_length=64).words([text.split() for text in texts])
     pairs = [(task, example) for task in tasks for example in examples]
     return collate(pairs, pad_id=model.backbone.pad_id)
-
-
-def counted(model, call):
-    """Call, and return the result and the number of rows that ran through each block."""
-    rows = [0] * model.backbone.num_blocks
-
-    def hook(index):
-        def count(module, args, kwargs):
-            rows[index] += len(args[0] if args else kwargs["hidden_states"])
-
-        return count
-
-    # The slot replaces forward, so hooks see what comes in; the last part of a block sees what it computes.
-    handles = []
-    for index, block in enumerate(model.backbone.blocks):
-        inner = [module for module in block.modules() if isinstance(module, torch.nn.LayerNorm | torch.nn.RMSNorm)]
-        inner = inner or [module for module in block.modules() if "RMSNorm" in type(module).__name__]
-        handles.append(inner[0].register_forward_pre_hook(hook(index), with_kwargs=True))
-    try:
-        with torch.no_grad():
-            return call(), rows
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def apart(model, batch, routing=None):
@@ -77,7 +54,7 @@ def test_rows_that_parted_stay_apart_though_their_experts_agree_again():
 def test_every_family_answers_as_in_passes_of_their_own(make_model, family):
     model = make_model(family, HEADS, first_block={"mood": 2, "about": 1, "names": 1})
     batch = rows_of(model, HEADS)
-    together, rows = counted(model, lambda: model(batch))
+    together, rows = counted_blocks(model, lambda: model(batch))
     assert rows == [3, 9, 9]
     for task, logits in apart(model, batch).items():
         torch.testing.assert_close(together[task], logits, atol=1e-6, rtol=0)
@@ -90,7 +67,7 @@ def model(make_model):
 
 def check(model, tasks, expected, *, routing=None):
     batch = rows_of(model, tasks)
-    together, rows = counted(model, lambda: model(batch, routing=routing))
+    together, rows = counted_blocks(model, lambda: model(batch, routing=routing))
     assert rows == expected
     for task, logits in apart(model, batch, routing).items():
         assert torch.equal(together[task], logits), task
@@ -141,7 +118,7 @@ def test_a_gate_that_decides_at_every_block_reads_each_text_once(model):
     gate = TokenGate(model.experts.names, 32, blocks=[0, 1, 2], selection=Selection(top_k=2))
     gate.initialise(torch.Generator().manual_seed(0))
     batch, routings, alone = rows_of(model, HEADS), {}, {}
-    together, rows = counted(model, lambda: model(batch, gate=gate, block_routings=routings))
+    together, rows = counted_blocks(model, lambda: model(batch, gate=gate, block_routings=routings))
     assert rows == [3, 3, 3]
     with torch.no_grad():
         mood = model(rows_of(model, ["mood"]), gate=gate, block_routings=alone)["mood"]
@@ -152,12 +129,12 @@ def test_a_gate_that_decides_at_every_block_reads_each_text_once(model):
 
 def test_texts_of_one_length_that_differ_do_not_share(model):
     batch = rows_of(model, ["mood"], texts=["Ada met", "Ada met", "met Ada"])
-    logits, rows = counted(model, lambda: model(batch)["mood"])
+    logits, rows = counted_blocks(model, lambda: model(batch)["mood"])
     assert rows == [2, 2, 2]
     assert torch.equal(logits[0], logits[1])
     assert not torch.equal(logits[0], logits[2])
 
 
 def test_training_shares_nothing(model):
-    _, rows = counted(model.train(), lambda: model(rows_of(model, HEADS)))
+    _, rows = counted_blocks(model.train(), lambda: model(rows_of(model, HEADS)))
     assert rows == [9, 9, 9]

@@ -26,10 +26,10 @@ from sparse_ft.checkpoint.manifest import read_manifest, read_metrics
 from sparse_ft.cli.listing import describe_checkpoint
 from sparse_ft.config import RunConfig
 from sparse_ft.errors import CheckpointError, ConfigError
+from sparse_ft.experts.low_rank import prune
 from sparse_ft.experts.named_experts import Expert
 from sparse_ft.merging.add import add_from
 from sparse_ft.merging.edit import copy_expert, edit, prune_expert, remove_expert, rename_expert
-from sparse_ft.merging.low_rank import prune
 
 # Checkpoints that no test changes.
 

@@ -8,8 +8,8 @@ from toy_checkpoints import saved
 
 from sparse_ft.checkpoint.checkpoint import load_checkpoint
 from sparse_ft.errors import ConfigError
+from sparse_ft.experts.low_rank import factor, factor_product
 from sparse_ft.experts.named_experts import Expert
-from sparse_ft.merging.low_rank import factor, factor_product
 from sparse_ft.merging.merged_expert import merge_experts
 from sparse_ft.merging.methods import MERGE_METHODS
 from sparse_ft.merging.settings import merge_settings

@@ -31,7 +31,7 @@ class Classification:
 
     def encode(self, columns: Columns, *, encoder: Encoder, labels: Sequence[str], language: str) -> list[Example]:
         """Encode one example per row; the target is the index of its label, IGNORED if that is hidden or unknown."""
-        examples = encoder.texts(columns["text"], columns.get("text_pair"))
+        examples = encoder.texts(columns["text"], columns.get("text_pair"), language=language)
         if "label" not in columns:
             return examples
         indices = {label: index for index, label in enumerate(labels)}

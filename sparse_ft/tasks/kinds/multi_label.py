@@ -34,7 +34,7 @@ class MultiLabel:
 
     def encode(self, columns: Columns, *, encoder: Encoder, labels: Sequence[str], language: str) -> list[Example]:
         """Encode one example per row; the targets are 0.0 or 1.0 for each label."""
-        examples = encoder.texts(columns["text"], columns.get("text_pair"))
+        examples = encoder.texts(columns["text"], columns.get("text_pair"), language=language)
         if "labels" not in columns:
             return examples
         rows = [set(row or []) for row in columns["labels"]]

@@ -1,0 +1,202 @@
+"""Distil the experts of checkpoints into one shared expert below small ones, which answers in fewer passes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparse_ft.checkpoint.manifest import read_config, read_manifest
+from sparse_ft.config import RunConfig, load_config
+from sparse_ft.errors import ConfigError, unknown_name
+from sparse_ft.evaluation.evaluate import evaluate
+from sparse_ft.evaluation.tables import text_table
+from sparse_ft.paths import user_path
+from sparse_ft.tasks.in_memory import TaskData
+from sparse_ft.tasks.sources import name_sources
+from sparse_ft.training.depths import num_passes
+from sparse_ft.training.teachers import find_teachers
+from sparse_ft.training.train import TrainResult, train
+
+_TOLERANCE = 0.005
+"""Loss against the teacher from which a task is named."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The score of a task before and after."""
+
+    metric: str
+    teacher: float
+    student: float
+    own_blocks: int
+    """Blocks that the task has for itself."""
+
+    @property
+    def loss(self) -> float:
+        """What the task lost, in units of its metric."""
+        return self.teacher - self.student
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """A checkpoint of a shared expert, and what it costs and scores beside its teachers."""
+
+    training: TrainResult
+    tasks: dict[str, Comparison]
+    num_blocks: int
+
+    @property
+    def path(self) -> Path:
+        """Folder of the checkpoint."""
+        return self.training.path
+
+    @property
+    def passes(self) -> float:
+        """Passes through the backbone for the answers of all tasks to one text."""
+        return num_passes([entry.own_blocks for entry in self.tasks.values()], num_blocks=self.num_blocks)
+
+    def passes_with_more(self, task: str) -> float:
+        """Return the passes if a task had one more block for itself."""
+        depths = [entry.own_blocks + (name == task) for name, entry in self.tasks.items()]
+        return num_passes(depths, num_blocks=self.num_blocks)
+
+    def to_text(self) -> str:
+        """Return a table of the tasks, with the mean, and a warning for every task that lost much."""
+        rows = [
+            [
+                task,
+                entry.metric,
+                str(entry.own_blocks),
+                f"{entry.teacher:.4f}",
+                f"{entry.student:.4f}",
+                f"{-entry.loss:+.4f}",
+            ]
+            for task, entry in self.tasks.items()
+        ]
+        teachers, students = ([getattr(e, who) for e in self.tasks.values()] for who in ("teacher", "student"))
+        means = [sum(scores) / len(scores) for scores in (teachers, students)]
+        footer = ["mean", "", "", f"{means[0]:.4f}", f"{means[1]:.4f}", f"{means[1] - means[0]:+.4f}"]
+        header = ["task", "metric", "own blocks", "teacher", f"{self.passes:.2f} passes", "difference"]
+        lines = text_table(header, rows, [footer], num_text_columns=2, ruled=True)
+        for task, entry in self.tasks.items():
+            if entry.loss > _TOLERANCE:
+                lines.append(
+                    f"Task {task} loses {100 * entry.loss:.1f} points. One more block of its own makes "
+                    f"{self.passes_with_more(task):.2f} passes: --set shared.own_blocks={{{task}: "
+                    f"{entry.own_blocks + 1}}} --passes {self.passes_with_more(task):.2f}."
+                )
+        return "\n".join(lines)
+
+
+def distill(
+    checkpoints: Sequence[str | Path] | str | Path,
+    *,
+    output: str | Path,
+    passes: float | None = None,
+    tasks: Sequence[str] = (),
+    data: TaskData | Mapping[str, TaskData] | None = None,
+    backbone: str | None = None,
+    config: str | Path | RunConfig | None = None,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    seed: int | None = None,
+    device: str | None = None,
+    trust_tasks: bool = False,
+) -> Distillation:
+    """Train one expert for all tasks in the lower blocks and small ones above it, taught by the experts of checkpoints.
+
+    The answers of all tasks to one text then cost ``passes`` passes through the backbone in place of one a task.
+
+    Args:
+        checkpoints: Folders of the teachers; a task may be in one of them only.
+        output: Folder of the new checkpoint.
+        passes: The budget; None takes ``shared.passes`` of the config, 1.5 by default. It decides how many of the
+            highest blocks each task gets for itself.
+        tasks: Names of the tasks; none takes all.
+        data: Data of the only task, or data by task; None takes what the teachers were trained on.
+        backbone: Of the new checkpoint, if it is not that of the teachers.
+        config: A bundled name, the path of a YAML file, or a config.
+        overrides: ``section.key=value`` strings.
+        resume: Continue the interrupted run in ``output``.
+        seed: Seed of all random numbers.
+        device: ``auto``, ``cpu``, ``cuda`` …
+        trust_tasks: Whether the tasks of the checkpoints may name code and data on the hub.
+
+    Raises:
+        SparseFTError: For every mistake that the caller can correct; nothing is written then.
+    """
+    folders = [checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints)
+    if not folders:
+        raise ConfigError("No checkpoint is given. Name at least one whose experts teach.")
+    paths = [user_path(folder).absolute() for folder in folders]
+    known = [name for path in paths for name in read_manifest(path).tasks]
+    for name in tasks:
+        if name not in known:
+            raise ConfigError(unknown_name("task of the checkpoints", name, known))
+    owners = find_teachers(paths, tasks)
+    run = _distill_config(load_config(config, overrides=overrides), owners, passes=passes, backbone=backbone)
+    result = train(
+        [str(path / "tasks" / f"{name}.yaml") for name, path in owners.items()],
+        data=data,
+        output=output,
+        config=run,
+        resume=resume,
+        seed=seed,
+        device=device,
+        trust_tasks=trust_tasks,
+    )
+    return _compare(result, owners, data=data, device=device or run.device)
+
+
+def _distill_config(
+    run: RunConfig, owners: Mapping[str, Path], *, passes: float | None, backbone: str | None
+) -> RunConfig:
+    """Complete a config by the teachers: their data, their backbone, their text length, and the stage."""
+    paths = list(dict.fromkeys(owners.values()))
+    backbones = {path: read_manifest(path).backbone for path in paths}
+    configs = {path: read_config(path / "config.yaml") for path in paths}
+    shared = {**run.shared.model_dump(exclude_unset=True), "teachers": [str(path) for path in paths]}
+    if passes is not None:
+        shared["passes"] = passes
+    sources = {name: configs[path].sources[name] for name, path in owners.items() if name in configs[path].sources}
+    values: dict[str, Any] = {"stage": "shared", "shared": shared, "sources": {**sources, **run.sources}}
+    if backbone is not None:
+        values["backbone"] = backbone
+    elif "backbone" not in run.model_fields_set:
+        if len({entry.weights_sha256 for entry in backbones.values()}) > 1:
+            raise ConfigError(
+                f"The checkpoints have different backbones: {', '.join(entry.name for entry in backbones.values())}. "
+                "Name that of the new checkpoint with --backbone."
+            )
+        values |= {"backbone": backbones[paths[0]].name, "revision": backbones[paths[0]].revision}
+    if "max_length" not in run.data.model_fields_set:
+        length = max(config.data.max_length for config in configs.values())
+        values["data"] = {**run.data.model_dump(exclude_unset=True), "max_length": length}
+    return load_config(run, values=values)
+
+
+def _compare(
+    result: TrainResult,
+    owners: Mapping[str, Path],
+    *,
+    data: TaskData | Mapping[str, TaskData] | None,
+    device: str,
+) -> Distillation:
+    """Score the teachers on the rows that the new checkpoint was scored on."""
+    run, scored = read_config(result.path / "config.yaml"), result.evaluation
+    sources = {**run.sources, **name_sources(data, list(owners), specs=list(result.tasks.values()))}
+    comparisons = {}
+    for path in dict.fromkeys(owners.values()):
+        names = [name for name in scored.tasks if owners[name] == path]
+        splits = {name: scored.splits[name] for name in names}
+        given = {name: sources[name] for name in names if name in sources}
+        teachers = evaluate(path, tasks=names, data=given, split=splits, device=device, trust_tasks=True)
+        for name, entry in teachers.tasks.items():
+            metric = result.tasks[name].metric
+            comparisons[name] = Comparison(
+                metric,
+                teacher=entry.score.metrics[metric],
+                student=scored.tasks[name].score.metrics[metric],
+                own_blocks=run.shared.own_blocks[name],
+            )
+    return Distillation(result, comparisons, result.num_blocks)

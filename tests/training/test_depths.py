@@ -1,0 +1,64 @@
+"""Own blocks under a budget of passes."""
+
+import itertools
+import random
+
+import pytest
+from toy_checkpoints import add_random_expert
+
+from sparse_ft.experts.heads import TaskSlot
+from sparse_ft.prediction.explain import plan_tasks
+from sparse_ft.tasks.spec import TaskSpec
+from sparse_ft.training.depths import choose_depths, num_passes
+
+
+@pytest.mark.parametrize("depths", [(0, 0), (1, 1), (0, 1), (2, 1), (3, 0), (3, 3)])
+def test_passes_are_those_of_the_plan(make_model, depths):
+    model = make_model("bert", {})
+    add_random_expert(model, "shared", seed=3)
+    for seed, depth in enumerate(depths):
+        name = f"task{seed}"
+        add_random_expert(model, name, seed=seed) if depth == 3 else None
+        if 0 < depth < 3:
+            add_random_expert(model, name, first_block=3 - depth, seed=seed)
+        model.add_task(name, expert=name if depth else "shared", level="text", num_outputs=2)
+        if depth:
+            model.tasks[name] = TaskSlot((name,), "text", shared="shared")
+    specs = {name: TaskSpec(name=name, kind="classification", metric="accuracy") for name in model.tasks}
+    plan = plan_tasks(model, specs, list(model.tasks))
+    assert num_passes(depths, num_blocks=3) == pytest.approx(plan.row_blocks / plan.num_blocks)
+
+
+def test_four_tasks_of_six_blocks():
+    assert num_passes([1, 1, 1, 1], num_blocks=6) == pytest.approx(1.5)
+    assert num_passes([2, 1, 1, 1], num_blocks=6) == pytest.approx(10 / 6)
+    assert num_passes([2, 1, 0, 0], num_blocks=6) == pytest.approx(1.5)
+    assert num_passes([0, 0, 0, 0], num_blocks=6) == 1
+    assert num_passes([6, 6, 6, 6], num_blocks=6) == 4
+
+
+def test_the_budget_holds_and_is_used_up():
+    generator = random.Random(1)
+    for _ in range(200):
+        tasks = [f"task{index}" for index in range(generator.randint(1, 6))]
+        num_blocks, passes = generator.randint(1, 12), generator.uniform(1, 4)
+        losses = {task: generator.uniform(0.001, 1) for task in tasks if generator.random() < 0.8}
+        depths = choose_depths(tasks, passes=passes, num_blocks=num_blocks, fixed={}, losses=losses)
+        assert list(depths) == tasks
+        assert num_passes(list(depths.values()), num_blocks=num_blocks) <= passes + 1e-6
+        for task in tasks:
+            more = [depth + (name == task) for name, depth in depths.items()]
+            full = depths[task] == num_blocks
+            assert full or num_passes(more, num_blocks=num_blocks) > passes
+
+
+def test_the_neediest_task_gets_more_and_given_numbers_stay():
+    needs = {"sentiment": 0.03, "topic": 0.08, "intent": 0.16, "ner": 0.28}
+    chosen = choose_depths(list(needs), passes=1.5, num_blocks=6, fixed={}, losses=needs)
+    assert chosen == {"sentiment": 0, "topic": 0, "intent": 1, "ner": 2}
+    chosen = choose_depths(list(needs), passes=1.5, num_blocks=6, fixed={"sentiment": 1}, losses=needs)
+    assert chosen["sentiment"] == 1
+    assert choose_depths(list(needs), passes=1.5, num_blocks=6, fixed={}, losses={}) == dict.fromkeys(needs, 1)
+    for order in itertools.permutations(needs):
+        same = choose_depths(order, passes=1.67, num_blocks=6, fixed={}, losses=needs)
+        assert same == choose_depths(list(needs), passes=1.67, num_blocks=6, fixed={}, losses=needs)

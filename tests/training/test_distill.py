@@ -1,0 +1,217 @@
+"""Experts of their own become one shared expert below small ones: answers, costs, refusals."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from toy_checkpoints import all_logits, assert_same, counted_blocks, tensors
+from toys import SINGLE, call, settings, write_toy
+
+import sparse_ft
+from sparse_ft.checkpoint.checkpoint import load_checkpoint
+from sparse_ft.checkpoint.manifest import read_config, read_manifest
+from sparse_ft.errors import ConfigError, SparseFTError
+from sparse_ft.training.gradients import Gradients
+from sparse_ft.training.new_experts import add_tasks
+from sparse_ft.training.shared_experts import start_from_teachers
+from sparse_ft.training.teachers import Teacher, taught, taught_together
+from sparse_ft.training.training_task import prepare_task
+
+TEXTS = ["the weather loved Ada Lovelace", "boring football in London and music", "Mozart", ""]
+
+
+def distilled_into(output, toys, *, passes=1.7, tasks=SINGLE, resume=False, **changes):
+    options = {"train__epochs": 3, "train__batch_size": 12, "shared__rank": 8, **changes}
+    return sparse_ft.distill(
+        toys, output=output, passes=passes, tasks=tasks, overrides=settings(**options), resume=resume, device="cpu"
+    )
+
+
+@pytest.fixture(scope="module")
+def distilled(toys, tmp_path_factory):
+    return distilled_into(tmp_path_factory.mktemp("distilled") / "one", toys)
+
+
+def test_the_student_is_near_its_teachers_and_says_what_it_costs(distilled, toys):
+    assert list(distilled.tasks) == SINGLE
+    assert distilled.passes == pytest.approx(5 / 3)
+    for name, entry in distilled.tasks.items():
+        recorded = json.loads((toys / "metrics.json").read_text())[name]["metrics"][entry.metric]
+        assert entry.teacher == pytest.approx(recorded, abs=1e-6)
+        assert entry.student == distilled.training.scores[name][entry.metric]
+        assert entry.loss < 0.2, name
+    text = distilled.to_text()
+    assert "1.67 passes" in text
+    assert "mean" in text
+    assert text.count(" points. ") == sum(entry.loss > 0.005 for entry in distilled.tasks.values())
+
+
+def test_the_blocks_that_run_are_those_of_the_plan(distilled):
+    model = sparse_ft.load(distilled.path, device="cpu")
+    own = read_config(distilled.path / "config.yaml").shared.own_blocks
+    assert set(own) == set(SINGLE)
+    assert model.explain().startswith("3 tasks, one text: 1.67 passes")
+    answers, rows = counted_blocks(model.checkpoint.model, lambda: model.predict(TEXTS[:1], "all"))
+    assert set(answers[0].tasks) == set(SINGLE)
+    assert rows == [sum(depth > 2 - block for depth in own.values()) + any(d <= 2 - block for d in own.values())
+                    for block in range(3)]  # fmt: skip
+
+
+def test_the_gate_reads_states_that_the_answer_needs(distilled):
+    """A text without a task costs one pass: the gate reads the shared expert, and the answer goes on from there."""
+    model = sparse_ft.load(distilled.path, device="cpu")
+    inner = model.checkpoint.model
+    assert read_manifest(distilled.path).gate.trunk == inner.trunk == "shared"
+    assert inner.gate.block == inner.parting_block
+    (answer,), rows = counted_blocks(inner, lambda: model.predict(TEXTS[:1]))
+    assert rows == [1, 1, 1]
+    named = model.predict(TEXTS[:1], list(answer.tasks))
+    assert_same([replace(answer, routing={})], [replace(named[0], routing={}, left_out=answer.left_out)])
+
+
+def test_tasks_alone_and_together_have_the_same_logits(distilled):
+    logits = all_logits(load_checkpoint(distilled.path).model, SINGLE)
+    for name in SINGLE:
+        torch.testing.assert_close(logits[f"{name} alone"], logits[f"{name} together"], rtol=0, atol=1e-5)
+
+
+def test_removing_a_task_leaves_the_others_bit_identical(distilled, tmp_path):
+    before = sparse_ft.load(distilled.path, device="cpu")
+    sparse_ft.edit(distilled.path, remove=["about"], output=tmp_path / "fewer")
+    after = sparse_ft.load(tmp_path / "fewer", device="cpu")
+    assert set(after.tasks) == {"mood", "names"}
+    assert torch.equal(before.logits(TEXTS, "mood"), after.logits(TEXTS, "mood"))
+    for one, other in zip(before.logits(TEXTS, "names"), after.logits(TEXTS, "names"), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_later_task_reads_the_fixed_shared_expert(distilled, tmp_path):
+    task = write_toy(tmp_path, "mood", as_name="later", sizes=(96, 16, 16))
+    result = sparse_ft.train(
+        [task], from_checkpoint=distilled.path, output=tmp_path / "more", device="cpu",
+        overrides=settings(train__epochs=3),
+    )  # fmt: skip
+    before, after = tensors(distilled.path), tensors(tmp_path / "more")
+    for name, tensor in before.items():
+        assert name.startswith("gate") or torch.equal(tensor, after[name]), name
+    model = sparse_ft.load(tmp_path / "more", device="cpu")
+    slot = model.checkpoint.model.tasks["later"]
+    assert (slot.experts, slot.shared) == (("later",), "shared")
+    assert model.checkpoint.model.parting_block == 2
+    assert result.scores["later"]["accuracy"] > 0.8
+    assert torch.equal(
+        sparse_ft.load(distilled.path, device="cpu").logits(TEXTS, "mood"), model.logits(TEXTS, "mood")
+    )  # fmt: skip
+
+
+def test_copies_of_one_teacher_are_their_own_mean(toys, tmp_path):
+    """Where all teachers are one expert, the student begins as that expert."""
+    checkpoint = load_checkpoint(toys)
+    spec = checkpoint.tasks["mood"]
+    run = read_config(toys / "config.yaml")
+    values = {"stage": "shared", "shared": {"rank": 16, "own_blocks": {"one": 0, "two": 1}, "passes": 2}}
+    run = run.model_validate({**run.model_dump(exclude={"stage", "shared"}), **values})
+    specs = {name: spec.model_copy(update={"name": name}) for name in ("one", "two")}
+    sources = dict.fromkeys(specs, run.sources["mood"]) if "mood" in run.sources else {}
+    student = load_checkpoint(toys).model
+    for name in list(student.tasks):
+        student.remove_task(name)
+    for name in list(student.experts.names):
+        student.experts.remove(name)
+    encoder = student.text_encoder(64)
+    tasks = {
+        name: prepare_task(each, run=run, encoder=encoder, before=spec, sources=sources) for name, each in specs.items()
+    }
+    add_tasks(student, tasks, run=run)
+    teacher = Teacher(checkpoint, checkpoint.encoder, spec)
+    start_from_teachers(student, dict.fromkeys(specs, teacher))
+    student.eval()
+    examples = encoder.texts(TEXTS)
+    from sparse_ft.experts.inference import row_logits
+
+    expected = row_logits(checkpoint.model, "mood", examples, num_rows=len(TEXTS))
+    for name in specs:
+        for one, other in zip(row_logits(student, name, examples, num_rows=len(TEXTS)), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_echoes_add_the_gradients_of_their_texts(distilled, toys, accumulation):
+    """Texts of other tasks that share blocks in training give the gradients that they give apart."""
+    run = read_config(distilled.path / "config.yaml")
+    values = {**run.model_dump(), "train": {**run.train.model_dump(), "accumulation": accumulation, "workers": 1}}
+    run = run.model_validate(values)
+    student, checkpoint = load_checkpoint(distilled.path), load_checkpoint(toys)
+    model, encoder = student.model, student.encoder
+    tasks = {name: prepare_task(spec, run=run, encoder=encoder, before=spec) for name, spec in student.tasks.items()}
+    teachers = {name: Teacher(checkpoint, checkpoint.encoder, spec) for name, spec in student.tasks.items()}
+    tasks = {name: taught(task, teachers[name]) for name, task in tasks.items()}
+    tasks = taught_together(tasks, {"names": teachers["names"]}, encoder=encoder)
+    parameters = [p for name in model.experts.names for p in model.experts.parameters(name).values() if p.numel()]
+    batch = [("about", 0), ("about", 1), ("mood", 2), ("mood", 3), ("names", 4), ("names", 5)]
+
+    def gradients(planned):
+        for parameter in parameters:
+            parameter.grad = None
+            parameter.requires_grad_(True)
+        forward = model.forward
+        model.forward = lambda *args, **kwargs: forward(*args, **{**kwargs, "planned": planned and kwargs["planned"]})
+        model.train()
+        Gradients(model, tasks, parameters=parameters, run=run).add(batch, step=0, soft_weight=0.5)
+        del model.forward
+        return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
+
+    assert tasks["mood"].echoes["names"][2]
+    for shared, apart in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(shared, apart, rtol=1e-4, atol=1e-6)
+
+
+def test_without_teachers_a_run_starts_from_class_means(tmp_path, tiny_bert):
+    tasks = [write_toy(tmp_path, name, sizes=(96, 16, 16)) for name in ("mood", "names")]
+    result = sparse_ft.train(
+        tasks, backbone=str(tiny_bert), output=tmp_path / "shared", stage="shared", device="cpu",
+        overrides=settings(train__epochs=4, shared__passes=1.4, shared__rank=8),
+    )  # fmt: skip
+    assert read_config(result.path / "config.yaml").shared.own_blocks == {"mood": 1, "names": 1}
+    assert result.scores["mood"]["accuracy"] > 0.8
+    assert "1.33 passes" in sparse_ft.load(result.path, device="cpu").explain()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"passes": 0.5}, "passes"),
+        ({"tasks": ["moood"]}, "Did you mean 'mood'"),
+        ({"shared__own_blocks": {"names": 4}}, "gives task 'names' 4 blocks; the backbone has 3"),
+        ({"shared__own_blocks": {"names": 3, "mood": 3}}, "Raise it to 3"),
+        ({"shared__own_blocks": {"nams": 1}}, "Did you mean 'names'"),
+        ({"experts__pool": 2}, "experts.pool is not for --stage shared"),
+        ({"experts__first_block": 1}, "experts.first_block is not for --stage shared"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_any_work(toys, tmp_path, options, said):
+    with pytest.raises(SparseFTError, match=said.replace("(", r"\(")):
+        distilled_into(tmp_path / "none", toys, **options)
+    assert not (tmp_path / "none").exists()
+
+
+def test_settings_of_the_shared_form_need_its_stage(tmp_path, tiny_bert):
+    task = write_toy(tmp_path, "mood", sizes=(4, 2, 2))
+    with pytest.raises(ConfigError, match=r"shared\.rank is for experts that tasks share"):
+        sparse_ft.train([task], backbone=str(tiny_bert), overrides=["shared.rank=4"], output=tmp_path / "none")
+
+
+def test_the_command_prints_the_table(toys, tmp_path, monkeypatch, capsys):
+    options = [part for each in settings(train__epochs=1, shared__rank=4) for part in ("--set", each)]
+    code, out, err = call(
+        monkeypatch, capsys, "distill", toys, "--passes", "1", "--task", "mood", "--task", "names",
+        "--output", tmp_path / "heads", "--device", "cpu", *options,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "1.00 passes" in out
+    assert f"Next: sparse-ft evaluate {tmp_path / 'heads'}" in out
+    assert sparse_ft.load(tmp_path / "heads", device="cpu").explain().startswith("2 tasks, one text: 1.00 passes")
+    code, _, err = call(monkeypatch, capsys, "distill", tmp_path / "nothing", "--output", tmp_path / "other")
+    assert code == 2
+    assert "nothing" in err
