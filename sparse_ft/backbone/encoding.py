@@ -1,5 +1,6 @@
 """Encode texts as token ids: single texts, pairs, and windows over words."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,6 +11,8 @@ from sparse_ft.backbone.backbone import Backbone
 from sparse_ft.backbone.words import SHAPES, split_words, word_shape
 
 _NO_WORD = SHAPES.index("none")
+_MAX_KNOWN = 1024
+"""Most texts of the last call whose encoding is kept for the next one: the tasks of a call read the same texts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,7 @@ class Encoder:
     def __init__(self, backbone: Backbone, *, max_length: int, by_words: bool = False) -> None:
         self.tokenizer = backbone.tokenizer
         self.by_words = by_words
+        self._known: dict[tuple[str, ...], list[Example]] = {}
         self.max_length = min(max_length, backbone.max_length)
         self.empty_id = backbone.pad_id
         # In a causal model only the last piece of a word sees all of the word.
@@ -97,7 +101,20 @@ class Encoder:
             questions: As many texts. Each stands before its row as the first of a pair, in all windows of the row, and
                 takes at most half of ``max_length``.
         """
-        befores = [self.prefix] * len(rows) if questions is None else self._befores(questions)
+        if questions is not None:
+            return self._encode_words(rows, self._befores(questions))
+        keys = [tuple(words) for words in rows]
+        known = {key: self._known[key] for key in keys if key in self._known}
+        new = [key for key in dict.fromkeys(keys) if key not in known]
+        encoded: dict[int, list[Example]] = {}
+        for example in self._encode_words(new, [self.prefix] * len(new)):
+            encoded.setdefault(example.row, []).append(example)
+        known |= {key: encoded[index] for index, key in enumerate(new)}
+        self._known = dict(itertools.islice(known.items(), _MAX_KNOWN))
+        return [replace(example, row=row) for row, key in enumerate(keys) for example in known[key]]
+
+    def _encode_words(self, rows: Sequence[Sequence[str]], befores: Sequence[list[int]]) -> list[Example]:
+        """Encode lists of words, each behind the special tokens or the question in ``befores``."""
         filled = [row for row, words in enumerate(rows) if len(words)]
         examples = [self._window(row, [], befores[row]) for row, words in enumerate(rows) if not len(words)]
         if filled:

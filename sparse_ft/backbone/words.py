@@ -1,5 +1,6 @@
 """Split raw text into words as annotated corpora do, with character offsets, and classify how a word is written."""
 
+import functools
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -90,7 +91,8 @@ def is_single(character: str) -> bool:
     return _ALONE.fullmatch(character) is not None
 
 
-def split_words(text: str, language: str = "en") -> list[Word]:
+@functools.lru_cache(maxsize=1024)  # every task of a call reads the same texts
+def split_words(text: str, language: str = "en") -> tuple[Word, ...]:
     """Split text into words.
 
     A word ends at a full stop that no space follows ("liked it.Jonas left"). Invisible characters at its edges do not
@@ -107,9 +109,9 @@ def split_words(text: str, language: str = "en") -> list[Word]:
     visible = _INVISIBLE.sub("", text)
     spans = _word_spans(visible, language.lower().partition("-")[0])
     if visible == text:
-        return [Word(text[start:end], start, end) for start, end in spans]
+        return tuple(Word(text[start:end], start, end) for start, end in spans)
     at = [index for index, character in enumerate(text) if _INVISIBLE.match(character) is None]
-    return [Word(text[at[start] : at[end - 1] + 1], at[start], at[end - 1] + 1) for start, end in spans]
+    return tuple(Word(text[at[start] : at[end - 1] + 1], at[start], at[end - 1] + 1) for start, end in spans)
 
 
 def _word_spans(text: str, language: str) -> list[tuple[int, int]]:

@@ -119,6 +119,7 @@ def _manifest(
         "first_block": model.first_block,
         "pooling": model.pooling,
         **({"by_words": True} if model.by_words else {}),
+        **({"passes": model.plan({name: spec.reads for name, spec in tasks.items()}).passes} if tasks else {}),
         "experts": experts,
         "tasks": {task: {**_describe_slot(model.tasks[task]), "kind": spec.kind} for task, spec in tasks.items()},
         "gate": None if model.gate is None else describe_gate(model.gate),

@@ -142,6 +142,8 @@ class Manifest(_Entry):
     pooling: Literal["unit", "mean", "first", "last"]
     by_words: bool = False
     """Whether single texts are read as words, as tasks on words read them."""
+    passes: float | None = Field(default=None, ge=0)
+    """Passes through the backbone for the answers of all tasks to one text; null in checkpoints before 0.3."""
     experts: dict[Name, ExpertEntry]
     tasks: dict[Name, TaskEntry]
     gate: Annotated[TextGateEntry | TokenGateEntry, Field(discriminator="type")] | None = None

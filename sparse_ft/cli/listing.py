@@ -57,6 +57,11 @@ def describe_checkpoint(path: Path) -> str:
         f"backbone:   {backbone.name} (sha256 {backbone.weights_sha256[:12]}…), "
         f"experts from block {manifest.first_block}, {manifest.pooling} pooling",
         f"gate:       {_gate(manifest.gate, metrics)}",
+        *(
+            []
+            if manifest.passes is None
+            else [f"passes:     {manifest.passes:.2f} for the answers of all tasks to a text"]
+        ),
         "",
         _table(["expert", "rank", "alpha", "layers", "MB", "tasks"], _expert_rows(manifest)),
         "",
@@ -72,7 +77,8 @@ def _gate(gate: TextGateEntry | TokenGateEntry | None, metrics: dict[str, Any]) 
     right = ", ".join(f"{task} {share:.3f}" for task, share in shares.items())
     threshold = f", unknown below {gate.min_confidence:g}" if gate.min_confidence else ""
     reads = f"blocks 0 to {gate.block}" if isinstance(gate, TextGateEntry) else "every block with experts"
-    about = f"{gate.type}, top {gate.top_k}, reads what enters {reads}{threshold}"
+    through = f", through {gate.trunk}" if isinstance(gate, TextGateEntry) and gate.trunk else ""
+    about = f"{gate.type}, top {gate.top_k}, reads what enters {reads}{through}{threshold}"
     groups = gate.groups if isinstance(gate, TextGateEntry) else []
     together = [f"{', '.join(group[:-1])} and {group[-1]} are answered together" for group in groups]
     about = "; ".join([about, *together])

@@ -4,7 +4,7 @@ Shapes: N rows, S tokens a row, H hidden size, E experts of the model.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from sparse_ft.errors import ConfigError, unknown_name
 from sparse_ft.experts.gates import Gate, GateInput, SequenceGate, TokenGate
 from sparse_ft.experts.heads import Head, TaskSlot
 from sparse_ft.experts.named_experts import Experts
-from sparse_ft.experts.plan import plan_batch, planned_pass
+from sparse_ft.experts.plan import Plan, expert_paths, plan_batch, plan_rows, planned_pass
 from sparse_ft.experts.routing import ForwardPass, Routing, RoutingSlot
 
 
@@ -258,6 +258,23 @@ class SparseExpertModel(nn.Module):
                 decided if plan is None else {b: each.take(plan.leaves) for b, each in decided.items()}
             )
         return hidden if plan is None else hidden[plan.leaves]
+
+    def plan(self, reads: Mapping[str, Hashable]) -> Plan:
+        """Return the plan of the answers of tasks to one short text, each by the task's own experts.
+
+        Args:
+            reads: Task to what it reads of a text; tasks that read different inputs share nothing.
+        """
+        slots = [self.tasks[name] for name in reads]
+        weights = torch.zeros(len(slots), len(self.experts.names))
+        for row, slot in enumerate(slots):
+            mixed = [name for name in self.gate.names if name in self.experts.names] if slot.joint and self.gate else []
+            weights[row, [self.experts.index(name) for name in (*slot.used, *mixed)]] = 1.0
+        shapes = [(1,) if slot.level == "word" or self.by_words else () for slot in slots]
+        num_blocks = self.backbone.num_blocks
+        paths = expert_paths(Routing(None, weights), shapes, self.experts, num_blocks=num_blocks)
+        whole = self.backbone.family.routes_rows  # else an expert at a time
+        return plan_rows(list(reads.values() if whole else reads), paths, num_blocks=num_blocks)
 
     def states_by(self, expert: str | None, batch: Batch) -> Tensor:
         """Run a batch of texts through the backbone with one expert, or without any, [N, S, H]."""

@@ -50,6 +50,11 @@ class Plan:
             len(stretch.rows) * (end - stretch.first_block) for stretch, end in zip(self.stretches, ends, strict=True)
         )
 
+    @property
+    def passes(self) -> float:
+        """Passes through the backbone that would compute as many blocks of as many rows."""
+        return self.row_blocks / self.num_blocks
+
 
 def plan_rows(inputs: Sequence[Hashable], paths: Sequence[Path], *, num_blocks: int) -> Plan:
     """Let rows share every block up to the first in which their paths differ.

@@ -7,8 +7,6 @@ import pytest
 from toy_checkpoints import add_random_expert
 
 from sparse_ft.experts.heads import TaskSlot
-from sparse_ft.prediction.explain import plan_tasks
-from sparse_ft.tasks.spec import TaskSpec
 from sparse_ft.training.depths import choose_depths, num_passes
 
 
@@ -24,9 +22,8 @@ def test_passes_are_those_of_the_plan(make_model, depths):
         model.add_task(name, expert=name if depth else "shared", level="text", num_outputs=2)
         if depth:
             model.tasks[name] = TaskSlot((name,), "text", shared="shared")
-    specs = {name: TaskSpec(name=name, kind="classification", metric="accuracy") for name in model.tasks}
-    plan = plan_tasks(model, specs, list(model.tasks))
-    assert num_passes(depths, num_blocks=3) == pytest.approx(plan.row_blocks / plan.num_blocks)
+    plan = model.plan(dict.fromkeys(model.tasks, "text"))
+    assert num_passes(depths, num_blocks=3) == pytest.approx(plan.passes)
 
 
 def test_four_tasks_of_six_blocks():
