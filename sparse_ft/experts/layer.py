@@ -36,6 +36,8 @@ class ExpertLayer(nn.Module):
     """[R * I]: A transposed, [I, r], of one expert after another."""
     bank_b: Tensor
     """[1 + R, O]: the bias of the frozen linear, then B transposed, [r, O], of one expert after another."""
+    folded_weight: Tensor | None
+    """[O, I]: the frozen weight plus the delta of the expert ``folded``."""
 
     def __init__(self, frozen: nn.Module, *, slot: RoutingSlot) -> None:
         super().__init__()
@@ -45,11 +47,14 @@ class ExpertLayer(nn.Module):
         self.fan_in_fan_out = not isinstance(frozen, nn.Linear)
         self.out_features, self.in_features = linear_shape(frozen)
         self.layout = BankLayout.of((), ())
+        self.folded: int | None = None
+        """The expert whose delta ``folded_weight`` holds."""
         self.opened: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
         weight = frozen.weight
         assert isinstance(weight, Tensor)
         bias = weight.new_zeros(self.out_features) if frozen.bias is None else frozen.bias
         assert isinstance(bias, Tensor)
+        self.register_buffer("folded_weight", None, persistent=False)
         self.register_buffer("bank_a", torch.zeros(0, device=weight.device), persistent=False)
         self.register_buffer("bank_b", bias.detach().to(torch.float32, copy=True).unsqueeze(0), persistent=False)
 
@@ -81,8 +86,22 @@ class ExpertLayer(nn.Module):
             self.bank_b = torch.cat([self.bank_b, *b_parts])
         self._rebind()
 
+    def fold(self, index: int) -> None:
+        """Keep a second weight with the delta of one expert in it, so that the expert costs nothing in prediction.
+
+        The expert may not change after this.
+        """
+        if self.ranks[index]:
+            lora_a, lora_b = (part.detach().double() for part in self._views(index))
+            delta = (lora_a @ lora_b).t() * self.scales[index]
+            self.folded_weight = (self._weight.t().double() + delta).to(self._weight.dtype).contiguous()
+            self.folded = index
+
     def remove(self, index: int) -> None:
         """Remove one expert; the indices of those behind it fall by one."""
+        self._unfold(index)
+        if self.folded is not None:
+            self.folded -= self.folded > index
         lora_a, lora_b = self.layout.slices(index, self.in_features)
         self.bank_a = torch.cat([self.bank_a[: lora_a.start], self.bank_a[lora_a.stop :]])
         self.bank_b = torch.cat([self.bank_b[: lora_b.start], self.bank_b[lora_b.stop :]])
@@ -98,6 +117,7 @@ class ExpertLayer(nn.Module):
 
     def open(self, index: int) -> tuple[nn.Parameter, nn.Parameter]:
         """Return A and B of one expert as parameters, transposed: [I, r] and [r, O]; they are views into the banks."""
+        self._unfold(index)
         if index not in self.opened:
             lora_a, lora_b = self._pair(index)
             self.opened[index] = (nn.Parameter(lora_a), nn.Parameter(lora_b))
@@ -139,9 +159,10 @@ class ExpertLayer(nn.Module):
         drops = self.training and self.dropout > 0
         dropped = self.slot.dropout(x, self.dropout) if drops else x
         fused = torch.is_grad_enabled() and not drops and not torch.is_autocast_enabled(x.device.type)
-        if routing.only is not None:
+        infers = not (drops or torch.is_grad_enabled())
+        if routing.only is not None and not (infers and routing.only == self.folded):
             return self._with_expert(x, dropped, routing.only, fused=fused)
-        runs = None if drops or torch.is_grad_enabled() else self.layout.runs(routing)
+        runs = self.layout.runs(routing) if infers else None
         if runs is not None:
             return self._with_experts(x, runs)
         lora_a, lora_b, weights = (part.to(x.dtype) for part in self._matrices(routing, needed))
@@ -161,13 +182,27 @@ class ExpertLayer(nn.Module):
 
     def _with_experts(self, x: Tensor, runs: Sequence[tuple[tuple[int, ...], slice]]) -> Tensor:
         """Apply the frozen linear, and to each run of rows its experts, as ``_with_expert`` does: [N, S, O]."""
-        y: Tensor = self.frozen(x)
+        folded = [rows for together, rows in runs if self.folded in together]
+        y: Tensor = self._folded_linear(x) if len(folded) == len(runs) else self.frozen(x)
+        for rows in folded if len(folded) < len(runs) else ():
+            y[rows] = self._folded_linear(x[rows])
         for together, rows in runs:
             for index in together:
+                if index == self.folded:
+                    continue
                 lora_a, lora_b = (part.to(x.dtype) for part in self._pair(index))
                 h = functional.linear(x[rows], lora_a.t().contiguous())  # [rows, S, r]
                 y[rows] = _added(y[rows], h, lora_b, scale=self.scales[index])
         return y
+
+    def _folded_linear(self, x: Tensor) -> Tensor:
+        assert self.folded_weight is not None
+        return functional.linear(x, self.folded_weight, self.bank_b[0])
+
+    def _unfold(self, index: int) -> None:
+        """Forget the weight that holds an expert which goes, or may change."""
+        if self.folded == index:
+            self.folded, self.folded_weight = None, None
 
     @property
     def _weight(self) -> Tensor:
