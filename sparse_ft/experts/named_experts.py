@@ -42,6 +42,24 @@ class Expert:
         self.ranks = {module: lora_a.shape[0] for module, (lora_a, _) in self.deltas.items()}
 
 
+def sum_of_experts(name: str, experts: Sequence[Expert]) -> Expert:
+    """Return one expert that changes what several change together, by deltas of the sum of their ranks.
+
+    Args:
+        name: Of the new expert.
+        experts: At least one; at most one of them has word shapes.
+    """
+    alpha, deltas = experts[0].alpha, {}
+    for module in dict.fromkeys(module for expert in experts for module in expert.deltas):
+        parts = [expert for expert in experts if module in expert.deltas]
+        rank = sum(expert.ranks[module] for expert in parts)
+        scaled = [expert.deltas[module][1] * (expert.alpha / expert.ranks[module]) for expert in parts]
+        lora_a = torch.cat([expert.deltas[module][0] for expert in parts])
+        deltas[module] = (lora_a, torch.cat(scaled, 1) * (rank / alpha))
+    shaped = next((expert for expert in experts if expert.word_shapes is not None), experts[0])
+    return Expert(name, alpha, deltas, shaped.word_shapes, shaped.shapes_block)
+
+
 class Experts:
     """The named experts on a backbone, and the layers that hold them.
 

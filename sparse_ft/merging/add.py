@@ -170,6 +170,12 @@ def _check_pooling(checkpoint: Checkpoint, path: Path, manifest: Manifest, tasks
             f"The head of task {on_texts[0]!r} in {str(path)!r} reads {manifest.pooling} pooling; this checkpoint "
             f"has {checkpoint.model.pooling}. Train the task anew with `sparse-ft train --from {checkpoint.path}`."
         )
+    if on_texts and manifest.by_words != checkpoint.model.by_words:
+        here, there = ("word by word" if words else "whole" for words in (checkpoint.model.by_words, manifest.by_words))
+        raise CheckpointError(
+            f"Task {on_texts[0]!r} of {str(path)!r} reads texts {there}, and this checkpoint reads them {here}, so it "
+            f"would see other tokens. Train the task anew with `sparse-ft train --from {checkpoint.path}`."
+        )
 
 
 def _add_foreign(checkpoint: Checkpoint, folder: Path, name: str) -> list[str]:

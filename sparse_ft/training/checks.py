@@ -99,8 +99,8 @@ def check_gate_stage(run: RunConfig, model: SparseExpertModel) -> None:
     Raises:
         ConfigError: With every problem in one paragraph.
     """
-    problems = list(_gate_problems(run, model, num_experts=len(model.experts.names)))
-    if len(model.experts.names) < 2:
+    problems = list(_gate_problems(run, model, num_experts=len(model.routed)))
+    if len(model.routed) < 2:
         problems = [f"{run.start!r} has one expert, so there is nothing for a gate to choose."]
     joint = [task for task, slot in model.tasks.items() if slot.joint]
     if joint:
@@ -108,7 +108,7 @@ def check_gate_stage(run: RunConfig, model: SparseExpertModel) -> None:
             f"Task {joint[0]!r} of {run.start!r} was trained together with the gate; another gate would change its "
             "answers. Train both further with --stage joint."
         )
-    idle = sorted(set(model.experts.names) - {name for slot in model.tasks.values() for name in slot.experts})
+    idle = sorted(set(model.experts.names) - {name for slot in model.tasks.values() for name in slot.used})
     if idle:
         problems.append(
             f"The expert {idle[0]!r} of {run.start!r} serves no task, so there are no texts to send to it. Remove it "
@@ -200,6 +200,8 @@ def _shared_setting_problems(run: RunConfig, trained: Sequence[str]) -> Iterator
     for name in ("pool", "frozen", "first_block"):
         if name in run.experts.model_fields_set:
             yield f"experts.{name} is not for --stage shared, where all tasks share the lower blocks. Leave it out."
+    if SHARED in trained:
+        yield f"A task cannot be named {SHARED!r}, which is the name of the expert that all tasks share. Rename it."
     for name in settings.own_blocks:
         if name not in trained:
             yield f"shared.own_blocks: {unknown_name('task', name, trained)}"
@@ -255,6 +257,11 @@ def _joint_problems(run: RunConfig, model: SparseExpertModel, trained: Sequence[
         yield (
             f"Task {left[0]!r} of {run.start!r} is answered through the same gate, so its answers would change. Train "
             f"it, too: add --task {run.start}/tasks/{left[0]}.yaml, or leave --task out to train all of the checkpoint."
+        )
+    if model.trunk is not None:
+        yield (
+            f"The tasks of {run.start!r} share the expert {model.trunk!r} below their own. A joint run starts from "
+            "experts of their own, such as those that taught this checkpoint."
         )
     pool = pool_names(run.experts.pool)
     for name in [*pool, *([SHARED] if run.experts.shared else [])]:

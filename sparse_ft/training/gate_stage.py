@@ -129,7 +129,7 @@ def add_gate(
     rows = rows_by_expert(model, tasks)
     if not any(slot.gated for slot in model.tasks.values()):  # a gate that a task needs stays if none can be fitted
         model.gate = None
-    if len(model.experts.names) < 2:
+    if len(model.routed) < 2:
         return
     model.gate = fit_gate(model, rows, settings=run.gate, seed=run.seed)
     note_accuracy(model, tasks, metrics=metrics)

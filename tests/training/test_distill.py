@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toy_checkpoints import all_logits, assert_same, counted_blocks, tensors
+from toy_checkpoints import all_logits, assert_same, counted_blocks, equal, tensors
 from toys import SINGLE, call, settings, write_toy
 
 import sparse_ft
@@ -21,11 +21,12 @@ from sparse_ft.training.training_task import prepare_task
 TEXTS = ["the weather loved Ada Lovelace", "boring football in London and music", "Mozart", ""]
 
 
-def distilled_into(output, toys, *, passes=1.7, tasks=SINGLE, resume=False, **changes):
+def distilled_into(output, toys, *, passes=1.7, tasks=SINGLE, resume=False, backbone=None, **changes):
     options = {"train__epochs": 3, "train__batch_size": 12, "shared__rank": 8, **changes}
     return sparse_ft.distill(
-        toys, output=output, passes=passes, tasks=tasks, overrides=settings(**options), resume=resume, device="cpu"
-    )
+        toys, output=output, passes=passes, tasks=tasks, backbone=backbone, overrides=settings(**options),
+        resume=resume, device="cpu",
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -215,3 +216,39 @@ def test_the_command_prints_the_table(toys, tmp_path, monkeypatch, capsys):
     code, _, err = call(monkeypatch, capsys, "distill", tmp_path / "nothing", "--output", tmp_path / "other")
     assert code == 2
     assert "nothing" in err
+
+
+def test_a_gate_is_fitted_anew_and_joint_training_is_refused(distilled, tmp_path):
+    result = sparse_ft.train(stage="gate", from_checkpoint=distilled.path, output=tmp_path / "gate", device="cpu")
+    assert read_manifest(result.path).gate.trunk == "shared"
+    with pytest.raises(ConfigError, match="share the expert 'shared' below their own"):
+        sparse_ft.train(stage="joint", from_checkpoint=distilled.path, output=tmp_path / "joint", device="cpu")
+
+
+def test_another_backbone_learns_from_the_answers_alone(toys, tiny_folder, tmp_path):
+    result = distilled_into(
+        tmp_path / "other", toys, passes=2, backbone=str(tiny_folder("distilbert")), train__epochs=6, shared__rank=4
+    )
+    assert result.tasks["mood"].student > 0.8
+    assert result.num_blocks != 0
+
+
+def test_an_interrupted_distillation_ends_as_the_whole_one(distilled, toys, tmp_path, monkeypatch):
+    whole = distilled_into(tmp_path / "whole", toys, train__epochs=2, train__save_steps=5)
+    steps = []
+    from sparse_ft.training.loop import _Loop
+
+    step = _Loop.step
+
+    def stop(loop, batch):
+        steps.append(1)
+        if len(steps) == 13:
+            raise KeyboardInterrupt
+        step(loop, batch)
+
+    monkeypatch.setattr(_Loop, "step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        distilled_into(tmp_path / "part", toys, train__epochs=2, train__save_steps=5)
+    monkeypatch.undo()
+    distilled_into(tmp_path / "part", toys, train__epochs=2, train__save_steps=5, resume=True)
+    assert equal(tensors(tmp_path / "part"), tensors(whole.path))

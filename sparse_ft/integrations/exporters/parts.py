@@ -12,7 +12,7 @@ from sparse_ft.backbone.backbone import Backbone, fresh_tokenizer, load_backbone
 from sparse_ft.backbone.words import SHAPES
 from sparse_ft.checkpoint.foreign_adapters import LINEAR_HEADS
 from sparse_ft.errors import ExportError
-from sparse_ft.experts.named_experts import Expert
+from sparse_ft.experts.named_experts import Expert, sum_of_experts
 from sparse_ft.prediction.loaded_model import LoadedModel
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.spec import TaskSpec
@@ -51,12 +51,16 @@ def sole_expert(model: LoadedModel, task: str) -> Expert:
             f"Task {task!r} is answered by experts that the gate weights for each text ({', '.join(slot.experts)}). "
             f"Weights that depend on the text cannot be folded into a linear. {advice}"
         )
-    if slot.shared is not None:
+    experts = model.checkpoint.model.experts
+    own = experts.get(slot.experts[0])
+    expert = own if slot.shared is None else sum_of_experts(own.name, [own, experts.get(slot.shared)])
+    if slot.shared is not None and slot.level == "text" and expert.word_shapes is not None:
         raise ExportError(
-            f"Task {task!r} is answered by two experts together, {slot.experts[0]!r} and the shared {slot.shared!r}; "
-            f"an export holds one. {advice}"
+            f"Task {task!r} shares an expert with tasks on words and reads how words are written, which no export of a "
+            "task on texts can. Serve the checkpoint with sparse_ft.load, or distil it with --set "
+            "experts.word_shapes=false."
         )
-    return model.checkpoint.model.experts.get(slot.experts[0])
+    return expert
 
 
 def sees_shapes(model: LoadedModel, task: str) -> bool:
