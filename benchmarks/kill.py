@@ -43,6 +43,7 @@ from sparse_ft.errors import ConfigError, SparseFTError
 from sparse_ft.integrations.export import export
 from sparse_ft.merging.edit import edit
 from sparse_ft.merging.merge import merge
+from sparse_ft.training.distill import distill
 
 CALLS = ("mkdir", "rename", "replace", "fsync", "unlink", "rmdir", "chmod")
 """Functions of ``os`` before whose calls a run is killed."""
@@ -91,6 +92,11 @@ def joint_tokens(shop: Workshop, resume: bool) -> None:
     shop.train(shop.output, stage="joint", resume=resume, gate__type="token", experts__pool=3)
 
 
+def distil(shop: Workshop, resume: bool) -> None:
+    overrides = [] if resume else settings(**{**OPTIONS, "train__workers": 1})
+    distill(shop.start, output=shop.output, passes=1.7, overrides=overrides, resume=resume, device="cpu")
+
+
 def edit_experts(shop: Workshop, resume: bool) -> None:
     edit(shop.start, output=shop.output, copy=[("names", "again")], prune=[("names", 2)], rename=[("mood", "feeling")])
 
@@ -108,12 +114,12 @@ COMMANDS: dict[str, Callable[[Workshop, bool], None]] = {
     "train": train,
     "joint": joint,
     "joint-tokens": joint_tokens,
-    # "distill": belongs here when there is such a command
+    "distill": distil,
     "edit": edit_experts,
     "merge": merge_experts,
     "export": export_tasks,
 }
-RESUMED = {"train", "joint", "joint-tokens"}
+RESUMED = {"train", "joint", "joint-tokens", "distill"}
 
 
 @dataclass

@@ -98,7 +98,7 @@ class SharedConfig(Section):
     passes: float = Field(default=1.5, ge=1)
     """Most passes through the backbone that the answers of all tasks to one text may cost together; 1 leaves each task
     a head of its own and no more."""
-    own_blocks: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
+    own_blocks: dict[str, int] = Field(default_factory=dict)
     """Task to the number of highest blocks that its own expert changes; tasks that are not named get as many as passes
     allows."""
     rank: int = Field(default=64, ge=1, le=1024)

@@ -137,7 +137,12 @@ def describe_origin(model: SparseExpertModel) -> dict[str, Any]:
     backbone = model.backbone
     return {
         "versions": {"sparse_ft": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        "backbone": {"name": backbone.name, "revision": backbone.revision, "weights_sha256": backbone.weights_sha256},
+        "backbone": {
+            "name": backbone.name,
+            "revision": backbone.revision,
+            "weights_sha256": backbone.weights_sha256,
+            "num_blocks": backbone.num_blocks,
+        },
     }
 
 

@@ -53,6 +53,8 @@ class BackboneEntry(_Entry):
     revision: str | None = None
     """Commit, tag or branch on the hub."""
     weights_sha256: Sha256
+    num_blocks: int | None = Field(default=None, ge=1)
+    """Null in checkpoints before 0.3."""
 
 
 class ExpertEntry(_Entry):

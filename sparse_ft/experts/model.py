@@ -15,10 +15,11 @@ from sparse_ft.backbone.batching import Batch, TaskRows
 from sparse_ft.backbone.encoding import Encoder
 from sparse_ft.backbone.pooling import pool
 from sparse_ft.errors import ConfigError, unknown_name
+from sparse_ft.experts.gate_checks import check_text_gate
 from sparse_ft.experts.gates import Gate, GateInput, SequenceGate, TokenGate
 from sparse_ft.experts.heads import Head, TaskSlot
 from sparse_ft.experts.named_experts import Experts
-from sparse_ft.experts.plan import Plan, expert_paths, plan_batch, plan_rows, planned_pass
+from sparse_ft.experts.plan import Plan, plan_batch, plan_tasks, planned_pass
 from sparse_ft.experts.routing import ForwardPass, Routing, RoutingSlot
 
 
@@ -56,7 +57,7 @@ class SparseExpertModel(nn.Module):
     @property
     def first_block(self) -> int:
         """The lowest block with an expert layer; all tasks share the blocks below."""
-        return min((self.backbone.block_of(name) for name in self.experts.layers), default=self.backbone.num_blocks)
+        return self.experts.lowest_block(self.experts.names, default=self.backbone.num_blocks)
 
     @property
     def trunk(self) -> str | None:
@@ -70,9 +71,7 @@ class SparseExpertModel(nn.Module):
         if self.trunk is None:
             return self.first_block
         own = {name for slot in self.tasks.values() if slot.shared == self.trunk for name in slot.experts}
-        indices = [self.experts.index(name) for name in own]
-        changed = [name for name, layer in self.experts.layers.items() if any(layer.ranks[index] for index in indices)]
-        return min(map(self.backbone.block_of, changed), default=self.backbone.num_blocks)
+        return self.experts.lowest_block(own, default=self.backbone.num_blocks)
 
     def on_trunk(self, task: str) -> bool:
         """Whether a task reads the blocks below ``parting_block`` as the trunk leaves them."""
@@ -146,25 +145,7 @@ class SparseExpertModel(nn.Module):
         Raises:
             ConfigError: If there is none, or the experts are not those that it was fitted on.
         """
-        fit = "Fit one with `sparse-ft train --stage gate --from CHECKPOINT`, or name the tasks with --task."
-        name_tasks = "Name the tasks with --task."
-        gate, names = self.gate, self.routed
-        if gate is None:
-            raise ConfigError(f"This model has no gate to choose among its experts. {fit}")
-        if gate.every_block:
-            raise ConfigError(f"The gate of this model decides for every token, not for whole texts. {name_tasks}")
-        unknown = [name for name in names if name not in gate.names]
-        if unknown and any(slot.joint for slot in self.tasks.values()):
-            raise ConfigError(
-                f"The gate was trained with the experts that it mixes and does not know {unknown[0]!r}. {name_tasks}"
-            )
-        if unknown:
-            raise ConfigError(f"The gate does not know the expert {unknown[0]!r}, which came later. {fit}")
-        if set(gate.names) != set(names):
-            raise ConfigError(
-                f"The gate chooses among {', '.join(gate.names)}, the model has {', '.join(names)}. {fit}"
-            )
-        return gate
+        return check_text_gate(self.gate, self.routed, joint=any(slot.joint for slot in self.tasks.values()))
 
     def reindexed(self, routing: Routing, names: Sequence[str]) -> Routing:
         """Return a routing among a gate's experts ``names`` as one among all experts of the model.
@@ -265,16 +246,12 @@ class SparseExpertModel(nn.Module):
         Args:
             reads: Task to what it reads of a text; tasks that read different inputs share nothing.
         """
+        mixed = [] if self.gate is None else [name for name in self.gate.names if name in self.experts.names]
         slots = [self.tasks[name] for name in reads]
-        weights = torch.zeros(len(slots), len(self.experts.names))
-        for row, slot in enumerate(slots):
-            mixed = [name for name in self.gate.names if name in self.experts.names] if slot.joint and self.gate else []
-            weights[row, [self.experts.index(name) for name in (*slot.used, *mixed)]] = 1.0
-        shapes = [(1,) if slot.level == "word" or self.by_words else () for slot in slots]
-        num_blocks = self.backbone.num_blocks
-        paths = expert_paths(Routing(None, weights), shapes, self.experts, num_blocks=num_blocks)
-        whole = self.backbone.family.routes_rows  # else an expert at a time
-        return plan_rows(list(reads.values() if whole else reads), paths, num_blocks=num_blocks)
+        used = [[*slot.used, *(mixed if slot.joint else [])] for slot in slots]
+        shaped = [slot.level == "word" or self.by_words for slot in slots]
+        inputs = list(reads.values() if self.backbone.family.routes_rows else reads)  # else an expert at a time
+        return plan_tasks(inputs, used, shaped, self.experts, num_blocks=self.backbone.num_blocks)
 
     def states_by(self, expert: str | None, batch: Batch) -> Tensor:
         """Run a batch of texts through the backbone with one expert, or without any, [N, S, H]."""
@@ -369,16 +346,3 @@ def _with_shared(routing: Routing, shared: tuple[int, Tensor] | None, rows: slic
 def _head_key(task: str) -> str:
     """Name a head's module so that no task name collides with an attribute of ``nn.ModuleDict``."""
     return f"task_{task}"
-
-
-def check_token_routing(model: SparseExpertModel) -> None:
-    """Refuse a model whose architecture cannot route tokens.
-
-    Raises:
-        ConfigError: If its attention shares layers between rows.
-    """
-    if not model.backbone.family.routes_rows:
-        raise ConfigError(
-            f"The tokens of backbone {model.backbone.name!r} cannot be routed one by one: its attention shares layers "
-            "between rows. Route whole texts."
-        )

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -112,6 +112,12 @@ class Experts:
         if name not in self.names:
             raise ConfigError(unknown_name("expert", name, self.names))
         return self.names.index(name)
+
+    def lowest_block(self, names: Collection[str], *, default: int) -> int:
+        """Return the lowest 0-based block that one of some experts changes; ``default`` if they change none."""
+        indices = [self.index(name) for name in names]
+        changed = [module for module, layer in self.layers.items() if any(layer.ranks[index] for index in indices)]
+        return min(map(self._block_of, changed), default=default)
 
     def create(
         self,

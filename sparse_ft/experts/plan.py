@@ -113,6 +113,32 @@ def plan_batch(batch: Batch, routing: Routing, experts: Experts, *, num_blocks: 
     return plan if plan.row_blocks < len(inputs) * num_blocks else None
 
 
+def plan_tasks(
+    inputs: Sequence[Hashable],
+    used: Sequence[Sequence[str]],
+    shaped: Sequence[bool],
+    experts: Experts,
+    *,
+    num_blocks: int,
+) -> Plan:
+    """Return how the answers of N tasks to one text share blocks.
+
+    Args:
+        inputs: What each task reads of the text, (N,).
+        used: Names of the experts that answer each task, (N,).
+        shaped: Whether each task reads word shapes where its experts have them, (N,).
+        experts: Experts of the model.
+        num_blocks: Blocks of the backbone.
+    """
+    weights = torch.zeros(len(used), len(experts.names))
+    for row, names in enumerate(used):
+        weights[row, [experts.index(name) for name in names]] = 1.0
+    shapes = [(1,) if reads_shapes else () for reads_shapes in shaped]
+    return plan_rows(
+        inputs, expert_paths(Routing(None, weights), shapes, experts, num_blocks=num_blocks), num_blocks=num_blocks
+    )
+
+
 def _inputs(batch: Batch) -> list[Hashable]:
     """Return what the backbone reads of each row."""
     types = batch.input_ids if batch.token_type_ids is None else batch.token_type_ids

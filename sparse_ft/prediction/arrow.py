@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from sparse_ft.experts.gate_checks import check_token_routing
 from sparse_ft.experts.gates import GateInput, without_autocast
-from sparse_ft.experts.model import SparseExpertModel, check_token_routing
+from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.routing import Routing
 from sparse_ft.experts.selection import Selection
 
@@ -55,7 +56,7 @@ def arrow_gate(model: SparseExpertModel, *, top_k: int = 2) -> ArrowGate:
     Raises:
         ConfigError: If the architecture cannot route tokens.
     """
-    check_token_routing(model)
+    check_token_routing(model.backbone)
     names, hidden = model.routed, model.backbone.hidden_size
     indices = [model.experts.index(name) for name in names]
     vectors = {

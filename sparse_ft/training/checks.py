@@ -10,8 +10,9 @@ from sparse_ft.checkpoint.manifest import read_config, read_manifest
 from sparse_ft.checkpoint.outputs import free_output
 from sparse_ft.config import RunConfig
 from sparse_ft.errors import ConfigError, unknown_name
+from sparse_ft.experts.gate_checks import check_token_routing
 from sparse_ft.experts.heads import TaskSlot
-from sparse_ft.experts.model import SparseExpertModel, check_token_routing
+from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.selection import Selection
 from sparse_ft.tasks.kinds import KINDS
 from sparse_ft.tasks.spec import TaskSpec
@@ -215,8 +216,11 @@ def _shared_model_problems(run: RunConfig, model: SparseExpertModel, trained: Se
             "rows. Train experts of their own."
         )
     for name, blocks in settings.own_blocks.items():
-        if blocks > num_blocks:
-            yield f"shared.own_blocks gives task {name!r} {blocks} blocks; the backbone has {num_blocks}."
+        if not 0 <= blocks <= num_blocks:
+            yield (
+                f"shared.own_blocks gives task {name!r} {blocks} blocks; the backbone has {num_blocks}. Give 0 to "
+                f"{num_blocks}."
+            )
     passes = num_passes([settings.own_blocks.get(name, 0) for name in trained], num_blocks=num_blocks)
     if passes > settings.passes + 1e-9:
         yield (
@@ -232,7 +236,7 @@ def _gate_problems(run: RunConfig, model: SparseExpertModel, *, num_experts: int
     if top_k is not None and top_k > num_experts:
         yield f"gate.top_k is {top_k}, but there are {num_experts} experts. Lower it."
     if run.gate.type == "token":
-        yield from _messages(lambda: check_token_routing(model))
+        yield from _messages(lambda: check_token_routing(model.backbone))
 
 
 def _frozen_problems(run: RunConfig, model: SparseExpertModel) -> Iterator[str]:

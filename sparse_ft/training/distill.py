@@ -199,4 +199,4 @@ def _compare(
                 student=scored.tasks[name].score.metrics[metric],
                 own_blocks=run.shared.own_blocks[name],
             )
-    return Distillation(result, comparisons, result.num_blocks)
+    return Distillation(result, comparisons, read_manifest(result.path).backbone.num_blocks or 1)

@@ -7,7 +7,7 @@ Distillation: Hinton et al. 2015, https://arxiv.org/abs/1503.02531. The weight o
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -114,42 +114,46 @@ def load_teachers(
     return teachers
 
 
-def taught(task: TrainingTask, teacher: Teacher) -> TrainingTask:
-    """Return a task with its teacher's logits for the training rows."""
-    logits = teacher.logits(task.columns, title=f"teacher of {task.spec.name}")
-    soft = [logits[each.row][each.word_indices] if each.word_indices else logits[each.row] for each in task.examples]
-    return replace(task, soft=soft)
-
-
-def taught_together(
-    tasks: Mapping[str, TrainingTask], teachers: Mapping[str, Teacher], *, encoder: Encoder
+def taught(
+    tasks: Mapping[str, TrainingTask],
+    teachers: Mapping[str, Teacher],
+    *,
+    echoes: Literal["none", "words", "all"],
+    encoder: Encoder,
 ) -> dict[str, TrainingTask]:
-    """Return tasks with what the teachers of other tasks say of their texts.
+    """Return tasks with what their teachers say of their rows, and of the rows of other tasks.
 
     Args:
         tasks: The tasks in training.
-        teachers: Of the tasks that are taught on the texts of others; those on pairs and choices are not.
+        teachers: Of the tasks that have one.
+        echoes: Which teachers answer the rows of other tasks, too: none, those of tasks on words, or all.
         encoder: The encoder of the student.
     """
-    together = dict(tasks)
+    result = dict(tasks)
     for name, teacher in teachers.items():
-        spec, kind = tasks[name].spec, find_kind(tasks[name].spec.kind)
-        if spec.reads != "text":
-            continue
-        for other, task in tasks.items():
-            if other == name or task.spec.reads != "text":
-                continue
-            columns = {"text": task.columns.get("text") or [join_words(words) for words in task.columns["tokens"]]}
-            logits = teacher.logits(columns, title=f"teacher of {name} on {other}")
-            echoes: list[list[SoftExample]] = [[] for _ in columns["text"]]
-            examples = kind.encode(columns, encoder=encoder, labels=spec.label_names or [], language=spec.language)
-            for each in examples:
-                said = logits[each.row]
-                said = said[each.word_indices] if kind.level == "word" else said.unsqueeze(0)
-                if len(said):
-                    echoes[each.row].append(SoftExample(each, said))
-            together[other] = replace(together[other], echoes={**together[other].echoes, name: echoes})
-    return together
+        logits = teacher.logits(tasks[name].columns, title=f"teacher of {name}")
+        soft = [logits[e.row][e.word_indices] if e.word_indices else logits[e.row] for e in tasks[name].examples]
+        result[name] = replace(result[name], soft=soft)
+        if echoes == "all" or (echoes == "words" and find_kind(teacher.spec.kind).level == "word"):
+            for other in tasks:
+                if other != name and tasks[name].spec.reads == tasks[other].spec.reads == "text":
+                    heard = _echoes(tasks[name].spec, teacher, tasks[other], encoder=encoder)
+                    result[other] = replace(result[other], echoes={**result[other].echoes, name: heard})
+    return result
+
+
+def _echoes(spec: TaskSpec, teacher: Teacher, other: TrainingTask, *, encoder: Encoder) -> list[list[SoftExample]]:
+    """Return what a teacher says of each row of another task, read as its own task reads it."""
+    kind = find_kind(spec.kind)
+    columns = {"text": other.columns.get("text") or [join_words(words) for words in other.columns["tokens"]]}
+    logits = teacher.logits(columns, title=f"teacher of {spec.name} on {other.spec.name}")
+    echoes: list[list[SoftExample]] = [[] for _ in columns["text"]]
+    examples = kind.encode(columns, encoder=encoder, labels=spec.label_names or [], language=spec.language)
+    for each in examples:
+        said = logits[each.row][each.word_indices] if kind.level == "word" else logits[each.row].unsqueeze(0)
+        if len(said):
+            echoes[each.row].append(SoftExample(each, said))
+    return echoes
 
 
 def soft_loss(kind: TaskKind, logits: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:

@@ -40,7 +40,7 @@ from sparse_ft.training.processes import broadcast, broadcast_module, rank, rank
 from sparse_ft.training.resume import Progress, unscored_tasks
 from sparse_ft.training.settings import AssembledRun, assemble_run, moved_backbone
 from sparse_ft.training.shared_experts import start_from_teachers
-from sparse_ft.training.teachers import Teacher, load_teachers, taught, taught_together
+from sparse_ft.training.teachers import Teacher, load_teachers, taught
 from sparse_ft.training.training_task import TrainingTask, prepare_task
 
 _LOG = logging.getLogger("sparse_ft")
@@ -62,8 +62,6 @@ class TrainResult:
     """The trained tasks, with their labels."""
     tokens_per_second: float
     """Tokens, without padding, per second of the training steps."""
-    num_blocks: int = 0
-    """Blocks of the backbone; 0 where nothing was trained."""
     folds: dict[str, FoldScores] = field(default_factory=dict)
     """Scores of each task over the folds of a run with ``folds``."""
 
@@ -207,13 +205,6 @@ def _train(
         spec.name: prepare_task(spec, run=run, encoder=encoder, before=known.get(spec.name), sources=sources)
         for spec in specs
     }
-    tasks |= {name: taught(tasks[name], teacher) for name, teacher in teachers.items()}
-    heard = {
-        name: teacher
-        for name, teacher in teachers.items()
-        if run.shared.echoes == "all" or (run.shared.echoes == "words" and find_kind(teacher.spec.kind).level == "word")
-    }
-    tasks = taught_together(tasks, heard, encoder=encoder)
     for task in tasks.values():  # refuse an impossible metric before training
         score_rows(task.spec, task.validation, task.validation.columns[find_kind(task.spec.kind).answer_column])
     trained = {name: task.spec for name, task in tasks.items()}
@@ -222,6 +213,7 @@ def _train(
     for name, spec in trained.items():
         say_division(spec, sources.get(name))
     if run.stage == "shared":
+        tasks = taught(tasks, teachers, echoes=run.shared.echoes, encoder=encoder)
         run = plan_shared(model, tasks, teachers, run=run)
     add_tasks(model, tasks, run=run)
     if teachers:
@@ -253,7 +245,7 @@ def _train(
 
     evaluation = broadcast(finish)
     rate = progress.tokens / progress.seconds if progress.seconds else 0.0
-    return TrainResult(Path(run.output or ""), evaluation, progress.history, trained, rate, model.backbone.num_blocks)
+    return TrainResult(Path(run.output or ""), evaluation, progress.history, trained, rate)
 
 
 def _load_start(run: RunConfig, device: torch.device) -> tuple[SparseExpertModel, Checkpoint | None]:

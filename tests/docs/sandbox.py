@@ -24,6 +24,8 @@ def shortened(words: list[str]) -> list[str]:
     if "--budget" in words:
         words[words.index("--budget") + 1] = "2"
         words += ["--rows", "8"]
+    if words[0] == "distill":
+        words += [word for setting in [*SETTINGS, _QUICK_GATE] for word in ("--set", setting)]
     if words[0] == "train":
         settings = [] if "gate" in words else list(SETTINGS)  # the gate alone has no settings of the loop
         if not {"joint", "--from"} & set(words) and not {"gate.type", "experts.pool"} & _settings(words):

@@ -15,7 +15,7 @@ from sparse_ft.errors import ConfigError, SparseFTError
 from sparse_ft.training.gradients import Gradients
 from sparse_ft.training.new_experts import add_tasks
 from sparse_ft.training.shared_experts import start_from_teachers
-from sparse_ft.training.teachers import Teacher, taught, taught_together
+from sparse_ft.training.teachers import Teacher, taught
 from sparse_ft.training.training_task import prepare_task
 
 TEXTS = ["the weather loved Ada Lovelace", "boring football in London and music", "Mozart", ""]
@@ -147,8 +147,7 @@ def test_echoes_add_the_gradients_of_their_texts(distilled, toys, accumulation):
     model, encoder = student.model, student.encoder
     tasks = {name: prepare_task(spec, run=run, encoder=encoder, before=spec) for name, spec in student.tasks.items()}
     teachers = {name: Teacher(checkpoint, checkpoint.encoder, spec) for name, spec in student.tasks.items()}
-    tasks = {name: taught(task, teachers[name]) for name, task in tasks.items()}
-    tasks = taught_together(tasks, {"names": teachers["names"]}, encoder=encoder)
+    tasks = taught(tasks, teachers, echoes="words", encoder=encoder)
     parameters = [p for name in model.experts.names for p in model.experts.parameters(name).values() if p.numel()]
     batch = [("about", 0), ("about", 1), ("mood", 2), ("mood", 3), ("names", 4), ("names", 5)]
 
@@ -230,7 +229,7 @@ def test_another_backbone_learns_from_the_answers_alone(toys, tiny_folder, tmp_p
         tmp_path / "other", toys, passes=2, backbone=str(tiny_folder("distilbert")), train__epochs=6, shared__rank=4
     )
     assert result.tasks["mood"].student > 0.8
-    assert result.num_blocks != 0
+    assert result.num_blocks == 3
 
 
 def test_an_interrupted_distillation_ends_as_the_whole_one(distilled, toys, tmp_path, monkeypatch):
