@@ -220,6 +220,10 @@ def load_bare(path: str | Path, *, backbone: str | None = None, dtype: torch.dty
         tokenizer_folder=path / "tokenizer",
         dtype=dtype,
     )
+    if named.num_blocks not in (None, loaded.num_blocks):
+        raise damaged(
+            path / MANIFEST, f"its backbone has {named.num_blocks} blocks, and {named.name!r} {loaded.num_blocks}"
+        )
     model = SparseExpertModel(loaded, pooling=manifest.pooling, by_words=manifest.by_words).eval().requires_grad_(False)
     config = read_config(path / "config.yaml")
     return Checkpoint(path, model, {}, config, {}, manifest)

@@ -157,6 +157,8 @@ class Manifest(_Entry):
     @model_validator(mode="after")
     def _agree(self) -> Self:
         used = [expert for entry in self.tasks.values() for expert in entry.used]
+        if isinstance(self.gate, TextGateEntry) and self.gate.trunk is not None:
+            used.append(self.gate.trunk)
         problems = [f"it lacks the expert {name!r}" for name in used if name not in self.experts]
         problems += [f"it does not list the file {file!r}" for file in self._files() if file not in self.bytes]
         problems += [f"it lists the file {file!r}, but not what the file belongs to" for file in self._strays()]

