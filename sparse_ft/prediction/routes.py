@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from sparse_ft.backbone.encoding import Example
 from sparse_ft.errors import CheckpointError, ConfigError, unknown_name
@@ -27,6 +28,9 @@ from sparse_ft.prediction.requests import Metadata
 from sparse_ft.prediction.rules import Rules, load_rules
 
 _LOG = logging.getLogger("sparse_ft")
+
+_LIKELY = 0.1
+"""Probability from which a task is answered besides the most probable one where both share a pass."""
 
 
 class TextChooser(Protocol):
@@ -159,26 +163,52 @@ class Route:
         return model.reindexed(decision, gate.names if mixes else gate.leads)
 
     def serving(self, routing: Routing, task: str) -> Routing:
-        """Return a routing of texts as the routing for one of the tasks that are answered together.
+        """Return a routing of texts as the routing for one of the tasks that are answered.
 
-        Where the gate has chosen a group, its first expert stands for the group; the task's expert takes its place.
+        Where the gate has chosen a group, its first expert stands for the group; the task's expert takes its place. So
+        it does where the task is answered as a further one, see ``answering``.
         """
         slot, gate = self.model.tasks[task], self.model.sequence_gate
         if self.name != "gate" or gate is None or routing.experts is None or slot.gated:
             return routing
         (expert,) = slot.experts
         lead, own = (self.model.experts.index(name) for name in (gate.companions(expert)[0], expert))
-        return routing if lead == own else replace(routing, experts=routing.experts.where(routing.experts != lead, own))
+        served = routing.experts == lead  # [N, K]
+        further = self._further(routing)
+        if further is not None:
+            served |= further[:, gate.partition.group_of[gate.names.index(expert)]].unsqueeze(1)
+        return replace(routing, experts=routing.experts.where(~served, own))
+
+    def _further(self, routing: Routing) -> Tensor | None:
+        """Return the groups of experts that are answered besides the chosen one, [N, G]; None if none ever is.
+
+        Where tasks share a pass, a further task costs a part of a pass only, so every task is answered that the text is
+        likely to be for.
+        """
+        gate = self.model.sequence_gate
+        if gate is None or gate.trunk is None or routing.logits is None or routing.weights.shape[-1] > 1:
+            return None
+        known = routing.weights.sum(-1, keepdim=True) > 0
+        return (gate.partition.logits(routing.logits).softmax(-1) >= _LIKELY) & known
 
     def answering(self, routing: Routing) -> list[list[str]]:
-        """Return the experts whose tasks are answered for each text: a group, one, or none if it is unknown."""
+        """Return the experts whose tasks are answered for each text: a group, one, or none if it is unknown.
+
+        Where the gate reads states that all tasks share, other groups are answered, too, if they are likely enough.
+        """
         if self.name != "gate":
             return [[] if name is None else [name] for name in heaviest(routing, self.model.experts.names)]
         gate, weights = self.model.text_gate(), routing.dense_weights(len(self.model.experts.names))
         of_gate = weights[:, [self.model.experts.index(name) for name in gate.names]]  # [N, gate's experts]
         sums = torch.stack([of_gate[:, list(members)].sum(-1) for members in gate.partition.members], -1)  # [N, groups]
-        best = zip(gate.partition.best(sums), sums.sum(-1).tolist(), strict=True)
-        return [[gate.names[index] for index in members] if total > 0 else [] for members, total in best]
+        chosen = (sums == sums.amax(-1, keepdim=True)) & (sums > 0)
+        chosen = chosen.long().cumsum(-1).eq(1) & chosen  # the first of equal ones
+        further = self._further(routing)
+        answered = (chosen if further is None else chosen | further).tolist()
+        members = [[gate.names[index] for index in group] for group in gate.partition.members]
+        return [
+            [name for group, named in zip(members, row, strict=True) if named for name in group] for row in answered
+        ]
 
     def warnings(self) -> list[str]:
         """Name the rules that matched no text so far."""

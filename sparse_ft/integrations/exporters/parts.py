@@ -54,11 +54,11 @@ def sole_expert(model: LoadedModel, task: str) -> Expert:
     experts = model.checkpoint.model.experts
     own = experts.get(slot.experts[0])
     expert = own if slot.shared is None else sum_of_experts(own.name, [own, experts.get(slot.shared)])
-    if slot.shared is not None and slot.level == "text" and expert.word_shapes is not None:
+    if model.checkpoint.model.by_words and slot.level == "text":
         raise ExportError(
-            f"Task {task!r} shares an expert with tasks on words and reads how words are written, which no export of a "
-            "task on texts can. Serve the checkpoint with sparse_ft.load, or distil it with --set "
-            "experts.word_shapes=false."
+            f"Task {task!r} reads texts split into words, as the tasks on words do that it shares an expert with; no "
+            "export of a task on texts can. Serve the checkpoint with sparse_ft.load, or export the expert that taught "
+            "the task."
         )
     return expert
 
