@@ -17,7 +17,7 @@ from sparse_ft.cli.options import (
 
 def export(
     checkpoint: CheckpointArgument,
-    format_: Annotated[str, typer.Option("--format", metavar="FORMAT", help="peft, transformers or onnx.")],
+    format_: Annotated[str, typer.Option("--format", metavar="FORMAT", help="peft, transformers, multitask or onnx.")],
     output: OutputOption,
     task: Annotated[str | None, typer.Option(metavar="NAME", help="Task to export; default: all.")] = None,
     int8: Annotated[

@@ -53,7 +53,8 @@ def export(
     Args:
         checkpoint: A folder, or a loaded model, which no other thread may use meanwhile.
         format: ``peft``: the expert as an adapter, head included. ``transformers``: a dense model with the expert
-            folded in. ``onnx``: one graph with the experts and heads of all tasks.
+            folded in. ``multitask``: one dense model with a head for each task, where one expert serves all
+            (``distill`` with one pass). ``onnx``: one graph with the experts and heads of all tasks.
         output: Folder to write; must be empty or not exist.
         task: The task to export; None exports all.
         int8: With ``onnx``, write a second graph with int8 weights, and the score that it loses.

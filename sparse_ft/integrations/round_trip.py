@@ -80,8 +80,13 @@ def _sample_texts(model: LoadedModel, task: str) -> list[Text]:
         texts = odd + [row if isinstance(row, tuple) else (row, row[::-1]) for row in rows]
     else:
         texts = [*PROBE_TEXTS, *example, *rows]
-    tokenizer = model.checkpoint.model.backbone.tokenizer
-    return [text for text in texts if tokenizer(*([text] if isinstance(text, str) else text))["input_ids"]]
+    encoder = model.encoder
+
+    def has_tokens(text: Text) -> bool:
+        read = encoder.texts([text]) if isinstance(text, str) else encoder.texts([text[0]], [text[1] or ""])
+        return read[0].input_ids != [encoder.empty_id]
+
+    return list(filter(has_tokens, texts))
 
 
 def _rows(spec: TaskSpec, source: str | None) -> list[Text]:

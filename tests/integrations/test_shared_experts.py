@@ -52,10 +52,10 @@ def test_a_tagger_with_shapes_is_exported_and_a_task_on_texts_read_by_words_is_r
     shared_model.experts.replace(Expert("common", common.alpha, common.deltas, torch.randn(9, 32)))
     shared_model.by_words = True
     path = save_model(tmp_path, shared_model)
-    export = sparse_ft.export(path, format="transformers", task="names", output=tmp_path / "names")
+    export = sparse_ft.export(path, format="transformers", task="names", output=tmp_path / "tagger")
     assert export.differences["names"].largest < 1e-3
     with pytest.raises(ExportError, match="reads texts split into words"):
-        sparse_ft.export(path, format="transformers", task="mood", output=tmp_path / "mood")
+        sparse_ft.export(path, format="transformers", task="mood", output=tmp_path / "texts")
 
 
 def test_a_renamed_shared_expert_is_still_shared(shared_model, tmp_path):
@@ -64,3 +64,24 @@ def test_a_renamed_shared_expert_is_still_shared(shared_model, tmp_path):
     before, after = (sparse_ft.load(each, device="cpu") for each in (path, tmp_path / "renamed"))
     assert after.checkpoint.model.trunk == "trunk"
     assert torch.equal(before.logits(["Ada met Mozart"], "mood"), after.logits(["Ada met Mozart"], "mood"))
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "deberta-v2"])
+def test_tasks_of_one_expert_are_one_dense_model(make_model, tmp_path, family):
+    model = make_model(family, {}, pooling="unit")
+    add_random_expert(model, "common", rank=3, alpha=5.0, seed=3)
+    common = model.experts.get("common")
+    model.experts.replace(Expert("common", common.alpha, common.deltas, torch.randn(9, 32)))
+    for name, (level, outputs) in HEADS.items():
+        model.add_task(name, expert="common", level=level, num_outputs=outputs).initialise(seed=1, name=name)
+    model.by_words = True
+    export = sparse_ft.export(save_model(tmp_path, model), format="multitask", output=tmp_path / "out")
+    assert set(export.differences) == set(HEADS)
+    assert max(difference.largest for difference in export.differences.values()) < 1e-3
+    assert "answers all tasks" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_tasks_of_different_experts_are_no_dense_model(shared_model, tmp_path):
+    with pytest.raises(ExportError, match="are answered by different experts"):
+        sparse_ft.export(save_model(tmp_path, shared_model), format="multitask", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

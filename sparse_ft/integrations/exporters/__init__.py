@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 from sparse_ft.errors import ConfigError, unknown_name
 from sparse_ft.experts.named_experts import Expert
+from sparse_ft.integrations.exporters.multitask_folder import write_multitask_folder
 from sparse_ft.integrations.exporters.onnx_folder import write_onnx
-from sparse_ft.integrations.exporters.parts import sole_expert
+from sparse_ft.integrations.exporters.parts import sole_expert, task_expert
 from sparse_ft.integrations.exporters.peft_folder import plain_expert, write_peft
 from sparse_ft.integrations.exporters.transformers_folder import write_transformers
 from sparse_ft.integrations.round_trip import Difference
@@ -30,6 +31,7 @@ class Exporter(NamedTuple):
 EXPORTERS: dict[str, Exporter] = {
     "peft": Exporter(write_peft, together=False, expert_of=plain_expert),
     "transformers": Exporter(write_transformers, together=False),
+    "multitask": Exporter(write_multitask_folder, together=True, expert_of=task_expert),
     "onnx": Exporter(write_onnx, together=True),
 }
 

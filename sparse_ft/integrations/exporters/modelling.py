@@ -33,7 +33,7 @@ def write_pooled(folder: Path, *, stock: TokenClassifier, pooling: str) -> None:
     _write_model(folder, "pooled", "SequenceClassification", stock=stock.model, constants=constants)
 
 
-def write_shaped(folder: Path, *, stock: Any, block: str, width: int, language: str) -> None:
+def write_shaped(folder: Path, *, stock: Any, block: str, width: int, language: str, by_words: bool = False) -> None:
     """Make an exported token classifier and its tokenizer see word shapes.
 
     Args:
@@ -42,14 +42,46 @@ def write_shaped(folder: Path, *, stock: Any, block: str, width: int, language: 
         block: Name of the module in it before which the vectors are added.
         width: Width of the vectors.
         language: Language of the task, which decides how texts are split into words.
+        by_words: Whether texts are split into words before they become tokens.
     """
     constants = {"BLOCK": repr(block), "SHAPES, WIDTH": f"{len(words.SHAPES)}, {width}"}
     _write_model(folder, "shaped", "TokenClassification", stock=stock, constants=constants)
-    tokenizer = _with_constants(read_template("tokenization_shaped.py"), {"LANGUAGE": repr(language)})
+    named = {"LANGUAGE": repr(language), "BY_WORDS": repr(by_words)}
+    tokenizer = _with_constants(read_template("tokenization_shaped.py"), named)
     write_bytes(folder / "tokenization_shaped.py", tokenizer.encode())
     write_words(folder)
     classes = {"AutoTokenizer": [None, "tokenization_shaped.ShapedTokenizer"]}
     _update(folder / "tokenizer_config.json", {"tokenizer_class": "ShapedTokenizer", "auto_map": classes})
+
+
+def write_multitask(
+    folder: Path,
+    *,
+    stock: TokenClassifier,
+    tasks: Mapping[str, tuple[str, int, int]],
+    pooling: str,
+    block: str,
+    width: int,
+    language: str,
+    by_words: bool,
+) -> None:
+    """Make an exported token classifier answer several tasks.
+
+    Args:
+        folder: Folder of the export; its config then names the class ``MultitaskForTasks``.
+        stock: The token classifier, with the heads of all tasks one below the other.
+        tasks: Task to ``text`` or ``word``, and to the first row of its head and the one after its last.
+        pooling: ``unit``, ``mean``, ``first`` or ``last``.
+        block: Name of the module before which the vectors of word shapes are added.
+        width: Width of the vectors.
+        language: Language of the tasks, which decides how texts are split into words.
+        by_words: Whether texts are split into words before they become tokens.
+    """
+    write_pooled(folder, stock=stock, pooling=pooling)
+    write_shaped(folder, stock=stock.model, block=block, width=width, language=language, by_words=by_words)
+    _write_model(
+        folder, "multitask", "Tasks", stock=stock.model, constants={"TASKS": repr(dict(tasks))}, auto="AutoModel"
+    )
 
 
 def write_words(folder: Path) -> None:
@@ -82,7 +114,9 @@ def exported_class(folder: Path, module: str, name: str) -> Any:
             del sys.modules[loaded]
 
 
-def _write_model(folder: Path, prefix: str, end: str, *, stock: Any, constants: Mapping[str, str]) -> None:
+def _write_model(
+    folder: Path, prefix: str, end: str, *, stock: Any, constants: Mapping[str, str], auto: str | None = None
+) -> None:
     """Write ``modeling_<prefix>.py`` with the class ``<Prefix>For<end>``, and name it in config.json."""
     module, title, model_type = f"modeling_{prefix}", prefix.title(), f"{prefix}_{stock.config.model_type}"
     source = _with_constants(read_template(f"{module}.py"), constants)
@@ -90,7 +124,7 @@ def _write_model(folder: Path, prefix: str, end: str, *, stock: Any, constants: 
     source = source.replace("BertConfig", type(stock.config).__name__).replace(f"{prefix}_bert", model_type)
     write_bytes(folder / f"{module}.py", source.encode())
     name = f"{title}For{end}"
-    classes = {"AutoConfig": f"{module}.{title}Config", f"AutoModelFor{end}": f"{module}.{name}"}
+    classes = {"AutoConfig": f"{module}.{title}Config", auto or f"AutoModelFor{end}": f"{module}.{name}"}
     _update(folder / "config.json", {"model_type": model_type, "architectures": [name], "auto_map": classes})
 
 

@@ -15,7 +15,6 @@ from sparse_ft.errors import ExportError
 from sparse_ft.experts.named_experts import Expert, sum_of_experts
 from sparse_ft.prediction.loaded_model import LoadedModel
 from sparse_ft.tasks.kinds import find_kind
-from sparse_ft.tasks.spec import TaskSpec
 
 
 class TokenClassifier(NamedTuple):
@@ -29,7 +28,23 @@ class TokenClassifier(NamedTuple):
 
 
 def sole_expert(model: LoadedModel, task: str) -> Expert:
-    """Return the one expert that answers a task.
+    """Return the one expert that answers a task, for formats whose tasks on texts read them whole.
+
+    Raises:
+        ExportError: As for ``task_expert``, or if the task reads texts split into words.
+    """
+    spec = model.tasks[task]
+    if model.checkpoint.model.by_words and spec.reads == "text" and find_kind(spec.kind).level == "text":
+        raise ExportError(
+            f"Task {task!r} reads texts split into words, as the tasks on words do that it shares an expert with; only "
+            "the format multitask can. Serve the checkpoint with sparse_ft.load, or export the expert that taught the "
+            "task."
+        )
+    return task_expert(model, task)
+
+
+def task_expert(model: LoadedModel, task: str) -> Expert:
+    """Return the one expert that answers a task; of an own and a shared one, their sum.
 
     Raises:
         ExportError: If several experts answer the task, because a choice that depends on the text is not a weight, or
@@ -53,19 +68,12 @@ def sole_expert(model: LoadedModel, task: str) -> Expert:
         )
     experts = model.checkpoint.model.experts
     own = experts.get(slot.experts[0])
-    expert = own if slot.shared is None else sum_of_experts(own.name, [own, experts.get(slot.shared)])
-    if model.checkpoint.model.by_words and slot.level == "text":
-        raise ExportError(
-            f"Task {task!r} reads texts split into words, as the tasks on words do that it shares an expert with; no "
-            "export of a task on texts can. Serve the checkpoint with sparse_ft.load, or export the expert that taught "
-            "the task."
-        )
-    return expert
+    return own if slot.shared is None else sum_of_experts(own.name, [own, experts.get(slot.shared)])
 
 
 def sees_shapes(model: LoadedModel, task: str) -> bool:
     """Say whether the answers of a task depend on how words are written, which only tasks that tag words can."""
-    return sole_expert(model, task).word_shapes is not None and find_kind(model.tasks[task].kind).level == "word"
+    return task_expert(model, task).word_shapes is not None and find_kind(model.tasks[task].kind).level == "word"
 
 
 def any_shapes(model: LoadedModel, tasks: Sequence[str]) -> bool:
@@ -80,21 +88,20 @@ def shape_table(expert: Expert, backbone: Backbone) -> Tensor:
     return torch.cat([torch.zeros_like(expert.word_shapes[:1]), expert.word_shapes[1:]])
 
 
-def token_classifier(backbone: Backbone, spec: TaskSpec, head: nn.Linear) -> TokenClassifier:
+def token_classifier(backbone: Backbone, outputs: Sequence[str], head: nn.Linear) -> TokenClassifier:
     """Put a backbone and a head into the token classifier that transformers has for them.
 
     Args:
         backbone: Backbone without expert layers, which the classifier takes over.
-        spec: Task, which names the labels.
-        head: Head of the task; copied.
+        outputs: Names of the outputs of the head.
+        head: Copied.
 
     Raises:
         ExportError: If that classifier has more layers between backbone and head.
     """
     config = copy.deepcopy(backbone.config)
-    names = find_kind(spec.kind).outputs(spec.label_names or [])
-    config.id2label = dict(enumerate(names))
-    config.label2id = {name: index for index, name in enumerate(names)}
+    config.id2label = dict(enumerate(outputs))
+    config.label2id = {name: index for index, name in enumerate(outputs)}
     model, prefix, attribute = empty_classifier(config)
     setattr(model, prefix, backbone.model)
     setattr(model, attribute, copy.deepcopy(head).cpu().float())

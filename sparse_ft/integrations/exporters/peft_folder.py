@@ -71,7 +71,7 @@ def write_peft(model: LoadedModel, tasks: Sequence[str], folder: Path) -> dict[s
     (task,) = tasks
     inner, spec = model.checkpoint.model, model.tasks[task]
     expert, linear = plain_expert(model, task), inner.head(task).linear
-    base = token_classifier(fresh_copy(inner.backbone), spec, linear)
+    base = token_classifier(fresh_copy(inner.backbone), find_kind(spec.kind).outputs(spec.label_names or []), linear)
     head = {f"{base.head}.{name}": value.detach().cpu() for name, value in linear.state_dict().items()}
     write_adapter(folder, expert, backbone=inner.backbone, prefix=f"{base.prefix}.", head=head)
     save_tokenizer(model, folder)

@@ -35,7 +35,7 @@ def write_transformers(model: LoadedModel, tasks: Sequence[str], folder: Path) -
     inner, spec = model.checkpoint.model, model.tasks[task]
     expert, backbone = sole_expert(model, task), fresh_copy(inner.backbone)
     fold(backbone, expert)
-    stock = token_classifier(backbone, spec, inner.head(task).linear)
+    stock = token_classifier(backbone, find_kind(spec.kind).outputs(spec.label_names or []), inner.head(task).linear)
     dense: Any = stock.model
     dense.config.problem_type = _PROBLEMS.get(spec.kind)
     shaped = sees_shapes(model, task)

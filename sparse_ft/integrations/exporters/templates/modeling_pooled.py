@@ -29,10 +29,10 @@ class PooledForSequenceClassification(BertForTokenClassification):
         tokens = self.base_model(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state.float()
         mask = torch.ones_like(tokens[..., 0]) if attention_mask is None else attention_mask.to(tokens.dtype)
         head = getattr(self, HEAD)
-        return SequenceClassifierOutput(logits=head(_pool(tokens, mask).to(head.weight.dtype)))
+        return SequenceClassifierOutput(logits=head(pool(tokens, mask).to(head.weight.dtype)))
 
 
-def _pool(tokens, mask):
+def pool(tokens, mask):
     if POOLING == "first":
         return tokens[:, 0]
     if POOLING == "last":

@@ -10,10 +10,15 @@ from transformers import PreTrainedTokenizerFast
 from .words import split_words, word_shape
 
 LANGUAGE = "en"
+BY_WORDS = False
+"""Whether texts are split into words before they become tokens."""
 
 
 class ShapedTokenizer(PreTrainedTokenizerFast):
     def __call__(self, text, is_split_into_words=False, return_tensors=None, **options):
+        if BY_WORDS and not is_split_into_words:
+            text = _words(text) if isinstance(text, str) else [_words(row) for row in text]
+            is_split_into_words = True
         encoded = super().__call__(text, is_split_into_words=is_split_into_words, **options)
         first = text[0] if len(text) else ""
         batched = isinstance(text, (list, tuple)) and not (is_split_into_words and isinstance(first, str))
@@ -24,6 +29,10 @@ class ShapedTokenizer(PreTrainedTokenizerFast):
         nested = batched or "overflow_to_sample_mapping" in encoded
         encoded["word_shapes"] = shapes if nested else shapes[0]
         return encoded.convert_to_tensors(return_tensors, prepend_batch_axis=not nested)
+
+
+def _words(text):
+    return [word.text for word in split_words(text, LANGUAGE)]
 
 
 def _shapes_of_words(words, row):
