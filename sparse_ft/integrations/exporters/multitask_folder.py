@@ -1,6 +1,6 @@
 """Export to transformers: one dense model with a head for each task, where one expert serves all tasks.
 
-The expert is folded into the weights, so one plain pass answers everything. `distill --passes 1` makes such checkpoints.
+The expert is folded into the weights, so one plain pass answers everything. `distill --passes 1` makes such an expert.
 The model and its tokenizer bring their code; see modelling.py.
 """
 
