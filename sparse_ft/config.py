@@ -93,25 +93,26 @@ class TrainConfig(Section):
 
 
 class SharedConfig(Section):
-    """One expert that all tasks share in the lower blocks, below a small expert of each task's own (stage shared)."""
+    """One expert that all tasks share in the lower blocks, below a small one for each task (stage shared)."""
 
     passes: float = Field(default=1.5, ge=1)
     """Most passes through the backbone that the answers of all tasks to one text may cost together; 1 leaves each task
     a head of its own and no more."""
     own_blocks: dict[str, int] = Field(default_factory=dict)
-    """Task to the number of highest blocks that its own expert changes; tasks that are not named get as many as passes
-    allows."""
+    """Task to the number of highest blocks that its own expert changes, from 0 to all. Tasks that are not named get as
+    many as passes allows; a task that is added to a checkpoint with a shared expert gets 1."""
     rank: int = Field(default=64, ge=1, le=1024)
     """Rank of the shared expert's deltas."""
     teachers: Texts = Field(default_factory=list)
     """Checkpoints whose experts teach the tasks of the same names (``distill``)."""
     temperature: Temperature = 2.0
-    """Divides the logits of teacher and student before they are compared."""
-    echoes: Literal["none", "words", "all"] = "words"
-    """The teachers that answer the texts of the other tasks, too: those of tasks on words, all of them, or none."""
-    soft_weight: float = Field(default=0.9, ge=0, le=1)
-    """Weight of the teachers' answers in the loss at the first step, that of the labels being the rest; it falls
-    linearly to 0 at the last step."""
+    """Divides the logits of teacher and student; their divergence is multiplied by its square."""
+    transfer: Literal["none", "words", "all"] = "words"
+    """Teachers that also answer the training texts of the other tasks, which have no labels for them: none, those of
+    tasks on words, or all; single texts only."""
+    teacher_weight: float = Field(default=0.9, ge=0, le=1)
+    """Weight of the teachers' answers in the loss at the first step, the labels having the rest; it falls linearly
+    towards 0."""
 
 
 class GateConfig(Section):
@@ -122,7 +123,8 @@ class GateConfig(Section):
     mean; token decides for every token in every block and is trained jointly with the experts."""
     block: int | None = Field(default=None, ge=0)
     """0-based index of the highest block whose input the gate reads; null is the middle block, or experts.first_block
-    if that is higher. Blocks from experts.first_block up to this one are computed a second time for every text."""
+    if that is higher. Blocks from experts.first_block up to this one are computed a second time for every text. With a
+    shared expert, null is the lowest block of a task's own, and none is computed twice."""
     top_k: int | None = Field(default=None, ge=1)
     """Most experts of a text or token, whose deltas are weighted by the gate; null is 2 in a joint run, else 1."""
     top_p: float | None = Field(default=None, gt=0, le=1)

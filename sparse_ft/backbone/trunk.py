@@ -1,6 +1,6 @@
-"""The trunk: the blocks that all tasks share, bare or with an expert that does not change any more.
+"""The trunk: the blocks below the first one in which tasks differ, bare or with an expert that the tasks share.
 
-Its output is the same for all tasks and never changes in training, so it is computed once and cached.
+Unless an expert in them is being trained, their output is computed once and cached.
 """
 
 import contextlib

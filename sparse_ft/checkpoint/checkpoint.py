@@ -194,8 +194,8 @@ def load_checkpoint(
     path, model, manifest = checkpoint.path, checkpoint.model, checkpoint.manifest
     model.experts.add(*(load_expert(path, name, entry=entry) for name, entry in manifest.experts.items()))
     tasks = {task: load_task_into(model, path, task, entry=entry) for task, entry in manifest.tasks.items()}
-    if model.trunk is not None:
-        model.experts.fold(model.trunk)
+    if model.trunk_expert is not None:
+        model.experts.fold(model.trunk_expert)
     if model.first_block != manifest.first_block:
         raise damaged(
             path / MANIFEST, f"its first_block is {manifest.first_block}, that of its experts is {model.first_block}"

@@ -117,7 +117,7 @@ class TextGateEntry(_GateEntry):
     """Number of token pairs that its familiarity knows."""
     groups: list[Annotated[list[Name], Field(min_length=1)]] = Field(default_factory=list)
     """Experts whose tasks are asked of the same texts, by group."""
-    trunk: Name | None = None
+    trunk_expert: Name | None = None
     """Expert whose states it reads; null reads the bare backbone."""
     familiarity_by_group: bool = False
     """Whether its familiarity has a calibration for each group, as those of versions from 0.2 have."""
@@ -143,7 +143,7 @@ class Manifest(_Entry):
     """Lowest block with an expert."""
     pooling: Literal["unit", "mean", "first", "last"]
     by_words: bool = False
-    """Whether single texts are read as words, as tasks on words read them."""
+    """Whether single texts are split into words before they become tokens, as in token classification."""
     passes: float | None = Field(default=None, ge=0)
     """Passes through the backbone for the answers of all tasks to one text; null in checkpoints before 0.3."""
     experts: dict[Name, ExpertEntry]
@@ -157,8 +157,8 @@ class Manifest(_Entry):
     @model_validator(mode="after")
     def _agree(self) -> Self:
         used = [expert for entry in self.tasks.values() for expert in entry.used]
-        if isinstance(self.gate, TextGateEntry) and self.gate.trunk is not None:
-            used.append(self.gate.trunk)
+        if isinstance(self.gate, TextGateEntry) and self.gate.trunk_expert is not None:
+            used.append(self.gate.trunk_expert)
         problems = [f"it lacks the expert {name!r}" for name in used if name not in self.experts]
         problems += [f"it does not list the file {file!r}" for file in self._files() if file not in self.bytes]
         problems += [f"it lists the file {file!r}, but not what the file belongs to" for file in self._strays()]

@@ -9,16 +9,23 @@ import typer
 from sparse_ft.cli.options import (
     DataOption,
     DeviceOption,
-    OutputOption,
-    TaskNameOption,
     TrustOption,
     parse_sources,
     short_path,
 )
 from sparse_ft.cli.streams import check_unicode_output
-from sparse_ft.cli.train import BackboneOption, ConfigOption, SetOption
+from sparse_ft.cli.train import ConfigOption, SetOption
 
 PathsArgument = Annotated[list[Path], typer.Argument(metavar="CHECKPOINT ...", help="Folders whose experts teach.")]
+OutputOption = Annotated[
+    Path, typer.Option("--output", metavar="DIR", help="Folder to write; empty or new, or that of the run to resume.")
+]
+TaskOption = Annotated[
+    list[str] | None, typer.Option("--task", metavar="NAME", help="Task to distil; default all. Repeatable.")
+]
+BackboneOption = Annotated[
+    str | None, typer.Option(metavar="NAME_OR_PATH", help="Another backbone than that of the teachers.")
+]
 PassesOption = Annotated[
     float | None,
     typer.Option(metavar="X", help="Passes that all answers to one text may cost; default 1.5. With 1: heads only."),
@@ -29,7 +36,7 @@ def distill(
     checkpoints: PathsArgument,
     output: OutputOption,
     passes: PassesOption = None,
-    task: TaskNameOption = None,
+    task: TaskOption = None,
     data: DataOption = None,
     backbone: BackboneOption = None,
     config: ConfigOption = None,
@@ -39,7 +46,7 @@ def distill(
     device: DeviceOption = None,
     trust_tasks: TrustOption = False,
 ) -> None:
-    """Turn experts of their own into one shared expert below small ones: all answers in fewer passes."""
+    """Distil the experts of single tasks into one shared expert with small ones on top: all answers in fewer passes."""
     check_unicode_output()
     from sparse_ft.training.distill import distill as distill_checkpoints
     from sparse_ft.training.processes import rank

@@ -77,7 +77,8 @@ def _gate(gate: TextGateEntry | TokenGateEntry | None, metrics: dict[str, Any]) 
     right = ", ".join(f"{task} {share:.3f}" for task, share in shares.items())
     threshold = f", unknown below {gate.min_confidence:g}" if gate.min_confidence else ""
     reads = f"blocks 0 to {gate.block}" if isinstance(gate, TextGateEntry) else "every block with experts"
-    through = f", through {gate.trunk}" if isinstance(gate, TextGateEntry) and gate.trunk else ""
+    expert = gate.trunk_expert if isinstance(gate, TextGateEntry) else None
+    through = f", with the expert {expert!r}" if expert else ""
     about = f"{gate.type}, top {gate.top_k}, reads what enters {reads}{through}{threshold}"
     groups = gate.groups if isinstance(gate, TextGateEntry) else []
     together = [f"{', '.join(group[:-1])} and {group[-1]} are answered together" for group in groups]

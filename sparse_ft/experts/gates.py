@@ -50,7 +50,7 @@ class Gate(Protocol):
 
 
 class SequenceGate(nn.Module):
-    """A perceptron over mean hidden states of the lower blocks, which decides once a text, before the experts run.
+    """A perceptron over mean hidden states of the lower blocks, which decides once a text, before its experts run.
 
     It reads states of the bare backbone, or of the expert that all tasks share, which do not depend on the choice.
 
@@ -62,7 +62,7 @@ class SequenceGate(nn.Module):
         num_pairs: Number of token pairs of a familiarity whose weights will be loaded.
         groups: Experts whose tasks are asked of the same texts, by group; every other expert is a group alone.
         by_group: See ``Familiarity``.
-        trunk: Expert whose states the gate reads; None reads the bare backbone.
+        trunk_expert: Expert whose states the gate reads; None reads the bare backbone.
 
     Raises:
         ValueError: If a group names an unknown expert, or two groups the same.
@@ -71,7 +71,11 @@ class SequenceGate(nn.Module):
     every_block: Literal[False] = False
     saved: ClassVar[dict[str, str]] = {"block": "block", "pairs": "num_pairs"}
     """Key in a manifest to argument of the constructor and attribute."""
-    added: ClassVar[dict[str, str]] = {"groups": "groups", "familiarity_by_group": "by_group", "trunk": "trunk"}
+    added: ClassVar[dict[str, str]] = {
+        "groups": "groups",
+        "familiarity_by_group": "by_group",
+        "trunk_expert": "trunk_expert",
+    }
     """The same for keys that are absent where they are empty, as in the manifests of version 0.1."""
 
     center: Tensor
@@ -87,13 +91,13 @@ class SequenceGate(nn.Module):
         num_pairs: int = 0,
         groups: Sequence[Sequence[str]] = (),
         by_group: bool = True,
-        trunk: str | None = None,
+        trunk_expert: str | None = None,
     ) -> None:
         super().__init__()
         self.names = list(names)
         self.partition = Groups(self.names, groups)
         self.block = block
-        self.trunk = trunk or None
+        self.trunk_expert = trunk_expert or None
         self.selection = selection
         num_features = (block + 1) * hidden_size
         self.register_buffer("center", torch.zeros(num_features))

@@ -14,17 +14,17 @@ class TaskSlot:
     """A task in the model: the experts that serve it, and the input of its head."""
 
     experts: tuple[str, ...]
-    """Experts that learn from the task's rows: usually one; a gate chooses among several (domains, or a pool)."""
+    """The task's own experts: usually one; a gate chooses among several (domains, or a pool)."""
     level: str
     """``text`` or ``word``."""
     joint: bool = False
     """Whether the task was trained together with the gate, which then mixes all its experts for the task's rows."""
     shared: str | None = None
-    """The expert that each of the task's rows uses in addition to those that the gate chooses."""
+    """The expert that each of the task's rows uses in addition to its own."""
 
     @property
     def used(self) -> list[str]:
-        """All experts that learn from the task's rows."""
+        """All experts that the task's rows use."""
         return [*self.experts, *([] if self.shared is None else [self.shared])]
 
     @property

@@ -224,4 +224,4 @@ def gate_states(
     model: SparseExpertModel, gate: SequenceGate, examples: Sequence[Example], *, title: str | None = None
 ) -> Tensor:
     """Return the mean states that a gate reads of texts, [examples, block + 1, hidden]; see ``mean_states``."""
-    return mean_states(model, examples, block=gate.block, expert=gate.trunk, title=title)
+    return mean_states(model, examples, block=gate.block, expert=gate.trunk_expert, title=title)

@@ -87,9 +87,9 @@ class ExpertLayer(nn.Module):
         self._rebind()
 
     def fold(self, index: int) -> None:
-        """Keep a second weight with the delta of one expert in it, so that the expert costs nothing in prediction.
+        """Keep a second weight with the delta of one expert in it, so that the expert costs no time in prediction.
 
-        The expert may not change after this.
+        Opening or removing the expert drops this weight.
         """
         if self.ranks[index]:
             lora_a, lora_b = (part.detach().double() for part in self._views(index))
@@ -200,7 +200,7 @@ class ExpertLayer(nn.Module):
         return functional.linear(x, self.folded_weight, self.bank_b[0])
 
     def _unfold(self, index: int) -> None:
-        """Forget the weight that holds an expert which goes, or may change."""
+        """Drop the folded weight if it holds this expert, which is about to be removed or trained."""
         if self.folded == index:
             self.folded, self.folded_weight = None, None
 

@@ -30,7 +30,7 @@ class SparseExpertModel(nn.Module):
         backbone: Loaded by ``load_backbone``; the model replaces its linears in place and takes possession of it.
         pooling: ``unit``, ``mean``, ``first`` or ``last``, see ``pooling.pool``; ``auto`` is ``last`` for causal
             backbones, else ``unit``.
-        by_words: Whether single texts are read as words, as tasks on words read them.
+        by_words: Whether single texts are split into words before they become tokens, as in token classification.
     """
 
     def __init__(self, backbone: Backbone, *, pooling: str = "auto", by_words: bool = False) -> None:
@@ -60,23 +60,23 @@ class SparseExpertModel(nn.Module):
         return self.experts.lowest_block(self.experts.names, default=self.backbone.num_blocks)
 
     @property
-    def trunk(self) -> str | None:
+    def trunk_expert(self) -> str | None:
         """The expert that tasks share below experts of their own; None if what they share is the bare backbone."""
         shared = {slot.shared for slot in self.tasks.values() if not slot.joint} - {None}
         return shared.pop() if len(shared) == 1 else None
 
     @property
     def parting_block(self) -> int:
-        """The lowest block in which tasks part that share the trunk."""
-        if self.trunk is None:
+        """The lowest block that an own expert of a task on the trunk changes, 0-based."""
+        if self.trunk_expert is None:
             return self.first_block
-        own = {name for slot in self.tasks.values() if slot.shared == self.trunk for name in slot.experts}
+        own = {name for slot in self.tasks.values() if slot.shared == self.trunk_expert for name in slot.experts}
         return self.experts.lowest_block(own, default=self.backbone.num_blocks)
 
     def on_trunk(self, task: str) -> bool:
-        """Whether a task reads the blocks below ``parting_block`` as the trunk leaves them."""
+        """Whether the states of a task below ``parting_block`` are those of the trunk."""
         slot = self.tasks[task]
-        return slot.shared == self.trunk or (slot.joint and self.trunk is None)
+        return slot.shared == self.trunk_expert or (slot.joint and self.trunk_expert is None)
 
     @property
     def device(self) -> torch.device:
@@ -254,7 +254,15 @@ class SparseExpertModel(nn.Module):
         return plan_tasks(inputs, used, shaped, self.experts, num_blocks=self.backbone.num_blocks)
 
     def states_by(self, expert: str | None, batch: Batch) -> Tensor:
-        """Run a batch of texts through the backbone with one expert, or without any, [N, S, H]."""
+        """Run a batch of texts through the backbone, [N, S, H].
+
+        Args:
+            expert: Changes the blocks for all rows; None leaves them bare.
+            batch: The texts.
+
+        Raises:
+            ConfigError: If there is no such expert.
+        """
         if expert is None:
             return self._run(batch, ForwardPass(None))
         indices = [self.experts.index(expert)] * len(batch.input_ids)

@@ -43,7 +43,7 @@ class Expert:
 
 
 def sum_of_experts(name: str, experts: Sequence[Expert]) -> Expert:
-    """Return one expert that changes what several change together, by deltas of the sum of their ranks.
+    """Return one expert whose deltas are the sums of those of several; their ranks add up.
 
     Args:
         name: Of the new expert.
@@ -114,7 +114,11 @@ class Experts:
         return self.names.index(name)
 
     def lowest_block(self, names: Collection[str], *, default: int) -> int:
-        """Return the lowest 0-based block that one of some experts changes; ``default`` if they change none."""
+        """Return the lowest 0-based block that one of some experts changes; ``default`` if they change none.
+
+        Raises:
+            ConfigError: If there is no expert of a name.
+        """
         indices = [self.index(name) for name in names]
         changed = [module for module, layer in self.layers.items() if any(layer.ranks[index] for index in indices)]
         return min(map(self._block_of, changed), default=default)
@@ -294,10 +298,10 @@ class Experts:
         return digest.digest()
 
     def fold(self, name: str) -> None:
-        """Add an expert that does not change any more to a copy of the weights, so that it costs nothing; for float32.
+        """Add the delta of a fixed expert to a copy of each frozen weight (as PEFT's merge does); float32 only.
 
-        The copies need the memory of the linears that the expert changes. Answers differ from those without in the last
-        bits.
+        The expert then costs no time, and the copies need the memory of the linears that it changes. Answers differ in
+        the last bits.
         """
         index = self.index(name)
         for layer in self.layers.values():

@@ -52,7 +52,7 @@ class Plan:
 
     @property
     def passes(self) -> float:
-        """Passes through the backbone that would compute as many blocks of as many rows."""
+        """Work of the plan, in passes of one row through all blocks."""
         return self.row_blocks / self.num_blocks
 
 

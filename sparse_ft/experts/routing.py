@@ -82,13 +82,13 @@ class Routing:
         return None
 
     def runs(self, ranks: Sequence[int]) -> list[tuple[tuple[int, ...], slice]] | None:
-        """Return runs of neighbouring rows that the same experts serve in a layer, each with weight 1.
+        """Return runs of neighbouring rows in which each row uses the same experts with weight 1.
 
         Args:
             ranks: Rank of every expert in the layer; an expert of rank 0 does not serve it.
 
         Returns:
-            Experts (none: the bare layer) and rows of each run; None if an expert has another weight.
+            Experts (none: the bare layer) and rows of each run; None if an expert has another weight, or tokens differ.
         """
         if self.experts is None or self.by_token:
             return None

@@ -171,7 +171,9 @@ def _check_pooling(checkpoint: Checkpoint, path: Path, manifest: Manifest, tasks
             f"has {checkpoint.model.pooling}. Train the task anew with `sparse-ft train --from {checkpoint.path}`."
         )
     if on_texts and manifest.by_words != checkpoint.model.by_words:
-        here, there = ("word by word" if words else "whole" for words in (checkpoint.model.by_words, manifest.by_words))
+        here, there = (
+            "split into words" if words else "unsplit" for words in (checkpoint.model.by_words, manifest.by_words)
+        )
         raise CheckpointError(
             f"Task {on_texts[0]!r} of {str(path)!r} reads texts {there}, and this checkpoint reads them {here}, so it "
             f"would see other tokens. Train the task anew with `sparse-ft train --from {checkpoint.path}`."

@@ -108,8 +108,8 @@ def remove_expert(checkpoint: Checkpoint, name: str) -> list[str]:
     left = [task for task in tasks_using(checkpoint, name) if task not in served]
     if left:
         raise ConfigError(
-            f"Task {left[0]!r} is answered with {name!r}, too, so its answers would change. Train it anew without this "
-            "expert."
+            f"Task {left[0]!r} also uses expert {name!r}; removing {name!r} would change its answers. Train the task "
+            "anew without it."
         )
     for task in served:
         model.remove_task(task)
@@ -137,8 +137,8 @@ def rename_expert(checkpoint: Checkpoint, old: str, new: str) -> list[str]:
         model.tasks[task] = replace(slot, experts=experts, shared=new if slot.shared == old else slot.shared)
     if model.gate is not None:
         model.gate.names = [new if name == old else name for name in model.gate.names]
-    if model.sequence_gate is not None and model.sequence_gate.trunk == old:
-        model.sequence_gate.trunk = new
+    if model.sequence_gate is not None and model.sequence_gate.trunk_expert == old:
+        model.sequence_gate.trunk_expert = new
     return [f"Renamed expert {old!r} to {new!r}" + (f"; it serves {listed_tasks(served)}." if served else ".")]
 
 

@@ -158,7 +158,7 @@ class Answering:
         """Let the gate choose among the experts that serve tasks on such texts, and return the states that it read."""
         gate = self.model.text_gate()
         plain = self._encode_plain(texts)
-        examples = with_trunks(self.model, plain, block=gate.block, expert=gate.trunk, means=True)
+        examples = with_trunks(self.model, plain, block=gate.block, expert=gate.trunk_expert, means=True)
         form = form_of(texts[0])
         fit = {
             expert
@@ -173,7 +173,10 @@ class Answering:
             )
         routing = route.rows(examples, among=fit)
         model = self.model
-        if not ((gate.block, gate.trunk) == (model.parting_block, model.trunk) and model.backbone.family.caches_trunk):
+        if not (
+            (gate.block, gate.trunk_expert) == (model.parting_block, model.trunk_expert)
+            and model.backbone.family.caches_trunk
+        ):
             examples = [replace(example, trunk=None) for example in examples]
         return routing, {_key(example): example for example in examples}
 
@@ -255,7 +258,7 @@ class Answering:
             return dict(encoded)
         distinct = {_key(example): example for texts in encoded.values() for example in texts.examples}
         lacking = [example for example in distinct.values() if example.means is None]
-        read = with_trunks(self.model, lacking, block=gate.block, expert=gate.trunk, hidden=False, means=True)
+        read = with_trunks(self.model, lacking, block=gate.block, expert=gate.trunk_expert, hidden=False, means=True)
         means = {_key(example): example.means for example in read}
         return {
             name: texts._replace(

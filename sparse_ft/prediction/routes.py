@@ -165,8 +165,8 @@ class Route:
     def serving(self, routing: Routing, task: str) -> Routing:
         """Return a routing of texts as the routing for one of the tasks that are answered.
 
-        Where the gate has chosen a group, its first expert stands for the group; the task's expert takes its place. So
-        it does where the task is answered as a further one, see ``answering``.
+        Where the gate has chosen a group, its first expert stands for the group; the task's expert takes its place. The
+        same holds where the task is answered in addition, see ``answering``.
         """
         slot, gate = self.model.tasks[task], self.model.sequence_gate
         if self.name != "gate" or gate is None or routing.experts is None or slot.gated:
@@ -174,27 +174,26 @@ class Route:
         (expert,) = slot.experts
         lead, own = (self.model.experts.index(name) for name in (gate.companions(expert)[0], expert))
         served = routing.experts == lead  # [N, K]
-        further = self._further(routing)
-        if further is not None:
-            served |= further[:, gate.partition.group_of[gate.names.index(expert)]].unsqueeze(1)
+        likely = self._likely_groups(routing)
+        if likely is not None:
+            served |= likely[:, gate.partition.group_of[gate.names.index(expert)]].unsqueeze(1)
         return replace(routing, experts=routing.experts.where(~served, own))
 
-    def _further(self, routing: Routing) -> Tensor | None:
-        """Return the groups of experts that are answered besides the chosen one, [N, G]; None if none ever is.
+    def _likely_groups(self, routing: Routing) -> Tensor | None:
+        """Return which groups have a probability of at least ``_LIKELY``, [N, G] bool; None without a shared expert.
 
-        Where tasks share a pass, a further task costs a part of a pass only, so every task is answered that the text is
-        likely to be for.
+        Where tasks share a pass, one more task costs a part of a pass only, so every likely task is answered.
         """
         gate = self.model.sequence_gate
-        if gate is None or gate.trunk is None or routing.logits is None or routing.weights.shape[-1] > 1:
+        if gate is None or gate.trunk_expert is None or routing.logits is None or routing.weights.shape[-1] > 1:
             return None
         known = routing.weights.sum(-1, keepdim=True) > 0
         return (gate.partition.logits(routing.logits).softmax(-1) >= _LIKELY) & known
 
     def answering(self, routing: Routing) -> list[list[str]]:
-        """Return the experts whose tasks are answered for each text: a group, one, or none if it is unknown.
+        """Return the experts whose tasks are answered for each text: none if it is unknown, else those of one group.
 
-        Where the gate reads states that all tasks share, other groups are answered, too, if they are likely enough.
+        Where the gate reads the states of a shared expert, those of every likely group.
         """
         if self.name != "gate":
             return [[] if name is None else [name] for name in heaviest(routing, self.model.experts.names)]
@@ -203,8 +202,8 @@ class Route:
         sums = torch.stack([of_gate[:, list(members)].sum(-1) for members in gate.partition.members], -1)  # [N, groups]
         chosen = (sums == sums.amax(-1, keepdim=True)) & (sums > 0)
         chosen = chosen.long().cumsum(-1).eq(1) & chosen  # the first of equal ones
-        further = self._further(routing)
-        answered = (chosen if further is None else chosen | further).tolist()
+        likely = self._likely_groups(routing)
+        answered = (chosen if likely is None else chosen | likely).tolist()
         members = [[gate.names[index] for index in group] for group in gate.partition.members]
         return [
             [name for group, named in zip(members, row, strict=True) if named for name in group] for row in answered

@@ -16,9 +16,9 @@ from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.selection import Selection
 from sparse_ft.tasks.kinds import KINDS
 from sparse_ft.tasks.spec import TaskSpec
-from sparse_ft.training.depths import num_passes
 from sparse_ft.training.joint import SHARED, has_gate, pool_names
 from sparse_ft.training.new_experts import planned_slots
+from sparse_ft.training.own_blocks import num_passes
 from sparse_ft.training.parameters import frozen_experts
 
 
@@ -191,7 +191,7 @@ def _shared_setting_problems(run: RunConfig, trained: Sequence[str]) -> Iterator
     if run.stage != "shared":
         adds = run.stage == "experts" and run.start is not None
         for name in sorted(settings.model_fields_set - ({"own_blocks"} if adds else set())):
-            yield f"shared.{name} is for experts that tasks share. Add --stage shared, or use `sparse-ft distill`."
+            yield f"shared.{name} applies to --stage shared and `sparse-ft distill` only. Remove it, or add the stage."
         return
     if run.start is not None:
         yield (
@@ -200,7 +200,7 @@ def _shared_setting_problems(run: RunConfig, trained: Sequence[str]) -> Iterator
         )
     for name in ("pool", "frozen", "first_block"):
         if name in run.experts.model_fields_set:
-            yield f"experts.{name} is not for --stage shared, where all tasks share the lower blocks. Leave it out."
+            yield f"Stage shared does not take experts.{name}: all tasks share the lower blocks. Remove it."
     if SHARED in trained:
         yield f"A task cannot be named {SHARED!r}, which is the name of the expert that all tasks share. Rename it."
     for name in settings.own_blocks:
@@ -213,7 +213,7 @@ def _shared_model_problems(run: RunConfig, model: SparseExpertModel, trained: Se
     if not model.backbone.family.routes_rows:
         yield (
             f"Backbone {model.backbone.name!r} cannot share a pass between tasks: its attention shares layers between "
-            "rows. Train experts of their own."
+            "rows. Train one expert per task (--stage experts)."
         )
     for name, blocks in settings.own_blocks.items():
         if not 0 <= blocks <= num_blocks:
@@ -225,7 +225,7 @@ def _shared_model_problems(run: RunConfig, model: SparseExpertModel, trained: Se
     if passes > settings.passes + 1e-9:
         yield (
             f"shared.own_blocks costs {passes:.2f} passes for all tasks, and shared.passes is {settings.passes:g}. "
-            f"Raise it to {math.ceil(100 * passes) / 100:g}, or give fewer blocks."
+            f"Raise shared.passes (--passes) to {math.ceil(100 * passes) / 100:g}, or give fewer blocks."
         )
 
 
@@ -262,10 +262,10 @@ def _joint_problems(run: RunConfig, model: SparseExpertModel, trained: Sequence[
             f"Task {left[0]!r} of {run.start!r} is answered through the same gate, so its answers would change. Train "
             f"it, too: add --task {run.start}/tasks/{left[0]}.yaml, or leave --task out to train all of the checkpoint."
         )
-    if model.trunk is not None:
+    if model.trunk_expert is not None:
         yield (
-            f"The tasks of {run.start!r} share the expert {model.trunk!r} below their own. A joint run starts from "
-            "experts of their own, such as those that taught this checkpoint."
+            f"The tasks of {run.start!r} share the expert {model.trunk_expert!r} below their own. A joint run starts "
+            "from one expert per task, such as those that taught this checkpoint."
         )
     pool = pool_names(run.experts.pool)
     for name in [*pool, *([SHARED] if run.experts.shared else [])]:

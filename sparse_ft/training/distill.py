@@ -1,5 +1,6 @@
 """Distil the experts of checkpoints into one shared expert below small ones, which answers in fewer passes."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,12 @@ from sparse_ft.evaluation.tables import text_table
 from sparse_ft.paths import user_path
 from sparse_ft.tasks.in_memory import TaskData
 from sparse_ft.tasks.sources import name_sources
-from sparse_ft.training.depths import num_passes
+from sparse_ft.training.own_blocks import num_passes
 from sparse_ft.training.teachers import find_teachers
 from sparse_ft.training.train import TrainResult, train
 
 _TOLERANCE = 0.005
-"""Loss against the teacher from which a task is named."""
+"""Drop of a score, half a point, from which a task is named."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,17 @@ class Comparison:
     """The score of a task before and after."""
 
     metric: str
+    """Name of the task's metric."""
     teacher: float
+    """Score of the teacher, 0 to 1."""
     student: float
+    """Score of the new checkpoint on the same rows, 0 to 1."""
     own_blocks: int
-    """Blocks that the task has for itself."""
+    """Highest blocks that the task has for itself."""
 
     @property
-    def loss(self) -> float:
-        """What the task lost, in units of its metric."""
+    def drop(self) -> float:
+        """Score of the teacher minus that of the student."""
         return self.teacher - self.student
 
 
@@ -57,11 +61,19 @@ class Distillation:
 
     def passes_with_more(self, task: str) -> float:
         """Return the passes if a task had one more block for itself."""
-        depths = [entry.own_blocks + (name == task) for name, entry in self.tasks.items()]
-        return num_passes(depths, num_blocks=self.num_blocks)
+        own_blocks = [entry.own_blocks + (name == task) for name, entry in self.tasks.items()]
+        return num_passes(own_blocks, num_blocks=self.num_blocks)
+
+    def _advice(self, task: str) -> str:
+        """Return how a task gets one more block, unless it has all."""
+        more = self.tasks[task].own_blocks + 1
+        if more > self.num_blocks:
+            return ""
+        passes = math.ceil(100 * self.passes_with_more(task)) / 100
+        return f" With one more block of its own: --set 'shared.own_blocks={{{task}: {more}}}' --passes {passes:g}"
 
     def to_text(self) -> str:
-        """Return a table of the tasks, with the mean, and a warning for every task that lost much."""
+        """Return a table of the tasks with their mean, and a line for every task that lost more than half a point."""
         rows = [
             [
                 task,
@@ -69,7 +81,7 @@ class Distillation:
                 str(entry.own_blocks),
                 f"{entry.teacher:.4f}",
                 f"{entry.student:.4f}",
-                f"{-entry.loss:+.4f}",
+                f"{-entry.drop:+.4f}",
             ]
             for task, entry in self.tasks.items()
         ]
@@ -79,12 +91,8 @@ class Distillation:
         header = ["task", "metric", "own blocks", "teacher", f"{self.passes:.2f} passes", "difference"]
         lines = text_table(header, rows, [footer], num_text_columns=2, ruled=True)
         for task, entry in self.tasks.items():
-            if entry.loss > _TOLERANCE:
-                lines.append(
-                    f"Task {task} loses {100 * entry.loss:.1f} points. One more block of its own makes "
-                    f"{self.passes_with_more(task):.2f} passes: --set shared.own_blocks={{{task}: "
-                    f"{entry.own_blocks + 1}}} --passes {self.passes_with_more(task):.2f}."
-                )
+            if entry.drop > _TOLERANCE:
+                lines.append(f"Task {task} loses {100 * entry.drop:.1f} points.{self._advice(task)}")
         return "\n".join(lines)
 
 
@@ -103,15 +111,16 @@ def distill(
     device: str | None = None,
     trust_tasks: bool = False,
 ) -> Distillation:
-    """Train one expert for all tasks in the lower blocks and small ones above it, taught by the experts of checkpoints.
+    """Distil the experts of single tasks into one shared expert with small experts of the tasks on top.
 
-    The answers of all tasks to one text then cost ``passes`` passes through the backbone in place of one a task.
+    The answers of all tasks to one text then cost ``passes`` passes through the backbone in place of one a task. The
+    shared expert also changes those upper blocks that only some tasks have for themselves.
 
     Args:
         checkpoints: Folders of the teachers; a task may be in one of them only.
         output: Folder of the new checkpoint.
-        passes: The budget; None takes ``shared.passes`` of the config, 1.5 by default. It decides how many of the
-            highest blocks each task gets for itself.
+        passes: The budget, at least 1; None takes ``shared.passes`` of the config, 1.5 by default. It decides how many
+            of the highest blocks each task gets for itself.
         tasks: Names of the tasks; none takes all.
         data: Data of the only task, or data by task; None takes what the teachers were trained on.
         backbone: Of the new checkpoint, if it is not that of the teachers.
@@ -123,7 +132,7 @@ def distill(
         trust_tasks: Whether the tasks of the checkpoints may name code and data on the hub.
 
     Raises:
-        SparseFTError: For every mistake that the caller can correct; nothing is written then.
+        SparseFTError: For every mistake that the caller can correct; nothing is written before training.
     """
     folders = [checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints)
     if not folders:

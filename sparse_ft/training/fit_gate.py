@@ -64,7 +64,7 @@ def fit_gate(
         rows = distinct(examples, [lead, *others]) if others else examples[lead]
         drawn[lead] = _draw(rows, settings.rows, f"{seed}/{lead}")
     means = {
-        lead: mean_states(model, rows, block=block, expert=model.trunk, title=f"gate, {lead}")
+        lead: mean_states(model, rows, block=block, expert=model.trunk_expert, title=f"gate, {lead}")
         for lead, rows in drawn.items()
     }
     alike = pairs_by_state({lead: rows for lead, rows in means.items() if lead in choosable})
@@ -76,7 +76,7 @@ def fit_gate(
         means[lead] = torch.cat([means[lead], *(means.pop(name) for name in apart)])
         tokens[lead] = [*tokens[lead], *(ids for name in apart for ids in tokens.pop(name))]
     gate = fit_on_means(means, tokens, settings=settings, seed=seed, names=names, groups=groups).to(model.device)
-    gate.trunk = model.trunk
+    gate.trunk_expert = model.trunk_expert
     return gate
 
 
@@ -124,7 +124,7 @@ def fit_on_means(
 
 def gate_block(model: SparseExpertModel, settings: GateConfig) -> int:
     """Return the highest 0-based block whose input a gate for texts reads."""
-    middle = model.backbone.num_blocks // 2 if model.trunk is None else 0
+    middle = model.backbone.num_blocks // 2 if model.trunk_expert is None else 0
     lowest = min(max(model.parting_block, middle), model.backbone.num_blocks - 1)
     return lowest if settings.block is None else settings.block
 

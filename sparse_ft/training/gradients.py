@@ -18,8 +18,8 @@ from sparse_ft.experts.named_experts import named_generator
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.training.joint import FixedRouting, JointRouting, Rows
 from sparse_ft.training.processes import all_reduce_gradients, gather, is_distributed, rank, world_size
-from sparse_ft.training.teachers import soft_loss
-from sparse_ft.training.training_task import SoftExample, TrainingTask
+from sparse_ft.training.teachers import distillation_loss
+from sparse_ft.training.training_task import TrainingTask, TransferExample
 
 _MIN_ROWS = 8
 """Fewest rows of a part in a joint run, if there are few experts."""
@@ -72,19 +72,19 @@ class Gradients:
         routing: JointRouting | FixedRouting | None = None,
     ) -> None:
         self.model, self.tasks, self.parameters, self.run, self.routing = model, tasks, list(parameters), run, routing
-        self.soft_weight = 0.0
+        self.teacher_weight = 0.0
         self.workers = min(gather(_count_workers(model, run)))  # equal in all ranks, which divide a batch by it
         self.pool = _thread_pool(self.workers) if self.workers > 1 else None
 
-    def add(self, batch: Rows, *, step: int, soft_weight: float = 0.0) -> StepLosses:
+    def add(self, batch: Rows, *, step: int, teacher_weight: float = 0.0) -> StepLosses:
         """Add the gradients of a batch, and return its losses.
 
         Args:
             batch: Task and index in ``TrainingTask.groups`` of each row; the rows of a task are adjacent.
             step: Number of the optimizer step, which the random numbers depend on.
-            soft_weight: Weight of the teachers' answers in the losses of tasks that have a teacher, 0 to 1.
+            teacher_weight: Weight of the teachers' answers in the losses of tasks that have a teacher, 0 to 1.
         """
-        self.soft_weight = soft_weight
+        self.teacher_weight = teacher_weight
         parts = list(enumerate(self._divide(batch)))[rank() :: world_size()]
         losses = StepLosses({task: 0.0 for task, _ in batch})
         for start in range(0, len(parts), self.workers):
@@ -155,15 +155,15 @@ class Gradients:
     def _losses(self, part: Rows, generator: torch.Generator | None, *, batch: Rows) -> tuple[Tensor, StepLosses]:
         """Return what a part of a batch adds to the loss that is minimised, and to the losses that are reported."""
         rows = [(task, index) for task, group in part for index in self.tasks[task].groups[group]]
-        echoes = self._echoes(part)
+        transfer = self._transfer(part)
         examples: list[tuple[str, Example]] = []
-        for task in dict.fromkeys([*(task for task, _ in rows), *echoes]):
+        for task in dict.fromkeys([*(task for task, _ in rows), *transfer]):
             examples += [(task, self.tasks[task].examples[index]) for name, index in rows if name == task]
-            examples += [(task, echo.example) for echo in echoes.get(task, ())]
+            examples += [(task, text.example) for text in transfer.get(task, ())]
         inputs = collate(examples, pad_id=self.model.backbone.pad_id, device=self.model.device)
         auxiliary = None
         if self.routing is None:
-            logits = self.model(inputs, generator=generator, planned=bool(echoes))
+            logits = self.model(inputs, generator=generator, planned=bool(transfer))
         else:
             logits, auxiliary = self.routing.forward(self.model, inputs, rows, generator=generator)
         part_targets, targets = self._count_targets(part), self._count_targets(batch)
@@ -171,10 +171,10 @@ class Gradients:
         total, losses = torch.zeros((), device=self.model.device), {}
         for task_rows in inputs.tasks:
             task, outputs = task_rows.task, logits[task_rows.task]
-            echoed = echoes.get(task, [])
-            outputs, heard = outputs.split([len(outputs) - _num_outputs(echoed), _num_outputs(echoed)])
-            if echoed:
-                total = total + self._echo_loss(task, echoed, heard, batch=batch)
+            texts = transfer.get(task, [])
+            outputs, text_logits = outputs.split([len(outputs) - _num_logit_rows(texts), _num_logit_rows(texts)])
+            if texts:
+                total = total + self._transfer_loss(task, texts, text_logits, batch=batch)
             groups = [group for name, group in part if name == task]
             if not groups:
                 continue
@@ -190,24 +190,24 @@ class Gradients:
         gate = {name: value * share for name, value in auxiliary.losses.items()}
         return total + auxiliary.total * share, StepLosses(losses, gate, auxiliary.usage.cpu() * share)
 
-    def _echoes(self, rows: Rows) -> dict[str, list[SoftExample]]:
-        """Return what the teachers of other tasks say of rows, by task; nothing once the teachers have no weight."""
-        echoes: dict[str, list[SoftExample]] = {}
-        for task, group in rows if self.soft_weight else ():
+    def _transfer(self, rows: Rows) -> dict[str, list[TransferExample]]:
+        """Return the answers of other tasks' teachers to rows, by task; none if the teachers have no weight."""
+        transfer: dict[str, list[TransferExample]] = {}
+        for task, group in rows if self.teacher_weight else ():
             row = self.tasks[task].examples[self.tasks[task].groups[group][0]].row
-            for other, by_row in self.tasks[task].echoes.items():
-                echoes.setdefault(other, []).extend(by_row[row])
-        return echoes
+            for other, by_row in self.tasks[task].transfer.items():
+                transfer.setdefault(other, []).extend(by_row[row])
+        return transfer
 
-    def _echo_loss(self, task: str, part: Sequence[SoftExample], logits: Tensor, *, batch: Rows) -> Tensor:
+    def _transfer_loss(self, task: str, part: Sequence[TransferExample], logits: Tensor, *, batch: Rows) -> Tensor:
         """Return what a part of a batch adds to the loss by texts of other tasks, each of which weighs as a row."""
-        whole = self._echoes(batch)[task]
-        teacher = torch.cat([echo.logits for echo in part]).to(logits.device)
-        loss = soft_loss(
+        whole = self._transfer(batch)[task]
+        teacher = torch.cat([text.logits for text in part]).to(logits.device)
+        loss = distillation_loss(
             find_kind(self.tasks[task].spec.kind), logits, teacher, temperature=self.run.shared.temperature
         )
-        share = _num_outputs(part) / _num_outputs(whole)
-        return self.soft_weight * loss * share * (len(whole) / len(batch))
+        share = _num_logit_rows(part) / _num_logit_rows(whole)
+        return self.teacher_weight * loss * share * (len(whole) / len(batch))
 
     def _count_targets(self, rows: Rows) -> Counter[str]:
         """Count the targets that the mean loss of each task is taken over."""
@@ -220,13 +220,13 @@ class Gradients:
         """Average the loss over rows of one task, from their labels and its teacher's answers in the same order."""
         kind, smoothing = find_kind(task.spec.kind), self.run.train.label_smoothing
         loss = self._mean(task, groups, functools.partial(kind.loss, label_smoothing=smoothing), logits, targets)
-        if task.soft is None or not self.soft_weight:
+        if task.teacher_logits is None or not self.teacher_weight:
             return loss
-        soft = [task.soft[index] for group in groups for index in task.groups[group]]
+        soft = [task.teacher_logits[index] for group in groups for index in task.groups[group]]
         teacher = (torch.cat(soft) if soft[0].dim() > 1 else torch.stack(soft)).to(logits.device)
-        diverging = functools.partial(soft_loss, kind, temperature=self.run.shared.temperature)
-        taught = self._mean(task, groups, diverging, logits, teacher)
-        return (1 - self.soft_weight) * loss + self.soft_weight * taught
+        diverging = functools.partial(distillation_loss, kind, temperature=self.run.shared.temperature)
+        distillation = self._mean(task, groups, diverging, logits, teacher)
+        return (1 - self.teacher_weight) * loss + self.teacher_weight * distillation
 
     def _mean(
         self,
@@ -244,9 +244,9 @@ class Gradients:
         return torch.stack([loss(*part) for part in parts]).mean()
 
 
-def _num_outputs(echoes: Sequence[SoftExample]) -> int:
-    """Return the words that the logits of rows are about."""
-    return sum(len(echo.logits) for echo in echoes)
+def _num_logit_rows(transfer: Sequence[TransferExample]) -> int:
+    """Count the rows of logits: one a word, or one a text."""
+    return sum(len(text.logits) for text in transfer)
 
 
 def _count_workers(model: SparseExpertModel, run: RunConfig) -> int:

@@ -15,7 +15,7 @@ from sparse_ft.prediction.routes import Route
 from sparse_ft.training.gate_losses import AuxiliaryLosses, auxiliary_losses
 
 SHARED = "shared"
-"""Name of the expert that every row of a joint run uses, if the run has one."""
+"""Name of the expert that all tasks of a run share, if the run has one."""
 
 Rows = Sequence[tuple[str, int]]
 """Task and index of each row of a batch; the rows of a task are adjacent."""

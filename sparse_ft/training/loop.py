@@ -100,7 +100,7 @@ class _Loop:
         self.joint = JointRouting(model, examples, run=self.run) if has_gate(self.run) else None
         split = self.joint is None and any(model.tasks[task].gated for task in tasks)
         routing = FixedRouting(model, examples) if split else self.joint
-        trunk_learns = any(name.startswith(f"{model.trunk}/expert.") for name in group.parameters)
+        trunk_learns = any(name.startswith(f"{model.trunk_expert}/expert.") for name in group.parameters)
         limit = self.run.train.trunk_memory * 2**20
         self.tasks = _cache_trunks(model, tasks, limit=limit, trunk_learns=trunk_learns)
         for parameter in group.parameters.values():
@@ -178,8 +178,8 @@ class _Loop:
         factor = _rate(progress.step, total=self.total_steps, warmup=settings.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        soft_weight = self.run.shared.soft_weight * (1 - progress.step / self.total_steps)
-        losses = self.gradients.add(batch, step=progress.step, soft_weight=soft_weight)
+        teacher_weight = self.run.shared.teacher_weight * (1 - progress.step / self.total_steps)
+        losses = self.gradients.add(batch, step=progress.step, teacher_weight=teacher_weight)
         self.group.sum_tied()
         if settings.clip:
             torch.nn.utils.clip_grad_norm_(self.group.parameters.values(), settings.clip)
@@ -275,7 +275,7 @@ def _cache_trunks(
         return tasks
 
     def cache(examples: list[Example]) -> list[Example]:
-        return with_trunks(model, examples, expert=model.trunk, title="below the experts")
+        return with_trunks(model, examples, expert=model.trunk_expert, title="below the experts")
 
     return {
         name: replace(

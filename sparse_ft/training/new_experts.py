@@ -47,7 +47,7 @@ def planned_slots(model: SparseExpertModel, specs: Sequence[TaskSpec], *, run: R
 
 def _trunk(model: SparseExpertModel, run: RunConfig) -> str | None:
     """Return the expert that new tasks share below their own, if there is one."""
-    return {"shared": SHARED, "experts": model.trunk}.get(run.stage)
+    return {"shared": SHARED, "experts": model.trunk_expert}.get(run.stage)
 
 
 def add_tasks(model: SparseExpertModel, tasks: Mapping[str, TrainingTask], *, run: RunConfig) -> None:
@@ -57,8 +57,8 @@ def add_tasks(model: SparseExpertModel, tasks: Mapping[str, TrainingTask], *, ru
     words = any(slot.level == "word" for slot in slots.values())
     if run.stage == "shared":
         num_blocks = model.backbone.num_blocks
-        rank, alpha, depths = run.shared.rank, shared_alpha(run), run.shared.own_blocks
-        common = range(num_blocks - min(depths[spec.name] for spec in specs))
+        rank, alpha, own_blocks = run.shared.rank, shared_alpha(run), run.shared.own_blocks
+        common = range(num_blocks - min(own_blocks[spec.name] for spec in specs))
         _create(model, SHARED, run=run, words=words, blocks=common, rank=rank, alpha=alpha)
     for name in pool_names(run.experts.pool):
         if name not in model.experts.names:

@@ -58,7 +58,7 @@ def start_head(model: SparseExpertModel, task: TrainingTask, *, encoder: Encoder
         for index, member in enumerate(members):
             label = texts[member][0]
             share[label, index] = 1 / counts[label]
-        means += share @ pool(model.states_by(model.trunk, batch), batch.attention_mask, model.pooling)
+        means += share @ pool(model.states_by(model.trunk_expert, batch), batch.attention_mask, model.pooling)
     centre = means.mean(0)
     linear = model.head(task.spec.name).linear
     linear.weight.copy_(functional.normalize(means - centre, dim=-1) * (_SCALE / len(centre) ** 0.5))

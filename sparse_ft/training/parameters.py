@@ -55,8 +55,8 @@ def task_groups(model: SparseExpertModel, tasks: Sequence[str], *, run: RunConfi
 
 
 def frozen_experts(run: RunConfig, model: SparseExpertModel) -> set[str]:
-    """Return the experts that a run does not change: those that it names, and one that tasks share from before it."""
-    kept = {model.trunk} - {None} if run.stage == "experts" else set()
+    """Return the experts that a run does not change: those that it names, and the shared one of its checkpoint."""
+    kept = {model.trunk_expert} - {None} if run.stage == "experts" else set()
     return {*run.experts.frozen, *map(str, kept)}
 
 

@@ -28,11 +28,14 @@ def shared_alpha(run: RunConfig) -> float:
 
 @torch.no_grad()
 def start_from_teachers(model: SparseExpertModel, teachers: Mapping[str, Teacher]) -> None:
-    """Begin with what the teachers know: their mean delta, what each differs from it above, and their heads.
+    """Initialise the shared expert, the own experts and the heads from the teachers.
+
+    The shared expert begins as the mean of the teachers' deltas, an own expert as its teacher's minus the shared one.
 
     Args:
         model: With the shared expert, and an expert and a head of each task.
-        teachers: Of the tasks; one on another backbone, or of several experts, gives its answers only.
+        teachers: Of the tasks. One on another backbone or with another pooling gives its answers only, one of several
+            experts its answers and its head.
     """
     known = {
         name: teacher

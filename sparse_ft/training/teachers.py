@@ -25,7 +25,7 @@ from sparse_ft.prediction.routes import Route
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.kinds.kind import TaskKind
 from sparse_ft.tasks.spec import TaskSpec
-from sparse_ft.training.training_task import SoftExample, TrainingTask
+from sparse_ft.training.training_task import TrainingTask, TransferExample
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Teacher:
 
     @property
     def expert(self) -> Expert | None:
-        """The expert that answers the task alone; None if the answer comes from several, or from none."""
+        """The expert that answers the task alone; None if the answer comes from several."""
         model = self.checkpoint.model
         slot = model.tasks[self.spec.name]
         return None if slot.gated or slot.shared is not None else model.experts.get(slot.experts[0])
@@ -114,56 +114,63 @@ def load_teachers(
     return teachers
 
 
-def taught(
+def with_teacher_logits(
     tasks: Mapping[str, TrainingTask],
     teachers: Mapping[str, Teacher],
     *,
-    echoes: Literal["none", "words", "all"],
+    transfer: Literal["none", "words", "all"],
     encoder: Encoder,
 ) -> dict[str, TrainingTask]:
-    """Return tasks with what their teachers say of their rows, and of the rows of other tasks.
+    """Return tasks with their teachers' logits for their rows, and for the rows of other tasks.
 
     Args:
         tasks: The tasks in training.
         teachers: Of the tasks that have one.
-        echoes: Which teachers answer the rows of other tasks, too: none, those of tasks on words, or all.
+        transfer: Which teachers answer the rows of other tasks, too: none, those of tasks on words, or all.
         encoder: The encoder of the student.
     """
     result = dict(tasks)
     for name, teacher in teachers.items():
         logits = teacher.logits(tasks[name].columns, title=f"teacher of {name}")
         soft = [logits[e.row][e.word_indices] if e.word_indices else logits[e.row] for e in tasks[name].examples]
-        result[name] = replace(result[name], soft=soft)
-        if echoes == "all" or (echoes == "words" and find_kind(teacher.spec.kind).level == "word"):
+        result[name] = replace(result[name], teacher_logits=soft)
+        if transfer == "all" or (transfer == "words" and find_kind(teacher.spec.kind).level == "word"):
             for other in tasks:
                 if other != name and tasks[name].spec.reads == tasks[other].spec.reads == "text":
-                    heard = _echoes(tasks[name].spec, teacher, tasks[other], encoder=encoder)
-                    result[other] = replace(result[other], echoes={**result[other].echoes, name: heard})
+                    heard = _transfer(tasks[name].spec, teacher, tasks[other], encoder=encoder)
+                    result[other] = replace(result[other], transfer={**result[other].transfer, name: heard})
     return result
 
 
-def _echoes(spec: TaskSpec, teacher: Teacher, other: TrainingTask, *, encoder: Encoder) -> list[list[SoftExample]]:
+def _transfer(
+    spec: TaskSpec, teacher: Teacher, other: TrainingTask, *, encoder: Encoder
+) -> list[list[TransferExample]]:
     """Return what a teacher says of each row of another task, read as its own task reads it."""
     kind = find_kind(spec.kind)
     columns = {"text": other.columns.get("text") or [join_words(words) for words in other.columns["tokens"]]}
     logits = teacher.logits(columns, title=f"teacher of {spec.name} on {other.spec.name}")
-    echoes: list[list[SoftExample]] = [[] for _ in columns["text"]]
+    transfer: list[list[TransferExample]] = [[] for _ in columns["text"]]
     examples = kind.encode(columns, encoder=encoder, labels=spec.label_names or [], language=spec.language)
     for each in examples:
         said = logits[each.row][each.word_indices] if kind.level == "word" else logits[each.row].unsqueeze(0)
         if len(said):
-            echoes[each.row].append(SoftExample(each, said))
-    return echoes
+            transfer[each.row].append(TransferExample(each, said))
+    return transfer
 
 
-def soft_loss(kind: TaskKind, logits: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
-    """Return the divergence of a student's answers from its teacher's, times the squared temperature, per row or word.
+def distillation_loss(kind: TaskKind, logits: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
+    """Return T² KL(teacher || student) of the softened outputs, averaged over rows or words.
+
+    Where each output has a sigmoid, it is averaged over all outputs.
 
     Args:
         kind: Of the task.
         logits: [rows or words, outputs], or [choices, 1] of one row if the kind is ``grouped``.
         teacher: Of the same shape.
-        temperature: Divides both.
+        temperature: T, which divides both.
+
+    Returns:
+        Scalar float32.
     """
     student, teacher = logits / temperature, teacher / temperature
     if not kind.exclusive:  # a sigmoid an output

@@ -28,6 +28,7 @@ from sparse_ft.tasks.in_memory import TaskData
 from sparse_ft.tasks.kinds import find_kind
 from sparse_ft.tasks.sources import say_division, scored_splits, sources_in_memory
 from sparse_ft.tasks.spec import Division, Split, TaskSpec
+from sparse_ft.training.block_needs import plan_own_blocks
 from sparse_ft.training.checks import check_model
 from sparse_ft.training.folds import FoldScores, check_folds, fold_specs, gather_scores
 from sparse_ft.training.gate_stage import add_gate, available_rows, note_accuracy, rows_by_expert, train_gate
@@ -35,12 +36,11 @@ from sparse_ft.training.joint import has_gate
 from sparse_ft.training.loop import fit
 from sparse_ft.training.new_experts import add_tasks, start_gate
 from sparse_ft.training.new_heads import has_start, start_head
-from sparse_ft.training.own_depths import plan_shared
 from sparse_ft.training.processes import broadcast, broadcast_module, rank, rank_device
 from sparse_ft.training.resume import Progress, unscored_tasks
 from sparse_ft.training.settings import AssembledRun, assemble_run, moved_backbone
 from sparse_ft.training.shared_experts import start_from_teachers
-from sparse_ft.training.teachers import Teacher, load_teachers, taught
+from sparse_ft.training.teachers import Teacher, load_teachers, with_teacher_logits
 from sparse_ft.training.training_task import TrainingTask, prepare_task
 
 _LOG = logging.getLogger("sparse_ft")
@@ -108,7 +108,8 @@ def train(
         stage: ``experts`` (the default); ``gate`` to fit only the gate of ``from_checkpoint`` anew; ``joint`` to train
             experts and gate together, the gate mixing ``gate.top_k`` experts for each text or token. A joint run with
             ``from_checkpoint`` and without ``tasks`` trains all tasks of the checkpoint further; a pool of experts
-            (``experts.pool``) is always trained jointly.
+            (``experts.pool``) is always trained jointly. ``shared`` to train one expert for all tasks with small ones of
+            the tasks in the last blocks; see ``distill``.
         folds: At least 2: for each fold of the rows of one file, or rows in memory, a model is trained on the others,
             scored, and thrown away; the checkpoint is trained on all rows (``data.division=all``) and has the means.
         trust_tasks: Whether tasks of ``from_checkpoint`` may name code (``evaluate:…``) and data on the hub.
@@ -213,8 +214,8 @@ def _train(
     for name, spec in trained.items():
         say_division(spec, sources.get(name))
     if run.stage == "shared":
-        tasks = taught(tasks, teachers, echoes=run.shared.echoes, encoder=encoder)
-        run = plan_shared(model, tasks, teachers, run=run)
+        tasks = with_teacher_logits(tasks, teachers, transfer=run.shared.transfer, encoder=encoder)
+        run = plan_own_blocks(model, tasks, teachers, run=run)
     add_tasks(model, tasks, run=run)
     if teachers:
         start_from_teachers(model, teachers)

@@ -22,7 +22,7 @@ from sparse_ft.tasks.spec import TaskSpec
 _LOG = logging.getLogger("sparse_ft")
 
 
-class SoftExample(NamedTuple):
+class TransferExample(NamedTuple):
     """A text as another task reads it, without targets, and the logits of that task's teacher."""
 
     example: Example
@@ -43,10 +43,10 @@ class TrainingTask:
     validation: EncodedRows
     columns: dict[str, list[Any]]
     """The training rows as ``reading.read`` returns them; an example's ``row`` indexes them."""
-    soft: list[Tensor] | None = None
+    teacher_logits: list[Tensor] | None = None
     """Logits of the task's teacher for each example, (outputs,), or (words or choices, outputs)."""
-    echoes: dict[str, list[list[SoftExample]]] = field(default_factory=dict)
-    """Other task to what its teacher says of each training row of this task."""
+    transfer: dict[str, list[list[TransferExample]]] = field(default_factory=dict)
+    """Other task to its teacher's answers to each training row of this task."""
 
     @cached_property
     def groups(self) -> list[list[int]]:

@@ -54,7 +54,7 @@ def test_a_tagger_with_shapes_is_exported_and_a_task_on_texts_read_by_words_is_r
     path = save_model(tmp_path, shared_model)
     export = sparse_ft.export(path, format="transformers", task="names", output=tmp_path / "tagger")
     assert export.differences["names"].largest < 1e-3
-    with pytest.raises(ExportError, match="reads texts split into words"):
+    with pytest.raises(ExportError, match="split into words, because it shares an expert"):
         sparse_ft.export(path, format="transformers", task="mood", output=tmp_path / "texts")
 
 
@@ -62,7 +62,7 @@ def test_a_renamed_shared_expert_is_still_shared(shared_model, tmp_path):
     path = save_model(tmp_path, shared_model)
     sparse_ft.edit(path, rename=[("common", "trunk")], output=tmp_path / "renamed")
     before, after = (sparse_ft.load(each, device="cpu") for each in (path, tmp_path / "renamed"))
-    assert after.checkpoint.model.trunk == "trunk"
+    assert after.checkpoint.model.trunk_expert == "trunk"
     assert torch.equal(before.logits(["Ada met Mozart"], "mood"), after.logits(["Ada met Mozart"], "mood"))
 
 

@@ -22,7 +22,7 @@ def model(make_model):
     add_random_expert(model, "common", seed=9)
     for name in HEADS:
         model.tasks[name] = replace(model.tasks[name], shared="common")
-    model.gate = SequenceGate(list(HEADS), 32, block=2, selection=Selection(), trunk="common")
+    model.gate = SequenceGate(list(HEADS), 32, block=2, selection=Selection(), trunk_expert="common")
     return model
 
 
@@ -48,5 +48,5 @@ def test_each_is_served_by_its_own_expert_where_it_is_answered(model, task):
 
 
 def test_a_gate_that_reads_the_bare_backbone_chooses_one(model):
-    model.gate.trunk = None
+    model.gate.trunk_expert = None
     assert Route("gate", model).answering(routing_of(model)) == [["mood"], ["mood"], ["about"], []]

@@ -8,18 +8,20 @@ from sparse_ft.checkpoint.checkpoint import load_checkpoint
 from sparse_ft.errors import ConfigError
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.tasks.kinds import find_kind
-from sparse_ft.training.teachers import Teacher, find_teachers, soft_loss
+from sparse_ft.training.teachers import Teacher, distillation_loss, find_teachers
 
 
 def test_the_soft_loss_is_the_divergence_of_the_answers():
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(5, 4, generator=generator, dtype=torch.float64) for _ in range(2))
     kind = find_kind("classification")
-    assert soft_loss(kind, teacher, teacher, temperature=2.0) == pytest.approx(0, abs=1e-9)
+    assert distillation_loss(kind, teacher, teacher, temperature=2.0) == pytest.approx(0, abs=1e-9)
     distributions = [torch.distributions.Categorical(logits=logits / 2) for logits in (teacher, student)]
     expected = 4 * torch.distributions.kl_divergence(*distributions).mean()
-    assert soft_loss(kind, student, teacher, temperature=2.0) == pytest.approx(float(expected))
-    choices = soft_loss(find_kind("multiple_choice"), student[0].unsqueeze(1), teacher[0].unsqueeze(1), temperature=2.0)
+    assert distillation_loss(kind, student, teacher, temperature=2.0) == pytest.approx(float(expected))
+    choices = distillation_loss(
+        find_kind("multiple_choice"), student[0].unsqueeze(1), teacher[0].unsqueeze(1), temperature=2.0
+    )
     one = [torch.distributions.Categorical(logits=logits[0] / 2) for logits in (teacher, student)]
     assert choices == pytest.approx(4 * float(torch.distributions.kl_divergence(*one)))
 
@@ -28,10 +30,10 @@ def test_the_soft_loss_of_labels_that_exclude_none_is_a_divergence_each():
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(5, 4, generator=generator, dtype=torch.float64) for _ in range(2))
     kind = find_kind("multi_label")
-    assert soft_loss(kind, teacher, teacher, temperature=2.0) == pytest.approx(0, abs=1e-9)
+    assert distillation_loss(kind, teacher, teacher, temperature=2.0) == pytest.approx(0, abs=1e-9)
     distributions = [torch.distributions.Bernoulli(logits=logits / 2) for logits in (teacher, student)]
     expected = 4 * torch.distributions.kl_divergence(*distributions).mean()
-    assert soft_loss(kind, student, teacher, temperature=2.0) == pytest.approx(float(expected))
+    assert distillation_loss(kind, student, teacher, temperature=2.0) == pytest.approx(float(expected))
 
 
 def test_a_teacher_says_what_its_checkpoint_answers(toys):

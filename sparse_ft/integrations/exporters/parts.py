@@ -36,9 +36,8 @@ def sole_expert(model: LoadedModel, task: str) -> Expert:
     spec = model.tasks[task]
     if model.checkpoint.model.by_words and spec.reads == "text" and find_kind(spec.kind).level == "text":
         raise ExportError(
-            f"Task {task!r} reads texts split into words, as the tasks on words do that it shares an expert with; only "
-            "the format multitask can. Serve the checkpoint with sparse_ft.load, or export the expert that taught the "
-            "task."
+            f"Task {task!r} reads texts split into words, because it shares an expert with a tagger. Only the format "
+            "multitask supports this. Or export the task from the checkpoint of its teacher."
         )
     return task_expert(model, task)
 

@@ -10,9 +10,9 @@ from sparse_ft.evaluation.scoring import predict_rows, score_rows
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.tasks.encoded_rows import EncodedRows
 from sparse_ft.tasks.kinds import find_kind
-from sparse_ft.training.depths import choose_depths, num_passes
 from sparse_ft.training.joint import SHARED
 from sparse_ft.training.new_experts import add_tasks
+from sparse_ft.training.own_blocks import choose_own_blocks, num_passes
 from sparse_ft.training.shared_experts import start_from_teachers
 from sparse_ft.training.teachers import Teacher
 from sparse_ft.training.training_task import TrainingTask
@@ -25,7 +25,7 @@ _LEAST = 0.001
 """Smallest such need: a loss of 0 may be chance."""
 
 
-def plan_shared(
+def plan_own_blocks(
     model: SparseExpertModel, tasks: Mapping[str, TrainingTask], teachers: Mapping[str, Teacher], *, run: RunConfig
 ) -> RunConfig:
     """Return a run that says how many blocks each task has for itself, as many as ``shared.passes`` allows.
@@ -37,23 +37,25 @@ def plan_shared(
         run: Its ``shared.own_blocks`` stay.
     """
     num_blocks, settings = model.backbone.num_blocks, run.shared
-    losses: dict[str, float] = {}
+    drops: dict[str, float] = {}
     if any(name not in settings.own_blocks for name in tasks):
-        losses = _losses_before_training(model, tasks, teachers, run=run)
-    depths = choose_depths(
-        list(tasks), passes=settings.passes, num_blocks=num_blocks, fixed=settings.own_blocks, losses=losses
+        drops = _drops_before_training(model, tasks, teachers, run=run)
+    own_blocks = choose_own_blocks(
+        list(tasks), passes=settings.passes, num_blocks=num_blocks, fixed=settings.own_blocks, drops=drops
     )
-    shown = ", ".join(f"{name} {depth}" for name, depth in depths.items())
-    passes = num_passes(list(depths.values()), num_blocks=num_blocks)
+    shown = ", ".join(f"{name} {number}" for name, number in own_blocks.items())
+    passes = num_passes(list(own_blocks.values()), num_blocks=num_blocks)
     _LOG.info("Own blocks: %s. All answers to a text cost %.2f passes.", shown, passes)
-    return _with_depths(run, depths)
+    return _with_own_blocks(run, own_blocks)
 
 
-def _with_depths(run: RunConfig, depths: Mapping[str, int]) -> RunConfig:
-    return changed_config(run, {"shared": {**run.shared.model_dump(exclude_unset=True), "own_blocks": dict(depths)}})
+def _with_own_blocks(run: RunConfig, own_blocks: Mapping[str, int]) -> RunConfig:
+    return changed_config(
+        run, {"shared": {**run.shared.model_dump(exclude_unset=True), "own_blocks": dict(own_blocks)}}
+    )
 
 
-def _losses_before_training(
+def _drops_before_training(
     model: SparseExpertModel, tasks: Mapping[str, TrainingTask], teachers: Mapping[str, Teacher], *, run: RunConfig
 ) -> dict[str, float]:
     """Return what each task loses against its teacher if all tasks use the mean of the teachers' deltas.
@@ -62,23 +64,23 @@ def _losses_before_training(
     """
     if not teachers:
         return {}
-    losses = {}
-    add_tasks(model, tasks, run=_with_depths(run, dict.fromkeys(tasks, 0)))
+    drops = {}
+    add_tasks(model, tasks, run=_with_own_blocks(run, dict.fromkeys(tasks, 0)))
     start_from_teachers(model, teachers)
     model.to(model.device).eval()
     for name, teacher in teachers.items():
         task = tasks[name]
         rows = task.validation.take(range(min(_ROWS, task.validation.num_rows)))
         score = functools.partial(_headline, task, rows)
-        taught = find_kind(task.spec.kind).predictions(
+        teacher_predictions = find_kind(task.spec.kind).predictions(
             teacher.logits(rows.columns), columns=rows.columns, labels=task.spec.label_names or []
         )
-        losses[name] = max(_LEAST, score(taught) - score(predict_rows(model, task.spec, rows)))
+        drops[name] = max(_LEAST, score(teacher_predictions) - score(predict_rows(model, task.spec, rows)))
     for name in tasks:
         model.remove_task(name)
         model.experts.remove(name)
     model.experts.remove(SHARED)
-    return losses
+    return drops
 
 
 def _headline(task: TrainingTask, rows: EncodedRows, predictions: Sequence[Any]) -> float:

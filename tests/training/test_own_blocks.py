@@ -7,7 +7,7 @@ import pytest
 from toy_checkpoints import add_random_expert
 
 from sparse_ft.experts.heads import TaskSlot
-from sparse_ft.training.depths import choose_depths, num_passes
+from sparse_ft.training.own_blocks import choose_own_blocks, num_passes
 
 
 @pytest.mark.parametrize("depths", [(0, 0), (1, 1), (0, 1), (2, 1), (3, 0), (3, 3)])
@@ -39,8 +39,8 @@ def test_the_budget_holds_and_is_used_up():
     for _ in range(200):
         tasks = [f"task{index}" for index in range(generator.randint(1, 6))]
         num_blocks, passes = generator.randint(1, 12), generator.uniform(1, 4)
-        losses = {task: generator.uniform(0.001, 1) for task in tasks if generator.random() < 0.8}
-        depths = choose_depths(tasks, passes=passes, num_blocks=num_blocks, fixed={}, losses=losses)
+        drops = {task: generator.uniform(0.001, 1) for task in tasks if generator.random() < 0.8}
+        depths = choose_own_blocks(tasks, passes=passes, num_blocks=num_blocks, fixed={}, drops=drops)
         assert list(depths) == tasks
         assert num_passes(list(depths.values()), num_blocks=num_blocks) <= passes + 1e-6
         for task in tasks:
@@ -51,11 +51,11 @@ def test_the_budget_holds_and_is_used_up():
 
 def test_the_neediest_task_gets_more_and_given_numbers_stay():
     needs = {"sentiment": 0.03, "topic": 0.08, "intent": 0.16, "ner": 0.28}
-    chosen = choose_depths(list(needs), passes=1.5, num_blocks=6, fixed={}, losses=needs)
+    chosen = choose_own_blocks(list(needs), passes=1.5, num_blocks=6, fixed={}, drops=needs)
     assert chosen == {"sentiment": 0, "topic": 0, "intent": 1, "ner": 2}
-    chosen = choose_depths(list(needs), passes=1.5, num_blocks=6, fixed={"sentiment": 1}, losses=needs)
+    chosen = choose_own_blocks(list(needs), passes=1.5, num_blocks=6, fixed={"sentiment": 1}, drops=needs)
     assert chosen["sentiment"] == 1
-    assert choose_depths(list(needs), passes=1.5, num_blocks=6, fixed={}, losses={}) == dict.fromkeys(needs, 1)
+    assert choose_own_blocks(list(needs), passes=1.5, num_blocks=6, fixed={}, drops={}) == dict.fromkeys(needs, 1)
     for order in itertools.permutations(needs):
-        same = choose_depths(order, passes=1.67, num_blocks=6, fixed={}, losses=needs)
-        assert same == choose_depths(list(needs), passes=1.67, num_blocks=6, fixed={}, losses=needs)
+        same = choose_own_blocks(order, passes=1.67, num_blocks=6, fixed={}, drops=needs)
+        assert same == choose_own_blocks(list(needs), passes=1.67, num_blocks=6, fixed={}, drops=needs)
