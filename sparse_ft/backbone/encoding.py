@@ -104,7 +104,8 @@ class Encoder:
         if questions is not None:
             return self._encode_words(rows, self._befores(questions))
         keys = [tuple(words) for words in rows]
-        known = {key: self._known[key] for key in keys if key in self._known}
+        last = self._known  # another thread may replace it
+        known = {key: last[key] for key in keys if key in last}
         new = [key for key in dict.fromkeys(keys) if key not in known]
         encoded: dict[int, list[Example]] = {}
         for example in self._encode_words(new, [self.prefix] * len(new)):

@@ -68,7 +68,7 @@ def cache_trunk(
         _before(blocks[:first_block] if means else [], entering.append),
     ):
         for members in length_batches([len(example.input_ids) for example in examples], max_tokens=token_limit(device)):
-            rows = [("", replace(examples[member], targets=[])) for member in members]  # of several tasks, no targets
+            rows = [("", replace(examples[member], targets=[], trunk=None)) for member in members]  # of several tasks
             batch = collate(rows, pad_id=backbone.pad_id, device=device)
             try:
                 run(batch)

@@ -63,7 +63,10 @@ def predict_by_route(model: SparseExpertModel, spec: TaskSpec, data: EncodedRows
         )
         return RoutedPredictions(_predictions(spec, data, logits), Routing(None, usage.mean(1)), usage, blocks)
     routing = _route_rows(spec, data, route)
-    own = routing.take([example.row for example in data.examples]) if route.once_a_text else routing
+    own = routing
+    if route.once_a_text:
+        own = route.serving(routing, spec.name).take([example.row for example in data.examples])
+        routing = route.serving(routing, spec.name, likely=False)
     logits = row_logits(
         model,
         spec.name,
@@ -89,7 +92,7 @@ def predict_by_ensemble(
 def _route_rows(spec: TaskSpec, data: EncodedRows, route: Route) -> Routing:
     """Route the rows of a task as ``predict`` would; the text and language of a row serve rules."""
     if route.once_a_text:
-        return route.serving(route.rows(data.row_examples, title=f"routing {spec.name}"), spec.name)
+        return route.rows(data.row_examples, title=f"routing {spec.name}")
     if route.chooser is None:
         return route.rows(data.examples, task=spec.name, title=f"routing {spec.name}")
     stated = spec.language != "en"  # English is also the language of task files that state none

@@ -14,6 +14,7 @@ from torch import Tensor
 from sparse_ft.backbone.batching import collate
 from sparse_ft.backbone.devices import find_device
 from sparse_ft.backbone.encoding import Encoder, Example
+from sparse_ft.backbone.words import split_words
 from sparse_ft.checkpoint.checkpoint import Checkpoint, load_checkpoint
 from sparse_ft.errors import ConfigError
 from sparse_ft.experts.gates import Gate
@@ -222,14 +223,19 @@ def _token_weights(model: SparseExpertModel, example: Example, gate: Gate) -> tu
 
 def _tokens(encoder: Encoder, parts: Sequence[str], example: Example) -> tuple[list[Token], bool]:
     """Return the tokens of the text, and whether some of them did not fit."""
-    encoded = encoder.tokenizer(*parts, truncation=True, max_length=encoder.max_length).encodings[0]
     names = encoder.tokenizer.convert_ids_to_tokens(example.input_ids)
+    words = split_words(parts[0]) if encoder.by_words and len(parts) == 1 else ()
+    inputs = [[word.text for word in words]] if words else parts
+    encoded = encoder.tokenizer(
+        *inputs, is_split_into_words=bool(words), truncation=True, max_length=encoder.max_length
+    ).encodings[0]
     if not encoded.ids:  # a text without tokens is read as one token of padding
         return [Token(name, 0, 0) for name in names], False
     text, second = "\t".join(parts), len(parts[0]) + 1
     tokens = []
-    for name, (start, end), part in zip(names, encoded.offsets, encoded.sequence_ids, strict=True):
-        before = second if part == 1 else 0
+    rows = zip(names, encoded.offsets, encoded.sequence_ids, encoded.word_ids, strict=True)
+    for name, (start, end), part, word in rows:
+        before = words[word].start if words and word is not None else second if part == 1 else 0
         tokens.append(Token(text[before + start : before + end] or name, before + start, before + end))
     return tokens, bool(encoded.overflowing)
 

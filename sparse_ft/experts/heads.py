@@ -1,5 +1,7 @@
 """Tasks in a model: the experts that serve each, and its head, a float32 linear layer from hidden states to outputs."""
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +33,13 @@ class TaskSlot:
     def gated(self) -> bool:
         """Whether a gate decides even though the task is known."""
         return self.joint or len(self.experts) > 1
+
+
+def common_expert(slots: Sequence[TaskSlot]) -> str | None:
+    """Return the expert that tasks with experts of their own use in addition; None if there is none, or several."""
+    owners = Counter(slot.experts for slot in slots)  # tasks of a pool have no experts of their own
+    shared = {slot.shared for slot in slots if not slot.joint and owners[slot.experts] == 1} - {None}
+    return shared.pop() if len(shared) == 1 else None
 
 
 class Head(nn.Module):

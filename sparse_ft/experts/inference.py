@@ -179,11 +179,10 @@ def with_trunks(
         title: Of a progress bar; None shows none.
     """
     backbone = model.backbone
-    lowest = min(model.parting_block, backbone.num_blocks - 1)  # a model without experts has no block with experts
     return cache_trunk(
         backbone,
         examples,
-        first_block=lowest if block is None else block,
+        first_block=model.parting_block if block is None else block,
         run=functools.partial(model.states_by, expert),
         hidden=hidden,
         means=means,

@@ -17,7 +17,7 @@ from sparse_ft.backbone.pooling import pool
 from sparse_ft.errors import ConfigError, unknown_name
 from sparse_ft.experts.gate_checks import check_text_gate
 from sparse_ft.experts.gates import Gate, GateInput, SequenceGate, TokenGate
-from sparse_ft.experts.heads import Head, TaskSlot
+from sparse_ft.experts.heads import Head, TaskSlot, common_expert
 from sparse_ft.experts.named_experts import Experts
 from sparse_ft.experts.plan import Plan, plan_batch, plan_tasks, planned_pass
 from sparse_ft.experts.routing import ForwardPass, Routing, RoutingSlot
@@ -57,21 +57,21 @@ class SparseExpertModel(nn.Module):
     @property
     def first_block(self) -> int:
         """The lowest block with an expert layer; all tasks share the blocks below."""
-        return self.experts.lowest_block(self.experts.names, default=self.backbone.num_blocks)
+        return min((self.backbone.block_of(name) for name in self.experts.layers), default=self.backbone.num_blocks)
 
     @property
     def trunk_expert(self) -> str | None:
         """The expert that tasks share below experts of their own; None if what they share is the bare backbone."""
-        shared = {slot.shared for slot in self.tasks.values() if not slot.joint} - {None}
-        return shared.pop() if len(shared) == 1 else None
+        return common_expert(list(self.tasks.values()))
 
     @property
     def parting_block(self) -> int:
-        """The lowest block that an own expert of a task on the trunk changes, 0-based."""
-        if self.trunk_expert is None:
-            return self.first_block
-        own = {name for slot in self.tasks.values() if slot.shared == self.trunk_expert for name in slot.experts}
-        return self.experts.lowest_block(own, default=self.backbone.num_blocks)
+        """The lowest block that an own expert of a task on the trunk changes, 0-based; the last one if none does."""
+        lowest, last = self.first_block, self.backbone.num_blocks - 1
+        if self.trunk_expert is not None:
+            own = {name for slot in self.tasks.values() if slot.shared == self.trunk_expert for name in slot.experts}
+            lowest = self.experts.lowest_block(own, default=last)
+        return min(lowest, last)
 
     def on_trunk(self, task: str) -> bool:
         """Whether the states of a task below ``parting_block`` are those of the trunk."""
@@ -254,15 +254,7 @@ class SparseExpertModel(nn.Module):
         return plan_tasks(inputs, used, shaped, self.experts, num_blocks=self.backbone.num_blocks)
 
     def states_by(self, expert: str | None, batch: Batch) -> Tensor:
-        """Run a batch of texts through the backbone, [N, S, H].
-
-        Args:
-            expert: Changes the blocks for all rows; None leaves them bare.
-            batch: The texts.
-
-        Raises:
-            ConfigError: If there is no such expert.
-        """
+        """Run a batch of texts through the backbone with one expert, or bare, [N, S, H]; refuses an unknown expert."""
         if expert is None:
             return self._run(batch, ForwardPass(None))
         indices = [self.experts.index(expert)] * len(batch.input_ids)

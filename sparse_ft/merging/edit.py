@@ -184,6 +184,9 @@ def prune_expert(checkpoint: Checkpoint, name: str, rank: int) -> list[str]:
         f"Pruned expert {name!r} to rank {rank}. Relative error of its deltas: {pruned.error:.4f} in all; by layer:",
         *(f"  {error:.4f}  {module}" for module, error in pruned.errors.items()),
     ]
+    gate = checkpoint.model.sequence_gate
+    if gate is not None and gate.trunk_expert == name:  # it was fitted on the states of the whole expert
+        sentences += drop_gate(checkpoint)
     scored = [task for task in tasks_using(checkpoint, name) if checkpoint.metrics.pop(task, None) is not None]
     if scored:
         sentences.append(f"The scores of {listed_tasks(scored)} are dropped; `sparse-ft evaluate` measures them anew.")

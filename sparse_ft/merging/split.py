@@ -87,7 +87,7 @@ def _halves(
     model: SparseExpertModel, examples: list[Example], *, block: int, seed: int
 ) -> tuple[list[Example], list[Example]]:
     """Divide examples into two groups by the states that the gate reads."""
-    states = mean_states(model, examples, block=block)[:, -1]  # [N, hidden]
+    states = mean_states(model, examples, block=block, expert=model.trunk_expert)[:, -1]  # [N, hidden]
     features = (states - states.mean(0)) / states.std(0, correction=0).clamp_min(1e-6)
     groups = KMeans(2, n_init=4, random_state=seed % 2**32).fit_predict(features.double().numpy())
     first, second = ([examples[index] for index in np.flatnonzero(groups == half)] for half in (0, 1))

@@ -305,7 +305,7 @@ class Answering:
 
 def _key(example: Example) -> tuple[int, ...]:
     """Return what the backbone reads of an example."""
-    return (*example.input_ids, -1, *(example.token_type_ids or ()))
+    return (*example.input_ids, -1, *(example.token_type_ids or ()), -1, *example.word_shapes)
 
 
 def _mean_by_text(weights: Tensor, examples: Sequence[Example], num_texts: int) -> Tensor:

@@ -162,11 +162,16 @@ class Route:
             )
         return model.reindexed(decision, gate.names if mixes else gate.leads)
 
-    def serving(self, routing: Routing, task: str) -> Routing:
+    def serving(self, routing: Routing, task: str, *, likely: bool = True) -> Routing:
         """Return a routing of texts as the routing for one of the tasks that are answered.
 
         Where the gate has chosen a group, its first expert stands for the group; the task's expert takes its place. The
         same holds where the task is answered in addition, see ``answering``.
+
+        Args:
+            routing: As ``rows`` returns it.
+            task: The task.
+            likely: Whether it takes its place also where it is answered in addition.
         """
         slot, gate = self.model.tasks[task], self.model.sequence_gate
         if self.name != "gate" or gate is None or routing.experts is None or slot.gated:
@@ -174,9 +179,9 @@ class Route:
         (expert,) = slot.experts
         lead, own = (self.model.experts.index(name) for name in (gate.companions(expert)[0], expert))
         served = routing.experts == lead  # [N, K]
-        likely = self._likely_groups(routing)
-        if likely is not None:
-            served |= likely[:, gate.partition.group_of[gate.names.index(expert)]].unsqueeze(1)
+        groups = self._likely_groups(routing) if likely else None
+        if groups is not None:
+            served |= groups[:, gate.partition.group_of[gate.names.index(expert)]].unsqueeze(1)
         return replace(routing, experts=routing.experts.where(~served, own))
 
     def _likely_groups(self, routing: Routing) -> Tensor | None:
@@ -186,6 +191,8 @@ class Route:
         """
         gate = self.model.sequence_gate
         if gate is None or gate.trunk_expert is None or routing.logits is None or routing.weights.shape[-1] > 1:
+            return None
+        if any(slot.gated for slot in self.model.tasks.values()):  # it would have to choose among their experts, too
             return None
         known = routing.weights.sum(-1, keepdim=True) > 0
         return (gate.partition.logits(routing.logits).softmax(-1) >= _LIKELY) & known

@@ -37,14 +37,20 @@ def plan_own_blocks(
         run: Its ``shared.own_blocks`` stay.
     """
     num_blocks, settings = model.backbone.num_blocks, run.shared
+    reads = {name: task.spec.reads for name, task in tasks.items()}
     drops: dict[str, float] = {}
     if any(name not in settings.own_blocks for name in tasks):
         drops = _drops_before_training(model, tasks, teachers, run=run)
     own_blocks = choose_own_blocks(
-        list(tasks), passes=settings.passes, num_blocks=num_blocks, fixed=settings.own_blocks, drops=drops
+        list(tasks),
+        passes=settings.passes,
+        num_blocks=num_blocks,
+        fixed=settings.own_blocks,
+        drops=drops,
+        reads=reads,
     )
     shown = ", ".join(f"{name} {number}" for name, number in own_blocks.items())
-    passes = num_passes(list(own_blocks.values()), num_blocks=num_blocks)
+    passes = num_passes(own_blocks, num_blocks=num_blocks, reads=reads)
     _LOG.info("Own blocks: %s. All answers to a text cost %.2f passes.", shown, passes)
     return _with_own_blocks(run, own_blocks)
 
@@ -58,18 +64,19 @@ def _with_own_blocks(run: RunConfig, own_blocks: Mapping[str, int]) -> RunConfig
 def _drops_before_training(
     model: SparseExpertModel, tasks: Mapping[str, TrainingTask], teachers: Mapping[str, Teacher], *, run: RunConfig
 ) -> dict[str, float]:
-    """Return what each task loses against its teacher if all tasks use the mean of the teachers' deltas.
+    """Return how far the score of each task is below its teacher's if all use the mean of the teachers' deltas.
 
     It tells before training which tasks need blocks of their own most. The model is left without experts.
     """
     if not teachers:
         return {}
     drops = {}
+    device = model.device
     add_tasks(model, tasks, run=_with_own_blocks(run, dict.fromkeys(tasks, 0)))
-    start_from_teachers(model, teachers)
-    model.to(model.device).eval()
-    for name, teacher in teachers.items():
-        task = tasks[name]
+    started = start_from_teachers(model, teachers)
+    model.to(device).eval()
+    for name in started:
+        task, teacher = tasks[name], teachers[name]
         rows = task.validation.take(range(min(_ROWS, task.validation.num_rows)))
         score = functools.partial(_headline, task, rows)
         teacher_predictions = find_kind(task.spec.kind).predictions(

@@ -14,6 +14,7 @@ from sparse_ft.experts.gate_checks import check_token_routing
 from sparse_ft.experts.heads import TaskSlot
 from sparse_ft.experts.model import SparseExpertModel
 from sparse_ft.experts.selection import Selection
+from sparse_ft.sections import Section
 from sparse_ft.tasks.kinds import KINDS
 from sparse_ft.tasks.spec import TaskSpec
 from sparse_ft.training.joint import SHARED, has_gate, pool_names
@@ -85,6 +86,7 @@ def check_model(run: RunConfig, model: SparseExpertModel, specs: Sequence[TaskSp
         *_kept_expert_problems(run, model, trained),
         *_gate_problems(run, model, num_experts=num_experts),
         *(_shared_model_problems(run, model, trained) if run.stage == "shared" else ()),
+        *(_own_block_problems(run, model, trained) if run.stage == "experts" else ()),
     ]
     if num_experts < 2 and has_gate(run):
         problems.append(
@@ -186,11 +188,16 @@ def _joint_setting_problems(run: RunConfig) -> Iterator[str]:
         yield "experts.shared_a needs a pool: set experts.pool to the number of its experts."
 
 
+def _changed(section: Section) -> set[str]:
+    """Return the settings of a section that are not at their defaults; a saved config names all of them."""
+    return {name for name, value in type(section)() if value != getattr(section, name)}
+
+
 def _shared_setting_problems(run: RunConfig, trained: Sequence[str]) -> Iterator[str]:
     settings = run.shared
     if run.stage != "shared":
         adds = run.stage == "experts" and run.start is not None
-        for name in sorted(settings.model_fields_set - ({"own_blocks"} if adds else set())):
+        for name in _changed(settings) - ({"own_blocks"} if adds else set()):
             yield f"shared.{name} applies to --stage shared and `sparse-ft distill` only. Remove it, or add the stage."
         return
     if run.start is not None:
@@ -199,34 +206,40 @@ def _shared_setting_problems(run: RunConfig, trained: Sequence[str]) -> Iterator
             "the experts of a checkpoint as teachers."
         )
     for name in ("pool", "frozen", "first_block"):
-        if name in run.experts.model_fields_set:
+        if name in _changed(run.experts):
             yield f"Stage shared does not take experts.{name}: all tasks share the lower blocks. Remove it."
     if SHARED in trained:
         yield f"A task cannot be named {SHARED!r}, which is the name of the expert that all tasks share. Rename it."
-    for name in settings.own_blocks:
-        if name not in trained:
-            yield f"shared.own_blocks: {unknown_name('task', name, trained)}"
 
 
 def _shared_model_problems(run: RunConfig, model: SparseExpertModel, trained: Sequence[str]) -> Iterator[str]:
     settings, num_blocks = run.shared, model.backbone.num_blocks
+    yield from _own_block_problems(run, model, trained)
     if not model.backbone.family.routes_rows:
         yield (
             f"Backbone {model.backbone.name!r} cannot share a pass between tasks: its attention shares layers between "
             "rows. Train one expert per task (--stage experts)."
         )
-    for name, blocks in settings.own_blocks.items():
-        if not 0 <= blocks <= num_blocks:
-            yield (
-                f"shared.own_blocks gives task {name!r} {blocks} blocks; the backbone has {num_blocks}. Give 0 to "
-                f"{num_blocks}."
-            )
-    passes = num_passes([settings.own_blocks.get(name, 0) for name in trained], num_blocks=num_blocks)
+    passes = num_passes({name: settings.own_blocks.get(name, 0) for name in trained}, num_blocks=num_blocks)
     if passes > settings.passes + 1e-9:
         yield (
             f"shared.own_blocks costs {passes:.2f} passes for all tasks, and shared.passes is {settings.passes:g}. "
             f"Raise shared.passes (--passes) to {math.ceil(100 * passes) / 100:g}, or give fewer blocks."
         )
+
+
+def _own_block_problems(run: RunConfig, model: SparseExpertModel, trained: Sequence[str]) -> Iterator[str]:
+    new, num_blocks = [name for name in trained if name not in model.tasks], model.backbone.num_blocks
+    for name, blocks in run.shared.own_blocks.items():
+        if name not in new:
+            yield f"shared.own_blocks: {unknown_name('new task', name, new)}"
+        elif not 0 <= blocks <= num_blocks:
+            yield (
+                f"shared.own_blocks gives task {name!r} {blocks} blocks; the backbone has {num_blocks}. Give 0 to "
+                f"{num_blocks}."
+            )
+        elif run.stage == "experts" and model.trunk_expert is None:
+            yield f"The tasks of {run.start!r} share no expert, so shared.own_blocks has no meaning. Remove it."
 
 
 def _gate_problems(run: RunConfig, model: SparseExpertModel, *, num_experts: int) -> Iterator[str]:

@@ -6,15 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparse_ft.backbone.devices import find_device
+from sparse_ft.checkpoint.checkpoint import load_checkpoint
 from sparse_ft.checkpoint.manifest import read_config, read_manifest
-from sparse_ft.config import RunConfig, load_config
+from sparse_ft.config import RunConfig, changed_config, load_config
 from sparse_ft.errors import ConfigError, unknown_name
 from sparse_ft.evaluation.evaluate import evaluate
 from sparse_ft.evaluation.tables import text_table
 from sparse_ft.paths import user_path
 from sparse_ft.tasks.in_memory import TaskData
-from sparse_ft.tasks.sources import name_sources
+from sparse_ft.tasks.sources import name_sources, sources_in_memory
 from sparse_ft.training.own_blocks import num_passes
+from sparse_ft.training.processes import broadcast
 from sparse_ft.training.teachers import find_teachers
 from sparse_ft.training.train import TrainResult, train
 
@@ -32,8 +35,6 @@ class Comparison:
     """Score of the teacher, 0 to 1."""
     student: float
     """Score of the new checkpoint on the same rows, 0 to 1."""
-    own_blocks: int
-    """Highest blocks that the task has for itself."""
 
     @property
     def drop(self) -> float:
@@ -47,26 +48,28 @@ class Distillation:
 
     training: TrainResult
     tasks: dict[str, Comparison]
+    """The tasks that have rows to score."""
+    own_blocks: dict[str, int]
+    """Task to the highest blocks that it has for itself."""
     num_blocks: int
+    """Blocks of the backbone."""
+    passes: float
+    """Passes through the backbone for the answers of all tasks to one text."""
 
     @property
     def path(self) -> Path:
         """Folder of the checkpoint."""
         return self.training.path
 
-    @property
-    def passes(self) -> float:
-        """Passes through the backbone for the answers of all tasks to one text."""
-        return num_passes([entry.own_blocks for entry in self.tasks.values()], num_blocks=self.num_blocks)
-
     def passes_with_more(self, task: str) -> float:
         """Return the passes if a task had one more block for itself."""
-        own_blocks = [entry.own_blocks + (name == task) for name, entry in self.tasks.items()]
-        return num_passes(own_blocks, num_blocks=self.num_blocks)
+        more = {**self.own_blocks, task: self.own_blocks[task] + 1}
+        now, then = (num_passes(blocks, num_blocks=self.num_blocks) for blocks in (self.own_blocks, more))
+        return self.passes + then - now
 
     def _advice(self, task: str) -> str:
         """Return how a task gets one more block, unless it has all."""
-        more = self.tasks[task].own_blocks + 1
+        more = self.own_blocks[task] + 1
         if more > self.num_blocks:
             return ""
         passes = math.ceil(100 * self.passes_with_more(task)) / 100
@@ -78,13 +81,15 @@ class Distillation:
             [
                 task,
                 entry.metric,
-                str(entry.own_blocks),
+                str(self.own_blocks[task]),
                 f"{entry.teacher:.4f}",
                 f"{entry.student:.4f}",
                 f"{-entry.drop:+.4f}",
             ]
             for task, entry in self.tasks.items()
         ]
+        if not rows:
+            return f"{self.passes:.2f} passes for the answers of all tasks. No task has rows to score."
         teachers, students = ([getattr(e, who) for e in self.tasks.values()] for who in ("teacher", "student"))
         means = [sum(scores) / len(scores) for scores in (teachers, students)]
         footer = ["mean", "", "", f"{means[0]:.4f}", f"{means[1]:.4f}", f"{means[1] - means[0]:+.4f}"]
@@ -154,7 +159,15 @@ def distill(
         device=device,
         trust_tasks=trust_tasks,
     )
-    return _compare(result, owners, data=data, device=device or run.device)
+    comparisons = broadcast(lambda: _compare(result, owners, data=data, device=device or run.device))
+    manifest, config = broadcast(lambda: (read_manifest(result.path), read_config(result.path / "config.yaml")))
+    return Distillation(
+        result,
+        comparisons,
+        own_blocks=config.shared.own_blocks,
+        num_blocks=manifest.backbone.num_blocks or 1,
+        passes=manifest.passes or 1.0,
+    )
 
 
 def _distill_config(
@@ -190,22 +203,26 @@ def _compare(
     *,
     data: TaskData | Mapping[str, TaskData] | None,
     device: str,
-) -> Distillation:
-    """Score the teachers on the rows that the new checkpoint was scored on."""
-    run, scored = read_config(result.path / "config.yaml"), result.evaluation
-    sources = {**run.sources, **name_sources(data, list(owners), specs=list(result.tasks.values()))}
+) -> dict[str, Comparison]:
+    """Score the teachers on the rows that the new checkpoint was scored on, by its sources and its division of rows."""
+    sources, scored = read_config(result.path / "config.yaml").sources, result.evaluation
+    given = name_sources(data, list(owners), specs=list(result.tasks.values()))
     comparisons = {}
     for path in dict.fromkeys(owners.values()):
         names = [name for name in scored.tasks if owners[name] == path]
         splits = {name: scored.splits[name] for name in names}
-        given = {name: sources[name] for name in names if name in sources}
-        teachers = evaluate(path, tasks=names, data=given, split=splits, device=device, trust_tasks=True)
+        teacher = load_checkpoint(path, device=find_device(device))
+        for name in names:
+            divided = {"division": result.tasks[name].division}
+            teacher.tasks[name] = teacher.tasks[name].model_copy(update=divided)
+        teacher.config = changed_config(teacher.config, {"sources": sources})
+        in_memory = sources_in_memory(given, names)
+        teachers = evaluate(teacher, tasks=names, data=in_memory, split=splits, device=device, trust_tasks=True)
         for name, entry in teachers.tasks.items():
             metric = result.tasks[name].metric
             comparisons[name] = Comparison(
                 metric,
                 teacher=entry.score.metrics[metric],
                 student=scored.tasks[name].score.metrics[metric],
-                own_blocks=run.shared.own_blocks[name],
             )
-    return Distillation(result, comparisons, read_manifest(result.path).backbone.num_blocks or 1)
+    return comparisons

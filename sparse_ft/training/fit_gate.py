@@ -124,9 +124,12 @@ def fit_on_means(
 
 def gate_block(model: SparseExpertModel, settings: GateConfig) -> int:
     """Return the highest 0-based block whose input a gate for texts reads."""
-    middle = model.backbone.num_blocks // 2 if model.trunk_expert is None else 0
-    lowest = min(max(model.parting_block, middle), model.backbone.num_blocks - 1)
-    return lowest if settings.block is None else settings.block
+    middle = min(model.backbone.num_blocks // 2, model.backbone.num_blocks - 1)
+    if model.trunk_expert is None or model.parting_block == 0:
+        middle = max(model.parting_block, middle)
+    else:
+        middle = model.parting_block
+    return middle if settings.block is None else settings.block
 
 
 def _draw(examples: Sequence[Example], number: int, key: str) -> list[Example]:

@@ -67,6 +67,8 @@ def check_folds(
         problems.append(f"--folds is {folds!r}. Expected a whole number, at least 2.")
     if resume or run.stage == "gate":
         problems.append("--folds trains anew. Leave out --resume and --stage gate.")
+    if run.shared.teachers:
+        problems.append("--folds would test rows that the teachers were trained on. Leave out --folds or the teachers.")
     known = [] if run.start is None or resume else list(read_manifest(Path(run.start)).tasks)
     for spec in specs:
         if not is_undivided(sources.get(spec.name)):

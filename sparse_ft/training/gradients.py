@@ -194,7 +194,10 @@ class Gradients:
         """Return the answers of other tasks' teachers to rows, by task; none if the teachers have no weight."""
         transfer: dict[str, list[TransferExample]] = {}
         for task, group in rows if self.teacher_weight else ():
-            row = self.tasks[task].examples[self.tasks[task].groups[group][0]].row
+            examples, index = self.tasks[task].examples, self.tasks[task].groups[group][0]
+            row = examples[index].row
+            if index and examples[index - 1].row == row:  # another window of the row brings them
+                continue
             for other, by_row in self.tasks[task].transfer.items():
                 transfer.setdefault(other, []).extend(by_row[row])
         return transfer

@@ -59,7 +59,8 @@ def fit(
     groups = task_groups(model, list(tasks), run=run)
     parameters = {name: value for group in groups.values() for name, value in group.parameters.items()}
     best = {name: value.detach().clone() for name, value in parameters.items()}
-    data = fingerprint({name: [*task.examples, *task.validation.examples] for name, task in tasks.items()})
+    rows = {name: [*task.examples, *task.validation.examples] for name, task in tasks.items()}
+    data = fingerprint(rows, teachers=run.shared.teachers)
     state = RunState(run, output, data, parameters, best, Progress(model.pooling))
     if resume:
         state.load_progress()

@@ -73,7 +73,7 @@ def add_tasks(model: SparseExpertModel, tasks: Mapping[str, TrainingTask], *, ru
 
 
 def _add_task(model: SparseExpertModel, spec: TaskSpec, slot: TaskSlot, *, run: RunConfig) -> None:
-    if slot.shared is not None and not slot.joint:
+    if slot.shared is not None and run.stage in ("shared", "experts"):
         num_blocks = model.backbone.num_blocks
         own = range(num_blocks - run.shared.own_blocks.get(spec.name, 1), num_blocks)
         _create(model, spec.name, run=run, words=False, blocks=own)

@@ -128,9 +128,9 @@ class RunState:
         values = _read_progress(self.output / "resume" / "progress.json")
         if values.pop("data") != self.data:
             raise CheckpointError(
-                f"The training rows are not those of the interrupted run in {str(self.output)!r}: the data or the "
-                "tokenizer has changed. Put the old data back (rows that were given in memory must be given again), "
-                "or start anew in another --output."
+                f"The training rows are not those of the interrupted run in {str(self.output)!r}: the data, the "
+                "tokenizer or a teacher has changed. Put it back (rows in memory must be given again), or start anew in "
+                "another --output."
             )
         if values["pooling"] != self.progress.pooling:
             raise CheckpointError(
@@ -176,9 +176,11 @@ class RunState:
         return next(iter(self.parameters.values())).device
 
 
-def fingerprint(examples: Mapping[str, Sequence[Example]]) -> str:
-    """Hash the rows of each task, so that no run is continued on other data."""
+def fingerprint(examples: Mapping[str, Sequence[Example]], *, teachers: Sequence[str] = ()) -> str:
+    """Hash the rows of each task, and the manifests of the teachers, so that no run is continued on other data."""
     digest = hashlib.sha256()
+    for teacher in teachers:
+        digest.update((Path(teacher) / MANIFEST).read_bytes())
     for task, rows in examples.items():
         digest.update(f"{task}:{len(rows)}".encode())
         for row in rows:

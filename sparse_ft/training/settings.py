@@ -101,12 +101,15 @@ def moved_backbone(run: RunConfig) -> str | None:
 
 def _absolute_paths(run: RunConfig) -> RunConfig:
     """Make the paths in a config absolute, so that a run can be resumed, and its checkpoint used, from elsewhere."""
-    values = {
+    values: dict[str, Any] = {
         "tasks": [str(Path(task).absolute()) if Path(task).suffix in {".yaml", ".yml"} else task for task in run.tasks],
         "sources": {task: str(user_path(source).absolute()) for task, source in run.sources.items()},
         "start": None if run.start is None else str(user_path(run.start).absolute()),
         "backbone": run.backbone,
     }
+    if run.shared.teachers:
+        teachers = [str(user_path(path).absolute()) for path in run.shared.teachers]
+        values["shared"] = {**run.shared.model_dump(exclude_unset=True), "teachers": teachers}
     if run.backbone != "minilm" and user_path(run.backbone).is_dir():
         values["backbone"] = str(user_path(run.backbone).resolve())
     return changed_config(run, {key: value for key, value in values.items() if key in run.model_fields_set})

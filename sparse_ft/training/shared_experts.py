@@ -27,7 +27,7 @@ def shared_alpha(run: RunConfig) -> float:
 
 
 @torch.no_grad()
-def start_from_teachers(model: SparseExpertModel, teachers: Mapping[str, Teacher]) -> None:
+def start_from_teachers(model: SparseExpertModel, teachers: Mapping[str, Teacher]) -> list[str]:
     """Initialise the shared expert, the own experts and the heads from the teachers.
 
     The shared expert begins as the mean of the teachers' deltas, an own expert as its teacher's minus the shared one.
@@ -36,6 +36,9 @@ def start_from_teachers(model: SparseExpertModel, teachers: Mapping[str, Teacher
         model: With the shared expert, and an expert and a head of each task.
         teachers: Of the tasks. One on another backbone or with another pooling gives its answers only, one of several
             experts its answers and its head.
+
+    Returns:
+        The tasks that start from an expert of their teacher.
     """
     known = {
         name: teacher
@@ -52,6 +55,7 @@ def start_from_teachers(model: SparseExpertModel, teachers: Mapping[str, Teacher
         model.experts.replace(_own_expert(model.experts.get(own), expert, shared))
     for name, teacher in known.items():
         model.head(name).load_state_dict(teacher.checkpoint.model.head(teacher.spec.name).state_dict())
+    return list(experts)
 
 
 def _mean_expert(start: Expert, experts: list[Expert]) -> Expert:

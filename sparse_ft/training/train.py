@@ -108,8 +108,8 @@ def train(
         stage: ``experts`` (the default); ``gate`` to fit only the gate of ``from_checkpoint`` anew; ``joint`` to train
             experts and gate together, the gate mixing ``gate.top_k`` experts for each text or token. A joint run with
             ``from_checkpoint`` and without ``tasks`` trains all tasks of the checkpoint further; a pool of experts
-            (``experts.pool``) is always trained jointly. ``shared`` to train one expert for all tasks with small ones of
-            the tasks in the last blocks; see ``distill``.
+            (``experts.pool``) is always trained jointly. ``shared`` to train one expert for all tasks, with small ones
+            of the tasks in the last blocks; see ``distill``.
         folds: At least 2: for each fold of the rows of one file, or rows in memory, a model is trained on the others,
             scored, and thrown away; the checkpoint is trained on all rows (``data.division=all``) and has the means.
         trust_tasks: Whether tasks of ``from_checkpoint`` may name code (``evaluate:…``) and data on the hub.
@@ -215,15 +215,16 @@ def _train(
         say_division(spec, sources.get(name))
     if run.stage == "shared":
         tasks = with_teacher_logits(tasks, teachers, transfer=run.shared.transfer, encoder=encoder)
-        run = plan_own_blocks(model, tasks, teachers, run=run)
+        run = broadcast(lambda: plan_own_blocks(model, tasks, teachers, run=run))
     add_tasks(model, tasks, run=run)
-    if teachers:
-        start_from_teachers(model, teachers)
+    started = start_from_teachers(model, teachers) if teachers else []
+    for name in started:
+        broadcast_module(model.head(name))
     model.experts.set_dropout(run.experts.dropout)
     model.to(device).eval()
     _LOG.info("Training %s on %s into %s", ", ".join(tasks), model.device, run.output)
     for name, spec in trained.items():
-        if not (resume or name in old or name in teachers) and has_start(model, spec):
+        if not (resume or name in old or name in started) and has_start(model, spec):
             start_head(model, tasks[name], encoder=encoder)
             broadcast_module(model.head(name))
     others = {name: spec for name, spec in old.items() if name not in trained}

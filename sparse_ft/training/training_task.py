@@ -97,7 +97,11 @@ def prepare_task(
     if "train" not in splits or len(splits["train"]) == 0:
         raise DataError(f"Task {spec.name!r} has no training rows. Name a folder or file that has some with --data.")
     spec = spec.model_copy(update={"division": division})
-    spec = spec.with_labels(_labels(spec, label_names(spec, splits["train"]), before=before, start=run.start))
+    spec = spec.with_labels(
+        _labels(
+            spec, label_names(spec, splits["train"]), before=before, start=run.start or ", ".join(run.shared.teachers)
+        )
+    )
     labels, kind = spec.label_names or [], find_kind(spec.kind)
     if spec.out_of_scope is not None and spec.out_of_scope not in labels:
         raise DataError(f"out_of_scope of task {spec.name!r}: {unknown_name('label', spec.out_of_scope, labels)}")

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ from sparse_ft.checkpoint.checkpoint import load_checkpoint
 from sparse_ft.checkpoint.manifest import read_config, read_manifest
 from sparse_ft.errors import ConfigError, SparseFTError
 from sparse_ft.training.gradients import Gradients
-from sparse_ft.training.new_experts import add_tasks
 from sparse_ft.training.shared_experts import start_from_teachers
 from sparse_ft.training.teachers import Teacher, with_teacher_logits
 from sparse_ft.training.training_task import prepare_task
@@ -108,35 +108,50 @@ def test_a_later_task_reads_the_fixed_shared_expert(distilled, tmp_path):
     )  # fmt: skip
 
 
-def test_copies_of_one_teacher_are_their_own_mean(toys, tmp_path):
-    """Where all teachers are one expert, the student begins as that expert."""
-    checkpoint = load_checkpoint(toys)
-    spec = checkpoint.tasks["mood"]
-    run = read_config(toys / "config.yaml")
-    values = {"stage": "shared", "shared": {"rank": 16, "own_blocks": {"one": 0, "two": 1}, "passes": 2}}
-    run = run.model_validate({**run.model_dump(exclude={"stage", "shared"}), **values})
-    specs = {name: spec.model_copy(update={"name": name}) for name in ("one", "two")}
-    sources = dict.fromkeys(specs, run.sources["mood"]) if "mood" in run.sources else {}
-    student = load_checkpoint(toys).model
-    for name in list(student.tasks):
-        student.remove_task(name)
-    for name in list(student.experts.names):
-        student.experts.remove(name)
-    encoder = student.text_encoder(64)
-    tasks = {
-        name: prepare_task(each, run=run, encoder=encoder, before=spec, sources=sources) for name, each in specs.items()
-    }
-    add_tasks(student, tasks, run=run)
-    teacher = Teacher(checkpoint, checkpoint.encoder, spec)
-    start_from_teachers(student, dict.fromkeys(specs, teacher))
-    student.eval()
-    examples = encoder.texts(TEXTS)
-    from sparse_ft.experts.inference import row_logits
+def delta_of(model, name, module):
+    expert = model.experts.get(name)
+    if module not in expert.deltas:
+        return 0.0
+    lora_a, lora_b = expert.deltas[module]
+    return lora_b @ lora_a * (expert.alpha / len(lora_a))
 
-    expected = row_logits(checkpoint.model, "mood", examples, num_rows=len(TEXTS))
-    for name in specs:
-        for one, other in zip(row_logits(student, name, examples, num_rows=len(TEXTS)), expected, strict=True):
-            torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+
+def test_a_student_begins_as_the_mean_of_its_teachers_and_above_as_its_own(make_model):
+    heads = {"mood": ("text", 2), "names": ("word", 5)}
+    checkpoint = SimpleNamespace(model=make_model("bert", heads))
+    teachers = {name: Teacher(checkpoint, None, SimpleNamespace(name=name)) for name in heads}
+    student = make_model("bert", {})
+    modules = student.backbone.select_linears(first_block=0)
+    student.experts.create("shared", modules=modules, rank=10, alpha=3.0, seed=1)
+    for name, (level, outputs) in heads.items():
+        upper = student.backbone.select_linears(first_block=2)
+        student.experts.create(name, modules=upper, rank=16, alpha=5.0, seed=1)
+        student.add_task(name, expert=name, level=level, num_outputs=outputs, shared="shared")
+    start_from_teachers(student, teachers)
+    for module in modules:
+        own = [delta_of(checkpoint.model, name, module) for name in heads]
+        torch.testing.assert_close(delta_of(student, "shared", module), sum(own) / 2, rtol=0, atol=1e-4)
+        for name, delta in zip(heads, own, strict=True):
+            if student.backbone.block_of(module) == 2:
+                together = delta_of(student, "shared", module) + delta_of(student, name, module)
+                torch.testing.assert_close(together, delta, rtol=0, atol=1e-4)
+    for name in heads:
+        assert torch.equal(student.head(name).linear.weight, checkpoint.model.head(name).linear.weight)
+
+
+def test_a_teacher_on_another_backbone_gives_its_answers_only(make_model):
+    checkpoint = SimpleNamespace(model=make_model("distilbert", {"mood": ("text", 2)}))
+    student = make_model("bert", {"mood": ("text", 2)})
+    student.experts.create("shared", modules=[], rank=4, alpha=3.0, seed=1)
+    before = tensors_of(student)
+    start_from_teachers(student, {"mood": Teacher(checkpoint, None, SimpleNamespace(name="mood"))})
+    assert equal(before, tensors_of(student))
+
+
+def tensors_of(model):
+    expert = model.experts.get("mood")
+    pairs = {f"{module}.{index}": part for module, pair in expert.deltas.items() for index, part in enumerate(pair)}
+    return pairs | {name: value.clone() for name, value in model.head("mood").state_dict().items()}
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
@@ -153,30 +168,35 @@ def test_echoes_add_the_gradients_of_their_texts(distilled, toys, accumulation):
     parameters = [p for name in model.experts.names for p in model.experts.parameters(name).values() if p.numel()]
     batch = [("about", 0), ("about", 1), ("mood", 2), ("mood", 3), ("names", 4), ("names", 5)]
 
-    def gradients(planned):
+    without = {name: replace(task, transfer={}) for name, task in tasks.items()}
+
+    def gradients(tasks, *, planned, accumulation):
         for parameter in parameters:
             parameter.grad = None
             parameter.requires_grad_(True)
         forward = model.forward
         model.forward = lambda *args, **kwargs: forward(*args, **{**kwargs, "planned": planned and kwargs["planned"]})
         model.train()
-        Gradients(model, tasks, parameters=parameters, run=run).add(batch, step=0, teacher_weight=0.5)
+        train = {**run.train.model_dump(), "accumulation": accumulation, "workers": 1}
+        parts = run.model_validate({**run.model_dump(), "train": train})
+        Gradients(model, tasks, parameters=parameters, run=parts).add(batch, step=0, teacher_weight=0.5)
         del model.forward
-        return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
+        return torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters])
 
     assert tasks["mood"].transfer["names"][2]
-    for shared, apart in zip(gradients(True), gradients(False), strict=True):
-        torch.testing.assert_close(shared, apart, rtol=1e-4, atol=1e-6)
+    reference = gradients(tasks, planned=False, accumulation=1)
+    torch.testing.assert_close(gradients(tasks, planned=True, accumulation=3), reference, rtol=1e-4, atol=1e-6)
+    assert (gradients(without, planned=True, accumulation=3) - reference).norm() > 0.1 * reference.norm()
 
 
-def test_without_teachers_a_run_starts_from_class_means(tmp_path, tiny_bert):
+def test_labels_alone_train_it_without_teachers(tmp_path, tiny_bert):
     tasks = [write_toy(tmp_path, name, sizes=(96, 16, 16)) for name in ("mood", "names")]
     result = sparse_ft.train(
         tasks, backbone=str(tiny_bert), output=tmp_path / "shared", stage="shared", device="cpu",
-        overrides=settings(train__epochs=4, shared__passes=1.4, shared__rank=8),
+        overrides=settings(train__epochs=2, shared__passes=1.4, shared__rank=8),
     )  # fmt: skip
     assert read_config(result.path / "config.yaml").shared.own_blocks == {"mood": 1, "names": 1}
-    assert result.scores["mood"]["accuracy"] > 0.8
+    assert result.scores["mood"]["accuracy"] > 0.7
     assert "1.33 passes" in sparse_ft.load(result.path, device="cpu").explain()
 
 
@@ -193,7 +213,7 @@ def test_without_teachers_a_run_starts_from_class_means(tmp_path, tiny_bert):
     ],
 )
 def test_settings_that_cannot_be_are_refused_before_any_work(toys, tmp_path, options, said):
-    with pytest.raises(SparseFTError, match=said.replace("(", r"\(")):
+    with pytest.raises(SparseFTError, match=said):
         distilled_into(tmp_path / "none", toys, **options)
     assert not (tmp_path / "none").exists()
 
@@ -205,15 +225,18 @@ def test_settings_of_the_shared_form_need_its_stage(tmp_path, tiny_bert):
 
 
 def test_the_command_prints_the_table(toys, tmp_path, monkeypatch, capsys):
+    moods = tmp_path / "moods"
+    sparse_ft.edit(toys, remove=["reply", "about", "names"], rename_task=[("mood", "mood2")], output=moods)
     options = [part for each in settings(train__epochs=1, shared__rank=4) for part in ("--set", each)]
     code, out, err = call(
-        monkeypatch, capsys, "distill", toys, "--passes", "1", "--task", "mood", "--task", "names",
+        monkeypatch, capsys, "distill", toys, moods, "--passes", "1", "--task", "mood2", "--task", "names",
         "--output", tmp_path / "heads", "--device", "cpu", *options,
     )  # fmt: skip
     assert code == 0, err
     assert "1.00 passes" in out
     assert f"Next: sparse-ft evaluate {tmp_path / 'heads'}" in out
     assert sparse_ft.load(tmp_path / "heads", device="cpu").explain().startswith("2 tasks, one text: 1.00 passes")
+    assert "passes:     1.00" in call(monkeypatch, capsys, "inspect", tmp_path / "heads")[1]
     code, _, err = call(monkeypatch, capsys, "distill", tmp_path / "nothing", "--output", tmp_path / "other")
     assert code == 2
     assert "nothing" in err
@@ -224,14 +247,6 @@ def test_a_gate_is_fitted_anew_and_joint_training_is_refused(distilled, tmp_path
     assert read_manifest(result.path).gate.trunk_expert == "shared"
     with pytest.raises(ConfigError, match="share the expert 'shared' below their own"):
         sparse_ft.train(stage="joint", from_checkpoint=distilled.path, output=tmp_path / "joint", device="cpu")
-
-
-def test_another_backbone_learns_from_the_answers_alone(toys, tiny_folder, tmp_path):
-    result = distilled_into(
-        tmp_path / "other", toys, passes=2, backbone=str(tiny_folder("distilbert")), train__epochs=3, shared__rank=4
-    )
-    assert result.tasks["mood"].student > 0.7
-    assert result.num_blocks == 3
 
 
 def test_an_interrupted_distillation_ends_as_the_whole_one(distilled, toys, tmp_path, monkeypatch):

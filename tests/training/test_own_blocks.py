@@ -23,15 +23,15 @@ def test_passes_are_those_of_the_plan(make_model, depths):
         if depth:
             model.tasks[name] = TaskSlot((name,), "text", shared="shared")
     plan = model.plan(dict.fromkeys(model.tasks, "text"))
-    assert num_passes(depths, num_blocks=3) == pytest.approx(plan.passes)
+    assert num_passes(dict(zip(model.tasks, depths, strict=True)), num_blocks=3) == pytest.approx(plan.passes)
 
 
 def test_four_tasks_of_six_blocks():
-    assert num_passes([1, 1, 1, 1], num_blocks=6) == pytest.approx(1.5)
-    assert num_passes([2, 1, 1, 1], num_blocks=6) == pytest.approx(10 / 6)
-    assert num_passes([2, 1, 0, 0], num_blocks=6) == pytest.approx(1.5)
-    assert num_passes([0, 0, 0, 0], num_blocks=6) == 1
-    assert num_passes([6, 6, 6, 6], num_blocks=6) == 4
+    for numbers, passes in (("1111", 1.5), ("2111", 10 / 6), ("2100", 1.5), ("0000", 1), ("6666", 4)):
+        own_blocks = dict(zip("abcd", map(int, numbers), strict=True))
+        assert num_passes(own_blocks, num_blocks=6) == pytest.approx(passes)
+    reads = {"a": "text", "b": "text", "c": "pair", "d": "pair"}  # which share nothing with each other
+    assert num_passes(dict.fromkeys("abcd", 0), num_blocks=6, reads=reads) == 2
 
 
 def test_the_budget_holds_and_is_used_up():
@@ -42,9 +42,9 @@ def test_the_budget_holds_and_is_used_up():
         drops = {task: generator.uniform(0.001, 1) for task in tasks if generator.random() < 0.8}
         depths = choose_own_blocks(tasks, passes=passes, num_blocks=num_blocks, fixed={}, drops=drops)
         assert list(depths) == tasks
-        assert num_passes(list(depths.values()), num_blocks=num_blocks) <= passes + 1e-6
+        assert num_passes(depths, num_blocks=num_blocks) <= passes + 1e-6
         for task in tasks:
-            more = [depth + (name == task) for name, depth in depths.items()]
+            more = {**depths, task: depths[task] + 1}
             full = depths[task] == num_blocks
             assert full or num_passes(more, num_blocks=num_blocks) > passes
 

@@ -36,6 +36,11 @@ def write_multitask_folder(model: LoadedModel, tasks: Sequence[str], folder: Pat
             f"The tasks are in several languages ({', '.join(sorted(languages))}), and texts are split into words by "
             "their language. Export a task alone: --task NAME."
         )
+    for task in tasks:
+        if model.tasks[task].reads != "text":
+            raise ExportError(
+                f"Task {task!r} reads two texts a row, and the format multitask reads one. Export it alone."
+            )
     fold(backbone, expert)
     outputs: list[str] = []
     slices: dict[str, tuple[str, int, int]] = {}
