@@ -129,8 +129,8 @@ class RunState:
         if values.pop("data") != self.data:
             raise CheckpointError(
                 f"The training rows are not those of the interrupted run in {str(self.output)!r}: the data, the "
-                "tokenizer or a teacher has changed. Put it back (rows in memory must be given again), or start anew in "
-                "another --output."
+                "tokenizer or a teacher has changed. Put it back (give rows in memory again), or start anew in another "
+                "--output."
             )
         if values["pooling"] != self.progress.pooling:
             raise CheckpointError(

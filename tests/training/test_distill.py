@@ -73,6 +73,23 @@ def test_the_gate_reads_states_that_the_answer_needs(distilled):
     assert_same([replace(answer, routing={})], [replace(named[0], routing={}, left_out=answer.left_out)])
 
 
+def test_texts_that_differ_in_capitals_only_do_not_mix_behind_the_gate(distilled):
+    model = sparse_ft.load(distilled.path, device="cpu")
+    texts = ["ada met mozart in london", "Ada met Mozart in London", "ADA met mozart in LONDON"]
+    assert len({tuple(example.input_ids) for example in model.encoder.texts(texts)}) == 1
+    assert_same(model.predict(texts), [model.predict([text])[0] for text in texts])
+
+
+def test_the_tokens_of_a_text_are_shown_where_it_stands(distilled, monkeypatch, capsys):
+    code, out, err = call(
+        monkeypatch, capsys, "inspect", distilled.path, "--text", "Ada didn't love football.", "--json"
+    )
+    assert code == 0, err
+    text = json.loads(out)["text"]
+    for token in json.loads(out)["tokens"]:
+        assert token["text"] in (text[token["start"] : token["end"]], "[CLS]", "[SEP]")
+
+
 def test_tasks_alone_and_together_have_the_same_logits(distilled):
     logits = all_logits(load_checkpoint(distilled.path).model, SINGLE)
     for name in SINGLE:
@@ -235,7 +252,11 @@ def test_the_command_prints_the_table(toys, tmp_path, monkeypatch, capsys):
     assert code == 0, err
     assert "1.00 passes" in out
     assert f"Next: sparse-ft evaluate {tmp_path / 'heads'}" in out
-    assert sparse_ft.load(tmp_path / "heads", device="cpu").explain().startswith("2 tasks, one text: 1.00 passes")
+    heads = sparse_ft.load(tmp_path / "heads", device="cpu")
+    assert heads.explain().startswith("2 tasks, one text: 1.00 passes")
+    inner = heads.checkpoint.model
+    assert inner.parting_block == 2
+    assert counted_blocks(inner, lambda: heads.predict(TEXTS[:1]))[1] == [1, 1, 1]
     assert "passes:     1.00" in call(monkeypatch, capsys, "inspect", tmp_path / "heads")[1]
     code, _, err = call(monkeypatch, capsys, "distill", tmp_path / "nothing", "--output", tmp_path / "other")
     assert code == 2
