@@ -98,7 +98,7 @@ def test_the_manifest_refers_to_the_backbone(toys, tiny_bert):
     manifest = manifest_of(toys)
     backbone = load_backbone(str(tiny_bert))
     assert manifest["backbone"] == {
-        "name": str(tiny_bert.resolve()), "revision": None, "weights_sha256": backbone.weights_sha256
+        "name": str(tiny_bert.resolve()), "revision": None, "weights_sha256": backbone.weights_sha256, "num_blocks": 3
     }  # fmt: skip
     assert manifest["format"] == FORMAT
     assert manifest["versions"]["sparse_ft"] == sparse_ft.__version__
