@@ -20,7 +20,7 @@ from toy_models import (
 
 from sparse_ft.backbone.backbone import load_backbone, set_attention
 from sparse_ft.backbone.encoding import Encoder
-from sparse_ft.backbone.trunk import cache_trunk
+from sparse_ft.experts.inference import with_trunks
 
 # Last parts of the names of a block's linears and how many there are, from the papers and transformers' sources.
 BLOCK_LINEARS = {
@@ -251,7 +251,7 @@ def test_rows_with_a_cached_trunk_answer_and_learn_as_without(make_model, family
     if not model.backbone.family.caches_trunk:
         pytest.skip(f"{family} caches none")
     rows = [*rows_of(model, "names"), *rows_of(model, "mood")]
-    examples = cache_trunk(model.backbone, [example for _, example in rows], first_block=model.first_block)
+    examples = with_trunks(model, [example for _, example in rows])
     cached = [(task, example) for (task, _), example in zip(rows, examples, strict=True)]
     results = []
     for batch in (rows, cached):

@@ -250,7 +250,7 @@ def refused(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
-    ("--format pefd", ["'pefd'. Did you mean 'peft'? Known: peft, transformers, onnx."]),
+    ("--format pefd", ["'pefd'. Did you mean 'peft'? Known: peft, transformers, multitask, onnx."]),
     ("--format peft --task moood", ["'moood'. Did you mean 'mood'?"]),
     ("--format onnx --output {bert}", ["holds a checkpoint already"]),
     ("--format onnx --output full", ["'full' is not empty"]),

@@ -62,9 +62,8 @@ def write_multitask_folder(model: LoadedModel, tasks: Sequence[str], folder: Pat
         language=languages.pop(),
         by_words=inner.by_words,
     )
-    loaded = exported_class(folder, "modeling_multitask", "MultitaskForTasks").from_pretrained(
-        folder, local_files_only=True
-    )
+    loader = exported_class(folder, "modeling_multitask", "MultitaskForTasks")
+    loaded = loader.from_pretrained(folder, local_files_only=True)
     tokenizer = load_tokenizer(folder, exported_class=exported_class(folder, "tokenization_shaped", "ShapedTokenizer"))
 
     def run(task: str, batch: dict[str, Tensor]) -> Tensor:
