@@ -155,7 +155,7 @@ class Gradients:
     def _losses(self, part: Rows, generator: torch.Generator | None, *, batch: Rows) -> tuple[Tensor, StepLosses]:
         """Return what a part of a batch adds to the loss that is minimised, and to the losses that are reported."""
         rows = [(task, index) for task, group in part for index in self.tasks[task].groups[group]]
-        transfer = self._transfer(part)
+        transfer, batch_transfer = self._transfer(part), self._transfer(batch)
         examples: list[tuple[str, Example]] = []
         for task in dict.fromkeys([*(task for task, _ in rows), *transfer]):
             examples += [(task, self.tasks[task].examples[index]) for name, index in rows if name == task]
@@ -174,7 +174,9 @@ class Gradients:
             texts = transfer.get(task, [])
             outputs, text_logits = outputs.split([len(outputs) - _num_logit_rows(texts), _num_logit_rows(texts)])
             if texts:
-                total = total + self._transfer_loss(task, texts, text_logits, batch=batch)
+                total = total + self._transfer_loss(
+                    task, texts, text_logits, whole=batch_transfer[task], num_rows=len(batch)
+                )
             groups = [group for name, group in part if name == task]
             if not groups:
                 continue
@@ -202,15 +204,22 @@ class Gradients:
                 transfer.setdefault(other, []).extend(by_row[row])
         return transfer
 
-    def _transfer_loss(self, task: str, part: Sequence[TransferExample], logits: Tensor, *, batch: Rows) -> Tensor:
+    def _transfer_loss(
+        self,
+        task: str,
+        part: Sequence[TransferExample],
+        logits: Tensor,
+        *,
+        whole: Sequence[TransferExample],
+        num_rows: int,
+    ) -> Tensor:
         """Return what a part of a batch adds to the loss by texts of other tasks, each of which weighs as a row."""
-        whole = self._transfer(batch)[task]
         teacher = torch.cat([text.logits for text in part]).to(logits.device)
         loss = distillation_loss(
             find_kind(self.tasks[task].spec.kind), logits, teacher, temperature=self.run.shared.temperature
         )
         share = _num_logit_rows(part) / _num_logit_rows(whole)
-        return self.teacher_weight * loss * share * (len(whole) / len(batch))
+        return self.teacher_weight * loss * share * (len(whole) / num_rows)
 
     def _count_targets(self, rows: Rows) -> Counter[str]:
         """Count the targets that the mean loss of each task is taken over."""
