@@ -143,10 +143,7 @@ def distill(
     if not folders:
         raise ConfigError("No checkpoint is given. Name at least one whose experts teach.")
     paths = [user_path(folder).absolute() for folder in folders]
-    known = [name for path in paths for name in read_manifest(path).tasks]
-    for name in tasks:
-        if name not in known:
-            raise ConfigError(unknown_name("task of the checkpoints", name, known))
+    _check_known(paths, tasks)
     owners = find_teachers(paths, tasks)
     run = _distill_config(load_config(config, overrides=overrides), owners, passes=passes, backbone=backbone)
     result = train(
@@ -161,13 +158,16 @@ def distill(
     )
     comparisons = broadcast(lambda: _compare(result, owners, data=data, device=device or run.device))
     manifest, config = broadcast(lambda: (read_manifest(result.path), read_config(result.path / "config.yaml")))
-    return Distillation(
-        result,
-        comparisons,
-        own_blocks=config.shared.own_blocks,
-        num_blocks=manifest.backbone.num_blocks or 1,
-        passes=manifest.passes or 1.0,
-    )
+    own_blocks, num_blocks = config.shared.own_blocks, manifest.backbone.num_blocks or 1
+    return Distillation(result, comparisons, own_blocks, num_blocks, passes=manifest.passes or 1.0)
+
+
+def _check_known(paths: Sequence[Path], tasks: Sequence[str]) -> None:
+    """Refuse a task that no checkpoint has."""
+    known = [name for path in paths for name in read_manifest(path).tasks]
+    for name in tasks:
+        if name not in known:
+            raise ConfigError(unknown_name("task of the checkpoints", name, known))
 
 
 def _distill_config(
